@@ -1,0 +1,40 @@
+# Everything runs in virtual environments that `make setup` makes; nothing outside this directory is touched.
+PYTHON ?= python3
+VENV := .venv
+CONSUMER := .venv-consumer
+BIN := $(VENV)/bin
+
+.PHONY: setup publish test lint bench clean
+
+setup: $(VENV)/.ready $(CONSUMER)/.ready
+
+# torch is named first and alone: left to a dependency's range, pip would take the newest CUDA build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+# What a user of the kernel has, and nothing of this repository.
+$(CONSUMER)/.ready: constraints.txt
+	$(PYTHON) -m venv $(CONSUMER)
+	$(CONSUMER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(CONSUMER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers peft kernels
+	touch $@
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/python -m pytest
+
+publish: setup
+	$(BIN)/python -m tools.main_job
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/benchmark_experts.py
+
+clean:
+	rm -rf build .hub $(VENV) $(CONSUMER)

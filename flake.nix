@@ -1,0 +1,12 @@
+{
+  description = "scattermoe-lora: fused mixture-of-experts + LoRA kernels";
+
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+
+  outputs =
+    { self, kernel-builder }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}

@@ -1,0 +1,1 @@
+"""Build, check and publish Python/Triton kernels on the Hugging Face Kernel Hub."""
