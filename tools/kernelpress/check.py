@@ -1,0 +1,199 @@
+"""Fifth step: whether a build holds what the Kernel Hub and its loader demand.
+
+A rule is a function that looks at one variant and yields what it finds; ``@rule`` gives it its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kernels._rust import Digest, DigestAlgorithm, DigestValidationError, Metadata  # type: ignore[import-untyped]
+
+from kernelpress.errors import CheckError
+from kernelpress.probe import Probed, probe
+from kernelpress.variant import METADATA, VARIANT_PREFIX
+
+Severity = Literal["error", "warning"]
+
+# Each probe is a process that imports torch, which needs about 300 MB.
+_PARALLEL = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something a variant lacks: which rule says so, where, and how to mend it. ``path`` is in the build."""
+
+    code: str
+    severity: Severity
+    path: Path
+    line: int | None
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        where = str(self.path) if self.line is None else f"{self.path}:{self.line}"
+        return f"{where}: {self.code} {self.message}; {self.fix}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A variant under examination. ``metadata`` is ``None`` where it cannot be parsed."""
+
+    directory: Path
+    metadata: Metadata | None
+    probed: Probed | None
+
+    def find(self, message: str, fix: str, path: str = "", severity: Severity = "error") -> Finding:
+        """A finding about a file of the variant; the rule's code is filled in by the rule."""
+        return Finding("", severity, self.directory / path, None, message, fix)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A demand on a variant."""
+
+    code: str
+    title: str
+    examine: Callable[[Subject], Iterator[Finding]]
+
+
+RULES: list[Rule] = []
+_REBUILD = "run `kernelpress build` again"
+
+
+def rule(code: str, title: str) -> Callable[[Callable[[Subject], Iterator[Finding]]], Rule]:
+    """Enter a function among the rules."""
+
+    def enter(examine: Callable[[Subject], Iterator[Finding]]) -> Rule:
+        RULES.append(Rule(code, title, examine))
+        return RULES[-1]
+
+    return enter
+
+
+def check(build_dir: Path) -> list[Finding]:
+    """Examine every variant of a build by every rule.
+
+    Each variant is also loaded by the ``kernels`` loader in a process of its own, offline and with nothing
+    of the project on its path.
+
+    Args:
+        build_dir: The directory that holds the variants.
+
+    Returns:
+        What was found, in order of variants and rules; a build without errors can be published.
+
+    Raises:
+        CheckError: There is no build here.
+    """
+    directories = (
+        sorted(path for path in build_dir.iterdir() if path.name.startswith(VARIANT_PREFIX) and path.is_dir())
+        if build_dir.is_dir()
+        else []
+    )
+    if not directories:
+        raise CheckError("there is no build here; run `kernelpress build` first", path=build_dir)
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        subjects = list(pool.map(_subject, directories))
+    return [
+        Finding(each.code, found.severity, found.path, found.line, found.message, found.fix)
+        for subject in subjects
+        for each in RULES
+        for found in each.examine(subject)
+    ]
+
+
+def _subject(directory: Path) -> Subject:
+    try:
+        metadata = Metadata.read_from_file(directory / METADATA)
+    except ValueError:
+        return Subject(directory, None, None)
+    return Subject(directory, metadata, probe(directory))
+
+
+@rule("KP101", "metadata.json parses with the loader's parser")
+def metadata_parses(subject: Subject) -> Iterator[Finding]:
+    if subject.metadata is None:
+        try:
+            Metadata.read_from_file(subject.directory / METADATA)
+        except ValueError as error:
+            yield subject.find(f"the loader cannot read the metadata: {error}", _REBUILD, METADATA)
+    elif subject.metadata.version is None:
+        yield subject.find("the metadata has no version", _REBUILD, METADATA)
+
+
+@rule("KP102", "files are those that the digest names")
+def digest_verifies(subject: Subject) -> Iterator[Finding]:
+    if subject.metadata is None:
+        return
+    if subject.metadata.digest is None:
+        yield subject.find("the metadata has no digest", _REBUILD, METADATA)
+        return
+    try:
+        subject.metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, subject.directory))
+    except DigestValidationError as error:
+        for violation in error.violations:
+            yield subject.find(str(violation), _REBUILD)
+
+
+@rule("KP103", "no bytecode, links or hidden files")
+def nothing_foreign(subject: Subject) -> Iterator[Finding]:
+    for path in sorted(subject.directory.rglob("*")):
+        name = path.relative_to(subject.directory).as_posix()
+        if path.is_symlink():
+            yield subject.find("a symbolic link, which the Hub does not keep", _REBUILD, name)
+        elif path.name == "__pycache__" or path.suffix in (".pyc", ".pyo"):
+            yield subject.find("bytecode, which must not ship", _REBUILD, name)
+        elif path.name.startswith("."):
+            yield subject.find("a hidden file, which must not ship", _REBUILD, name)
+
+
+@rule("KP201", "the variant loads in a clean process")
+def loads(subject: Subject) -> Iterator[Finding]:
+    if subject.probed is None or subject.probed.error is None:
+        return
+    if subject.probed.unmet:
+        yield subject.find(
+            f"not tried, because this machine lacks {', '.join(subject.probed.unmet)}",
+            "check the build where that is installed",
+            severity="warning",
+        )
+        return
+    file, line = subject.probed.file or str(subject.directory), subject.probed.line
+    yield Finding(
+        "",
+        "error",
+        Path(file),
+        line,
+        f"the loader fails: {subject.probed.error}",
+        "mend the sources and build again",
+    )
+
+
+@rule("KP202", "the package says what is public, and all of it is there")
+def public_names(subject: Subject) -> Iterator[Finding]:
+    if subject.probed is None or subject.probed.error is not None:
+        return
+    if subject.probed.public is None:
+        yield subject.find(
+            "the package has no __all__", "list the public names in __all__ of its __init__.py"
+        )
+    for name in subject.probed.absent:
+        yield subject.find(
+            f"__all__ names {name!r}, which the package does not have", "define it or take it from __all__"
+        )
+
+
+@rule("KP203", "operators are registered under the build's own namespace alone")
+def own_namespace(subject: Subject) -> Iterator[Finding]:
+    if subject.probed is None:
+        return
+    for op in subject.probed.foreign_ops:
+        yield subject.find(
+            f"loading registers operator {op!r}, outside the namespace {subject.probed.namespace!r}",
+            "register it through torch.library with its name written out, so that the build can rename it",
+        )

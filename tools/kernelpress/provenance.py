@@ -1,0 +1,72 @@
+"""What git knows of a kernel's inputs: the commit they come from, and whether they still agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dulwich.errors import NotGitRepository
+from dulwich.object_store import iter_tree_contents
+from dulwich.objects import Blob, Commit
+from dulwich.repo import Repo
+
+
+@dataclass(frozen=True)
+class GitState:
+    """The commit checked out, and ``dirty`` where the kernel's inputs differ from it."""
+
+    commit: str
+    dirty: bool
+
+
+def git_state(
+    root: Path, inputs: Mapping[Path, bytes], removed: tuple[Path, tuple[str, ...]]
+) -> GitState | None:
+    """Compare what is about to be built with the commit that is checked out.
+
+    Only the inputs count: an edited test does not make a kernel dirty. A file that ships counts even where
+    git ignores it, because the commit alone would not bring it back.
+
+    Args:
+        root: A directory inside the repository.
+        inputs: Every file the build reads, and its content as read.
+        removed: A directory and suffixes: files there with those suffixes that the commit has and ``inputs``
+            has not are changes too.
+
+    Returns:
+        ``None`` where there is no repository, or one without a commit.
+    """
+    try:
+        repo = Repo.discover(root.resolve())
+    except NotGitRepository:
+        return None
+    with repo:
+        try:
+            head = repo.head()
+        except KeyError:
+            return None
+        commit = repo[head]
+        if not isinstance(commit, Commit):
+            return None
+        top = Path(repo.path).resolve()
+        committed = {entry.path: entry.sha for entry in iter_tree_contents(repo.object_store, commit.tree)}
+        normalizer = repo.get_blob_normalizer()
+        here: dict[bytes, bytes] = {}
+        for path, data in inputs.items():
+            name = _within(top, path)
+            # Line endings may differ between the working tree and the object, as git is configured.
+            here[name] = normalizer.checkin_normalize(Blob.from_string(data), name).id
+        folder, suffixes = removed
+        prefix = _within(top, folder) + b"/"
+        gone = any(
+            name not in here
+            for name in committed
+            if name.startswith(prefix) and name.decode("utf-8", "replace").endswith(suffixes)
+        )
+        dirty = gone or any(committed.get(name) != sha for name, sha in here.items())
+        return GitState(head.decode("ascii"), dirty)
+
+
+def _within(top: Path, path: Path) -> bytes:
+    return path.resolve().relative_to(top).as_posix().encode("utf-8")
