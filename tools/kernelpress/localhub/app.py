@@ -1,0 +1,100 @@
+"""The Hub as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dulwich.errors import NotGitRepository
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from . import accounts, api, cards, git_http, resolve, uploads
+from .context import AsciiJSONResponse, Caller, Hub, hub_of, named_repo, problem_response
+from .paths import printable
+from .problems import Problem
+from .store import Store
+from .tokens import Tokens
+
+
+def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = False) -> Starlette:
+    """Build the application that serves the Hub at ``root``.
+
+    Args:
+        root: The Hub's directory; the caller makes sure that no other Hub uses it.
+        trust: Organizations that are trusted kernel publishers.
+        open_writes: Accept writes without a token as long as none was created; only for a server that
+            nobody but its own machine can reach.
+
+    Raises:
+        HubError: The directory cannot be used.
+    """
+    app = Starlette(
+        routes=[
+            Route("/healthz", _health),
+            *accounts.routes(),
+            *cards.routes(),
+            *api.routes(),
+            *uploads.routes(),
+            *resolve.routes(),
+            *git_http.routes(),
+        ],
+        middleware=[Middleware(_EncodedPaths)],
+        exception_handlers={
+            Problem: _on_problem,
+            HTTPException: _on_unknown,
+            NotGitRepository: _on_deleted,
+            ClientDisconnect: _on_disconnect,
+        },
+    )
+    app.router.redirect_slashes = False
+    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes)
+    return app
+
+
+class _EncodedPaths:
+    """Route on the path as it was sent: a revision or folder may hold an encoded slash.
+
+    Servers decode the path before routing, and after that ``feature%2Fx/file`` cannot be told from
+    ``feature/x/file``. Handlers decode each segment themselves.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["raw_path"].decode("latin-1")}
+        await self._app(scope, receive, send)
+
+
+def _health(request: Request) -> Response:
+    return AsciiJSONResponse({"status": "ok"})
+
+
+async def _on_problem(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, Problem)
+    return problem_response(problem)
+
+
+async def _on_unknown(request: Request, error: Exception) -> Response:
+    # The router's "no such path" (404) and "not with this method" (405).
+    assert isinstance(error, HTTPException)
+    asked = printable(f"{request.method} {request.scope['path']}")
+    message = f"the embedded Hub does not implement {asked}"
+    return problem_response(Problem(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _on_deleted(request: Request, error: Exception) -> Response:
+    # The repository went away while the request was reading it.
+    return problem_response(hub_of(request).repo_not_found(named_repo(request), Caller(None)))
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    # Nobody is left to read this; it only keeps the log free of a traceback.
+    return Response(status_code=400)

@@ -1,0 +1,114 @@
+"""``git clone`` and ``git fetch`` over smart HTTP, read-only."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from typing import IO
+
+from dulwich.errors import GitProtocolError, HangupException, NotGitRepository
+from dulwich.protocol import ReceivableProtocol
+from dulwich.repo import Repo
+from dulwich.server import DictBackend, UploadPackHandler
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from .context import body_chunks, hub_of
+from .problems import bad_request, too_large
+
+_MAX_REQUEST = 16 << 20
+_CHUNK = 256 << 10
+_NO_PUSH = "This Hub takes no git push. Publish with 'kernelpress publish', or upload with huggingface_hub.\n"
+
+
+def advertise(request: Request) -> Response:
+    service = request.query_params.get("service")
+    if service == "git-receive-pack":
+        return no_push(request)
+    if service != "git-upload-pack":
+        raise bad_request("use a git client that speaks the smart HTTP protocol (git 1.6.6 or later)")
+    output = BytesIO()
+    preamble = b"# service=git-upload-pack\n"
+    output.write(b"%04x%s0000" % (len(preamble) + 4, preamble))
+    _upload_pack(request, BytesIO(), output, advertise_refs=True)
+    return Response(
+        output.getvalue(),
+        media_type="application/x-git-upload-pack-advertisement",
+        headers={"Cache-Control": "no-cache"},
+    )
+
+
+async def upload_pack(request: Request) -> Response:
+    body = b"".join([chunk async for chunk in body_chunks(request, _MAX_REQUEST)])
+    return await run_in_threadpool(_upload_pack_response, request, body)
+
+
+def _upload_pack_response(request: Request, body: bytes) -> Response:
+    if request.headers.get("content-encoding") in ("gzip", "x-gzip"):
+        body = _gunzip(body)
+    # A pack can be large; past the first MiB it goes through a file.
+    output: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
+    try:
+        _upload_pack(request, BytesIO(body), output, advertise_refs=False)
+    except BaseException:
+        output.close()
+        raise
+    output.seek(0)
+    return StreamingResponse(
+        _drain(output),
+        media_type="application/x-git-upload-pack-result",
+        headers={"Cache-Control": "no-cache"},
+    )
+
+
+def no_push(request: Request) -> Response:
+    hub_of(request).readable(request)
+    return PlainTextResponse(_NO_PUSH, status_code=403)
+
+
+def _upload_pack(request: Request, source: IO[bytes], sink: IO[bytes], *, advertise_refs: bool) -> None:
+    target = hub_of(request).readable(request)
+    protocol = ReceivableProtocol(source.read, sink.write)
+    try:
+        # A handle of its own: dulwich's are not made for several threads.
+        with Repo(str(target.git.path)) as git:
+            handler = UploadPackHandler(
+                DictBackend({"/": git}), ["/"], protocol, stateless_rpc=True, advertise_refs=advertise_refs
+            )
+            handler.handle()
+    except NotGitRepository:
+        raise hub_of(request).repo_not_found(target.id, target.caller) from None
+    # What dulwich raises for requests that no git client would send.
+    except (GitProtocolError, HangupException, AssertionError, ValueError, LookupError, TypeError) as error:
+        raise bad_request(f"not a valid git-upload-pack request: {error}") from error
+
+
+def _gunzip(body: bytes) -> bytes:
+    unzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        data = unzip.decompress(body, _MAX_REQUEST)
+    except zlib.error:
+        raise bad_request("the request's body is not valid gzip") from None
+    if unzip.unconsumed_tail:
+        raise too_large(f"the request is larger than the {_MAX_REQUEST >> 20} MiB this Hub takes")
+    return data
+
+
+def _drain(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def routes() -> Iterable[Route]:
+    """The routes of this module."""
+    for prefix in ("/{kind}", ""):
+        for suffix in (".git", ""):
+            repo = f"{prefix}/{{namespace}}/{{name}}{suffix}"
+            yield Route(repo + "/info/refs", advertise)
+            yield Route(repo + "/git-upload-pack", upload_pack, methods=["POST"])
+            yield Route(repo + "/git-receive-pack", no_push, methods=["POST"])

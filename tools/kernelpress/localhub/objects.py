@@ -1,0 +1,121 @@
+"""Git objects on disk: a bounded cache for reading, and a durable batch for writing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from pathlib import Path
+from types import TracebackType
+
+from dulwich.objects import ShaFile
+
+
+class ObjectCache:
+    """Least-recently-used cache of immutable values, bounded by their size in bytes; thread-safe.
+
+    Args:
+        max_bytes: Bound on the sum of all sizes.
+        max_item_bytes: Larger values are not kept, so that one big file cannot push out everything else.
+    """
+
+    def __init__(self, max_bytes: int = 128 << 20, max_item_bytes: int = 8 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._max_item_bytes = max_item_bytes
+        self._bytes = 0
+        self._items: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> object | None:
+        with self._lock:
+            item = self._items.get(key)
+            if item is None:
+                return None
+            self._items.move_to_end(key)
+            return item[0]
+
+    def put(self, key: Hashable, value: object, size: int) -> None:
+        # The overhead of the entry itself counts too: otherwise empty files would be free.
+        size += 256
+        if size > self._max_item_bytes:
+            return
+        with self._lock:
+            if key in self._items:
+                return
+            self._items[key] = (value, size)
+            self._bytes += size
+            while self._bytes > self._max_bytes:
+                _, (_, dropped) = self._items.popitem(last=False)
+                self._bytes -= dropped
+
+
+class ObjectBatch:
+    """New objects of one commit, staged aside until all of them are ready.
+
+    dulwich writes loose objects one at a time and without syncing their directories, so the batch has its
+    own path: all files are written first and synced afterwards (the file system can then flush them
+    together), moved to their places, and the directories synced. A batch that is left without ``publish``
+    leaves nothing behind.
+
+    Args:
+        objects: The repository's ``objects`` directory.
+        scratch: A directory on the same file system.
+    """
+
+    def __init__(self, objects: Path, scratch: Path) -> None:
+        self._objects = objects
+        self._staging = Path(tempfile.mkdtemp(prefix="objects-", dir=scratch))
+        self._staged: dict[str, Path] = {}
+
+    def __enter__(self) -> ObjectBatch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def add(self, obj: ShaFile) -> str:
+        """Stage ``obj`` unless the repository has it; returns its id."""
+        oid = obj.id.decode("ascii")
+        if oid not in self._staged and not self._place(oid).exists():
+            path = self._staging / oid
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+            with open(descriptor, "wb") as file:
+                file.write(obj.as_legacy_object())
+            self._staged[oid] = path
+        return oid
+
+    def publish(self) -> None:
+        """Make all staged objects part of the repository; they are on stable storage when this returns."""
+        for path in self._staged.values():
+            sync(path)
+        folders = set()
+        for oid, path in self._staged.items():
+            place = self._place(oid)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
+            folders.add(place.parent)
+        for folder in folders:
+            sync(folder)
+        if folders:
+            sync(self._objects)
+        self._staged.clear()
+
+    def _place(self, oid: str) -> Path:
+        return self._objects / oid[:2] / oid[2:]
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to stable storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

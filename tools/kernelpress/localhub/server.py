@@ -1,0 +1,168 @@
+"""Run the Hub: bind, lock the root, serve until told to stop."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from kernelpress.errors import HubError
+
+from .app import create_app
+from .paths import is_name
+
+_STOP_SECONDS = 5
+
+
+def serve(
+    root: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    trust: Iterable[str] = (),
+    *,
+    verbose: bool = False,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve the Hub at ``root`` until SIGINT or SIGTERM; returns after a clean stop.
+
+    Must be called from the main thread.
+
+    Args:
+        root: The Hub's directory, created when missing.
+        host: Address to listen on. Writes without a token are possible on loopback addresses only.
+        port: Port to listen on; 0 takes a free one.
+        trust: Organizations that are trusted kernel publishers.
+        verbose: Log every request.
+        ready: Called with the Hub's address once it answers. By default one line is printed.
+
+    Raises:
+        HubError: The port is taken, the root cannot be used or another Hub uses it, or a name in ``trust``
+            cannot be an organization.
+    """
+    organizations = sorted(set(trust))
+    for name in organizations:
+        if not is_name(name):
+            raise HubError(f"{name!r} cannot be the name of an organization (--trust)")
+    with _locked(root), _listening(host, port) as listener:
+        address, bound_port = listener.getsockname()[:2]
+        app = create_app(root, trust=organizations, open_writes=ipaddress.ip_address(address).is_loopback)
+        url = f"http://[{address}]:{bound_port}" if ":" in address else f"http://{address}:{bound_port}"
+
+        def announce() -> None:
+            if ready is not None:
+                ready(url)
+            else:
+                trusted = ", ".join(organizations) or "none"
+                print(f"kernelpress Hub at {url}  (root {root}; trusted: {trusted})", flush=True)
+
+        config = uvicorn.Config(
+            app,
+            access_log=verbose,
+            log_level="info" if verbose else "warning",
+            log_config=_log_config(verbose),
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=_STOP_SECONDS,
+        )
+        server = _Server(config, announce)
+        # uvicorn hands a signal on to the handler that was there before it, once it has stopped.
+        # Ours makes that a normal return, and works in the moments when uvicorn's is not in place.
+        before = {number: signal.signal(number, server.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            server.run(sockets=[listener])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if not self.should_exit:
+            self._announce()
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / "hub.lock", "a+", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
+    with file:
+        try:
+            # The kernel drops this lock with the process, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip() or "unknown"
+            raise HubError(
+                f"another Hub (process {holder}) is using this root; stop it or choose another --root",
+                path=root,
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise HubError(f"cannot listen on {host!r}: it is no address of this machine") from error
+    except OverflowError as error:
+        raise HubError(f"cannot listen on port {port}: ports go from 0 to 65535") from error
+    with socket.socket(family, kind, protocol) as listener:
+        # A stopped Hub's port can be taken again at once.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(1024)
+        except OverflowError as error:
+            raise HubError(f"cannot listen on port {port}: ports go from 0 to 65535") from error
+        except OSError as error:
+            advice = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
+            raise HubError(f"cannot listen on {host}:{port}: {error.strerror}{advice}") from error
+        yield listener
+
+
+def _log_config(verbose: bool) -> dict[str, object]:
+    handlers = {
+        "errors": {"class": "logging.StreamHandler", "formatter": "plain", "stream": sys.stderr},
+        "access": {"class": "logging.StreamHandler", "formatter": "plain", "stream": sys.stdout},
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+        "handlers": handlers,
+        "loggers": {
+            "uvicorn.error": {"handlers": ["errors"], "level": "WARNING", "propagate": False},
+            "uvicorn.access": {
+                "handlers": ["access"],
+                "level": "INFO" if verbose else "WARNING",
+                "propagate": False,
+            },
+        },
+    }

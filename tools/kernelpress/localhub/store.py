@@ -1,0 +1,173 @@
+"""The Hub's root directory: which repositories exist, and their settings.
+
+    <root>/repos/<kind>s/<namespace>/<name>.git    bare repositories, settings in <name>.git/hub.json
+    <root>/tmp/                                    things in the making; emptied at every start
+
+A repository appears and disappears by one rename, so a crash leaves it whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dulwich.errors import NotGitRepository
+from dulwich.repo import Repo
+
+from kernelpress.errors import HubError
+
+from .objects import ObjectCache, sync
+from .paths import KINDS, RepoId, RepoKind, is_name
+from .problems import conflict
+from .repository import DEFAULT_BRANCH, Repository, write_initial_commit
+
+_SETTINGS = "hub.json"
+# The Hub starts every repository with this file. Ours marks nothing: all files are plain git blobs here.
+_INITIAL_FILES = {".gitattributes": b"# This Hub keeps every file in git itself.\n"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the Hub knows about a repository besides its git content.
+
+    Args:
+        private: Visible only with a token.
+        created: Seconds since the epoch.
+    """
+
+    private: bool
+    created: int
+
+
+class Store:
+    """All repositories below a root directory.
+
+    Args:
+        root: The Hub's directory; created when missing. The caller holds its lock: nobody else writes there.
+
+    Raises:
+        HubError: The directory cannot be created or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._repos = root / "repos"
+        self._scratch = root / "tmp"
+        self._cache = ObjectCache()
+        self._open: dict[RepoId, Repository] = {}
+        self._lock = threading.Lock()
+        try:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            self._repos.mkdir(exist_ok=True)
+            _remove_stale_locks(self._repos)
+        except OSError as error:
+            raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
+
+    def create(self, repo: RepoId, *, private: bool, author: str) -> None:
+        """Create a repository with an initial commit on its default branch.
+
+        Raises:
+            Problem: 409 when it exists.
+        """
+        place = self._place(repo)
+        if place.exists():
+            raise _exists(repo)
+        with tempfile.TemporaryDirectory(prefix="repo-", dir=self._scratch) as scratch:
+            made = Path(scratch) / "made.git"
+            with Repo.init_bare(str(made), mkdir=True, default_branch=DEFAULT_BRANCH.encode()) as git:
+                write_initial_commit(git, _INITIAL_FILES, author, Path(scratch))
+            _write_settings(made, Settings(private=private, created=int(time.time())))
+            for folder, _, files in os.walk(made):
+                for name in files:
+                    sync(Path(folder) / name)
+                sync(Path(folder))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                if place.exists():
+                    raise _exists(repo)
+                os.rename(made, place)
+        for above in (place.parent, place.parent.parent, self._repos):
+            sync(above)
+
+    def delete(self, repo: RepoId) -> bool:
+        """Remove a repository and its history; returns False when there is none."""
+        place = self._place(repo)
+        with tempfile.TemporaryDirectory(
+            prefix="gone-", dir=self._scratch, ignore_cleanup_errors=True
+        ) as gone:
+            with self._lock:
+                self._open.pop(repo, None)
+                try:
+                    os.rename(place, Path(gone) / place.name)
+                except FileNotFoundError:
+                    return False
+            sync(place.parent)
+        return True
+
+    def get(self, repo: RepoId) -> Repository | None:
+        """The repository, or None when there is none."""
+        found = self._open.get(repo)
+        if found is not None:
+            return found
+        with self._lock:
+            try:
+                return self._open.setdefault(repo, Repository(self._place(repo), self._cache, self._scratch))
+            except NotGitRepository:
+                return None
+
+    def settings(self, repo: RepoId) -> Settings:
+        """Settings of an existing repository."""
+        return Settings(**json.loads((self._place(repo) / _SETTINGS).read_text(encoding="utf-8")))
+
+    def update(self, repo: RepoId, settings: Settings) -> None:
+        """Replace the settings of an existing repository."""
+        _write_settings(self._place(repo), settings)
+
+    def repositories(self, kind: RepoKind) -> Iterator[RepoId]:
+        """All repositories of a kind, sorted by name."""
+        base = self._repos / f"{kind}s"
+        for namespace in sorted(base.iterdir()) if base.exists() else ():
+            if not is_name(namespace.name):
+                continue
+            for place in sorted(namespace.glob("*.git")):
+                if is_name(place.stem):
+                    yield RepoId(kind, namespace.name, place.stem)
+
+    def namespaces(self) -> dict[str, list[RepoId]]:
+        """Every namespace that holds a repository, with its repositories."""
+        found: dict[str, list[RepoId]] = {}
+        for kind in KINDS.values():
+            for repo in self.repositories(kind):
+                found.setdefault(repo.namespace, []).append(repo)
+        return found
+
+    def _place(self, repo: RepoId) -> Path:
+        return self._repos / f"{repo.kind}s" / repo.namespace / f"{repo.name}.git"
+
+
+def _exists(repo: RepoId) -> Exception:
+    return conflict(f"You already created this {repo.kind} repo: {repo}")
+
+
+def _write_settings(folder: Path, settings: Settings) -> None:
+    aside = folder / f"{_SETTINGS}.new"
+    aside.write_text(json.dumps(asdict(settings), sort_keys=True) + "\n", encoding="utf-8")
+    sync(aside)
+    os.replace(aside, folder / _SETTINGS)
+    sync(folder)
+
+
+def _remove_stale_locks(repos: Path) -> None:
+    # dulwich locks a ref by creating a file; a Hub that was killed leaves it, and the ref could never move
+    # again. Whoever holds the root's lock may remove it: no other writer is alive.
+    for place in repos.glob("*/*/*.git"):
+        for lock in [*place.glob("*.lock"), *(place / "refs").rglob("*.lock")]:
+            lock.unlink()

@@ -1,0 +1,128 @@
+"""Access tokens, of which the Hub keeps only hashes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from kernelpress.errors import HubError
+
+from .objects import sync
+from .paths import is_name
+
+Scope = Literal["read", "write"]
+_FILE = "tokens.json"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was handed out.
+
+    Args:
+        name: User name of its holder.
+        scope: ``"read"`` or ``"write"``.
+        sha256: Hex digest of the secret.
+        created: Seconds since the epoch.
+    """
+
+    name: str
+    scope: Scope
+    sha256: str
+    created: int
+
+
+def create_token(root: Path, name: str, scope: Scope = "write") -> str:
+    """Hand out a new token for the Hub at ``root``, running or not.
+
+    Args:
+        root: The Hub's directory.
+        name: User name of the holder.
+        scope: ``"write"`` (which includes reading) or ``"read"``.
+
+    Returns:
+        The secret; it is shown this once and cannot be recovered.
+
+    Raises:
+        HubError: A bad name or scope, or a root that cannot be written.
+    """
+    if not is_name(name):
+        raise HubError(f"{name!r} is no valid token name: use letters, digits, '-', '_' and '.'")
+    if scope not in get_args(Scope):
+        raise HubError(f"{scope!r} is no token scope: use 'read' or 'write'")
+    secret = "kp_" + secrets.token_hex(20)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / f"{_FILE}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tokens = [*_read(root / _FILE), Token(name, scope, _digest(secret), int(time.time()))]
+            aside = root / f"{_FILE}.new"
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump({"tokens": [asdict(token) for token in tokens]}, file, indent=2)
+            sync(aside)
+            os.replace(aside, root / _FILE)
+            sync(root)
+    except OSError as error:
+        raise HubError(f"cannot store the token: {error.strerror}", path=root) from error
+    return secret
+
+
+class Tokens:
+    """The tokens of a Hub, read again whenever their file changes, so that new ones work at once.
+
+    Args:
+        root: The Hub's directory.
+
+    Raises:
+        HubError: The file is damaged.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / _FILE
+        self._lock = threading.Lock()
+        self._stamp: tuple[int, int, int] | None = None
+        self._by_digest: dict[str, Token] = {}
+        self.any_exist()
+
+    def find(self, secret: str) -> Token | None:
+        """The token with this secret, if it is known."""
+        return self._current().get(_digest(secret))
+
+    def any_exist(self) -> bool:
+        """Whether any token was ever handed out for this root."""
+        return bool(self._current())
+
+    def _current(self) -> dict[str, Token]:
+        with self._lock:
+            try:
+                status = self._path.stat()
+            except FileNotFoundError:
+                self._stamp, self._by_digest = None, {}
+                return self._by_digest
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if stamp != self._stamp:
+                self._by_digest = {token.sha256: token for token in _read(self._path)}
+                self._stamp = stamp
+            return self._by_digest
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read(path: Path) -> list[Token]:
+    try:
+        return [Token(**item) for item in json.loads(path.read_text(encoding="utf-8"))["tokens"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise HubError(
+            "the token file is damaged; mend it or delete it and create new tokens", path=path
+        ) from error

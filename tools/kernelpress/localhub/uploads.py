@@ -1,0 +1,124 @@
+"""How files get in: the preupload question and the commit that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+from dulwich.ignore import IgnoreFilter
+from dulwich.objects import Blob
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from .commits import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
+from .context import AsciiJSONResponse, endpoint, hub_of, json_object, segment, spooled_body, string
+from .paths import file_path, printable
+from .problems import Problem, bad_request, revision_not_found, too_large
+from .repository import Repository
+
+
+async def preupload(request: Request) -> Response:
+    body = await json_object(request)
+    return await run_in_threadpool(_preupload, request, body)
+
+
+def _preupload(request: Request, body: dict[str, object]) -> Response:
+    _refuse_pull_request(request)
+    git = hub_of(request).writable(request).git
+    commit = git.resolve(segment(request, "ref"))
+    files = body.get("files")
+    if not isinstance(files, list):
+        raise bad_request('"files" must be a list')
+    ignored = _gitignore(git, commit, body)
+    answers = []
+    for item in files:
+        if not isinstance(item, dict):
+            raise bad_request('each of "files" must be an object')
+        path = file_path(string(item, "path"))
+        size = item.get("size")
+        if not isinstance(size, int) or size < 0:
+            raise bad_request('"size" must be a whole number of bytes')
+        if size > MAX_FILE_BYTES:
+            raise too_large(
+                f"{printable(path)!r} has {size} bytes; this Hub takes files of up to {MAX_FILE_BYTES} bytes"
+            )
+        entry = git.entry(commit, path)
+        answers.append(
+            {
+                "path": path,
+                "uploadMode": "regular",
+                "shouldIgnore": _is_ignored(ignored, path),
+                # Lets the client leave out what has not changed.
+                "oid": entry.oid if entry is not None and entry.is_file else None,
+            }
+        )
+    return AsciiJSONResponse({"files": answers})
+
+
+async def commit(request: Request) -> Response:
+    _refuse_pull_request(request)
+    # Nothing is read from a caller who may not write.
+    await run_in_threadpool(hub_of(request).writable, request)
+    with await spooled_body(request, MAX_BODY_BYTES) as body:
+        return await run_in_threadpool(_commit, request, body)
+
+
+def _commit(request: Request, body: IO[bytes]) -> Response:
+    target = hub_of(request).writable(request)
+    branch = segment(request, "ref").removeprefix("refs/heads/")
+    if branch not in target.git.branches():
+        raise revision_not_found(printable(branch))
+    with target.git.batch() as batch:
+        parsed = parse_commit(_lines(body), lambda data: batch.add(Blob.from_string(data)))
+        oid = target.git.commit(
+            branch,
+            parsed.operations,
+            batch=batch,
+            message=parsed.message,
+            author=target.caller.name,
+            parent=parsed.parent,
+        )
+    url = f"{endpoint(request)}/{target.id.web_path}/commit/{oid}"
+    return AsciiJSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+
+
+def _refuse_pull_request(request: Request) -> None:
+    if request.query_params.get("create_pr") in ("1", "true"):
+        raise Problem(400, "the embedded Hub does not implement pull requests; commit to a branch instead")
+
+
+def _lines(body: IO[bytes]) -> Iterator[bytes]:
+    # One byte more than allowed is enough to see that a line is too long.
+    while line := body.readline(MAX_LINE_BYTES + 1):
+        yield line
+
+
+def _gitignore(git: Repository, commit: str, body: dict[str, object]) -> IgnoreFilter | None:
+    text = body.get("gitIgnore")
+    if isinstance(text, str):
+        data = text.encode("utf-8", "replace")
+    else:
+        entry = git.entry(commit, ".gitignore")
+        if entry is None or not entry.is_file:
+            return None
+        data = git.read(entry.oid)
+    lines = [line for line in data.splitlines() if line.strip() and not line.startswith(b"#")]
+    return IgnoreFilter(lines)
+
+
+def _is_ignored(ignored: IgnoreFilter | None, path: str) -> bool:
+    if ignored is None:
+        return False
+    elements = path.split("/")
+    folders = ["/".join(elements[:depth]) + "/" for depth in range(1, len(elements))]
+    # A file in an ignored folder is ignored, whatever later patterns say about it; git's rule too.
+    return any(ignored.is_ignored(candidate) for candidate in [*folders, path])
+
+
+def routes() -> Iterable[Route]:
+    """The routes of this module."""
+    repo = "/api/{kind}/{namespace}/{name}"
+    yield Route(repo + "/preupload/{ref}", preupload, methods=["POST"])
+    yield Route(repo + "/commit/{ref}", commit, methods=["POST"])
