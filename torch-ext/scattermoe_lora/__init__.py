@@ -1,0 +1,10 @@
+"""Fused mixture-of-experts kernels with LoRA that is never merged.
+
+``register()`` makes ``experts_implementation="scattermoe"`` available to transformers' models, and PEFT's LoRA on
+expert parameters runs fused in it. Importing the package needs torch alone.
+"""
+
+from .grouped_linear.api import grouped_linear
+from .integration.transformers import experts_forward, register, unregister
+
+__all__ = ["experts_forward", "grouped_linear", "register", "unregister"]

@@ -1,0 +1,18 @@
+"""Which implementation runs for a tensor: native CPU code, or Triton kernels."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve ``x``.
+
+    They do on GPUs. On a CPU they do only under Triton's interpreter (``TRITON_INTERPRET=1``), which exists to test
+    them without a GPU.
+    """
+    if x.device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return True

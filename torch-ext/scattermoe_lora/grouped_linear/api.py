@@ -1,0 +1,88 @@
+"""The public building block: a differentiable per-expert linear with optional low-rank factors."""
+
+from __future__ import annotations
+
+import torch
+
+from ..routing import sort_by_expert
+from .op import grouped_linear_forward
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    expert_index: torch.Tensor,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """``y[t, k] = (W[e] + scaling * B[e] A[e]) x[t]`` with ``e = expert_index[t, k]``, never forming the sum in brackets.
+
+    Differentiable in ``x``, ``weight``, ``lora_a`` and ``lora_b``; where ``weight`` does not require a gradient nothing
+    of its size is allocated, forward or backward. The same input gives the same bits.
+
+    Args:
+        x: ``[T, N_in]``, or ``[T, K, N_in]`` where each token-expert pair has a row of its own; float64, float32,
+            bfloat16 or float16, on the device of all other arguments.
+        weight: ``[E, N_out, N_in]``, dtype of ``x``.
+        expert_index: ``[T, K]``, int32 or int64. Values ``>= E`` are sentinels: zeros come out and no work is done.
+        lora_a: ``[E, r, N_in]``, any floating dtype; used in the dtype of ``x``.
+        lora_b: ``[E, N_out, r]``, likewise; given with ``lora_a`` or not at all.
+        scaling: Factor of the low-rank update (LoRA's ``alpha / r``).
+
+    Returns:
+        ``[T, K, N_out]``, dtype of ``x``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
+    """
+    _check(x, weight, expert_index, lora_a, lora_b)
+    tokens, top_k = expert_index.shape
+    if lora_a is not None and lora_b is not None:
+        lora_a = lora_a.to(x.dtype).contiguous()
+        lora_b = (lora_b * scaling).to(x.dtype).contiguous()
+    order, offsets = sort_by_expert(expert_index, weight.shape[0])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y, _ = grouped_linear_forward(rows, weight.contiguous(), lora_a, lora_b, order, offsets, top_k)
+    return y.view(tokens, top_k, weight.shape[1])
+
+
+def _expect(name: str, what: str, expected: object, got: object) -> None:
+    if expected != got:
+        raise ValueError(f"grouped_linear: {name}: expected {what} {expected}, got {got}")
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    expert_index: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+) -> None:
+    if expert_index.dim() != 2 or expert_index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "grouped_linear: expert_index: expected [T, K] of int32 or int64, "
+            f"got {list(expert_index.shape)} of {expert_index.dtype}"
+        )
+    if weight.dim() != 3 or 0 in weight.shape:
+        raise ValueError(f"grouped_linear: weight: expected [E, N_out, N_in], got {list(weight.shape)}")
+    experts, n_out, n_in = weight.shape
+    leading = list(expert_index.shape) if x.dim() == 3 else [expert_index.shape[0]]
+    _expect("x", "shape", [*leading, n_in], list(x.shape))
+    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"grouped_linear: x: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+    _expect("weight", "dtype of x,", x.dtype, weight.dtype)
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("grouped_linear: lora_a and lora_b are given together or not at all")
+    tensors = {"weight": weight, "expert_index": expert_index}
+    if lora_a is not None and lora_b is not None:
+        rank = lora_a.shape[1] if lora_a.dim() == 3 else 0
+        if rank == 0:
+            raise ValueError(
+                f"grouped_linear: lora_a: expected [E, r, N_in] with r >= 1, got {list(lora_a.shape)}"
+            )
+        _expect("lora_a", "shape", [experts, rank, n_in], list(lora_a.shape))
+        _expect("lora_b", "shape", [experts, n_out, rank], list(lora_b.shape))
+        tensors |= {"lora_a": lora_a, "lora_b": lora_b}
+    for name, tensor in tensors.items():
+        _expect(name, "device", x.device, tensor.device)

@@ -1,0 +1,112 @@
+"""Native CPU implementation: one expert at a time on a contiguous block of rows.
+
+Buffers of one expert's rows are allocated once a call and used again for every expert: they stay in cache, and the
+system is not asked for fresh pages, which costs more than the arithmetic on small experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def segments(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
+    """``(expert, start, end)`` of every expert that has rows, from ``offsets`` ``[E + 1]``."""
+    bounds = offsets.tolist()
+    return [
+        (e, start, end) for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)) if start < end
+    ]
+
+
+def most_rows(parts: list[tuple[int, int, int]]) -> int:
+    """Rows of the fullest expert: what a buffer must hold."""
+    return max((end - start for _, start, end in parts), default=0)
+
+
+def accumulator(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    """Zeros in which rows are summed: float32 at least, because a token's sum over its experts must not be rounded
+    once an expert."""
+    dtype = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
+    return like.new_zeros(shape, dtype=dtype)
+
+
+def per_expert(like: torch.Tensor, parts: list[tuple[int, int, int]]) -> torch.Tensor:
+    """An uninitialised ``[E, ...]`` like ``like`` in which the experts without rows are already zero."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    busy = {e for e, _, _ in parts}
+    for e in range(like.shape[0]):
+        if e not in busy:
+            out[e].zero_()
+    return out
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`scattermoe_lora.grouped_linear.op.grouped_linear_forward`."""
+    parts = segments(offsets)
+    pairs = order.shape[0]
+    y = x.new_zeros((pairs, weight.shape[1])) if offsets[-1] < pairs else x.new_empty((pairs, weight.shape[1]))
+    low = x.new_zeros((pairs, 0 if a is None else a.shape[1]))
+    rows_of = order if x.shape[0] == pairs else order // top_k
+    most = most_rows(parts)
+    x_buffer = x.new_empty((most, x.shape[1]))
+    y_buffer = y.new_empty((most, y.shape[1]))
+    for e, start, end in parts:
+        x_e, y_e = x_buffer[: end - start], y_buffer[: end - start]
+        torch.index_select(x, 0, rows_of[start:end], out=x_e)
+        torch.mm(x_e, weight[e].t(), out=y_e)
+        if a is not None and b is not None:
+            torch.mm(x_e, a[e].t(), out=low[start:end])
+            y_e.addmm_(low[start:end], b[e].t())
+        y.index_copy_(0, order[start:end], y_e)
+    return y, low
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    low: torch.Tensor,
+    top_k: int,
+    needs: list[bool],
+) -> list[torch.Tensor | None]:
+    """See :func:`scattermoe_lora.grouped_linear.op.grouped_linear_backward`."""
+    need_x, need_weight, need_a, need_b = needs
+    parts = segments(offsets)
+    rows_of = order if x.shape[0] == order.shape[0] else order // top_k
+    most = most_rows(parts)
+    dx = accumulator(x.shape, x) if need_x else None
+    d_weight = per_expert(weight, parts) if need_weight else None
+    da = per_expert(a, parts) if need_a and a is not None else None
+    db = per_expert(b, parts) if need_b and b is not None else None
+    dy_buffer = dy.new_empty((most, dy.shape[1]))
+    x_buffer = x.new_empty((most, x.shape[1]))
+    for e, start, end in parts:
+        rows = rows_of[start:end]
+        dy_e, x_e = dy_buffer[: end - start], x_buffer[: end - start]
+        torch.index_select(dy, 0, order[start:end], out=dy_e)
+        du = None if a is None or b is None else torch.mm(dy_e, b[e])
+        if d_weight is not None or da is not None:
+            torch.index_select(x, 0, rows, out=x_e)
+            if d_weight is not None:
+                torch.mm(dy_e.t(), x_e, out=d_weight[e])
+            if da is not None and du is not None:
+                torch.mm(du.t(), x_e, out=da[e])
+        if db is not None:
+            torch.mm(dy_e.t(), low[start:end], out=db[e])
+        if dx is not None:
+            dx_e = torch.mm(dy_e, weight[e], out=x_e)
+            if a is not None and du is not None:
+                dx_e.addmm_(du, a[e])
+            dx.index_add_(0, rows, dx_e.to(dx.dtype))
+    return [None if dx is None else dx.to(x.dtype), d_weight, da, db]

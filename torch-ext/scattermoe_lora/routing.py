@@ -1,0 +1,39 @@
+"""Sorting token-expert pairs by expert: the order that every grouped kernel walks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Routing(NamedTuple):
+    """Token-expert pairs sorted by expert.
+
+    A pair is numbered ``t * K + k``: the k-th choice of token t. Within an expert the pairs keep that order,
+    so that the same routing always gives the same sums, bit for bit.
+
+    Attributes:
+        order: ``[S]`` int64, the pair at each sorted position. Pairs of experts outside ``[0, E)`` (the sentinels of
+            expert parallelism) stand at the end, beyond ``offsets[E]``.
+        offsets: ``[E + 1]`` int64, where each expert's pairs start in ``order``; ``offsets[E]`` is the number of
+            pairs that have an expert here.
+    """
+
+    order: torch.Tensor
+    offsets: torch.Tensor
+
+
+def sort_by_expert(expert_index: torch.Tensor, num_experts: int) -> Routing:
+    """Sorts the pairs of ``expert_index`` by expert.
+
+    Args:
+        expert_index: ``[T, K]`` integers; values ``>= num_experts`` are sentinels that no expert here handles.
+        num_experts: E.
+
+    Returns:
+        The :class:`Routing`. Its shapes depend on ``T``, ``K`` and ``E`` alone, so nothing waits for the device.
+    """
+    sorted_index, order = torch.sort(expert_index.reshape(-1), stable=True)
+    experts = torch.arange(num_experts + 1, device=expert_index.device, dtype=sorted_index.dtype)
+    return Routing(order, torch.searchsorted(sorted_index, experts))
