@@ -4,7 +4,7 @@
 expert parameters runs fused in it. Importing the package needs torch alone.
 """
 
-from .grouped_linear.api import grouped_linear
 from .integration.transformers import experts_forward, register, unregister
+from .ops.grouped_linear.api import grouped_linear
 
 __all__ = ["experts_forward", "grouped_linear", "register", "unregister"]

@@ -74,7 +74,7 @@ def _is_fused(wrapper: Any, names: Collection[str]) -> bool:
 def active_factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The low-rank factors of a wrapper's active adapters, concatenated along the rank.
 
-    ``sum_i s_i B_i A_i = [s_1 B_1 ... s_n B_n] [A_1; ...; A_n]``, so that any number of adapters is one pair of factors.
+    ``sum_i s_i B_i A_i = [s_1 B_1 ... s_n B_n] [A_1; ...; A_n]``, so any number of adapters is one pair of factors.
 
     Args:
         wrapper: A ``peft.tuners.lora.layer.ParamWrapper`` on a parameter ``[E, N_out, N_in]``. PEFT keeps A as

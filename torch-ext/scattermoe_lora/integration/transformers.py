@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..experts.op import experts_forward as fused_experts
-from ..grouped_linear.op import grouped_linear_forward
-from ..routing import sort_by_expert
+from ..ops.experts.op import experts_forward as fused_experts
+from ..ops.grouped_linear.op import grouped_linear_forward
+from ..ops.routing import sort_by_expert
 from . import peft
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
@@ -32,7 +32,9 @@ def register(name: str = "scattermoe") -> None:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if name == "eager" or (name in ALL_EXPERTS_FUNCTIONS and ALL_EXPERTS_FUNCTIONS[name] is not experts_forward):
+    if name == "eager" or (
+        name in ALL_EXPERTS_FUNCTIONS and ALL_EXPERTS_FUNCTIONS[name] is not experts_forward
+    ):
         raise ValueError(
             f"register: name: transformers already has an experts implementation {name!r}; "
             "choose another name, or unregister the build that took it"
@@ -80,8 +82,9 @@ def experts_forward(
     Raises:
         NotImplementedError: The module's weight layout is not supported; the message names it.
     """
-    _check_layout(module)
-    gate_up, down = module.gate_up_proj, module.down_proj
+    experts: Any = module
+    _check_layout(experts)
+    gate_up, down = experts.gate_up_proj, experts.down_proj
     lora = lora or {}
     a1, b1 = lora.get("gate_up_proj", (None, None))
     a2, b2 = lora.get("down_proj", (None, None))
@@ -89,7 +92,7 @@ def experts_forward(
     # Under autocast the hidden states can come in float32 to weights in bfloat16; the weights' dtype decides, as in
     # transformers' own grouped_mm.
     x = hidden_states.to(gate_up.dtype).contiguous()
-    activation = _fused_activation(module)
+    activation = _fused_activation(experts)
     if activation is not None:
         inputs = (x, gate_up, down, top_k_weights, a1, b1, a2, b2)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -98,7 +101,7 @@ def experts_forward(
 
     top_k = top_k_index.shape[1]
     gate_up_out, _ = grouped_linear_forward(x, gate_up, a1, b1, order, offsets, top_k)
-    hidden = module._apply_gate(gate_up_out)
+    hidden = experts._apply_gate(gate_up_out)
     y, _ = grouped_linear_forward(hidden.contiguous(), down, a2, b2, order, offsets, top_k)
     weighted = y.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)

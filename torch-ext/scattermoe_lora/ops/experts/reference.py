@@ -30,7 +30,7 @@ def experts(
         routing_weights: ``[T, K]``.
         gate_up_lora_a, gate_up_lora_b: ``[E, r, H]`` and ``[E, 2I, r]``, the scaling already in ``b``, or None.
         down_lora_a, down_lora_b: ``[E, r, I]`` and ``[E, H, r]``, or None.
-        activation: One of :data:`scattermoe_lora.activation.ACTIVATIONS`.
+        activation: One of :data:`scattermoe_lora.ops.activation.ACTIVATIONS`.
 
     Returns:
         ``[T, H]``. Differentiable by autograd in every floating-point argument.

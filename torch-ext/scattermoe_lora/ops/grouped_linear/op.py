@@ -26,7 +26,7 @@ def grouped_linear_forward(
         x: ``[T, N_in]`` (a token's row serves its K pairs) or ``[S, N_in]``.
         weight: ``[E, N_out, N_in]``.
         a, b: ``[E, r, N_in]`` and ``[E, N_out, r]``, the scaling already in ``b``, or None.
-        order, offsets: ``[S]`` and ``[E + 1]``, the fields of a :class:`scattermoe_lora.routing.Routing`.
+        order, offsets: ``[S]`` and ``[E + 1]``, the fields of a :class:`scattermoe_lora.ops.routing.Routing`.
         top_k: K.
 
     Returns:

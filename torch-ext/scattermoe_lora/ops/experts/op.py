@@ -34,8 +34,8 @@ def experts_forward(
         routing_weights: ``[T, K]``, any floating dtype.
         gate_up_a, gate_up_b: ``[E, r1, H]`` and ``[E, 2I, r1]``, the scaling already in ``b``, or None.
         down_a, down_b: ``[E, r2, I]`` and ``[E, H, r2]``, or None.
-        order, offsets: ``[S]`` and ``[E + 1]``, the fields of a :class:`scattermoe_lora.routing.Routing`.
-        activation: One of :data:`scattermoe_lora.activation.ACTIVATIONS`.
+        order, offsets: ``[S]`` and ``[E + 1]``, the fields of a :class:`scattermoe_lora.ops.routing.Routing`.
+        activation: One of :data:`scattermoe_lora.ops.activation.ACTIVATIONS`.
         keep: Whether to return what the backward needs; otherwise the last three results are empty.
 
     Returns:

@@ -16,7 +16,7 @@ def grouped_linear(
     lora_b: torch.Tensor | None = None,
     scaling: float = 1.0,
 ) -> torch.Tensor:
-    """``y[t, k] = (W[e] + scaling * B[e] A[e]) x[t]`` with ``e = expert_index[t, k]``, never forming the sum in brackets.
+    """``y[t, k] = (W[e] + scaling * B[e] A[e]) x[t]`` with ``e = expert_index[t, k]``, never forming that sum.
 
     Differentiable in ``x``, ``weight``, ``lora_a`` and ``lora_b``; where ``weight`` does not require a gradient nothing
     of its size is allocated, forward or backward. The same input gives the same bits.

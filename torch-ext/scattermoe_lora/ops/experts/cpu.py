@@ -26,7 +26,7 @@ def forward(
     activation: str,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`scattermoe_lora.experts.op.experts_forward`."""
+    """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
     parts = segments(offsets)
     most = most_rows(parts)
     intermediate = down.shape[2]
@@ -82,7 +82,7 @@ def backward(
     activation: str,
     needs: list[bool],
 ) -> list[torch.Tensor | None]:
-    """See :func:`scattermoe_lora.experts.op.experts_backward`."""
+    """See :func:`scattermoe_lora.ops.experts.op.experts_backward`."""
     need_x, need_gate_up, need_down, need_weights, need_a1, need_b1, need_a2, need_b2 = needs
     parts = segments(offsets)
     most = most_rows(parts)

@@ -6,15 +6,15 @@ system is not asked for fresh pages, which costs more than the arithmetic on sma
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
 def segments(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
     """``(expert, start, end)`` of every expert that has rows, from ``offsets`` ``[E + 1]``."""
     bounds = offsets.tolist()
-    return [
-        (e, start, end) for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)) if start < end
-    ]
+    return [(e, start, end) for e, (start, end) in enumerate(pairwise(bounds)) if start < end]
 
 
 def most_rows(parts: list[tuple[int, int, int]]) -> int:
@@ -48,10 +48,14 @@ def forward(
     b: torch.Tensor | None,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`scattermoe_lora.grouped_linear.op.grouped_linear_forward`."""
+    """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
     parts = segments(offsets)
     pairs = order.shape[0]
-    y = x.new_zeros((pairs, weight.shape[1])) if offsets[-1] < pairs else x.new_empty((pairs, weight.shape[1]))
+    y = (
+        x.new_zeros((pairs, weight.shape[1]))
+        if offsets[-1] < pairs
+        else x.new_empty((pairs, weight.shape[1]))
+    )
     low = x.new_zeros((pairs, 0 if a is None else a.shape[1]))
     rows_of = order if x.shape[0] == pairs else order // top_k
     most = most_rows(parts)
@@ -80,7 +84,7 @@ def backward(
     top_k: int,
     needs: list[bool],
 ) -> list[torch.Tensor | None]:
-    """See :func:`scattermoe_lora.grouped_linear.op.grouped_linear_backward`."""
+    """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
     need_x, need_weight, need_a, need_b = needs
     parts = segments(offsets)
     rows_of = order if x.shape[0] == order.shape[0] else order // top_k

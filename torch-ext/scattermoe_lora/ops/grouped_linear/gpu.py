@@ -1,0 +1,197 @@
+"""Triton implementation: launches of the grouped GEMMs, composed to forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+
+
+def _precision() -> str:
+    """Full float32 unless the user allowed TF32, with the switch that torch's own matmul follows."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _block(size: int, largest: int) -> int:
+    """A power of two for ``size`` columns, at least 16 because that is the smallest side of a ``tl.dot``."""
+    return min(largest, max(16, triton.next_power_of_2(size)))
+
+
+def grouped_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    top_k: int | None = None,
+    low: torch.Tensor | None = None,
+    low_weight: torch.Tensor | None = None,
+    row_weight: torch.Tensor | None = None,
+    scatter: bool = False,
+) -> torch.Tensor:
+    """``x[row] W[e]^T (+ low[s] C[e]^T)`` for every pair.
+
+    Args:
+        x: Rows: ``[S, N_in]`` in sorted order if ``top_k`` is None, else the row of pair p is ``p // top_k``
+            (``top_k=1``: by pair).
+        weight: ``[E, N_out, N_in]``, any strides (a transposed view serves the backward).
+        low, low_weight: ``[S, r]`` in sorted order and ``[E, N_out, r]``, any strides; or None.
+        row_weight: ``[S]`` by pair, multiplies the result; or None.
+        scatter: Write by pair instead of in sorted order.
+
+    Returns:
+        ``[S, N_out]``; zero for pairs without an expert here.
+    """
+    num_experts, n_out, n_in = weight.shape
+    pairs = order.shape[0]
+    out = x.new_empty((pairs, n_out))
+    if pairs == 0:
+        return out
+    block_m = 16 if pairs <= 16 * num_experts else 64
+    block_n, block_k = _block(n_out, 64), _block(n_in, 32)
+    tiles_m = pairs // block_m + min(pairs, num_experts + 1)
+    low_strides = (0, 0, 0) if low_weight is None else low_weight.stride()
+    grouped_matmul_kernel[(tiles_m * triton.cdiv(n_out, block_n),)](
+        x,
+        weight,
+        x if low is None else low,
+        weight if low_weight is None else low_weight,
+        x if row_weight is None else row_weight,
+        out,
+        order,
+        offsets,
+        pairs,
+        num_experts,
+        n_out,
+        n_in,
+        0 if low is None else low.shape[1],
+        x.stride(0),
+        *weight.stride(),
+        *low_strides,
+        GATHER=top_k is not None,
+        TOP_K=top_k or 1,
+        SCATTER=scatter,
+        LOW_RANK=low is not None,
+        WEIGHTED=row_weight is not None,
+        EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
+        PRECISION=_precision(),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
+    return out
+
+
+def grouped_outer(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    top_k_p: int | None = None,
+    top_k_q: int | None = None,
+    row_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``sum over the pairs of expert e of p[row]^T q[row]``, the gradient of a per-expert matrix.
+
+    Args:
+        p, q: ``[*, N_p]`` and ``[*, N_q]``; rows as in :func:`grouped_matmul`, of one dtype.
+        top_k_p, top_k_q: None where the rows are in sorted order. If both are given they are equal.
+        row_weight: ``[S]`` by pair, multiplies each term; or None.
+
+    Returns:
+        ``[E, N_p, N_q]``; zero for experts without pairs.
+    """
+    num_experts = offsets.shape[0] - 1
+    n_p, n_q = p.shape[1], q.shape[1]
+    out = p.new_empty((num_experts, n_p, n_q))
+    block_p, block_q = _block(n_p, 64), _block(n_q, 64)
+    grouped_outer_kernel[(triton.cdiv(n_q, block_q), triton.cdiv(n_p, block_p), num_experts)](
+        p,
+        q,
+        p if row_weight is None else row_weight,
+        out,
+        order,
+        offsets,
+        n_p,
+        n_q,
+        p.stride(0),
+        q.stride(0),
+        GATHER_P=top_k_p is not None,
+        GATHER_Q=top_k_q is not None,
+        TOP_K=top_k_p or top_k_q or 1,
+        WEIGHTED=row_weight is not None,
+        PRECISION=_precision(),
+        BLOCK_P=block_p,
+        BLOCK_Q=block_q,
+        BLOCK_S=32,
+        num_warps=4,
+    )
+    return out
+
+
+def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
+    """``[S, N]`` by pair to ``[T, N]``: each token's rows summed in float32, in a fixed order."""
+    return by_pair.view(tokens, -1, by_pair.shape[1]).sum(dim=1)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
+    rows = 1 if x.shape[0] == order.shape[0] else top_k
+    low = x.new_empty((order.shape[0], 0)) if a is None else grouped_matmul(x, a, order, offsets, top_k=rows)
+    y = grouped_matmul(
+        x, weight, order, offsets, top_k=rows, low=None if a is None else low, low_weight=b, scatter=True
+    )
+    return y, low
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    low: torch.Tensor,
+    top_k: int,
+    needs: list[bool],
+) -> list[torch.Tensor | None]:
+    """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
+    need_x, need_weight, need_a, need_b = needs
+    rows = 1 if x.shape[0] == order.shape[0] else top_k
+    du = None if a is None or b is None else grouped_matmul(dy, b.mT, order, offsets, top_k=1)
+    dx = d_weight = da = db = None
+    if need_x:
+        dx = grouped_matmul(
+            dy,
+            weight.mT,
+            order,
+            offsets,
+            top_k=1,
+            low=du,
+            low_weight=None if a is None else a.mT,
+            scatter=True,
+        )
+        dx = sum_choices(dx, x.shape[0])
+    # Where x has one row a token and dy one a pair, the two gather differently; putting dy in sorted order first keeps
+    # the kernel at one divisor.
+    if need_weight or need_b:
+        dy = dy.index_select(0, order)
+    if need_weight:
+        d_weight = grouped_outer(dy, x, order, offsets, top_k_q=rows)
+    if need_a and du is not None:
+        da = grouped_outer(du, x, order, offsets, top_k_q=rows)
+    if need_b:
+        db = grouped_outer(dy, low, order, offsets)
+    return [dx, d_weight, da, db]

@@ -1,0 +1,162 @@
+"""Triton kernels: grouped GEMMs that gather and scatter rows by index.
+
+The scatter/gather formulation follows Tan et al., *Scattered Mixture-of-Experts Implementation* (2024): rows are read
+from where they stand and written to where they belong, so that neither a gathered nor a padded copy of the hidden
+states is made. The low-rank path ``U B^T`` is a second, short K loop into the same accumulator.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The segment and rows of one M tile: ``(segment, start, end)``.
+
+    Segments are the experts, then the pairs without an expert here (segment ``num_experts``). A tile never spans two
+    segments. A ``pid_m`` past the last tile gives an empty range. Each program counts all tiles itself: a few dozen
+    loads that hit the cache, against a schedule that another kernel would have to write first.
+    """
+    segment = tl.arange(0, EXPERTS_POW2)
+    start = tl.load(offsets_ptr + segment, mask=segment <= num_experts, other=0)
+    end = tl.load(offsets_ptr + segment + 1, mask=segment < num_experts, other=0)
+    end = tl.where(segment == num_experts, pairs, end)
+    tiles = tl.where(segment <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    tiles_through = tl.cumsum(tiles, axis=0)
+    found = tl.sum(((tiles_through <= pid_m) & (segment <= num_experts)).to(tl.int32), axis=0)
+    is_found = segment == found
+    first_tile = tl.sum(tl.where(is_found, tiles_through - tiles, 0), axis=0)
+    row = tl.sum(tl.where(is_found, start, 0), axis=0) + (pid_m - first_tile) * BLOCK_M
+    return found, row, tl.sum(tl.where(is_found, end, 0), axis=0)
+
+
+@triton.jit
+def grouped_matmul_kernel(
+    x_ptr,
+    w_ptr,
+    u_ptr,
+    b_ptr,
+    row_weight_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    pairs,
+    num_experts,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    stride_bn,
+    stride_br,
+    GATHER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCATTER: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    expert, row, end = _find_tile(pid // tiles_n, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+    if row >= end:
+        return
+    position = row + tl.arange(0, BLOCK_M)
+    in_tile = position < end
+    pair = tl.load(order_ptr + position, mask=in_tile, other=0)
+    n = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if expert < num_experts:
+        # 64-bit from here on: a stack of experts passes 2^31 elements.
+        x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
+        x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
+        w_tile = w_ptr + expert.to(tl.int64) * stride_we + n[None, :].to(tl.int64) * stride_wn
+        w_tile = w_tile + k[:, None].to(tl.int64) * stride_wk
+        for k0 in range(0, K, BLOCK_K):
+            in_k = k0 + k < K
+            x = tl.load(x_tile, mask=in_tile[:, None] & in_k[None, :], other=0.0)
+            w = tl.load(w_tile, mask=in_k[:, None] & (n[None, :] < N), other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            x_tile += BLOCK_K
+            w_tile += BLOCK_K * stride_wk
+        if LOW_RANK:
+            u_tile = u_ptr + position[:, None].to(tl.int64) * R + k[None, :]
+            b_tile = b_ptr + expert.to(tl.int64) * stride_be + n[None, :] * stride_bn + k[:, None] * stride_br
+            for r0 in range(0, R, BLOCK_K):
+                in_r = r0 + k < R
+                u = tl.load(u_tile, mask=in_tile[:, None] & in_r[None, :], other=0.0)
+                b = tl.load(b_tile, mask=in_r[:, None] & (n[None, :] < N), other=0.0)
+                acc = tl.dot(u, b, acc, input_precision=PRECISION)
+                u_tile += BLOCK_K
+                b_tile += BLOCK_K * stride_br
+        if WEIGHTED:
+            acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
+
+    out_row = (pair if SCATTER else position).to(tl.int64)
+    out_tile = out_ptr + out_row[:, None] * N + n[None, :]
+    tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & (n[None, :] < N))
+
+
+@triton.jit
+def grouped_outer_kernel(
+    p_ptr,
+    q_ptr,
+    row_weight_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    N_P,
+    N_Q,
+    stride_p,
+    stride_q,
+    GATHER_P: tl.constexpr,
+    GATHER_Q: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    expert = tl.program_id(2).to(tl.int64)
+    p_col = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    q_col = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), dtype=tl.float32)
+    # One program sums all rows of its expert in order: the same bits every time, and no atomics.
+    for s0 in range(start, end, BLOCK_S):
+        position = s0 + tl.arange(0, BLOCK_S)
+        in_rows = position < end
+        pair = tl.load(order_ptr + position, mask=in_rows, other=0)
+        p_row = (pair // TOP_K if GATHER_P else position).to(tl.int64)
+        q_row = (pair // TOP_K if GATHER_Q else position).to(tl.int64)
+        p = tl.load(
+            p_ptr + p_row[None, :] * stride_p + p_col[:, None],
+            mask=in_rows[None, :] & (p_col[:, None] < N_P),
+            other=0.0,
+        )
+        q = tl.load(
+            q_ptr + q_row[:, None] * stride_q + q_col[None, :],
+            mask=in_rows[:, None] & (q_col[None, :] < N_Q),
+            other=0.0,
+        )
+        if WEIGHTED:
+            weight = tl.load(row_weight_ptr + pair, mask=in_rows, other=0.0).to(tl.float32)
+            q = (q.to(tl.float32) * weight[:, None]).to(q_ptr.dtype.element_ty)
+        acc = tl.dot(p, q, acc, input_precision=PRECISION)
+    out_tile = out_ptr + expert * N_P * N_Q + p_col[:, None].to(tl.int64) * N_Q + q_col[None, :]
+    tl.store(
+        out_tile,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(p_col[:, None] < N_P) & (q_col[None, :] < N_Q),
+    )
