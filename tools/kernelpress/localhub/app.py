@@ -14,6 +14,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kernelpress.errors import HubError
+
 from . import accounts, api, cards, git_http, resolve, uploads
 from .context import AsciiJSONResponse, Caller, Hub, hub_of, named_repo, problem_response
 from .paths import printable
@@ -49,7 +51,9 @@ def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = Fal
             Problem: _on_problem,
             HTTPException: _on_unknown,
             NotGitRepository: _on_deleted,
+            HubError: _on_unusable,
             ClientDisconnect: _on_disconnect,
+            Exception: _on_crash,
         },
     )
     app.router.redirect_slashes = False
@@ -93,6 +97,17 @@ async def _on_unknown(request: Request, error: Exception) -> Response:
 async def _on_deleted(request: Request, error: Exception) -> Response:
     # The repository went away while the request was reading it.
     return problem_response(hub_of(request).repo_not_found(named_repo(request), Caller(None)))
+
+
+async def _on_unusable(request: Request, error: Exception) -> Response:
+    # The token file was damaged while the Hub runs. Refusing is the safe answer: nobody can tell who is
+    # allowed in.
+    return problem_response(Problem(503, str(error)))
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    # Starlette logs the traceback; the caller gets no part of it.
+    return problem_response(Problem(500, "the embedded Hub failed; its log says more"))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from dulwich.errors import NotGitRepository
+from dulwich.file import FileLocked
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo
@@ -22,6 +24,7 @@ from .trees import TreeEditor, TreeEntry
 DEFAULT_BRANCH = "main"
 _BRANCHES = "refs/heads/"
 _TAGS = "refs/tags/"
+_LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,23 @@ class Repository:
         self._identity = object()
         self._reading = threading.Lock()
         self._writing = threading.Lock()
+        self._retired = False
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep all other writers of this process out.
+
+        Raises:
+            NotGitRepository: The repository has been deleted.
+        """
+        with self._writing:
+            if self._retired:
+                raise NotGitRepository(str(self.path))
+            yield
+
+    def retire(self) -> None:
+        """Let no writer in any more: the repository is being deleted. Call it inside ``exclusive``."""
+        self._retired = True
 
     # Refs
 
@@ -154,9 +174,7 @@ class Repository:
         tag.tag_time = int(time.time())
         tag.tag_timezone = 0
         with self.batch() as batch:
-            oid = batch.add(tag)
-            batch.publish()
-        self._create_ref(_TAGS, name, oid, "tag")
+            self._create_ref(_TAGS, name, batch.add(tag), "tag", batch)
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch.
@@ -290,7 +308,7 @@ class Repository:
                 ``parent``, 400 or 404 when an operation does not apply.
         """
         ref = _BRANCHES + branch
-        with self._writing:
+        with self.exclusive():
             while True:
                 head = self._read_ref(ref)
                 if head is None:
@@ -335,19 +353,32 @@ class Repository:
 
     def _swap_ref(self, ref: str, old: str, new: str) -> bool:
         name = Ref(ref.encode("utf-8"))
-        moved = self._git.refs.set_if_equals(name, ObjectID(old.encode()), ObjectID(new.encode()))
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                moved = self._git.refs.set_if_equals(name, ObjectID(old.encode()), ObjectID(new.encode()))
+                break
+            except FileLocked:
+                # No writer of ours: somebody runs git in the repository's directory.
+                if time.monotonic() > deadline:
+                    raise conflict(f"another git process holds the lock of {ref}; try again") from None
+                time.sleep(0.02)
         if moved:
             sync((self.path / ref).parent)
         return bool(moved)
 
-    def _create_ref(self, base: str, name: str, oid: str, what: str) -> None:
-        with self._writing:
+    def _create_ref(
+        self, base: str, name: str, oid: str, what: str, batch: ObjectBatch | None = None
+    ) -> None:
+        with self.exclusive():
             for other in self._refs(base):
                 if other == name:
                     raise conflict(f"{what} {name!r} exists already")
                 # A ref is a file: "a" and "a/b" cannot both be.
                 if other.startswith(name + "/") or name.startswith(other + "/"):
                     raise conflict(f"{what} {name!r} cannot exist beside {what} {other!r}")
+            if batch is not None:
+                batch.publish()
             ref = base + name
             if not self._git.refs.add_if_new(Ref(ref.encode("utf-8")), ObjectID(oid.encode())):
                 raise conflict(f"{what} {name!r} exists already")
@@ -357,7 +388,7 @@ class Repository:
                 folder = folder.parent
 
     def _delete_ref(self, ref: str, name: str) -> None:
-        with self._writing:
+        with self.exclusive():
             oid = self._read_ref(ref)
             if oid is None:
                 raise revision_not_found(printable(name))

@@ -99,17 +99,19 @@ class Store:
 
     def delete(self, repo: RepoId) -> bool:
         """Remove a repository and its history; returns False when there is none."""
-        place = self._place(repo)
-        with tempfile.TemporaryDirectory(
-            prefix="gone-", dir=self._scratch, ignore_cleanup_errors=True
-        ) as gone:
-            with self._lock:
-                self._open.pop(repo, None)
-                try:
-                    os.rename(place, Path(gone) / place.name)
-                except FileNotFoundError:
-                    return False
-            sync(place.parent)
+        git = self.get(repo)
+        if git is None:
+            return False
+        with tempfile.TemporaryDirectory(prefix="gone-", dir=self._scratch) as gone:
+            try:
+                with git.exclusive(), self._lock:
+                    os.rename(git.path, Path(gone) / git.path.name)
+                    git.retire()
+                    del self._open[repo]
+            except NotGitRepository:
+                # Somebody else deleted it first.
+                return False
+            sync(git.path.parent)
         return True
 
     def get(self, repo: RepoId) -> Repository | None:
