@@ -37,3 +37,12 @@ def sort_by_expert(expert_index: torch.Tensor, num_experts: int) -> Routing:
     sorted_index, order = torch.sort(expert_index.reshape(-1), stable=True)
     experts = torch.arange(num_experts + 1, device=expert_index.device, dtype=sorted_index.dtype)
     return Routing(order, torch.searchsorted(sorted_index, experts))
+
+
+def refuse_negative_index(offsets: torch.Tensor) -> None:
+    """Raises ValueError where an expert index was negative: such pairs stand before the first expert's.
+
+    Looks on the CPU alone, where it costs nothing; on a GPU it would have to wait for the device.
+    """
+    if offsets.device.type == "cpu" and offsets[0] > 0:
+        raise ValueError(f"expert_index: expected values >= 0, got {int(offsets[0])} negative ones")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..routing import refuse_negative_index
 from . import cpu
 
 
@@ -42,6 +43,7 @@ def experts_forward(
         The output ``[T, H]``; then in sorted order the gate/up projection ``[S, 2I]`` and the low-rank intermediates
         ``x A^T`` of both projections, ``[S, r1]`` and ``[S, r2]``.
     """
+    refuse_negative_index(offsets)
     arguments = (x, gate_up, down, routing_weights, order, offsets)
     factors = (gate_up_a, gate_up_b, down_a, down_b)
     if dispatch.use_triton(x):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..routing import refuse_negative_index
 from . import cpu
 
 
@@ -33,6 +34,7 @@ def grouped_linear_forward(
         ``y`` ``[S, N_out]`` by pair, zero where no expert here handles it; and ``x A^T`` ``[S, r]`` in sorted order for
         the backward.
     """
+    refuse_negative_index(offsets)
     arguments = (x, weight, order, offsets, a, b, top_k)
     if dispatch.use_triton(x):
         from . import gpu

@@ -1,0 +1,104 @@
+"""The public building block, against the float64 reference. Runs natively, and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import AWKWARD, Shape, assert_close, low_rank, route
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def leaves(shape: Shape, per_pair: bool, sentinels: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+    a, b = low_rank(shape.experts, shape.intermediate, shape.hidden, shape.rank)
+    weight = torch.randn(shape.experts, shape.intermediate, shape.hidden) * shape.hidden**-0.5
+    rows = (shape.tokens, shape.top_k) if per_pair else (shape.tokens,)
+    return [t.requires_grad_() for t in (torch.randn(*rows, shape.hidden), weight, a, b)], route(
+        shape, sentinels
+    )
+
+
+@pytest.mark.parametrize("shape", AWKWARD, ids=str)
+@pytest.mark.parametrize("per_pair", [False, True])
+@pytest.mark.parametrize("sentinels", [False, True])
+def test_output_and_gradients_match_the_reference(kernel, submodule, shape, per_pair, sentinels) -> None:
+    (x, weight, a, b), index = leaves(shape, per_pair, sentinels)
+    y = kernel.grouped_linear(x, weight, index, a, b, scaling=0.75)
+    grad = torch.randn_like(y)
+    got = [y, *torch.autograd.grad(y, (x, weight, a, b), grad)]
+
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, a, b)]
+    reference = submodule("ops.grouped_linear.reference").grouped_linear(
+        wide[0], wide[1], index, wide[2], 0.75 * wide[3]
+    )
+    assert_close(got, [reference, *torch.autograd.grad(reference, wide, grad.double())], 2e-5)
+
+
+@given(
+    tokens=st.integers(1, 20),
+    experts=st.integers(1, 6),
+    top_k=st.integers(1, 3),
+    n_in=st.integers(1, 40),
+    n_out=st.integers(1, 40),
+)
+def test_any_shape_without_factors(kernel, submodule, tokens, experts, top_k, n_in, n_out) -> None:
+    index = torch.randint(0, experts + 1, (tokens, top_k))
+    x, weight = torch.randn(tokens, n_in), torch.randn(experts, n_out, n_in)
+    reference = submodule("ops.grouped_linear.reference").grouped_linear(x.double(), weight.double(), index)
+    assert_close([kernel.grouped_linear(x, weight, index)], [reference], 2e-5)
+
+
+def test_strided_and_expanded_inputs_are_handled(kernel, submodule) -> None:
+    index = torch.randint(0, 3, (5, 2))
+    x = torch.randn(1, 12).expand(5, 12)
+    weight = torch.randn(12, 8, 3).permute(2, 1, 0)
+    reference = submodule("ops.grouped_linear.reference").grouped_linear(x.double(), weight.double(), index)
+    assert_close([kernel.grouped_linear(x, weight, index)], [reference], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_index_dtypes(kernel, dtype) -> None:
+    index = torch.tensor([[0, 1]], dtype=dtype)
+    assert kernel.grouped_linear(torch.ones(1, 4), torch.ones(2, 3, 4), index).tolist() == [[[4.0] * 3] * 2]
+
+
+def test_only_the_gradients_asked_for_are_computed(kernel) -> None:
+    (x, weight, a, b), index = leaves(AWKWARD[1], False, False)
+    frozen = weight.detach()
+    kernel.grouped_linear(x, frozen, index, a, b).sum().backward()
+    assert frozen.grad is None
+    assert all(t.grad is not None for t in (x, a, b))
+
+
+X, WEIGHT, INDEX = torch.zeros(5, 8), torch.zeros(3, 6, 8), torch.zeros(5, 2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, WEIGHT, INDEX.float()), "expert_index: expected [T, K] of int32 or int64"),
+        ((X, WEIGHT, INDEX[0]), "expert_index: expected [T, K]"),
+        ((X, WEIGHT[0], INDEX), "weight: expected [E, N_out, N_in], got [6, 8]"),
+        ((X[:, :7], WEIGHT, INDEX), "x: expected shape [5, 8], got [5, 7]"),
+        ((X[:4], WEIGHT, INDEX), "x: expected shape [5, 8], got [4, 8]"),
+        (
+            (X.long(), WEIGHT.long(), INDEX),
+            "x: expected float64, float32, bfloat16 or float16, got torch.int64",
+        ),
+        ((X, WEIGHT.double(), INDEX), "weight: expected dtype of x, torch.float32, got torch.float64"),
+        ((X, WEIGHT, INDEX, torch.zeros(3, 2, 8)), "lora_a and lora_b are given together"),
+        (
+            (X, WEIGHT, INDEX, torch.zeros(3, 0, 8), torch.zeros(3, 6, 0)),
+            "lora_a: expected [E, r, N_in] with r >= 1",
+        ),
+        ((X, WEIGHT, INDEX, torch.zeros(3, 2, 9), torch.zeros(3, 6, 2)), "lora_a: expected shape [3, 2, 8]"),
+        ((X, WEIGHT, INDEX, torch.zeros(3, 2, 8), torch.zeros(3, 2, 6)), "lora_b: expected shape [3, 6, 2]"),
+        ((X, WEIGHT.to("meta"), INDEX), "weight: expected device cpu, got meta"),
+        ((X, WEIGHT, INDEX - 1), "expert_index: expected values >= 0, got 10 negative ones"),
+    ],
+)
+def test_bad_input_names_argument_expected_and_got(kernel, arguments, message) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernel.grouped_linear(*arguments)
