@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from urllib.parse import parse_qs, quote, urlencode
 
+from dulwich.errors import NotGitRepository
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -87,9 +89,11 @@ def list_repos(request: Request) -> Response:
     for repo in hub.store.repositories(_listed_kind(request)):
         if search in str(repo).lower() and author in (None, repo.namespace) and hub.visible(repo, caller):
             git = hub.store.get(repo)
-            if git is not None:
-                target = Target(repo, git, hub.store.settings(repo), caller)
-                found.append(_info(target, git.resolve(DEFAULT_BRANCH)))
+            # One that goes away in this moment is not listed.
+            with suppress(NotGitRepository, FileNotFoundError):
+                if git is not None:
+                    target = Target(repo, git, hub.store.settings(repo), caller)
+                    found.append(_info(target, git.resolve(DEFAULT_BRANCH)))
     if query.get("sort") == "lastModified":
         found.sort(key=lambda info: str(info["lastModified"]), reverse=True)
     return AsciiJSONResponse(found[:limit])

@@ -141,13 +141,13 @@ class Repository:
         if is_oid(revision):
             if isinstance(self._object_or_none(revision), Commit):
                 return revision
-            raise revision_not_found(revision)
+            raise self._no_revision(revision)
         full = revision.startswith((_BRANCHES, _TAGS))
         for ref in (revision,) if full else (_BRANCHES + revision, _TAGS + revision):
             oid = self._read_ref(ref)
             if oid is not None:
                 return self._peel(oid)
-        raise revision_not_found(printable(revision))
+        raise self._no_revision(revision)
 
     def create_branch(self, name: str, commit: str) -> None:
         """Point a new branch at ``commit``.
@@ -312,7 +312,7 @@ class Repository:
             while True:
                 head = self._read_ref(ref)
                 if head is None:
-                    raise revision_not_found(printable(branch))
+                    raise self._no_revision(branch)
                 if parent is not None and parent != head:
                     raise Problem(
                         412,
@@ -334,6 +334,12 @@ class Repository:
                     return new
 
     # Internals
+
+    def _no_revision(self, revision: str) -> Exception:
+        # Deleted under the request: then no revision is there, but that is not what the caller has to know.
+        if not self.path.exists():
+            return NotGitRepository(str(self.path))
+        return revision_not_found(printable(revision))
 
     def _refs(self, base: str) -> dict[str, str]:
         found = self._git.refs.as_dict(Ref(base.rstrip("/").encode()))
@@ -391,7 +397,7 @@ class Repository:
         with self.exclusive():
             oid = self._read_ref(ref)
             if oid is None:
-                raise revision_not_found(printable(name))
+                raise self._no_revision(name)
             self._git.refs.remove_if_equals(Ref(ref.encode("utf-8")), None)
             # The folder may have gone with its last ref; its parent's entry is what has to last then.
             folder = (self.path / ref).parent

@@ -125,22 +125,20 @@ def _locked(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    if not 0 <= port <= 65535:
+        raise HubError(f"cannot listen on port {port}: ports go from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (socket.gaierror, UnicodeError) as error:
         raise HubError(f"cannot listen on {host!r}: it is no address of this machine") from error
-    except OverflowError as error:
-        raise HubError(f"cannot listen on port {port}: ports go from 0 to 65535") from error
     with socket.socket(family, kind, protocol) as listener:
         # A stopped Hub's port can be taken again at once.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
             listener.listen(1024)
-        except OverflowError as error:
-            raise HubError(f"cannot listen on port {port}: ports go from 0 to 65535") from error
         except OSError as error:
             advice = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
             raise HubError(f"cannot listen on {host}:{port}: {error.strerror}{advice}") from error

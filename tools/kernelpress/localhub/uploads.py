@@ -15,7 +15,7 @@ from starlette.routing import Route
 from .commits import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
 from .context import AsciiJSONResponse, endpoint, hub_of, json_object, segment, spooled_body, string
 from .paths import file_path, printable
-from .problems import Problem, bad_request, revision_not_found, too_large
+from .problems import Problem, bad_request, too_large
 from .repository import Repository
 
 
@@ -68,8 +68,6 @@ async def commit(request: Request) -> Response:
 def _commit(request: Request, body: IO[bytes]) -> Response:
     target = hub_of(request).writable(request)
     branch = segment(request, "ref").removeprefix("refs/heads/")
-    if branch not in target.git.branches():
-        raise revision_not_found(printable(branch))
     with target.git.batch() as batch:
         parsed = parse_commit(_lines(body), lambda data: batch.add(Blob.from_string(data)))
         oid = target.git.commit(
