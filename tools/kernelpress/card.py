@@ -10,9 +10,7 @@ from pathlib import PurePosixPath
 import jinja2
 
 from kernelpress.errors import SourceError
-from kernelpress.source import Source
-from kernelpress.spec import Spec
-from kernelpress.variant import Build
+from kernelpress.variant import Build, Variant
 
 _DEFAULT = "card.md"
 
@@ -57,7 +55,7 @@ def render_card(build: Build, repo_id: str) -> str:
             python_depends=list(spec.python_depends),
             upstream=spec.upstream,
             source=spec.source,
-            functions=public_names(build.source, spec),
+            functions=public_names(build.variants[0]),
             variants=[{"name": each.name, "id": each.id} for each in build.variants],
             content_hash=build.content_hash,
             tree_hash=build.tree_hash,
@@ -69,11 +67,16 @@ def render_card(build: Build, repo_id: str) -> str:
         raise SourceError(f"the card cannot be rendered: {error.message}", path=path) from None
 
 
-def public_names(source: Source, spec: Spec) -> list[PublicName]:
-    """What ``__all__`` of the package holds, with signatures and first lines of docstrings."""
-    modules = {file.path: ast.parse(file.data) for file in source.files if file.path.endswith(".py")}
-    names = _all(modules["__init__.py"])
-    return [_describe(name, _definition(name, "__init__.py", modules)) for name in names]
+def public_names(variant: Variant) -> list[PublicName]:
+    """What ``__all__`` of the package holds, with signatures and first lines of docstrings.
+
+    Args:
+        variant: One with the package directly in it; there, all imports within the package are relative.
+    """
+    modules = {file.path: ast.parse(file.data) for file in variant.files if file.path.endswith(".py")}
+    return [
+        _describe(name, _definition(name, "__init__.py", modules)) for name in _all(modules["__init__.py"])
+    ]
 
 
 def _all(module: ast.Module) -> list[str]:

@@ -41,11 +41,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """A variant under examination. ``metadata`` is ``None`` where it cannot be parsed."""
+    """A variant under examination. ``metadata`` is ``None`` where ``unreadable`` says why."""
 
     directory: Path
     metadata: Metadata | None
     probed: Probed | None
+    unreadable: str = ""
 
     def find(self, message: str, fix: str, path: str = "", severity: Severity = "error") -> Finding:
         """A finding about a file of the variant; the rule's code is filled in by the rule."""
@@ -110,18 +111,15 @@ def check(build_dir: Path) -> list[Finding]:
 def _subject(directory: Path) -> Subject:
     try:
         metadata = Metadata.read_from_file(directory / METADATA)
-    except ValueError:
-        return Subject(directory, None, None)
+    except (OSError, ValueError) as error:
+        return Subject(directory, None, None, str(error))
     return Subject(directory, metadata, probe(directory))
 
 
 @rule("KP101", "metadata.json parses with the loader's parser")
 def metadata_parses(subject: Subject) -> Iterator[Finding]:
     if subject.metadata is None:
-        try:
-            Metadata.read_from_file(subject.directory / METADATA)
-        except ValueError as error:
-            yield subject.find(f"the loader cannot read the metadata: {error}", _REBUILD, METADATA)
+        yield subject.find(f"the loader cannot read the metadata: {subject.unreadable}", _REBUILD, METADATA)
     elif subject.metadata.version is None:
         yield subject.find("the metadata has no version", _REBUILD, METADATA)
 

@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+token = typer.Typer(help="Tokens of a Hub of your own.", no_args_is_help=True)
+app.add_typer(token, name="token")
 Directory = Annotated[Path, typer.Argument(metavar="[DIR]", help="The directory that holds build.toml.")]
 
 
@@ -113,6 +115,18 @@ def serve(
     from kernelpress.localhub import serve as run
 
     run(root, host, port, trust or [])
+
+
+@token.command("create")
+def create_token(
+    name: Annotated[str, typer.Argument(help="Whose token it is.")],
+    root: Annotated[Path, typer.Option(help="The Hub's directory.")] = Path(".hub"),
+    read_only: Annotated[bool, typer.Option("--read-only", help="Do not allow writing.")] = False,
+) -> None:
+    """Make a token; it is shown this once. From then on writing to the Hub takes one."""
+    from kernelpress.localhub import create_token as make
+
+    print(make(root, name, "read" if read_only else "write"))
 
 
 def main() -> None:

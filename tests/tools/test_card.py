@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tomli
+from kernelpress.card import public_names, render_card
+from kernelpress.errors import SourceError
+from kernelpress.spec import load_spec
+from kernelpress.variant import build
+
+
+def card(root: Path) -> str:
+    return render_card(build(load_spec(root)), "org/demo-kernel")
+
+
+def test_public_functions_are_found_through_imports_with_signature_and_summary(make_kernel):
+    variant = build(load_spec(make_kernel())).variants[0]
+    names = {each.name: each for each in public_names(variant)}
+    assert list(names) == ["label", "scale", "twice"]
+    assert names["twice"].signature == "twice(x: torch.Tensor) -> torch.Tensor"
+    assert names["twice"].summary == "Twice ``x``."
+    assert names["label"].signature == "label() -> str"
+    assert names["scale"].signature == "scale(x, by: float=common.DEFAULT)"
+
+
+def test_a_name_that_is_no_function_stands_by_itself(make_kernel):
+    text = "from .nowhere import lost\nSIZE = 3\n__all__ = ('SIZE', 'lost')\n"
+    variant = build(load_spec(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))).variants[0]
+    assert [(each.name, each.signature) for each in public_names(variant)] == [
+        ("SIZE", ""), ("lost", "")
+    ]  # fmt: skip
+
+
+def test_the_default_card_says_how_to_use_the_kernel_and_what_it_holds(make_kernel):
+    root = make_kernel()
+    made = build(load_spec(root))
+    text = render_card(made, "org/demo-kernel")
+    assert text.startswith("---\nlibrary_name: kernels\nlicense: mit\ntags:\n  - kernels\n")
+    assert 'get_kernel("org/demo-kernel", version=1)' in text
+    assert "`twice(x: torch.Tensor) -> torch.Tensor`: Twice ``x``." in text
+    assert made.content_hash in text
+    assert all(variant.id in text for variant in made.variants)
+
+
+def test_a_card_of_the_kernels_own_replaces_or_extends_the_default(make_kernel):
+    assert card(make_kernel("own", **{"CARD.md": "# {{ name }} v{{ version }}\n"})) == "# demo-kernel v1\n"
+    extended = card(
+        make_kernel("more", **{"CARD.md": '{% extends "card.md" %}{% block about %}Mine.\n{% endblock %}'})
+    )
+    assert "Mine.\n" in extended
+    assert "## Builds" in extended
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ("# x\n{% if %}\n", 2, "no valid template"),
+        ("{{ nonsense }}\n", None, "nonsense"),
+        ('{% extends "other.md" %}\n', None, "other.md"),
+    ],
+)
+def test_a_card_that_is_no_template_is_refused(make_kernel, text, line, part):
+    with pytest.raises(SourceError, match=part) as caught:
+        card(make_kernel(**{"CARD.md": text}))
+    assert caught.value.path is not None
+    assert (caught.value.path.name, caught.value.line) == ("CARD.md", line)
+
+
+def test_the_repositorys_own_card_renders(tmp_path):
+    root = Path(__file__).parents[2]
+    version = tomli.loads((root / "build.toml").read_text())["general"]["version"]
+    assert f"version={version}" in render_card(
+        build(load_spec(root), out=tmp_path / "build"), "org/scattermoe-lora"
+    )

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from kernelpress.check import RULES, Finding, check
+from kernelpress.errors import CheckError
+from kernelpress.spec import load_spec
+from kernelpress.variant import build
+
+PACKAGE = "torch-ext/demo_kernel"
+
+
+def built(root: Path, only: str = "torch-cpu") -> Path:
+    """A build with a single variant, since each one costs a process that imports torch."""
+    directory = build(load_spec(root)).directory
+    for variant in directory.iterdir():
+        if only and variant.name != only:
+            for path in sorted(variant.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            variant.rmdir()
+    return directory
+
+
+def codes(found: list[Finding]) -> list[str]:
+    return [each.code for each in found]
+
+
+def test_a_good_build_has_no_findings_in_any_variant(make_kernel):
+    assert check(built(make_kernel(), only="")) == []
+
+
+def test_checking_leaves_no_bytecode_in_the_build(make_kernel):
+    directory = built(make_kernel())
+    before = sorted(directory.rglob("*"))
+    check(directory)
+    assert sorted(directory.rglob("*")) == before
+
+
+@pytest.mark.parametrize("where", ["nowhere", "."])
+def test_without_a_build_there_is_one_message(tmp_path, where):
+    with pytest.raises(CheckError, match="there is no build here"):
+        check(tmp_path / where)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("backend", {"type": "universal"}), ("id", None), ("python-depends", None)]
+)
+def test_metadata_that_the_loader_refuses_is_found(make_kernel, key, value):
+    path = built(make_kernel()) / "torch-cpu" / "metadata.json"
+    fields = json.loads(path.read_bytes())
+    if value is None:
+        del fields[key]
+    else:
+        fields[key] = value
+    path.write_text(json.dumps(fields))
+    found = check(path.parent.parent)
+    assert codes(found) == ["KP101"]
+    assert found[0].path == path
+
+
+def test_missing_metadata_is_found(make_kernel):
+    directory = built(make_kernel())
+    (directory / "torch-cpu" / "metadata.json").unlink()
+    assert codes(check(directory)) == ["KP101"]
+
+
+def test_a_changed_a_missing_and_an_added_file_are_found(make_kernel):
+    directory = built(make_kernel())
+    variant = directory / "torch-cpu"
+    (variant / "ops" / "common.py").write_text("DEFAULT = 4.0\n")
+    (variant / "_ops.py").unlink()
+    (variant / "added.py").write_text("")
+    found = check(directory)
+    assert codes(found) == ["KP102"] * 3
+    said = " ".join(each.message for each in found)
+    assert all(name in said for name in ("ops/common.py", "_ops.py", "added.py"))
+
+
+def test_bytecode_links_and_hidden_files_are_found(make_kernel):
+    directory = built(make_kernel())
+    variant = directory / "torch-cpu"
+    (variant / "__pycache__").mkdir()
+    (variant / "__pycache__" / "twice.cpython-311.pyc").write_bytes(b"")
+    (variant / ".hidden").write_text("")
+    (variant / "link.py").symlink_to("twice.py")
+    found = [each for each in check(directory) if each.code == "KP103"]
+    assert {each.path.name for each in found} == {
+        "__pycache__",
+        "twice.cpython-311.pyc",
+        ".hidden",
+        "link.py",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("import torch\nimport module_of_the_project\n", "No module named 'module_of_the_project'", 2),
+        ("x = 1\nraise RuntimeError('on import')\n", "RuntimeError: on import", 2),
+        ("import sys\nsys.exit(3)\n", "SystemExit: 3", 2),
+        ("import os\nos._exit(4)\n", "ended with status 4", None),
+    ],
+)
+def test_a_variant_that_does_not_load_is_found_with_the_line(make_kernel, text, message, line):
+    directory = built(make_kernel(**{f"{PACKAGE}/twice.py": text}))
+    (found,) = check(directory)
+    assert (found.code, found.severity, found.line) == ("KP201", "error", line)
+    assert message in found.message
+    if line is not None:
+        assert found.path == (directory / "torch-cpu" / "twice.py").resolve()
+
+
+def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, monkeypatch):
+    root = make_kernel(**{f"{PACKAGE}/twice.py": "import helper\n", "helper.py": ""})
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.chdir(root)
+    assert codes(check(built(root))) == ["KP201"]
+
+
+def test_the_kernels_code_does_not_see_tokens(make_kernel, monkeypatch):
+    leak = "import os\nassert not [key for key in os.environ if 'TOKEN' in key and key.startswith('HF')]\n"
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{leak}DEFAULT = 3.0\n"})
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert check(built(root)) == []
+
+
+def test_a_dependency_that_is_not_installed_makes_a_warning(make_kernel):
+    root = make_kernel()
+    text = (
+        (root / "build.toml")
+        .read_text()
+        .replace("edition = 5\n", 'edition = 5\npython-depends = ["tvm-ffi"]\n')
+    )
+    (root / "build.toml").write_text(text)
+    (found,) = check(built(root))
+    assert (found.code, found.severity) == ("KP201", "warning")
+    assert "tvm-ffi" in found.message
+
+
+def test_a_package_without_all_is_found(make_kernel):
+    assert codes(check(built(make_kernel(**{f"{PACKAGE}/__init__.py": "x = 1\n"})))) == ["KP202"]
+
+
+def test_a_public_name_that_is_not_there_is_found(make_kernel):
+    text = "from .twice import twice\n__all__ = ['twice', 'thrice']\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": text})))
+    assert found.code == "KP202"
+    assert "'thrice'" in found.message
+
+
+def test_an_operator_outside_of_the_builds_namespace_is_found(make_kernel):
+    hidden = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{hidden}DEFAULT = 3.0\n"})
+    (found,) = check(built(root))
+    assert found.code == "KP203"
+    assert "aten::demo_extra" in found.message
+
+
+def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(make_kernel):
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import torch._dynamo\nDEFAULT = 3.0\n"})
+    assert check(built(root)) == []
+
+
+def test_every_rule_has_a_code_of_its_own_and_a_title():
+    assert len({rule.code for rule in RULES}) == len(RULES)
+    assert all(rule.title for rule in RULES)

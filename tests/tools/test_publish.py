@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from dulwich import porcelain
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.hf_api import RepoFile
+from kernelpress.errors import PublishError
+from kernelpress.localhub import RunningHub, create_token, running_hub
+from kernelpress.publish import hub as client
+from kernelpress.publish import plan, publish
+from kernelpress.spec import load_spec
+from kernelpress.variant import Build, build
+
+PACKAGE = "torch-ext/demo_kernel"
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_developers_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    with running_hub(tmp_path_factory.mktemp("hub"), trust=["org"]) as running:
+        yield running
+
+
+@pytest.fixture
+def api(server: RunningHub) -> HfApi:
+    return client(server.endpoint)
+
+
+@pytest.fixture
+def repo() -> str:
+    return f"org/demo-{next(_numbers)}"
+
+
+def make(root: Path) -> Build:
+    return build(load_spec(root))
+
+
+def edit(root: Path, path: str, old: str, new: str) -> None:
+    text = (root / path).read_text()
+    assert old in text
+    (root / path).write_text(text.replace(old, new))
+
+
+def heads(api: HfApi, repo: str) -> dict[str, str]:
+    return {each.name: each.target_commit for each in api.list_repo_refs(repo, repo_type="kernel").branches}
+
+
+def files(api: HfApi, repo: str, revision: str) -> set[str]:
+    tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type="kernel")
+    return {entry.path for entry in tree if isinstance(entry, RepoFile)}
+
+
+def content(api: HfApi, repo: str, path: str, revision: str, where: Path) -> str:
+    return Path(
+        api.hf_hub_download(repo, path, repo_type="kernel", revision=revision, local_dir=where / revision)
+    ).read_text()
+
+
+def commits(api: HfApi, repo: str, branch: str) -> int:
+    return len(api.list_repo_commits(repo, repo_type="kernel", revision=branch))
+
+
+LOAD = """
+import sys, torch
+from kernels import get_kernel
+kernel = get_kernel(sys.argv[1], version=int(sys.argv[2]))
+print(kernel.__name__, kernel.twice(torch.ones(1)).item())
+"""
+
+
+def test_the_unmodified_loader_fetches_and_runs_what_was_published(make_kernel, api, repo, server, run_clean):
+    made = make(make_kernel())
+    done = publish(made, repo, api)
+    assert [branch.name for branch in done.branches] == ["v1", "main"]
+    loaded = run_clean(LOAD, repo, "1", HF_ENDPOINT=server.endpoint)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout == f"{made.variants[0].id} 2.0\n"
+
+
+def test_both_branches_hold_the_card_and_the_build_and_nothing_else(make_kernel, api, repo):
+    made = make(make_kernel())
+    publish(made, repo, api)
+    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
+    for branch in ("v1", "main"):
+        assert files(api, repo, branch) - {".gitattributes"} == {*wanted, "README.md"}
+
+
+def test_each_branch_gets_one_commit(make_kernel, api, repo):
+    api.create_repo(repo, repo_type="kernel")
+    before = commits(api, repo, "main")
+    publish(make(make_kernel()), repo, api)
+    assert {branch: commits(api, repo, branch) - before for branch in ("v1", "main")} == {"v1": 1, "main": 1}
+    assert set(heads(api, repo)) == {"v1", "main"}
+
+
+def test_second_publish_of_same_sources_commits_nothing(make_kernel, api, repo):
+    root = make_kernel()
+    first = publish(make(root), repo, api)
+    before = heads(api, repo)
+    second = publish(make(root), repo, api)
+    assert all(branch.changed for branch in first.branches)
+    assert not any(branch.changed for branch in second.branches)
+    assert [branch.commit for branch in second.branches] == [before["v1"], before["main"]]
+    assert heads(api, repo) == before
+
+
+def test_a_new_commit_of_the_same_sources_publishes_nothing(make_kernel, api, repo):
+    root = make_kernel()
+    porcelain.init(str(root))
+    everything = [str(path) for path in root.rglob("*") if path.is_file() and ".git" not in path.parts]
+    builds = []
+    for message in (b"one", b"two"):
+        porcelain.add(str(root), everything)
+        porcelain.commit(str(root), message=message, author=b"A <a@b>", committer=b"A <a@b>")
+        builds.append(make(root))
+    assert builds[0].variants != builds[1].variants, "the metadata names the commit"
+    publish(builds[0], repo, api)
+    before = heads(api, repo)
+    publish(builds[1], repo, api)
+    assert heads(api, repo) == before
+
+
+def test_a_changed_source_is_published_with_its_metadata(make_kernel, api, repo, tmp_path):
+    root = make_kernel()
+    publish(make(root), repo, api)
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
+    made = make(root)
+    publish(made, repo, api)
+    for branch in ("v1", "main"):
+        where = tmp_path / "got"
+        assert "FACTOR = 20" in content(api, repo, "build/torch-cpu/twice.py", branch, where)
+        assert made.variants[0].id in content(api, repo, "build/torch-cpu/metadata.json", branch, where)
+
+
+def test_files_gone_from_the_build_go_from_the_branch_and_others_stay(make_kernel, api, repo):
+    root = make_kernel(**{f"{PACKAGE}/extra.py": "X = 1\n"})
+    publish(make(root), repo, api)
+    for branch in ("v1", "main"):
+        api.create_commit(
+            repo,
+            [CommitOperationAdd("notes.md", b"mine"), CommitOperationAdd("build/stray.txt", b"?")],
+            commit_message="by hand", repo_type="kernel", revision=branch,
+        )  # fmt: skip
+    (root / PACKAGE / "extra.py").unlink()
+    edit(root, "build.toml", ', "cuda"', "")
+    publish(make(root), repo, api)
+    for branch in ("v1", "main"):
+        there = files(api, repo, branch)
+        assert "notes.md" in there
+        assert not [path for path in there if "extra.py" in path or "torch-cuda" in path or "stray" in path]
+
+
+def test_main_follows_the_newest_version_and_is_never_downgraded(make_kernel, api, repo, tmp_path):
+    old, new = make_kernel("old"), make_kernel("new")
+    edit(new, "build.toml", "version = 1", "version = 2")
+    publish(make(old), repo, api)
+    publish(make(new), repo, api)
+    before = heads(api, repo)
+    edit(old, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
+    done = publish(make(old), repo, api)
+    after = heads(api, repo)
+    assert [branch.name for branch in done.branches] == ["v1"]
+    assert done.newer == 2
+    assert (after["main"], after["v2"]) == (before["main"], before["v2"])
+    assert after["v1"] != before["v1"]
+    assert '"version": 2' in content(api, repo, "build/torch-cpu/metadata.json", "main", tmp_path)
+
+
+def test_versions_are_compared_as_numbers(make_kernel, api, repo):
+    root = make_kernel()
+    for version in (9, 10):
+        edit(root, "build.toml", f"version = {version - 1 if version == 10 else 1}", f"version = {version}")
+        assert publish(make(root), repo, api).newer is None
+
+
+def test_an_older_version_published_late_gets_a_branch_without_touching_main(make_kernel, api, repo):
+    root = make_kernel()
+    edit(root, "build.toml", "version = 1", "version = 2")
+    publish(make(root), repo, api)
+    before = heads(api, repo)
+    edit(root, "build.toml", "version = 2", "version = 1")
+    publish(make(root), repo, api)
+    after = heads(api, repo)
+    assert after.keys() == {"main", "v1", "v2"}
+    assert {name: after[name] for name in before} == before
+
+
+def test_planning_changes_nothing(make_kernel, api, repo):
+    api.create_repo(repo, repo_type="kernel")
+    before = heads(api, repo)
+    todo = plan(make(make_kernel()), repo, api)
+    assert [(branch.name, branch.exists, branch.unchanged) for branch in todo.branches] == [
+        ("v1", False, False), ("main", True, False)
+    ]  # fmt: skip
+    assert heads(api, repo) == before
+
+
+class Watched(HfApi):
+    """The real client, which calls back before each step that changes the Hub."""
+
+    before_step: Callable[[str], None] = staticmethod(lambda step: None)
+
+    def create_branch(self, *args, **kwargs):
+        self.before_step("create_branch")
+        return super().create_branch(*args, **kwargs)
+
+    def create_commit(self, *args, **kwargs):
+        self.before_step("create_commit")
+        return super().create_commit(*args, **kwargs)
+
+
+def test_a_reader_of_a_new_version_never_sees_another_tree(make_kernel, server, repo):
+    made = make(make_kernel())
+    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
+    api = Watched(endpoint=server.endpoint)
+    seen = []
+
+    def look(step: str) -> None:
+        if "v1" in heads(api, repo):
+            seen.append(wanted <= files(api, repo, "v1"))
+
+    api.before_step = look
+    publish(made, repo, api)
+    look("end")
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("branch", ["v1", "main"])
+def test_a_branch_that_moves_meanwhile_is_not_overwritten(make_kernel, server, repo, branch):
+    root = make_kernel()
+    api = Watched(endpoint=server.endpoint)
+    publish(make(root), repo, api)
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
+    other = client(server.endpoint)
+    moved: list[str] = []
+
+    def interfere(step: str) -> None:
+        if not moved:
+            note = [CommitOperationAdd("note.md", b"theirs")]
+            made = other.create_commit(
+                repo, note, commit_message="theirs", repo_type="kernel", revision=branch
+            )
+            moved.append(made.oid)
+
+    api.before_step = interfere
+    with pytest.raises(PublishError, match="somebody else changed") as caught:
+        publish(make(root), repo, api)
+    assert heads(api, repo)[branch] == moved[0]
+    assert ("published before that: v1" in str(caught.value)) == (branch == "main")
+    publish(make(root), repo, other)
+    assert "note.md" in files(other, repo, branch)
+
+
+def test_a_version_made_by_somebody_else_meanwhile_is_not_overwritten(make_kernel, server, repo):
+    api, other = Watched(endpoint=server.endpoint), client(server.endpoint)
+    theirs: list[str] = []
+
+    def interfere(step: str) -> None:
+        if step == "create_commit" and not theirs:
+            other.create_branch(repo, branch="v1", repo_type="kernel")
+            theirs.append(heads(other, repo)["v1"])
+
+    api.before_step = interfere
+    with pytest.raises(PublishError, match="somebody else changed"):
+        publish(make(make_kernel()), repo, api)
+    assert heads(api, repo).keys() == {"main", "v1"}
+    assert heads(api, repo)["v1"] == theirs[0]
+
+
+def test_publishing_again_finishes_what_was_interrupted_at_any_step(make_kernel, server, tmp_path):
+    made = make(make_kernel())
+    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
+    for stop_at in range(4):
+        repo = f"org/interrupted-{stop_at}"
+        api, steps = Watched(endpoint=server.endpoint), itertools.count()
+
+        def stop(step: str, steps: Iterator[int] = steps, stop_at: int = stop_at) -> None:
+            if next(steps) == stop_at:
+                raise KeyboardInterrupt
+
+        api.before_step = stop
+        with pytest.raises(KeyboardInterrupt):
+            publish(made, repo, api)
+        for branch in heads(api, repo).keys() & {"v1"}:
+            assert wanted <= files(api, repo, branch)
+        publish(made, repo, client(server.endpoint))
+        assert heads(api, repo).keys() == {"main", "v1"}
+        assert all(wanted <= files(api, repo, branch) for branch in ("main", "v1"))
+
+
+def test_publishers_at_once_never_mix_their_trees(make_kernel, api, repo, server, tmp_path):
+    roots = []
+    for number in range(3):
+        root = make_kernel(f"at-once-{number}")
+        edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", f"FACTOR = {number + 5}")
+        (root / PACKAGE / f"only_{number}.py").write_text("")
+        roots.append(root)
+    publish(make(make_kernel()), repo, api)
+    environment = os.environ | {"HF_ENDPOINT": server.endpoint}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "kernelpress", "publish", str(root), "--repo-id", repo],
+            env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for root in roots
+    ]  # fmt: skip
+    messages = [process.communicate()[1] for process in processes]
+    assert all(
+        process.returncode == 0 or message.startswith("error: ")
+        for process, message in zip(processes, messages, strict=True)
+    ), messages
+    trees = [
+        {f"build/{variant.name}/{file.path}" for variant in make(root).variants for file in variant.files}
+        for root in roots
+    ]
+    for branch in ("v1", "main"):
+        assert {path for path in files(api, repo, branch) if path.startswith("build/")} in trees
+
+
+def test_a_dirty_tree_is_said_in_the_card(make_kernel, api, repo, tmp_path):
+    root = make_kernel()
+    porcelain.init(str(root))
+    porcelain.add(str(root), [str(root / "build.toml")])
+    porcelain.commit(str(root), message=b"x", author=b"A <a@b>", committer=b"A <a@b>")
+    publish(make(root), repo, api)
+    assert "uncommitted changes" in content(api, repo, "README.md", "v1", tmp_path)
+
+
+def test_a_private_repository_is_made_on_request(make_kernel, tmp_path):
+    made = make(make_kernel())
+    with running_hub(tmp_path / "hub", trust=["org"]) as running:
+        token = create_token(running.root, "me")
+        publish(made, None, HfApi(endpoint=running.endpoint, token=token), private=True)
+        with pytest.raises(PublishError, match="not there or not yours"):
+            plan(made, "org/demo-kernel", HfApi(endpoint=running.endpoint, token=False))
+
+
+@pytest.mark.parametrize(
+    ("token", "part"), [("hf_wrong", "refuses the token"), (False, "token"), ("read", "may not write")]
+)
+def test_a_token_that_may_not_write_is_refused_and_nothing_is_made(make_kernel, tmp_path, token, part):
+    made = make(make_kernel())
+    with running_hub(tmp_path / "hub", trust=["org"]) as running:
+        good = HfApi(endpoint=running.endpoint, token=create_token(running.root, "me"))
+        if token == "read":
+            token = create_token(running.root, "reader", "read")
+        with pytest.raises(PublishError, match=part):
+            publish(made, None, HfApi(endpoint=running.endpoint, token=token))
+        assert not good.repo_exists("org/demo-kernel", repo_type="kernel")
+
+
+def test_an_endpoint_that_does_not_answer_is_named(make_kernel):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(PublishError, match=f"{address} does not answer"):
+            publish(make(make_kernel()), None, client(address))
+
+
+@pytest.mark.parametrize("address", ["nonsense", "ftp://127.0.0.1", "http://127.0.0.1:70000"])
+def test_an_endpoint_that_is_no_address_is_named(make_kernel, address):
+    with pytest.raises(PublishError, match=address):
+        publish(make(make_kernel()), None, client(address))
+
+
+@pytest.mark.parametrize("bad", ["demo", "../demo", "a/b/c", "org/.."])
+def test_a_repository_id_that_is_none_is_refused(make_kernel, api, bad):
+    with pytest.raises(PublishError, match="no repository id"):
+        publish(make(make_kernel()), bad, api)
+
+
+def test_without_any_repository_id_the_ways_to_give_one_are_named(make_kernel, api):
+    root = make_kernel()
+    edit(root, "build.toml", '[general.hub]\nrepo-id = "org/demo-kernel"\n', "")
+    with pytest.raises(PublishError, match="--repo-id"):
+        publish(make(root), None, api)

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernelpress.errors import SourceError
+from kernelpress.rewrite import rewrite
+from kernelpress.source import SourceFile
+
+HERE = Path("torch-ext/demo")
+DEFINES = 'from torch.library import define\ndefine("demo::one", "(Tensor x) -> Tensor")\n'
+
+
+def rewritten(text: str, path: str = "__init__.py", namespace: str = "NEW", package: str = "demo") -> str:
+    result = rewrite([SourceFile(path, text.encode())], package, HERE)
+    return result.files[0].render(namespace).decode()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('import torch\ntorch.library.custom_op("demo::one", f)', '"NEW::one"'),
+        ('import torch.library\ntorch.library.triton_op("demo::one", f)', '"NEW::one"'),
+        ('from torch.library import custom_op as co\n@co("demo::one")\ndef f(): ...', '@co("NEW::one")'),
+        ("from torch import library as lib\nlib.define('demo::one', '() -> ()')", "lib.define('NEW::one'"),
+        ('import torch.library as tl\ntl.define(qualname="demo::one", schema="")', 'qualname="NEW::one"'),
+        ('import torch as t\nt.library.custom_op(("demo::one"), f)', '(("NEW::one"), f)'),
+        ('import torch\ntorch.library.custom_op(r"""demo::one""", f)', 'r"""NEW::one"""'),
+        ('import torch\ntorch.library.custom_op("demo::" "one", f)', '"NEW::" "one"'),
+        ('import torch\ntorch.library.custom_op("demo::" + name, f)', '"NEW::" + name'),
+        ('import torch\ntorch.library.custom_op(f"demo::{name}", f)', 'f"NEW::{name}"'),
+        ('import torch\ntorch.library.custom_op("demo::{}".format(name), f)', '"NEW::{}".format'),
+        ('import torch\nOP = "demo::one"\ntorch.library.custom_op(OP, f)', 'OP = "NEW::one"'),
+        ('from torch.library import Library\nlib = Library("demo", "DEF")', 'Library("NEW", "DEF")'),
+        ('import torch\nNS: str = "demo"\nL = torch.library.Library(NS, "FRAGMENT")', 'NS: str = "NEW"'),
+    ],
+)
+def test_a_registration_gets_the_new_namespace_in_every_form(before, after):
+    assert after in rewritten(before)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("torch.ops.demo.one(x)", "torch.ops.NEW.one(x)"),
+        ("t = torch.ops.demo.one.default", "t = torch.ops.NEW.one.default"),
+        ("torch . ops . demo . one", "torch . ops . NEW . one"),
+        ('getattr(torch.ops, "demo").one', 'getattr(torch.ops, "NEW").one'),
+        ('hasattr(torch.ops, "demo")', 'hasattr(torch.ops, "NEW")'),
+        ("from torch import ops as o\no.demo.one", "o.NEW.one"),
+        ("import torch as t\nt.ops.demo", "t.ops.NEW"),
+        ('@torch.library.register_fake("demo::one")\ndef f(x): ...', '("NEW::one")'),
+        ('torch.library.register_autograd("demo::one", b)', '("NEW::one", b)'),
+        ('torch.library.register_kernel("demo::one", "cpu", f)', '("NEW::one", "cpu"'),
+        ('torch.library.register_autocast("demo::one", "cuda", torch.half)', '("NEW::one", "cuda"'),
+        ('torch.library.impl("demo::one", "CPU", f)', '("NEW::one", "CPU"'),
+        ('torch.library.opcheck("demo::one", ())', '("NEW::one", ())'),
+        ('L = torch.library.Library("demo", "IMPL")\nL.impl("demo::one", f)', 'L.impl("NEW::one", f)'),
+        ('torch._C._dispatch_has_kernel("demo::one")', '("NEW::one")'),
+        ("def f():\n    import torch as tt\n    return tt.ops.demo.one", "tt.ops.NEW.one"),
+    ],
+)
+def test_a_use_gets_the_new_namespace_in_every_form(before, after):
+    assert after in rewritten(f"{DEFINES}import torch\n{before}\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"""demo::one and torch.ops.demo.one"""',
+        "# demo::one, torch.ops.demo.one, custom_op('demo::one')",
+        'print("demo::one")',
+        'x = {"demo::one": "demo"}',
+        "torch.ops.aten.mm(x, x)",
+        "torch.ops.demonstration.one(x)",
+        'torch.library.impl("aten::mm", "CPU", f)',
+        'torch.library.register_fake("torchvision::nms")',
+        'torch.library.Library("aten", "IMPL")',
+        "demo = 1; demo.one",
+        "other.ops.demo.one",
+        'other.custom_op("demo::one")',
+        'def f(torch):\n    return torch.ops.demo.one, torch.library.impl("demo::one")',
+    ],
+)
+def test_what_only_looks_alike_stays(text):
+    before = f"{DEFINES}import torch\n{text}\n"
+    assert rewritten(before) == before.replace('define("demo::one"', 'define("NEW::one"')
+
+
+def test_the_namespace_of_an_operator_defined_elsewhere_stays():
+    text = 'import torch\ntorch.ops.demo.one(x)\ntorch.library.register_fake("demo::one")(f)\n'
+    assert rewritten(text) == text
+
+
+def test_a_use_follows_a_definition_in_another_file():
+    files = [SourceFile("a.py", DEFINES.encode()), SourceFile("b.py", b"import torch\ntorch.ops.demo.one\n")]
+    result = rewrite(files, "demo", HERE)
+    assert result.namespaces == ("demo",)
+    assert result.files[1].render("NEW") == b"import torch\ntorch.ops.NEW.one\n"
+
+
+def test_the_library_of_another_file_is_recognized():
+    files = [
+        SourceFile("a.py", b'import torch.library as t\nLIB = t.Library("demo", "DEF")\n'),
+        SourceFile("b.py", b'from .a import LIB\nLIB.impl("demo::one", f)\n'),
+    ]
+    assert (
+        rewrite(files, "demo", HERE).files[1].render("NEW")
+        == b'from .a import LIB\nLIB.impl("NEW::one", f)\n'
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'torch.library.custom_op(f"{ns}::one", f)',
+        'torch.library.custom_op(ns + "::one", f)',
+        'torch.library.custom_op("::".join(parts), f)',
+        "torch.library.custom_op(make_name(), f)",
+        "torch.library.define(NAME, '()')",
+        'torch.library.register_fake(f"{ns}::one")',
+        'torch.library.register_fake("%s::one" % ns)',
+        "torch.library.Library(ns, 'DEF')",
+        "getattr(torch.ops, ns)",
+        'def f(name): torch.library.impl(name, "CPU")',
+        'for name in ("demo::one",): torch.library.register_fake(name)',
+        "ops = torch.ops",
+        "vars(torch.ops)",
+    ],
+)
+def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
+    with pytest.raises(SourceError) as caught:
+        rewritten(f"{DEFINES}import torch\n{text}\n")
+    assert (caught.value.path, caught.value.line) == (HERE / "__init__.py", 4)
+
+
+def test_names_made_by_the_generated_helper_are_left_to_it():
+    text = (
+        "import torch\nfrom ._ops import add_op_namespace_prefix as p\ntorch.library.custom_op(p('one'), f)\n"
+    )
+    assert rewritten(text) == text
+
+
+def test_an_operator_itself_may_be_handed_on():
+    text = f"{DEFINES}import torch\nfrom .x import op\ntorch.library.register_fake(op)(f)\n"
+    assert rewritten(text).endswith("torch.library.register_fake(op)(f)\n")
+
+
+def test_two_namespaces_become_one():
+    text = 'import torch.library as t\nt.define("a::one", "()")\nt.define("b::two", "()")\n'
+    assert rewritten(text) == text.replace("a::", "NEW::").replace("b::", "NEW::")
+
+
+def test_two_namespaces_with_an_operator_of_one_name_are_refused():
+    with pytest.raises(SourceError, match="defined in 'a' and in 'b'") as caught:
+        rewritten('import torch.library as t\nt.define("a::one", "()")\nt.define("b::one", "()")\n')
+    assert caught.value.line == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "after"),
+    [
+        ("__init__.py", "from demo import x", "from . import x"),
+        ("__init__.py", "from demo.a import x", "from .a import x"),
+        ("a.py", "from demo.b import (\n    x,  # why\n    y as z,\n)", "from .b import (\n    x,  # why\n    y as z,\n)"),
+        ("a/__init__.py", "from demo import x", "from .. import x"),
+        ("a/b.py", "from demo.c import *", "from ..c import *"),
+        ("a/b/c.py", "from demo . d import x", "from .. . d import x"),
+        ("a.py", "from demo \\\n    .b import x", "from  \\\n    .b import x"),
+        ("a.py", "import demo.b.c as d", "from .b import c as d"),
+        ("a/b.py", "import demo.c as d, os as o", "from .. import c as d; import os as o"),
+        ("a.py", "from demonstration import x", "from demonstration import x"),
+        ("a.py", "from .demo import x", "from .demo import x"),
+        ("a.py", "import demonstration.demo", "import demonstration.demo"),
+    ],
+)  # fmt: skip
+def test_an_import_of_the_package_becomes_relative(path, before, after):
+    assert rewritten(before + "\n", path) == after + "\n"
+
+
+def test_an_import_that_binds_the_package_finds_it_under_any_name(tmp_path, run_clean):
+    files = {
+        "__init__.py": "from demo.a import f\n",
+        "a/__init__.py": "import demo.b.c, os\nimport demo as me\ndef f(): return demo.b.c.X, me.b.c.X, os.sep\n",
+        "b/__init__.py": "",
+        "b/c.py": "X = 5\n",
+    }
+    result = rewrite([SourceFile(path, text.encode()) for path, text in files.items()], "demo", HERE)
+    for file in result.files:
+        (tmp_path / "_demo_1" / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "_demo_1" / file.path).write_bytes(file.render("NEW"))
+    done = run_clean(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import _demo_1; print(_demo_1.f())")
+    assert done.stdout == "(5, 5, '/')\n", done.stderr
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_offsets_hold_behind_non_ascii_text_and_other_line_ends(newline, bom):
+    text = f'{bom}# ä€😀{newline}import torch  # ü{newline}s = "é"; torch.library.custom_op("demo::one", f){newline}'
+    assert rewritten(text) == text.replace("demo::", "NEW::")
+
+
+def test_a_file_with_nothing_to_change_is_one_piece():
+    data = "x = 1  # ä\r\n\ty=2\x0c\n".encode()
+    assert rewrite([SourceFile("a.py", data)], "demo", HERE).files[0].chunks == (data,)
+
+
+# A module is put together from pieces of which each keeps to itself; run before and after, it must answer the same.
+REGISTRATIONS = (
+    '@torch.library.custom_op("{ns}::{op}", mutates_args=())\n'
+    "def {op}(x: torch.Tensor) -> torch.Tensor:\n    return x * {k}\n",
+    '@co("{ns}::{op}", mutates_args=())  # {ns}::{op}\n'
+    "def {op}(x: torch.Tensor) -> torch.Tensor:\n    return x * {k}\n",
+    'lib.define("{ns}::{op}", "(Tensor x) -> Tensor")\nlib.impl("{ns}::{op}", "cpu", lambda x: x * {k})\n',
+    'N_{op} = "{ns}::{op}"\nlib.define(N_{op}, "(Tensor x) -> Tensor")\n'
+    '@lib.impl(N_{op}, "cpu")\ndef {op}(x):\n    """{ns}::{op}"""\n    return x * {k}\n',
+    'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{op}", lambda x: x * {k}, "CPU")\n',
+    'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\n',
+)  # fmt: skip
+USES = (
+    "OUT.append(torch.ops.{ns}.{op}(X))\n",
+    "OUT.append(ops.{ns}.{op}.default(X))\n",
+    'OUT.append(getattr(getattr(torch.ops, "{ns}"), "{op}")(X))\n',
+    "def use_{op}():\n    import torch as t\n    return t.ops.{ns}.{op}(X)\nOUT.append(use_{op}())\n",
+)
+LOOKALIKES = (
+    'OUT.append("{ns}::{op}")\n',
+    'OUT.append(f"{ns}::{{1 + 1}} torch.ops.{ns}.{op}")\n',
+    '# torch.library.custom_op("{ns}::{op}")\n',
+    '"""torch.ops.{ns}.{op}"""\n',
+    "OUT.append('''\n{ns}::{op}\n''')\n",
+    '{ns} = {{"{ns}": "{ns}::{op}"}}; OUT.append({ns}["{ns}"])\n',
+)
+PIECES = st.lists(
+    st.tuples(
+        st.sampled_from(REGISTRATIONS),
+        st.lists(st.sampled_from(USES + LOOKALIKES), max_size=3),
+        st.integers(2, 9),
+    ),
+    min_size=1,
+    max_size=4,
+)
+COUNTER = itertools.count()
+
+
+def run_module(text: str) -> list[object]:
+    scope: dict[str, object] = {"X": torch.ones(2), "OUT": []}
+    exec(compile(text, "module", "exec"), scope)  # the module's own code is what is compared
+    KEPT.append(scope)
+    return [item.tolist() if isinstance(item, torch.Tensor) else item for item in scope["OUT"]]  # type: ignore[attr-defined]
+
+
+KEPT: list[object] = []  # a Library takes its operators with it when it goes
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(pieces=PIECES)
+def test_a_module_answers_the_same_before_and_after(pieces):
+    number = next(COUNTER)
+    ns, new = f"prop{number}", f"_prop{number}_new"
+    text = (
+        "import torch\nfrom torch import library as lib, ops\nfrom torch.library import custom_op as co\n"
+        f'LIB = torch.library.Library("{ns}", "FRAGMENT")\n'
+    )
+    for index, (registration, others, factor) in enumerate(pieces):
+        for piece in (registration, *others):
+            text += piece.format(ns=ns, op=f"op{index}", k=factor)
+    after = rewritten(text, namespace=new)
+    assert len(after.splitlines()) == len(text.splitlines())
+    assert ast.dump(ast.parse(after.replace(new, ns))) == ast.dump(ast.parse(text))
+    assert run_module(after) == run_module(text)
+    registered = {name.partition("::")[0] for name in torch._C._dispatch_get_all_op_names()}
+    assert {ns, new} <= registered
