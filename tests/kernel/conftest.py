@@ -11,9 +11,9 @@ from types import ModuleType
 import hypothesis
 import pytest
 import torch
+from helpers import INTERPRETED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Triton's interpreter runs each program in numpy, one after the other.
 hypothesis.settings.register_profile("native", max_examples=40, deadline=None)

@@ -12,7 +12,16 @@ def use_triton(x: torch.Tensor) -> bool:
 
     They do on GPUs. On a CPU they do only under Triton's interpreter (``TRITON_INTERPRET=1``), which exists to test
     them without a GPU.
+
+    Raises:
+        NotImplementedError: ``x`` is bfloat16 under the interpreter, which multiplies its bits as integers.
     """
-    if x.device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type != "cpu":
+        return True
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    if x.dtype == torch.bfloat16:
+        raise NotImplementedError(
+            "Triton's interpreter cannot multiply bfloat16; use float16 or float32 under it"
+        )
     return True

@@ -49,8 +49,7 @@ def forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
-    top_k = routing_weights.shape[1]
-    no_rank = x.new_empty((order.shape[0] if keep else 0, 0))
+    pairs, top_k = order.shape[0], routing_weights.shape[1]
     low1 = low2 = None
     if gate_up_a is not None:
         low1 = grouped_matmul(x, gate_up_a, order, offsets, top_k=top_k)
@@ -69,10 +68,10 @@ def forward(
         scatter=True,
     )
     out = sum_choices(y, x.shape[0])
-    kept = [
-        no_rank if t is None else t if keep else t.new_empty((0, t.shape[1])) for t in (hidden, low1, low2)
-    ]
-    return out, kept[0], kept[1], kept[2]
+    saved = [hidden, *(hidden.new_empty((pairs, 0)) if low is None else low for low in (low1, low2))]
+    if not keep:
+        saved = [t.new_empty((0, t.shape[1])) for t in saved]
+    return out, saved[0], saved[1], saved[2]
 
 
 def backward(

@@ -134,7 +134,8 @@ def grouped_outer(
 
 def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
     """``[S, N]`` by pair to ``[T, N]``: each token's rows summed in float32, in a fixed order."""
-    return by_pair.view(tokens, -1, by_pair.shape[1]).sum(dim=1)
+    pairs, columns = by_pair.shape
+    return by_pair.view(tokens, pairs // max(tokens, 1), columns).sum(dim=1)
 
 
 def forward(
