@@ -167,7 +167,7 @@ def test_two_namespaces_with_an_operator_of_one_name_are_refused():
     [
         ("__init__.py", "from demo import x", "from . import x"),
         ("__init__.py", "from demo.a import x", "from .a import x"),
-        ("a.py", "from demo.b import (\n    x,  # why\n    y as z,\n)", "from .b import (\n    x,  # why\n    y as z,\n)"),
+        ("a.py", "from demo.b import (\n    x,  # why\n    y,\n)", "from .b import (\n    x,  # why\n    y,\n)"),
         ("a/__init__.py", "from demo import x", "from .. import x"),
         ("a/b.py", "from demo.c import *", "from ..c import *"),
         ("a/b/c.py", "from demo . d import x", "from .. . d import x"),

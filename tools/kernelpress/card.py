@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 import jinja2
 
 from kernelpress.errors import SourceError
+from kernelpress.source import parse
 from kernelpress.variant import Build, Variant
 
 _DEFAULT = "card.md"
@@ -73,7 +74,7 @@ def public_names(variant: Variant) -> list[PublicName]:
     Args:
         variant: One with the package directly in it; there, all imports within the package are relative.
     """
-    modules = {file.path: ast.parse(file.data) for file in variant.files if file.path.endswith(".py")}
+    modules = {file.path: parse(file.data) for file in variant.files if file.path.endswith(".py")}
     return [
         _describe(name, _definition(name, "__init__.py", modules)) for name in _all(modules["__init__.py"])
     ]

@@ -285,7 +285,7 @@ def _explained(api: HfApi, repo_id: str, done: list[PublishedBranch] | None = No
 
 
 def _reason(error: HfHubHTTPError, repo_id: str) -> str:
-    status = error.response.status_code
+    status = 404 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
     said = error.server_message or _first_line(error)
     if status in (409, 412):
         return f"somebody else changed {repo_id} meanwhile; look at what they published, then publish again ({said})"

@@ -6,6 +6,7 @@ nothing to edit therefore stays byte for byte the same, and no line moves.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from libcst.helpers import get_full_name_for_node
 from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper, QualifiedNameProvider
 
 from kernelpress.errors import SourceError
-from kernelpress.source import SourceFile
+from kernelpress.source import SourceFile, parse
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -43,6 +44,7 @@ _LIBRARY_METHODS = ("define", "impl", "fallback", "_register_fake", "_register_t
 _NAME_KEYWORDS = ("qualname", "name", "op", "opname", "ns")
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr"))
 _OPS = "torch.ops"
+_TORCH_PARTS = ("library", "ops", "_C")
 
 # PyTorch's own: a package may extend them, but they are never its own to rename.
 _FOREIGN = frozenset(
@@ -191,11 +193,9 @@ def _library_names(files: Iterable[SourceFile]) -> frozenset[str]:
 
 
 def _find(file: SourceFile, package: str, package_dir: Path, libraries: frozenset[str]) -> _Found:
-    # Parsing is by far the slowest step of a build, and most files have neither operators nor such imports.
-    relevant = re.compile(rb"\blibrary\b|\bops\b|\b" + package.encode("ascii") + rb"\b|\b_C\b")
-    nothing = _Found(file, (), (), ())
-    if not file.path.endswith((".py", ".pyi")) or not (relevant.search(file.data) or libraries):
-        return nothing
+    # Resolving names is by far the slowest step of a build, and most files have nothing to rewrite.
+    if not file.path.endswith((".py", ".pyi")) or not _concerned(parse(file.data), package, libraries):
+        return _Found(file, (), (), ())
     bom = len(_BOM) if file.data.startswith(_BOM) else 0
     try:
         module = cst.parse_module(file.data[bom:].decode("utf-8"))
@@ -206,6 +206,35 @@ def _find(file: SourceFile, package: str, package_dir: Path, libraries: frozense
     finder = _Finder(file, bom, package, package_dir, libraries)
     MetadataWrapper(module, unsafe_skip_copy=True).visit(finder)
     return _Found(file, tuple(sorted(set(finder.sites))), tuple(finder.imports), tuple(finder.escapes))
+
+
+def _concerned(tree: ast.Module, package: str, libraries: frozenset[str]) -> bool:
+    """Whether a module can hold anything to rewrite: a quick look, which may say yes too often."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            if any(
+                alias.name.startswith(("torch.", f"{package}.")) or alias.name == package
+                for alias in node.names
+            ):
+                return True
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if not node.level and module.partition(".")[0] == package:
+                return True
+            if module.startswith("torch.library") or (
+                module == "torch" and any(alias.name in _TORCH_PARTS for alias in node.names)
+            ):
+                return True
+        elif isinstance(node, ast.Attribute) and (
+            node.attr in _TORCH_PARTS
+            or (
+                isinstance(node.value, ast.Name)
+                and node.value.id in libraries
+                and node.attr in _LIBRARY_METHODS
+            )
+        ):
+            return True
+    return False
 
 
 def _error(file: SourceFile, package_dir: Path, offset: int, message: str) -> SourceError:

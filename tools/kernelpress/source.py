@@ -77,6 +77,17 @@ def read_source(spec: Spec) -> Source:
     )
 
 
+def parse(data: bytes, filename: str = "<source>") -> ast.Module:
+    """The syntax tree of a Python source, without the warnings that the author gets from Python anyway.
+
+    Raises:
+        SyntaxError: This is no Python.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(data, filename)
+
+
 def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
     def unreadable(error: OSError) -> None:
         raise SourceError(f"cannot be read: {error.strerror}", path=error.filename)
@@ -123,9 +134,7 @@ def _check_syntax(path: Path, data: bytes) -> None:
         line = data.count(b"\n", 0, error.start) + 1
         raise SourceError("not UTF-8; save the file in that encoding", path=path, line=line) from None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            ast.parse(data, str(path))
+        parse(data, str(path))
     except SyntaxError as error:
         raise SourceError(f"syntax error: {error.msg}", path=path, line=error.lineno) from None
     except ValueError as error:
