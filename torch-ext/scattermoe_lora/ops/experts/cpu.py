@@ -2,6 +2,9 @@
 
 Nothing of size ``S x H`` is ever allocated: rows are gathered per expert and summed straight into the output, and the
 backward recomputes the activation from the gate/up projection, the one large intermediate that the forward keeps.
+
+The low-rank product is written first and the base product is added to it: the sum is then rounded once, after the
+large term, and not twice.
 """
 
 from __future__ import annotations
@@ -51,15 +54,17 @@ def forward(
         x_e, a_e = x_buffer[:m], a_buffer[:m]
         h_e = hidden[start:end] if keep else h_buffer[:m]
         torch.index_select(x, 0, rows, out=x_e)
-        torch.mm(x_e, gate_up[e].t(), out=h_e)
         if gate_up_a is not None and gate_up_b is not None:
             u_e = torch.mm(x_e, gate_up_a[e].t(), out=low1[start:end] if keep else None)
-            h_e.addmm_(u_e, gate_up_b[e].t())
+            torch.mm(u_e, gate_up_b[e].t(), out=h_e).addmm_(x_e, gate_up[e].t())
+        else:
+            torch.mm(x_e, gate_up[e].t(), out=h_e)
         act.apply(activation, h_e[:, :intermediate], out=a_e).mul_(h_e[:, intermediate:])
-        y_e = torch.mm(a_e, down[e].t(), out=x_e)
         if down_a is not None and down_b is not None:
             u_e = torch.mm(a_e, down_a[e].t(), out=low2[start:end] if keep else None)
-            y_e.addmm_(u_e, down_b[e].t())
+            y_e = torch.mm(u_e, down_b[e].t(), out=x_e).addmm_(a_e, down[e].t())
+        else:
+            y_e = torch.mm(a_e, down[e].t(), out=x_e)
         out.index_add_(0, rows, torch.mul(y_e, pair_weights[start:end], out=y_buffer[:m]))
     return out.to(x.dtype), hidden, low1, low2
 
@@ -115,11 +120,12 @@ def backward(
 
         # The gradient before the routing weight comes first: <dy, down(a)> = <da, a> is then the routing weight's own
         # gradient, without keeping down(a).
-        da = torch.mm(dy, down[e], out=da_buffer[:m])
         if down_a is not None and down_b is not None:
             du2 = torch.mm(dy, down_b[e])
-            da.addmm_(du2, down_a[e])
+            da = torch.mm(du2, down_a[e], out=da_buffer[:m]).addmm_(dy, down[e])
             du2.mul_(w_e)
+        else:
+            da = torch.mm(dy, down[e], out=da_buffer[:m])
         if need_weights:
             torch.linalg.vecdot(da.to(wide), a_e.to(wide), out=d_weights[start:end])
         if d_down is not None:
@@ -147,9 +153,10 @@ def backward(
         if db1 is not None:
             torch.mm(dh.t(), low1[start:end], out=db1[e])
         if dx is not None:
-            dx_e = torch.mm(dh, gate_up[e], out=row_buffer[:m])
             if gate_up_a is not None:
-                dx_e.addmm_(du1, gate_up_a[e])
+                dx_e = torch.mm(du1, gate_up_a[e], out=row_buffer[:m]).addmm_(dh, gate_up[e])
+            else:
+                dx_e = torch.mm(dh, gate_up[e], out=row_buffer[:m])
             if dx_e.dtype != dx.dtype:
                 dx_e = sum_buffer[:m].copy_(dx_e)
             dx.index_add_(0, rows, dx_e)

@@ -64,10 +64,12 @@ def forward(
     for e, start, end in parts:
         x_e, y_e = x_buffer[: end - start], y_buffer[: end - start]
         torch.index_select(x, 0, rows_of[start:end], out=x_e)
-        torch.mm(x_e, weight[e].t(), out=y_e)
         if a is not None and b is not None:
-            torch.mm(x_e, a[e].t(), out=low[start:end])
-            y_e.addmm_(low[start:end], b[e].t())
+            # The small term first: the sum is then rounded once.
+            u_e = torch.mm(x_e, a[e].t(), out=low[start:end])
+            torch.mm(u_e, b[e].t(), out=y_e).addmm_(x_e, weight[e].t())
+        else:
+            torch.mm(x_e, weight[e].t(), out=y_e)
         y.index_copy_(0, order[start:end], y_e)
     return y, low
 
@@ -109,8 +111,9 @@ def backward(
         if db is not None:
             torch.mm(dy_e.t(), low[start:end], out=db[e])
         if dx is not None:
-            dx_e = torch.mm(dy_e, weight[e], out=x_e)
             if a is not None and du is not None:
-                dx_e.addmm_(du, a[e])
+                dx_e = torch.mm(du, a[e], out=x_e).addmm_(dy_e, weight[e])
+            else:
+                dx_e = torch.mm(dy_e, weight[e], out=x_e)
             dx.index_add_(0, rows, dx_e.to(dx.dtype))
     return [None if dx is None else dx.to(x.dtype), d_weight, da, db]

@@ -1,0 +1,156 @@
+"""Registration in transformers, and real models that run with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers import AWKWARD, assert_close, experts_module, route
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+CONFIGS = {
+    "gemma4": lambda: Gemma4TextConfig(
+        **SMALL,
+        global_head_dim=16,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+        enable_moe_block=True,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=64,
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
+    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def model(name: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+
+
+def loss_and_gradients(model: Any, implementation: str) -> list[torch.Tensor]:
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    ids = torch.arange(26).view(2, 13) % 64
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_has_the_loss_and_gradients_of_eager(registered: ModuleType, name: str) -> None:
+    m = model(name)
+    assert_close(loss_and_gradients(m, "scattermoe"), loss_and_gradients(m, "eager"), 1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_gives_the_tokens_of_eager(registered: ModuleType, name: str) -> None:
+    m, ids = model(name).eval(), torch.arange(7).view(1, 7)
+    tokens = []
+    for implementation in ("scattermoe", "eager"):
+        m.set_experts_implementation(implementation)
+        tokens.append(m.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
+    assert torch.equal(*tokens)
+
+
+def test_a_gate_of_the_modules_own_runs(kernel: ModuleType) -> None:
+    module = experts_module(AWKWARD[1])
+
+    class Doubled(type(module)):  # type: ignore[misc]
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.tanh(gate) * (up + 1)
+
+    module.__class__ = Doubled
+    x, index = torch.randn(7, 33, requires_grad=True), route(AWKWARD[1], sentinels=True)
+    weights = torch.rand(7, 3, requires_grad=True)
+    leaves = (x, weights, module.gate_up_proj, module.down_proj)
+    out = kernel.experts_forward(module, x, index, weights)
+    got = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    def expert(e: int) -> torch.Tensor:
+        hidden = module._apply_gate(x @ module.gate_up_proj[e].t()) @ module.down_proj[e].t()
+        return hidden * ((index == e) * weights).sum(dim=1, keepdim=True)
+
+    out = sum((expert(e) for e in range(5)), torch.zeros_like(x))
+    assert_close(got, [out, *torch.autograd.grad(out.square().sum(), leaves)], 1e-4)
+
+
+def test_autocast_keeps_the_dtype_of_the_hidden_states(kernel: ModuleType) -> None:
+    module = experts_module(AWKWARD[1], dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = kernel.experts_forward(module, torch.randn(7, 33), route(AWKWARD[1]), torch.rand(7, 3))
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [
+        ("is_transposed", True, "transposed weights"),
+        ("is_concatenated", False, "interleaved gate and up"),
+        ("has_bias", True, "biases"),
+        ("has_gate", False, "no gate"),
+        ("has_post_expert_norm", True, "a norm after each expert"),
+    ],
+)
+def test_an_unsupported_layout_is_named(kernel: ModuleType, flag: str, value: bool, named: str) -> None:
+    module = experts_module(AWKWARD[1])
+    setattr(module, flag, value)
+    with pytest.raises(NotImplementedError, match=f"Gemma4TextExperts has {named}.*experts_implementation="):
+        kernel.experts_forward(module, torch.randn(7, 33), route(AWKWARD[1]), torch.rand(7, 3))
+
+
+def test_register_and_unregister_are_idempotent_and_complete(kernel: ModuleType) -> None:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    before = dict(ALL_EXPERTS_FUNCTIONS), ParamWrapper.forward
+    kernel.register()
+    kernel.register()
+    kernel.register("another")
+    assert ALL_EXPERTS_FUNCTIONS["scattermoe"] is ALL_EXPERTS_FUNCTIONS["another"] is kernel.experts_forward
+    kernel.unregister()
+    kernel.unregister()
+    assert (dict(ALL_EXPERTS_FUNCTIONS), ParamWrapper.forward) == before
+    kernel.register()
+    assert ALL_EXPERTS_FUNCTIONS["scattermoe"] is kernel.experts_forward
+    kernel.unregister()
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm"])
+def test_a_name_that_is_taken_is_refused(kernel: ModuleType, name: str) -> None:
+    with pytest.raises(ValueError, match=f"already has an experts implementation '{name}'"):
+        kernel.register(name)
+
+
+@pytest.mark.parametrize("absent", ["transformers", "peft", "triton"])
+def test_the_package_imports_without(kernel: ModuleType, absent: str) -> None:
+    variant = kernel.__file__.rsplit("/", 1)[0]
+    code = f"""
+import sys
+sys.modules[{absent!r}] = None
+from pathlib import Path
+from kernels import get_local_kernel
+import torch
+kernel = get_local_kernel(Path({variant!r}))
+print(kernel.grouped_linear(torch.ones(1, 2), torch.ones(1, 3, 2), torch.zeros(1, 1, dtype=torch.long)))
+if {absent!r} == "peft":
+    kernel.register()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
