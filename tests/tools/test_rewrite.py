@@ -206,7 +206,7 @@ def test_offsets_hold_behind_non_ascii_text_and_other_line_ends(newline, bom):
 
 
 def test_a_file_with_nothing_to_change_is_one_piece():
-    data = "x = 1  # ä\r\n\ty=2\x0c\n".encode()
+    data = "if x:  # ä\n\ty=2 \x0c\n".encode()
     assert rewrite([SourceFile("a.py", data)], "demo", HERE).files[0].chunks == (data,)
 
 

@@ -8,6 +8,7 @@ from dulwich import porcelain
 from kernelpress.errors import SourceError
 from kernelpress.source import read_source
 from kernelpress.spec import load_spec
+from kernelpress.variant import build
 
 PACKAGE = "torch-ext/demo_kernel"
 
@@ -179,3 +180,8 @@ def test_a_kernel_below_the_top_of_a_repository_is_compared_with_its_own_files(m
     git = read(root).git
     assert git is not None
     assert (git.commit, git.dirty) == (head, False)
+
+
+def test_reading_and_building_print_no_warnings_about_the_sources(make_kernel, recwarn):
+    build(load_spec(make_kernel(**{f"{PACKAGE}/ops/common.py": "DEFAULT = 3.0\nX = '\\d'\n"})))
+    assert not recwarn.list
