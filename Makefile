@@ -31,7 +31,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 publish: setup
-	$(BIN)/python -m tools.main_job
+	$(BIN)/python tools/mainjob
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/benchmark_experts.py

@@ -1,0 +1,147 @@
+"""The main job, end to end: build, check, publish to an embedded Hub, and train with what a consumer fetches from it.
+
+    python tools/mainjob [--consumer PYTHON] [--steps N]
+
+``PYTHON`` is an interpreter that has torch, transformers, peft and kernels, and nothing of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kernelpress.check import check
+from kernelpress.errors import CheckError, KernelpressError
+from kernelpress.localhub import running_hub
+from kernelpress.publish import Published, hub, publish
+from kernelpress.spec import load_spec
+from kernelpress.variant import Build, build
+from report import print_report
+from rich.console import Console
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONSUMER = Path(__file__).with_name("consumer.py")
+DOCUMENTS = ("README.md", "CARD.md", "LICENSE", "docs/*.md")
+
+console = Console()
+
+
+class ConsumerError(KernelpressError):
+    """The consumer's process failed."""
+
+
+def say(step: str, text: str) -> None:
+    console.print(f"[bold]{step:<8}[/] {text}", highlight=False, soft_wrap=True)
+
+
+def build_and_check() -> Build:
+    start = time.perf_counter()
+    built = build(load_spec(REPOSITORY))
+    names = ", ".join(variant.name for variant in built.variants)
+    say("build", f"{names} in {time.perf_counter() - start:.1f} s")
+    start = time.perf_counter()
+    findings = check(built.directory)
+    if findings:
+        raise CheckError("the build does not hold: " + "; ".join(map(str, findings)))
+    say("check", f"{len(built.variants)} variants load in clean processes, {time.perf_counter() - start:.1f} s")
+    return built
+
+
+def english_text() -> bytes:
+    """The repository's own documents: real text that every clone has."""
+    files = [path for pattern in DOCUMENTS for path in sorted(REPOSITORY.glob(pattern))]
+    return b"\n".join(path.read_bytes() for path in files)
+
+
+def consume(python: Path, endpoint: str, repo_id: str, version: int, steps: int) -> dict[str, Any]:
+    """Runs the consumer in an empty directory with an empty cache, and returns its events."""
+    with tempfile.TemporaryDirectory() as scratch:
+        script, text = Path(scratch, CONSUMER.name), Path(scratch, "text")
+        script.write_bytes(CONSUMER.read_bytes())
+        text.write_bytes(english_text())
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON", "LOCAL_KERNELS"))}
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": f"{scratch}/cache"}
+        command = [str(python), "-I", str(script), repo_id, str(version), str(text), str(steps)]
+        events: dict[str, Any] = {}
+        with (
+            open(Path(scratch, "errors"), "w+") as errors,
+            subprocess.Popen(
+                command, cwd=scratch, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                event = json.loads(line)
+                events[event.pop("event")] = event
+                show_progress(event)
+            if process.wait() != 0:
+                errors.seek(0)
+                raise ConsumerError(f"the consumer ended with exit code {process.returncode}:\n{errors.read()[-3000:]}")
+    return events
+
+
+def show_progress(event: dict[str, Any]) -> None:
+    if "step" in event and (event["step"] % 10 == 0 or event["step"] == 1):
+        say("train", f"{event['implementation']:<10} step {event['step']:>2}/{event['steps']}  loss {event['loss']:.4f}")
+    elif "file" in event:
+        say("fetch", f"{event['id']} loaded from {event['file']}")
+
+
+def summarize(built: Build, published: Published, endpoint: str, events: dict[str, Any]) -> dict[str, Any]:
+    runs = events["result"]["runs"]
+    ours, theirs = runs["scattermoe"], runs["grouped_mm"]
+    return {
+        "variants": {variant.name: variant.id for variant in built.variants},
+        "tree_hash": built.tree_hash,
+        "endpoint": endpoint,
+        "repo_id": published.repo_id,
+        "branches": [asdict(branch) for branch in published.branches],
+        "consumer": events["loaded"],
+        "runs": runs,
+        "largest_loss_difference": max(
+            abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)
+        ),
+        "speedup": theirs["ms_per_step"] / ours["ms_per_step"],
+    }
+
+
+def run(python: Path, steps: int) -> None:
+    start = time.perf_counter()
+    built = build_and_check()
+    organization = (built.spec.repo_id or "").split("/")[0]
+    with running_hub(REPOSITORY / ".hub", trust=[organization]) as server:
+        say("serve", f"embedded Hub at {server.endpoint}, root .hub")
+        published = publish(built, None, hub(server.endpoint))
+        for branch in published.branches:
+            done = f"{branch.added} files" if branch.changed else "unchanged"
+            say("publish", f"{published.repo_id}@{branch.name}: {done}, commit {branch.commit[:12]}")
+        events = consume(python, server.endpoint, published.repo_id, built.spec.version, steps)
+    summary = summarize(built, published, server.endpoint, events)
+    report = built.directory / "publish-report.json"
+    report.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print_report(console, summary)
+    say("done", f"{time.perf_counter() - start:.0f} s; the same in {report.relative_to(REPOSITORY)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--consumer", type=Path, default=REPOSITORY / ".venv-consumer/bin/python", metavar="PYTHON")
+    parser.add_argument("--steps", type=int, default=40, metavar="N")
+    arguments = parser.parse_args()
+    try:
+        run(arguments.consumer.absolute(), arguments.steps)
+    except (KernelpressError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
