@@ -16,6 +16,10 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, RepositoryNotFoundError
 from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, create_token, running_hub
+from kernelpress.localhub.context import Caller, Hub
+from kernelpress.localhub.problems import Problem
+from kernelpress.localhub.store import Store
+from kernelpress.localhub.tokens import Tokens
 
 
 class Guarded(NamedTuple):
@@ -177,6 +181,15 @@ def test_a_token_made_while_the_hub_runs_works_at_once(root: Path) -> None:
         late = HfApi(endpoint=hub.endpoint, token=create_token(root, "carol"))
         assert late.whoami()["name"] == "carol"
         assert status_of(nobody.create_repo, "org/closed", repo_type="kernel") == 401
+
+
+def test_a_hub_that_others_can_reach_takes_no_write_without_a_token(root: Path) -> None:
+    # Asked of the rule itself: a test must not listen on an address that others can reach.
+    hub = Hub(Store(root), Tokens(root), frozenset(), open_writes=False)
+    with pytest.raises(Problem, match="takes writes only with a token") as caught:
+        hub.require_write(Caller(None))
+    assert caught.value.status == 401
+    Hub(hub.store, hub.tokens, frozenset(), open_writes=True).require_write(Caller(None))
 
 
 def test_tokens_are_hashed_at_rest(root: Path) -> None:

@@ -368,6 +368,8 @@ def test_listing_searches_names_and_owners(api: HfApi, hub: RunningHub) -> None:
 def test_a_deleted_repository_comes_back_empty(api: HfApi, new_repo: NewRepo) -> None:
     repo = new_repo()
     old = commit(api, repo, add("secret", b"1"))
+    # Read it, so that it is in the Hub's cache.
+    assert api.kernel_info(repo, revision=old).sha == old
     api.delete_repo(repo, repo_type="kernel")
     with pytest.raises(RepositoryNotFoundError):
         api.delete_repo(repo, repo_type="kernel")

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, running_hub
 from kernelpress.localhub.paths import RepoId
-from kernelpress.localhub.repository import AddFile
+from kernelpress.localhub.repository import AddFile, Operation
 from kernelpress.localhub.store import Store
 
 FILES = [f"build/{number}.txt" for number in range(12)]
@@ -132,7 +132,7 @@ def exiting_after(calls: int) -> None:
 
 def crash_walk(root: Path) -> None:
     """Commit again and again, dying one step later each time, until a commit runs to its end."""
-    for steps in range(1000):
+    for steps in range(60):
         child = os.fork()
         if child == 0:
             git = Store(root).get(RepoId("kernel", "org", "k"))
@@ -149,6 +149,7 @@ def crash_walk(root: Path) -> None:
         if status == 0:
             print(steps)
             return
+    raise AssertionError("no commit ran to its end")
 
 
 def test_a_crash_at_any_step_of_a_commit_leaves_the_old_state_or_the_new(root: Path, tmp_path: Path) -> None:
@@ -181,6 +182,51 @@ def test_a_crash_at_any_step_of_a_commit_leaves_the_old_state_or_the_new(root: P
             )
             assert {path.read_text() for path in Path(folder).glob("build/*")} == {item.title}
         assert not list((root / "tmp").iterdir())
+
+
+def test_a_commit_is_synced_to_disk_before_the_branch_moves_and_the_move_before_the_answer(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(root)
+    repo = RepoId("kernel", "org", "k")
+    store.create(repo, private=False, author="a")
+    git = store.get(repo)
+    assert git is not None
+    steps: list[tuple[str, str]] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def traced_sync(descriptor: int) -> None:
+        real_sync(descriptor)
+        status = os.fstat(descriptor)
+        steps.append(("sync", str((status.st_dev, status.st_ino))))
+
+    def traced_replace(source: Path | bytes, target: Path | bytes) -> None:
+        status = os.stat(source)
+        steps.append(("move", str((status.st_dev, status.st_ino))))
+        real_replace(source, target)
+        steps.append(("moved to", os.fsdecode(target)))
+
+    monkeypatch.setattr(os, "fsync", traced_sync)
+    monkeypatch.setattr(os, "replace", traced_replace)
+    with git.batch() as batch:
+        added: list[Operation] = [AddFile(path, batch.add(Blob.from_string(path.encode()))) for path in FILES]
+        git.commit("main", added, batch=batch, message="m", author="a")
+
+    def folder_synced_after(position: int, folder: Path) -> int:
+        status = folder.stat()
+        return steps.index(("sync", str((status.st_dev, status.st_ino))), position)
+
+    moves = [(at, Path(name)) for at, (kind, name) in enumerate(steps) if kind == "moved to"]
+    *objects, (branch_at, branch) = moves
+    # 12 blobs, the tree of build/, the root tree, the commit.
+    assert len(objects) == len(FILES) + 3
+    assert branch == git.path / "refs/heads/main"
+    for at, place in moves:
+        assert ("sync", steps[at - 1][1]) in steps[:at], f"{place} was moved before it was synced"
+    for at, place in objects:
+        assert folder_synced_after(at, place.parent) < branch_at
+    assert folder_synced_after(objects[-1][0], git.path / "objects") < branch_at
+    assert folder_synced_after(branch_at, branch.parent) == len(steps) - 1
 
 
 def test_a_lock_left_by_a_killed_hub_does_not_block_the_next(root: Path) -> None:
@@ -278,8 +324,21 @@ def test_creating_and_deleting_in_parallel_leaves_whole_repositories(api: HfApi,
             except RepositoryNotFoundError:
                 pass
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(churn, range(4)))
+    def browse(number: int) -> None:
+        for _ in range(30):
+            for path in (
+                "",
+                "/org/churned",
+                "/org/churned/refs",
+                "/org/churned/tree/main?recursive=1&expand=1",
+            ):
+                assert httpx2.get(f"{api.endpoint}/api/kernels{path}").status_code in (200, 404)
+
+    with ThreadPoolExecutor(6) as pool:
+        churners = [pool.submit(churn, number) for number in range(4)]
+        browsers = [pool.submit(browse, number) for number in range(2)]
+        for future in churners + browsers:
+            future.result()
     api.create_repo("org/churned", repo_type="kernel", exist_ok=True)
     commit(api, "org/churned", 7)
     assert generation_of(api, "org/churned", tmp_path) == {"7"}

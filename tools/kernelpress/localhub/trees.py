@@ -104,7 +104,7 @@ class TreeEditor:
         if found is not None:
             folder, name = found
             entry = folder.entries[name]
-            if isinstance(entry, _Folder) or entry.is_folder:
+            if _holds_anything(entry) if isinstance(entry, _Folder) else entry.is_folder:
                 del folder.entries[name]
                 return
         raise entry_not_found(f"A folder with this name doesn't exist: {printable(path)}")
