@@ -119,6 +119,11 @@ def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, mon
     assert codes(check(built(root))) == ["KP201"]
 
 
+def test_a_module_of_kernelpress_itself_cannot_be_imported_by_accident(make_kernel):
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": "import variant\n"})))
+    assert "No module named 'variant'" in found.message
+
+
 def test_the_kernels_code_does_not_see_tokens(make_kernel, monkeypatch):
     leak = "import os\nassert not [key for key in os.environ if 'TOKEN' in key and key.startswith('HF')]\n"
     root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{leak}DEFAULT = 3.0\n"})

@@ -187,6 +187,8 @@ def test_versions_are_compared_as_numbers(make_kernel, api, repo):
     for version in (9, 10):
         edit(root, "build.toml", f"version = {version - 1 if version == 10 else 1}", f"version = {version}")
         assert publish(make(root), repo, api).newer is None
+    edit(root, "build.toml", "version = 10", "version = 9")
+    assert publish(make(root), repo, api).newer == 10
 
 
 def test_an_older_version_published_late_gets_a_branch_without_touching_main(make_kernel, api, repo):

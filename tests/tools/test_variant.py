@@ -278,11 +278,23 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_build_and_the_next_one_clea
     assert {path.name for path in root.iterdir()} == {"build", "build.toml", "torch-ext"}
 
 
+def test_the_next_build_puts_back_what_was_set_aside_when_one_was_killed(make_kernel):
+    root = make_kernel()
+    directory = make(root).directory
+    (directory / "publish-report.json").write_text("{}")
+    directory.rename(root / "build.old")
+    (root / "build.tmp-left").mkdir()
+    make(root)
+    assert (directory / "publish-report.json").read_text() == "{}"
+    assert {path.name for path in root.iterdir()} == {"build", "build.toml", "torch-ext"}
+
+
 def test_builds_at_once_in_one_place_take_turns(make_kernel):
     root = make_kernel()
-    command = [sys.executable, "-c", BUILD, "022", str(root)]
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(4)]
-    assert [process.wait() for process in processes] == [0] * 4
+    code = BUILD + "for _ in range(30): build(load_spec(Path(sys.argv[2])))\n"
+    command = [sys.executable, "-c", code, "022", str(root)]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0] * 3
     assert {path.name for path in root.iterdir()} == {"build", "build.toml", "torch-ext"}
     for variant in (root / "build").iterdir():
         metadata = Metadata.read_from_file(variant / "metadata.json")

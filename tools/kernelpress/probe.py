@@ -83,7 +83,7 @@ def _unmet(depends: list[str]) -> tuple[str, ...]:
 
 
 def _run(*arguments: str) -> dict[str, Any]:
-    # The kernel's code is not trusted with this user's tokens, caches or overrides.
+    # The kernel's code is handed no tokens, and finds no caches or overrides of this user's.
     environment = {
         key: value
         for key, value in os.environ.items()
