@@ -133,6 +133,8 @@ def test_the_library_of_another_file_is_recognized():
         'for name in ("demo::one",): torch.library.register_fake(name)',
         "ops = torch.ops",
         "vars(torch.ops)",
+        "from torch.ops import demo",
+        "from torch.library import *",
     ],
 )
 def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):

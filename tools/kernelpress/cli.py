@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 token = typer.Typer(help="Tokens of a Hub of your own.", no_args_is_help=True)
 app.add_typer(token, name="token")
-Directory = Annotated[Path, typer.Argument(metavar="[DIR]", help="The directory that holds build.toml.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory that holds build.toml.")]
 
 
 def _version(value: bool) -> None:
