@@ -149,6 +149,7 @@ def _concerned(tree: ast.Module, package: str, libraries: frozenset[str]) -> boo
 
 
 def error_at(file: SourceFile, package_dir: Path, offset: int, message: str) -> SourceError:
+    """An error about the line of a file in which a byte stands."""
     return SourceError(message, path=package_dir / file.path, line=file.data.count(b"\n", 0, offset) + 1)
 
 
