@@ -34,7 +34,7 @@ publish: setup
 	$(BIN)/python tools/mainjob
 
 bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/benchmark_experts.py
+	$(BIN)/python benchmarks/compare.py
 
 clean:
 	rm -rf build .hub $(VENV) $(CONSUMER)
