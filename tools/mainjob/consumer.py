@@ -35,23 +35,23 @@ def say(event: str, **fields: Any) -> None:
 
 
 def build_model() -> Any:
-    """A Gemma 4 text model over bytes: two sliding layers and two global ones, each with 32 experts."""
+    """A Gemma 4 text model over bytes: a sliding layer and a global one, each with 64 experts, 8 of them a token."""
     torch.manual_seed(0)
     config = Gemma4TextConfig(
         vocab_size=256,
         hidden_size=256,
         intermediate_size=256,
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
         sliding_window=64,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
         global_head_dim=64,
         enable_moe_block=True,
-        num_experts=32,
-        top_k_experts=4,
-        moe_intermediate_size=256,
+        num_experts=64,
+        top_k_experts=8,
+        moe_intermediate_size=192,
         hidden_size_per_layer_input=0,
         vocab_size_per_layer_input=256,
         max_position_embeddings=LENGTH,
