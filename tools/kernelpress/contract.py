@@ -1,0 +1,231 @@
+"""The contract of a version: what ``__all__`` holds may grow within a version, and never break."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import griffe
+
+from kernelpress.errors import CheckError
+from kernelpress.variant import UNIVERSAL, VARIANT_PREFIX, Build
+
+_PACKAGE = "kernel"
+_INIT = "__init__.py"
+
+Effect = Literal["breaks", "adds"]
+
+
+@dataclass(frozen=True)
+class ApiChange:
+    """One difference of the public API. ``name`` is dotted below the package, ``path`` and ``line`` are in
+    the newer of the two that has it."""
+
+    effect: Effect
+    name: str
+    what: str
+    path: str = ""
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+def compare(old: Mapping[str, bytes] | Path, new: Build) -> tuple[ApiChange, ...]:
+    """What changed of the public API from a published build to a new one.
+
+    Args:
+        old: The files of one published variant by their paths in it, flat or nested in the package's name; or
+            the directory of a variant or of a whole build.
+        new: The build to compare with.
+
+    Returns:
+        Breaks first, then additions. Upstream's rule: a break needs a new version; an addition to a kernel
+        without compiled parts needs none.
+
+    Raises:
+        CheckError: ``old`` holds no package.
+    """
+    flat = next(each for each in new.variants if each.name != VARIANT_PREFIX + UNIVERSAL)
+    return compare_files(
+        _read(old) if isinstance(old, Path) else old, {file.path: file.data for file in flat.files}
+    )
+
+
+def compare_files(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> tuple[ApiChange, ...]:
+    """The same for the files of two variants.
+
+    Raises:
+        CheckError: One of them holds no package.
+    """
+    with tempfile.TemporaryDirectory(prefix="kernelpress-api-") as scratch:
+        before, after = (_load(files, Path(scratch, where)) for where, files in (("old", old), ("new", new)))
+        changes = list(_changes(before, after, Path(scratch).resolve()))
+    return tuple(sorted(changes, key=lambda change: (change.effect != "breaks", change.name, change.what)))
+
+
+def _read(directory: Path) -> dict[str, bytes]:
+    variants = sorted(path for path in directory.glob(f"{VARIANT_PREFIX}*") if path.is_dir())
+    root = variants[0] if variants else directory
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.py"))}
+
+
+def _load(files: Mapping[str, bytes], root: Path) -> griffe.Module:
+    tops = [PurePosixPath(path).parent for path in files if PurePosixPath(path).name == _INIT]
+    if not tops:
+        raise CheckError("what is published holds no Python package, so there is no API to compare with")
+    top = min(tops, key=lambda path: len(path.parts))
+    for name, data in files.items():
+        path = PurePosixPath(name)
+        if path.suffix in (".py", ".pyi") and path.is_relative_to(top):
+            target = root / _PACKAGE / path.relative_to(top)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+    loaded = griffe.load(_PACKAGE, search_paths=[root], allow_inspection=False, resolve_aliases=True)
+    assert isinstance(loaded, griffe.Module)
+    return loaded
+
+
+def _changes(old: griffe.Module, new: griffe.Module, scratch: Path) -> Iterator[ApiChange]:
+    names, now = _public(old), _public(new)
+    for name in names:
+        if name not in now:
+            yield ApiChange("breaks", name, "removed from __all__")
+            continue
+        before, after = _target(old, name), _target(new, name)
+        if before is None or after is None:
+            continue
+        yield from _between(name, before, after, scratch)
+    for name in now:
+        if name not in names:
+            added = _target(new, name)
+            yield ApiChange("adds", name, "new", *(_place(added, scratch) if added is not None else ()))
+
+
+def _public(module: griffe.Module) -> list[str]:
+    if module.exports is not None:
+        return [str(each) for each in module.exports]
+    return [name for name, member in module.members.items() if member.is_public and not member.is_module]
+
+
+def _target(module: griffe.Module, name: str) -> griffe.Object | None:
+    """What a public name stands for; nothing where it comes from outside of the package."""
+    member: griffe.Object | griffe.Alias | None = module.members.get(name)
+    if isinstance(member, griffe.Module) and name in module.imports:
+        # `from .twice import twice`: to Python the function hides the module, to griffe it is the other way.
+        member = module.modules_collection.members[_PACKAGE]
+        for part in module.imports[name].split(".")[1:]:
+            member = member.members.get(part) if member is not None else None
+    if isinstance(member, griffe.Alias):
+        try:
+            return member.final_target
+        except griffe.AliasResolutionError:
+            return None
+    return member
+
+
+def _between(name: str, old: griffe.Object, new: griffe.Object, scratch: Path) -> Iterator[ApiChange]:
+    place = _place(new, scratch)
+    if old.kind is not new.kind:
+        yield ApiChange("breaks", name, f"was a {old.kind.value} and is now a {new.kind.value}", *place)
+    elif isinstance(old, griffe.Function) and isinstance(new, griffe.Function):
+        for what in _signature(old, new):
+            yield ApiChange("breaks", name, what, *place)
+        known = {parameter.name for parameter in old.parameters}
+        for parameter in new.parameters:
+            if parameter.name not in known and not parameter.required:
+                yield ApiChange("adds", name, f"optional parameter {parameter.name!r} added", *place)
+    elif isinstance(old, griffe.Class) and isinstance(new, griffe.Class):
+        yield from _members(name, old, new, scratch)
+    elif (
+        isinstance(old, griffe.Attribute)
+        and isinstance(new, griffe.Attribute)
+        and old.annotation is not None
+        and str(old.annotation) != str(new.annotation)
+    ):
+        yield ApiChange("breaks", name, f"type changed from {old.annotation} to {new.annotation}", *place)
+
+
+def _members(name: str, old: griffe.Class, new: griffe.Class, scratch: Path) -> Iterator[ApiChange]:
+    place = _place(new, scratch)
+    for base in old.bases:
+        if str(base) not in map(str, new.bases):
+            yield ApiChange("breaks", name, f"no longer derives from {base}", *place)
+    for member, before in old.members.items():
+        if before.is_alias or (member.startswith("_") and member not in ("__init__", "__call__")):
+            continue
+        after = new.all_members.get(member)
+        if after is None:
+            yield ApiChange("breaks", f"{name}.{member}", "removed", *place)
+        elif isinstance(before, griffe.Object) and not isinstance(after, griffe.Alias):
+            yield from _between(f"{name}.{member}", before, after, scratch)
+    for member in new.members:
+        if not member.startswith("_") and member not in old.all_members:
+            yield ApiChange("adds", f"{name}.{member}", "new", *place)
+
+
+def _signature(old: griffe.Function, new: griffe.Function) -> Iterator[str]:
+    """Breaks of a signature; Griffe's own comparison lets a changed annotation pass, upstream's rule does not."""
+    variadic = (griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword)
+    kinds = {each.kind for each in new.parameters}
+    order = [each.name for each in new.parameters if each.kind in _POSITIONAL]
+    position = 0
+    for parameter in old.parameters:
+        name = parameter.name
+        after = next((each for each in new.parameters if each.name == name), None)
+        positional = parameter.kind in _POSITIONAL
+        if after is None:
+            if parameter.kind in variadic:
+                if parameter.kind not in kinds:
+                    yield f"no longer takes {_stars(parameter)}{name}"
+            elif not (
+                (parameter.kind is griffe.ParameterKind.keyword_only and variadic[1] in kinds)
+                or (parameter.kind is griffe.ParameterKind.positional_only and variadic[0] in kinds)
+            ):
+                yield f"parameter {name!r} removed"
+            position += positional
+            continue
+        if positional and after.kind in _POSITIONAL and (position >= len(order) or order[position] != name):
+            yield f"parameter {name!r} moved"
+        position += positional
+        if not _accepts(parameter, after):
+            yield f"parameter {name!r} was {_kind(parameter)} and is now {_kind(after)}"
+        elif after.required and not parameter.required:
+            yield f"parameter {name!r} is now required"
+        elif not parameter.required and str(parameter.default) != str(after.default):
+            yield f"default of {name!r} changed from {parameter.default} to {after.default}"
+    known = {parameter.name for parameter in old.parameters}
+    for parameter in new.parameters:
+        if parameter.name not in known and parameter.required and parameter.kind not in variadic:
+            yield f"required parameter {parameter.name!r} added"
+    if old.returns is not None and str(old.returns) != str(new.returns):
+        yield f"return annotation changed from {old.returns} to {new.returns or 'none'}"
+
+
+_POSITIONAL = (griffe.ParameterKind.positional_only, griffe.ParameterKind.positional_or_keyword)
+
+
+def _accepts(old: griffe.Parameter, new: griffe.Parameter) -> bool:
+    """Whether every way to pass the parameter still works."""
+    return old.kind is new.kind or (
+        new.kind is griffe.ParameterKind.positional_or_keyword
+        and old.kind in (griffe.ParameterKind.positional_only, griffe.ParameterKind.keyword_only)
+    )
+
+
+def _kind(parameter: griffe.Parameter) -> str:
+    return parameter.kind.value if parameter.kind is not None else "of no kind"
+
+
+def _stars(parameter: griffe.Parameter) -> str:
+    return "*" if parameter.kind is griffe.ParameterKind.var_positional else "**"
+
+
+def _place(found: griffe.Object, scratch: Path) -> tuple[str, int | None]:
+    path = found.filepath
+    if isinstance(path, list) or path is None:
+        return "", found.lineno
+    return path.resolve().relative_to(scratch / "new" / _PACKAGE).as_posix(), found.lineno
