@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import httpx2
 import pytest
 from dulwich import porcelain
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile
 from kernelpress.errors import PublishError
+from kernelpress.hubs import RefusedError
 from kernelpress.localhub import RunningHub, create_token, running_hub
 from kernelpress.publish import hub as client
 from kernelpress.publish import plan, publish
@@ -244,52 +247,69 @@ def test_a_reader_of_a_new_version_never_sees_another_tree(make_kernel, server, 
     assert all(seen)
 
 
+def interfering(api: Watched, what: Callable[[str], None]) -> None:
+    """Let somebody else act once, just before the next step."""
+    left = [1]
+
+    def act(step: str) -> None:
+        if left:
+            left.pop()
+            what(step)
+
+    api.before_step = act
+
+
 @pytest.mark.parametrize("branch", ["v1", "main"])
-def test_a_branch_that_moves_meanwhile_is_not_overwritten(make_kernel, server, repo, branch):
+def test_a_note_that_somebody_adds_meanwhile_is_kept(make_kernel, server, repo, branch):
     root = make_kernel()
-    api = Watched(endpoint=server.endpoint)
+    api, other = Watched(endpoint=server.endpoint), client(server.endpoint)
     publish(make(root), repo, api)
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
-    other = client(server.endpoint)
-    moved: list[str] = []
-
-    def interfere(step: str) -> None:
-        if not moved:
-            note = [CommitOperationAdd("note.md", b"theirs")]
-            made = other.create_commit(
-                repo, note, commit_message="theirs", repo_type="kernel", revision=branch
-            )
-            moved.append(made.oid)
-
-    api.before_step = interfere
-    with pytest.raises(PublishError, match="somebody else changed") as caught:
-        publish(make(root), repo, api)
-    assert heads(api, repo)[branch] == moved[0]
-    assert ("published before that: v1" in str(caught.value)) == (branch == "main")
-    publish(make(root), repo, other)
+    note = [CommitOperationAdd("note.md", b"theirs")]
+    interfering(
+        api,
+        lambda step: other.create_commit(repo, note, commit_message="x", repo_type="kernel", revision=branch),
+    )
+    said: list[str] = []
+    done = publish(make(root), repo, api, say=said.append)
+    assert done.changed
+    assert "meanwhile" in said[0]
     assert "note.md" in files(other, repo, branch)
+    assert plan(make(root), repo, other).unchanged
 
 
-def test_a_version_made_by_somebody_else_meanwhile_is_not_overwritten(make_kernel, server, repo):
+@pytest.mark.parametrize("branch", ["v1", "main"])
+def test_another_build_published_meanwhile_is_not_overwritten(make_kernel, server, repo, branch):
+    root = make_kernel()
     api, other = Watched(endpoint=server.endpoint), client(server.endpoint)
-    theirs: list[str] = []
+    publish(make(root), repo, api)
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
+    theirs = [CommitOperationAdd("build/torch-cpu/twice.py", b"theirs")]
+    interfering(
+        api,
+        lambda step: other.create_commit(
+            repo, theirs, commit_message="x", repo_type="kernel", revision=branch
+        ),
+    )
+    with pytest.raises(RefusedError, match=f"somebody else changed {branch}") as caught:
+        publish(make(root), repo, api)
+    assert ("published before that: main" in str(caught.value)) == (branch == "v1")
+    where = Path(api.hf_hub_download(repo, "build/torch-cpu/twice.py", repo_type="kernel", revision=branch))
+    assert where.read_text() == "theirs"
 
-    def interfere(step: str) -> None:
-        if step == "create_commit" and not theirs:
-            other.create_branch(repo, branch="v1", repo_type="kernel")
-            theirs.append(heads(other, repo)["v1"])
 
-    api.before_step = interfere
-    with pytest.raises(PublishError, match="somebody else changed"):
-        publish(make(make_kernel()), repo, api)
+def test_a_version_branch_made_by_somebody_else_meanwhile_is_built_upon(make_kernel, server, repo):
+    api, other = Watched(endpoint=server.endpoint), client(server.endpoint)
+    interfering(api, lambda step: other.create_branch(repo, branch="v1", repo_type="kernel"))
+    publish(make(make_kernel()), repo, api)
     assert heads(api, repo).keys() == {"main", "v1"}
-    assert heads(api, repo)["v1"] == theirs[0]
+    assert plan(make(make_kernel()), repo, other).unchanged
 
 
 def test_publishing_again_finishes_what_was_interrupted_at_any_step(make_kernel, server, tmp_path):
     made = make(make_kernel())
     wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
-    for stop_at in range(4):
+    for stop_at in range(2):
         repo = f"org/interrupted-{stop_at}"
         api, steps = Watched(endpoint=server.endpoint), itertools.count()
 
@@ -393,3 +413,90 @@ def test_without_any_repository_id_the_ways_to_give_one_are_named(make_kernel, a
     edit(root, "build.toml", '[general.hub]\nrepo-id = "org/demo-kernel"\n', "")
     with pytest.raises(PublishError, match="--repo-id"):
         publish(make(root), None, api)
+
+
+def in_git(root: Path) -> None:
+    porcelain.init(str(root))
+    everything = [str(path) for path in root.rglob("*") if path.is_file() and ".git" not in path.parts]
+    porcelain.add(str(root), everything)
+    porcelain.commit(str(root), message=b"x", author=b"A <a@b>", committer=b"A <a@b>")
+
+
+def test_a_published_version_is_not_replaced_from_a_dirty_tree_unless_forced(make_kernel, api, repo):
+    root = make_kernel()
+    in_git(root)
+    publish(make(root), repo, api)
+    before = heads(api, repo)
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
+    with pytest.raises(RefusedError, match=r"v1 is published and the sources differ.*--force"):
+        publish(make(root), repo, api)
+    assert heads(api, repo) == before
+    done = publish(make(root), repo, api, force=True)
+    assert any("the sources differ" in each for each in done.overridden)
+    assert heads(api, repo) != before
+
+
+def test_a_break_of_the_api_within_a_version_is_refused_and_named(make_kernel, api, repo):
+    root = make_kernel()
+    publish(make(root), repo, api)
+    before = heads(api, repo)
+    edit(root, f"{PACKAGE}/__init__.py", "def label() -> str:", "def label(must: int) -> str:")
+    todo = plan(make(root), repo, api)
+    assert (todo.against, todo.implied) == (1, 2)
+    with pytest.raises(RefusedError, match=r"v1 breaks what it promised, label.*raise the version"):
+        publish(make(root), repo, api)
+    assert heads(api, repo) == before
+    edit(root, "build.toml", "version = 1", "version = 2")
+    assert publish(make(root), repo, api).overridden == ()
+    assert heads(api, repo)["v1"] == before["v1"]
+
+
+def test_a_dry_run_of_a_repository_that_is_not_there_plans_all_of_it(make_kernel, api, repo):
+    made = make(make_kernel())
+    todo = plan(made, repo, api)
+    assert todo.creates
+    added = {change.path for change in todo.branches[0].changes if change.kind == "added"}
+    assert "build/torch-cpu/twice.py" in added
+    assert "README.md" in added
+    assert not api.repo_exists(repo, repo_type="kernel")
+
+
+def test_the_plan_names_each_file_with_its_sizes(make_kernel, api, repo):
+    root = make_kernel(**{f"{PACKAGE}/extra.py": "X = 1\n", f"{PACKAGE}/other.py": "Y = 1\n"})
+    publish(make(root), repo, api)
+    (root / PACKAGE / "extra.py").unlink()
+    edit(root, f"{PACKAGE}/other.py", "Y = 1", "Y = 100")
+    (root / PACKAGE / "new.py").write_text("")
+    changes = {change.path: change for change in plan(make(root), repo, api).branches[0].changes}
+    cpu = {
+        path.removeprefix("build/torch-cpu/"): change for path, change in changes.items() if "-cpu" in path
+    }
+    assert [(cpu[name].kind, cpu[name].before, cpu[name].after) for name in ("extra.py", "other.py", "new.py")] == [
+        ("removed", 6, None), ("changed", 6, 8), ("added", None, 0)
+    ]  # fmt: skip
+
+
+class Failing(HfApi):
+    """The real client, with a connection that breaks at chosen steps: before the Hub hears, or before it answers."""
+
+    plan: ClassVar[list[str]] = []
+
+    def create_commit(self, *args, **kwargs):
+        kind = self.plan.pop(0) if self.plan else ""
+        if kind == "before":
+            raise httpx2.ReadTimeout("cut off")
+        made = super().create_commit(*args, **kwargs)
+        if kind == "after":
+            raise httpx2.RemoteProtocolError("cut off")
+        return made
+
+
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_a_connection_cut_in_a_commit_is_tried_again_and_commits_once(make_kernel, server, repo, kind):
+    api = Failing(endpoint=server.endpoint)
+    api.create_repo(repo, repo_type="kernel")
+    before = commits(api, repo, "main")
+    api.plan = [kind]
+    done = publish(make(make_kernel()), repo, api)
+    assert [(branch.name, branch.changed) for branch in done.branches] == [("v1", True), ("main", True)]
+    assert commits(api, repo, "main") == commits(api, repo, "v1") == before + 1

@@ -1,73 +1,48 @@
 """Sixth step: a build on its version's branch of the Hub, and on ``main`` if it is the newest.
 
 A branch only ever moves in one commit, made on the revision it was compared with; whoever reads it sees the
-whole of one build or the whole of another.
+whole of one build or the whole of another. Nothing is remembered between two attempts but what the Hub itself
+shows, so an attempt that was cut off anywhere is finished by the next one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import HfHubHTTPError
 
-from kernelpress.card import render_card
 from kernelpress.errors import PublishError
-from kernelpress.spec import is_repo_id
-from kernelpress.variant import METADATA, Build, without_provenance
+from kernelpress.hubs import (
+    MAIN,
+    TYPE,
+    MovedError,
+    RefusedError,
+    TransientError,
+    checked_repo_id,
+    explained,
+    hub,
+)
+from kernelpress.plan import BranchPlan, Plan, plan
+from kernelpress.variant import Build
 
-_TYPE = "kernel"
-_MAIN = "main"
-_CARD = "README.md"
-_VERSION_BRANCH = re.compile(r"v(\d+)")
+__all__ = ["Published", "PublishedBranch", "hub", "plan", "publish"]
 
-
-@dataclass(frozen=True)
-class BranchPlan:
-    """What would change on a branch.
-
-    ``base`` is the commit that the comparison is with: the branch's own, or, where ``exists`` is false, the
-    one that it would be made from. With nothing to add or delete the branch already holds the build.
-    """
-
-    name: str
-    exists: bool
-    base: str
-    add: Mapping[str, bytes]
-    delete: tuple[str, ...]
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the branch is there and holds the build already."""
-        return self.exists and not self.add and not self.delete
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What publishing would do. ``newer`` is the version that ``main`` keeps, where that is a newer one."""
-
-    repo_id: str
-    branches: tuple[BranchPlan, ...]
-    newer: int | None
+_ATTEMPTS = 6
+_FIRST_WAIT = 0.5
 
 
 @dataclass(frozen=True)
 class PublishedBranch:
-    """Where a branch stands after publishing; ``changed`` is false if it held the build before."""
+    """Where a branch stands after publishing.
+
+    ``changed`` is false if it held the build before; ``before`` is the commit it was at then, ``None`` for a
+    branch that is new.
+    """
 
     name: str
     commit: str
@@ -75,228 +50,226 @@ class PublishedBranch:
     added: int
     deleted: int
     url: str
+    before: str | None = None
 
 
 @dataclass(frozen=True)
 class Published:
-    """The outcome of publishing a build."""
+    """The outcome of publishing a build. ``overridden`` is what ``force`` set aside."""
 
     repo_id: str
     url: str
     branches: tuple[PublishedBranch, ...]
     newer: int | None
+    overridden: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    pull_request: str | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was published."""
+        return self.pull_request is not None or any(branch.changed for branch in self.branches)
 
 
-def hub(endpoint: str | None = None) -> HfApi:
-    """The Hub's client; everything not given here comes from its own environment variables."""
-    return HfApi(endpoint=endpoint, library_name="kernelpress")
-
-
-def publish(build: Build, repo_id: str | None, api: HfApi, *, private: bool = False) -> Published:
+def publish(
+    build: Build,
+    repo_id: str | None,
+    api: HfApi,
+    *,
+    private: bool = False,
+    force: bool = False,
+    create_pr: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Published:
     """Put a build on the Hub, then read it back and compare.
+
+    When the Hub or the connection fails for a moment, or another commit comes in between, the plan is made
+    anew from what the Hub shows then, with growing pauses.
 
     Args:
         build: What to publish.
         repo_id: ``organization/name``; by default the one in ``build.toml``.
         api: The Hub.
         private: Whether a repository that does not exist yet is made private.
+        force: Publish in spite of the plan's objections.
+        create_pr: Propose the change of ``main`` as a pull request instead of making any.
+        say: Told about every pause and every new plan.
 
     Raises:
-        PublishError: The Hub cannot be reached or refuses, or a branch moved in the meantime. Branches
-            already committed are named in the message; all others are as they were.
+        RefusedError: The plan has objections, or somebody else published another build meanwhile.
+        PublishError: The Hub cannot be reached or refuses. Branches already committed are named in the
+            message; all others are as they were.
     """
-    repo_id = repo_id or build.spec.repo_id
-    if repo_id is None:
-        raise PublishError(
-            "no repository is named; give --repo-id, or repo-id in [general.hub] of build.toml"
-        )
-    if not is_repo_id(repo_id):
-        raise PublishError(f"{repo_id!r} is no repository id; write it as 'organization/name'")
-    with _explained(api, repo_id):
-        if not _exists(api, repo_id):
-            api.create_repo(repo_id, repo_type=_TYPE, private=private, exist_ok=True)
-        todo = plan(build, repo_id, api)
-    branches: list[PublishedBranch] = []
-    for each in todo.branches:
-        with _explained(api, repo_id, done=branches):
-            branches.append(_apply(each, build, repo_id, api))
-    with _explained(api, repo_id, done=branches):
-        _verify(build, repo_id, api, branches)
-    return Published(repo_id, f"{api.endpoint}/kernels/{repo_id}", tuple(branches), todo.newer)
-
-
-def plan(build: Build, repo_id: str, api: HfApi) -> Plan:
-    """Compare a build with what a repository holds, and change nothing.
-
-    Raises:
-        PublishError: The Hub cannot be reached or refuses.
-    """
-    with _explained(api, repo_id):
-        heads = _heads(api, repo_id)
-        if _MAIN not in heads:
-            raise PublishError(f"{repo_id} has no branch main, which every repository on the Hub has")
-        own = f"v{build.spec.version}"
-        published = [int(match[1]) for name in heads if (match := _VERSION_BRANCH.fullmatch(name))]
-        newest = max(published, default=build.spec.version)
-        newer = newest if newest > build.spec.version else None
-        names = [own] if newer is not None else [own, _MAIN]
-        wanted = _wanted(build, repo_id)
-        branches = tuple(_plan_branch(api, repo_id, name, heads, wanted) for name in names)
-        return Plan(repo_id, branches, newer)
-
-
-def _wanted(build: Build, repo_id: str) -> dict[str, bytes]:
-    files = {
-        f"build/{variant.name}/{file.path}": file.data for variant in build.variants for file in variant.files
-    }
-    return files | {_CARD: render_card(build, repo_id).encode("utf-8")}
-
-
-def _plan_branch(
-    api: HfApi, repo_id: str, name: str, heads: Mapping[str, str], wanted: Mapping[str, bytes]
-) -> BranchPlan:
-    base = heads.get(name, heads[_MAIN])
-    there = {
-        entry.path: entry
-        for entry in api.list_repo_tree(repo_id, recursive=True, revision=base, repo_type=_TYPE)
-        if isinstance(entry, RepoFile)
-    }
-    add = {
-        path: data
-        for path, data in wanted.items()
-        if path not in there or not _same_content(there[path], data)
-    }
-    delete = tuple(sorted(path for path in there if path.startswith("build/") and path not in wanted))
-    if not delete and all(
-        path in there and _same_but_provenance(api, repo_id, base, path, data) for path, data in add.items()
-    ):
-        add = {}
-    return BranchPlan(name, name in heads, base, add, delete)
-
-
-def _same_content(entry: RepoFile, data: bytes) -> bool:
-    if entry.lfs is not None:
-        return entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _same_but_provenance(api: HfApi, repo_id: str, revision: str, path: str, data: bytes) -> bool:
-    if path.rpartition("/")[2] != METADATA:
-        return False
-    with tempfile.TemporaryDirectory(prefix="kernelpress-") as scratch:
-        file = api.hf_hub_download(repo_id, path, repo_type=_TYPE, revision=revision, local_dir=scratch)
-        published = Path(file).read_bytes()
-    try:
-        return without_provenance(published) == without_provenance(data)
-    except ValueError:
-        return False
-
-
-def _apply(todo: BranchPlan, build: Build, repo_id: str, api: HfApi) -> PublishedBranch:
-    if todo.unchanged:
-        commit = todo.base
-    elif todo.exists:
-        commit = _commit(todo, todo.name, build, repo_id, api)
-    elif todo.add or todo.delete:
-        # A branch made first and filled then would for a moment show readers of this version some other
-        # tree. So the commit is made on a branch that nobody reads, and the version's is made from it.
-        staging = f"kernelpress-staging-{todo.name}-{build.content_hash}"
-        with suppress(HfHubHTTPError):
-            api.delete_branch(repo_id, branch=staging, repo_type=_TYPE)
-        api.create_branch(repo_id, branch=staging, revision=todo.base, repo_type=_TYPE)
+    repo_id = checked_repo_id(repo_id or build.spec.repo_id)
+    attempt = _Attempt(build, repo_id, api, private, force, create_pr)
+    for number in range(_ATTEMPTS):
         try:
-            commit = _commit(todo, staging, build, repo_id, api)
-            api.create_branch(repo_id, branch=todo.name, revision=commit, repo_type=_TYPE)
+            return attempt.run()
+        except (TransientError, MovedError) as error:
+            last = number + 1 == _ATTEMPTS
+            if last or (isinstance(error, TransientError) and not error.reached and not attempt.reached):
+                raise attempt.with_landed(error) from error
+            wait = error.wait if isinstance(error, TransientError) and error.wait is not None else None
+            wait = _FIRST_WAIT * 2**number if wait is None else wait
+            say(f"{error.message}; trying again in {wait:.1f} s")
+            time.sleep(wait)
+        except PublishError as error:
+            raise attempt.with_landed(error) from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+class _Attempt:
+    """Publishing, until it is through: what the first plan saw, and what has been done since."""
+
+    def __init__(
+        self, build: Build, repo_id: str, api: HfApi, private: bool, force: bool, create_pr: bool
+    ) -> None:
+        self._build, self._repo_id, self._api = build, repo_id, api
+        self._private, self._force, self._create_pr = private, force, create_pr
+        self._first: dict[str, BranchPlan] = {}
+        self._landed: dict[str, PublishedBranch] = {}
+        self.reached = False
+
+    def run(self) -> Published:
+        todo = plan(self._build, self._repo_id, self._api)
+        self.reached = True
+        if todo.creates:
+            with explained(self._api, self._repo_id):
+                self._api.create_repo(self._repo_id, repo_type=TYPE, private=self._private, exist_ok=True)
+            todo = plan(self._build, self._repo_id, self._api)
+        if todo.objections and not self._force:
+            raise RefusedError(f"{'; '.join(todo.objections)}; or override with --force")
+        self._refuse_to_mix(todo)
+        if self._create_pr:
+            return self._propose(todo)
+        # A new version's branch is made from main's new commit: so it never shows anything but the build.
+        for each in sorted(todo.branches, key=lambda branch: branch.name != MAIN):
+            self._apply(each, todo)
+        again = plan(self._build, self._repo_id, self._api) if self._landed else todo
+        branches = tuple(self._outcome(each) for each in again.branches)
+        self._read_back(again)
+        return self._published(todo, branches)
+
+    def with_landed(self, error: PublishError) -> PublishError:
+        """The same error, with what was published before it."""
+        if self._landed:
+            error.message += f"; published before that: {', '.join(sorted(self._landed))}"
+            error.args = (str(error),)
+        return error
+
+    def _refuse_to_mix(self, todo: Plan) -> None:
+        for branch in todo.branches:
+            first = self._first.setdefault(branch.name, branch)
+            ours = not (branch.add or branch.delete) or branch.name in self._landed
+            if not ours and not branch.same_build(first):
+                raise RefusedError(
+                    f"somebody else changed {branch.name} of {self._repo_id} meanwhile: it holds another build now, "
+                    f"commit {(branch.base or '')[:12]}; look at what they published, then publish again"
+                )
+
+    def _apply(self, todo: BranchPlan, whole: Plan) -> None:
+        if todo.unchanged:
+            return
+        assert todo.base is not None
+        with explained(self._api, self._repo_id):
+            if todo.exists:
+                commit = self._commit(todo, todo.name)
+            elif MAIN in self._landed or not (todo.add or todo.delete):
+                landed = self._landed.get(MAIN)
+                commit = todo.base if landed is None else landed.commit
+                self._api.create_branch(self._repo_id, branch=todo.name, revision=commit, repo_type=TYPE)
+            else:
+                commit = self._commit_aside(todo)
+        before = self._landed[todo.name].before if todo.name in self._landed else None
+        self._landed[todo.name] = PublishedBranch(
+            name=todo.name,
+            commit=commit,
+            changed=True,
+            added=len(todo.add),
+            deleted=len(todo.delete),
+            url=f"{self._api.endpoint}/kernels/{self._repo_id}/tree/{todo.name}",
+            before=before or (todo.base if todo.exists else None),
+        )
+
+    def _commit_aside(self, todo: BranchPlan) -> str:
+        # For a version older than main's. A branch made first and filled then would for a moment show readers
+        # of this version some other tree, so the commit is made on a branch that nobody reads.
+        staging = f"kernelpress-staging-{todo.name}-{self._build.content_hash}"
+        with suppress(HfHubHTTPError):
+            self._api.delete_branch(self._repo_id, branch=staging, repo_type=TYPE)
+        self._api.create_branch(self._repo_id, branch=staging, revision=todo.base, repo_type=TYPE)
+        try:
+            commit = self._commit(todo, staging)
+            self._api.create_branch(self._repo_id, branch=todo.name, revision=commit, repo_type=TYPE)
         finally:
             with suppress(HfHubHTTPError, httpx2.HTTPError):
-                api.delete_branch(repo_id, branch=staging, repo_type=_TYPE)
-    else:
-        commit = todo.base
-        api.create_branch(repo_id, branch=todo.name, revision=commit, repo_type=_TYPE)
-    return PublishedBranch(
-        name=todo.name,
-        commit=commit,
-        changed=not todo.unchanged,
-        added=len(todo.add),
-        deleted=len(todo.delete),
-        url=f"{api.endpoint}/kernels/{repo_id}/tree/{todo.name}",
-    )
+                self._api.delete_branch(self._repo_id, branch=staging, repo_type=TYPE)
+        return commit
 
+    def _commit(self, todo: BranchPlan, branch: str, *, create_pr: bool = False) -> str:
+        git = self._build.source.git
+        made = self._api.create_commit(
+            self._repo_id,
+            [
+                *(CommitOperationAdd(path, data) for path, data in sorted(todo.add.items())),
+                *(CommitOperationDelete(path, is_folder=False) for path in todo.delete),
+            ],
+            commit_message=f"{self._build.spec.name} v{self._build.spec.version}: build {self._build.content_hash}",
+            commit_description=f"Sources: commit {git.commit}{', modified' if git.dirty else ''}"
+            if git
+            else "",
+            repo_type=TYPE,
+            revision=branch,
+            parent_commit=todo.base,
+            create_pr=create_pr,
+        )
+        return (made.pr_url or made.commit_url) if create_pr else made.oid
 
-def _commit(todo: BranchPlan, branch: str, build: Build, repo_id: str, api: HfApi) -> str:
-    git = build.source.git
-    made = api.create_commit(
-        repo_id,
-        [
-            *(CommitOperationAdd(path, data) for path, data in sorted(todo.add.items())),
-            *(CommitOperationDelete(path) for path in todo.delete),
-        ],
-        commit_message=f"{build.spec.name} v{build.spec.version}: build {build.content_hash}",
-        commit_description=f"Sources: commit {git.commit}{', modified' if git.dirty else ''}" if git else "",
-        repo_type=_TYPE,
-        revision=branch,
-        parent_commit=todo.base,
-    )
-    return made.oid
-
-
-def _verify(build: Build, repo_id: str, api: HfApi, branches: list[PublishedBranch]) -> None:
-    heads = _heads(api, repo_id)
-    wanted = _wanted(build, repo_id)
-    for each in branches:
-        if heads.get(each.name) != each.commit:
-            raise PublishError(
-                f"{each.name} of {repo_id} is no longer at {each.commit[:12]}: somebody else has changed it since; "
-                "look at what they published, then publish again"
+    def _propose(self, todo: Plan) -> Published:
+        main = next((branch for branch in todo.branches if branch.name == MAIN), None)
+        if main is None:
+            raise RefusedError(
+                f"{self._repo_id} holds the newer version {todo.newer}, and the Hub takes pull requests for main only"
             )
-        if not _plan_branch(api, repo_id, each.name, heads, wanted).unchanged:
-            raise PublishError(f"{each.name} of {repo_id} does not hold what was sent; publish again")
+        if main.unchanged:
+            return self._published(todo, tuple(self._outcome(each) for each in todo.branches))
+        try:
+            with explained(self._api, self._repo_id):
+                url = self._commit(main, MAIN, create_pr=True)
+        except TransientError as error:
+            # Trying again could open a second one.
+            raise PublishError(
+                f"{error.message}; look at {self._repo_id} for the pull request before you try again"
+            ) from error
+        return self._published(todo, (), url)
 
+    def _outcome(self, todo: BranchPlan) -> PublishedBranch:
+        if todo.name in self._landed:
+            return self._landed[todo.name]
+        url = f"{self._api.endpoint}/kernels/{self._repo_id}/tree/{todo.name}"
+        first = self._first[todo.name]
+        # A commit whose answer was lost is known by what it did.
+        changed = not first.unchanged
+        before = first.base if first.exists else None
+        return PublishedBranch(
+            todo.name, todo.base or "", changed, len(first.add), len(first.delete), url, before
+        )
 
-def _heads(api: HfApi, repo_id: str) -> dict[str, str]:
-    refs = api.list_repo_refs(repo_id, repo_type=_TYPE)
-    return {branch.name: branch.target_commit for branch in refs.branches}
+    def _published(
+        self, todo: Plan, branches: tuple[PublishedBranch, ...], pull_request: str | None = None
+    ) -> Published:
+        url = f"{self._api.endpoint}/kernels/{self._repo_id}"
+        return Published(self._repo_id, url, branches, todo.newer, todo.objections, todo.notes, pull_request)
 
-
-def _exists(api: HfApi, repo_id: str) -> bool:
-    try:
-        api.list_repo_refs(repo_id, repo_type=_TYPE)
-    except RepositoryNotFoundError:
-        return False
-    return True
-
-
-@contextmanager
-def _explained(api: HfApi, repo_id: str, done: list[PublishedBranch] | None = None) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one message that says what to do."""
-    landed = [each.name for each in done or () if each.changed]
-    after = f"; published before that: {', '.join(landed)}" if landed else ""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise PublishError(_reason(error, repo_id) + after) from error
-    except (LocalTokenNotFoundError, OfflineModeIsEnabled, EntryNotFoundError) as error:
-        raise PublishError(f"{repo_id}: {_first_line(error)}{after}") from error
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise PublishError(
-            f"the Hub at {api.endpoint} does not answer ({_first_line(error) or type(error).__name__}); check the "
-            f"address (--endpoint or HF_ENDPOINT) and the connection{after}"
-        ) from error
-
-
-def _reason(error: HfHubHTTPError, repo_id: str) -> str:
-    status = 404 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
-    said = error.server_message or _first_line(error)
-    if status in (409, 412):
-        return f"somebody else changed {repo_id} meanwhile; look at what they published, then publish again ({said})"
-    if status == 401:
-        return f"the Hub refuses the token; log in with `hf auth login` or set HF_TOKEN to one that may write ({said})"
-    if status == 403:
-        return f"the token may not write to {repo_id}; use one of its organization's, or another --repo-id ({said})"
-    if status == 404:
-        return f"{repo_id} is not there or not yours to see; check the id and the token ({said})"
-    return f"the Hub answers {status} for {repo_id}: {said}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    def _read_back(self, again: Plan) -> None:
+        for branch in again.branches:
+            landed = self._landed.get(branch.name)
+            if landed is not None and branch.base != landed.commit:
+                raise RefusedError(
+                    f"{branch.name} of {self._repo_id} is no longer at {landed.commit[:12]}: somebody else has changed "
+                    "it since; look at what they published, then publish again"
+                )
+            if not branch.unchanged:
+                raise PublishError(
+                    f"{branch.name} of {self._repo_id} does not hold what was sent; publish again"
+                )

@@ -1,0 +1,155 @@
+"""The client's side of a Hub: one client, its errors in one sentence each, and what it is safe to try again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import httpx2
+from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils._http import hf_request_event_hook
+
+from kernelpress.errors import PublishError
+from kernelpress.spec import is_repo_id
+
+TYPE = "kernel"
+MAIN = "main"
+# The client itself waits for ever. A proxy that takes a request and never answers must end in a message; a
+# Hub that hashes a large commit before it answers must not.
+_TIMEOUT = httpx2.Timeout(120.0, connect=20.0)
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class RefusedError(PublishError):
+    """A rule forbids it, or somebody else was faster; the Hub is as it was unless the message says otherwise."""
+
+    exit_code = 4
+
+
+class TransientError(PublishError):
+    """The Hub or the connection failed in a way that may pass. ``wait`` is what the Hub asks for, in seconds."""
+
+    def __init__(self, message: str, wait: float | None = None, *, reached: bool = True) -> None:
+        super().__init__(message)
+        self.wait = wait
+        self.reached = reached
+
+
+class MovedError(PublishError):
+    """A branch is not where it was when it was looked at."""
+
+
+def hub(endpoint: str | None = None) -> HfApi:
+    """The Hub's client; everything not given here comes from its own environment variables."""
+    set_client_factory(_client)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(endpoint=endpoint, library_name="kernelpress")
+
+
+def _client() -> httpx2.Client:
+    return httpx2.Client(
+        event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=_TIMEOUT
+    )
+
+
+def checked_repo_id(repo_id: str | None) -> str:
+    """``repo_id`` if it can be one.
+
+    Raises:
+        PublishError: It is missing or no ``organization/name``.
+    """
+    if repo_id is None:
+        raise PublishError(
+            "no repository is named; give --repo-id, or repo-id in [general.hub] of build.toml"
+        )
+    if not is_repo_id(repo_id):
+        raise PublishError(f"{repo_id!r} is no repository id; write it as 'organization/name'")
+    return repo_id
+
+
+def heads(api: HfApi, repo_id: str) -> dict[str, str]:
+    """Branches of a repository and the commits they are at."""
+    refs = api.list_repo_refs(repo_id, repo_type=TYPE)
+    return {branch.name: branch.target_commit for branch in refs.branches}
+
+
+def tree(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
+    """Every file of a revision by its path."""
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=TYPE)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def content_id(entry: RepoFile) -> str:
+    """What is equal for two files exactly when their content is."""
+    return entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+
+
+@contextmanager
+def explained(api: HfApi, repo_id: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into one message that says what to do.
+
+    Raises:
+        TransientError: Trying again may help.
+        MovedError: The Hub answers 409 or 412.
+        PublishError: Anything else that the Hub or its client says.
+    """
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _from_answer(error, repo_id) from error
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled, EntryNotFoundError) as error:
+        raise PublishError(f"{repo_id}: {_first_line(error)}") from error
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        said = (
+            f"the Hub at {api.endpoint} does not answer ({_first_line(error) or type(error).__name__}); check the "
+            "address (--endpoint or HF_ENDPOINT) and the connection"
+        )
+        if isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol):
+            raise TransientError(said, reached=not isinstance(error, httpx2.ConnectError)) from error
+        raise PublishError(said) from error
+
+
+def _from_answer(error: HfHubHTTPError, repo_id: str) -> PublishError:
+    status = 404 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
+    said = error.server_message or _first_line(error)
+    if status in _TRANSIENT_STATUS:
+        return TransientError(
+            f"the Hub answers {status} for {repo_id}: {said}", _wait(error.response.headers)
+        )
+    if status in (409, 412):
+        return MovedError(
+            f"somebody else changed {repo_id} meanwhile; look at what they published, then publish again ({said})"
+        )
+    if status == 401:
+        return PublishError(
+            f"the Hub refuses the token; log in with `hf auth login` or set HF_TOKEN to one that may write ({said})"
+        )
+    if status == 403:
+        return PublishError(
+            f"the token may not write to {repo_id}; use one of its organization's, or another --repo-id ({said})"
+        )
+    if status == 404:
+        return PublishError(
+            f"{repo_id} is not there or not yours to see; check the id and the token ({said})"
+        )
+    return PublishError(f"the Hub answers {status} for {repo_id}: {said}")
+
+
+def _wait(headers: Mapping[str, str]) -> float | None:
+    text = headers.get("retry-after", "")
+    return min(float(text), 60.0) if text.isascii() and text.isdigit() else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
