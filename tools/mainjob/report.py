@@ -32,6 +32,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     def row(label: str, show: Callable[[dict[str, Any]], str]) -> None:
         training.add_row(label, *(show(run) for run in summary["runs"].values()))
 
+    row("steps", lambda run: str(len(run["losses"])))
     row("loss, first step", lambda run: f"{run['losses'][0]:.4f}")
     row("loss, last step", lambda run: f"{run['losses'][-1]:.4f}")
     row("largest difference of loss", lambda run: f"{run['largest_loss_difference']:.1e}")
