@@ -19,6 +19,8 @@ INTEGERS = {
     "row_weight_ptr": "*fp32",
     "d_row_weight_ptr": "*fp32",
 }
+PLAIN = {"INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
+CLAMPED = {"INTERLEAVED": True, "ALPHA": 1.702, "LIMIT": 7.0, "SHIFT": 1.0}
 KERNELS = {
     "grouped_matmul_kernel": (
         "ops.grouped_linear.kernels",
@@ -27,6 +29,7 @@ KERNELS = {
             "TOP_K": 8,
             "SCATTER": True,
             "LOW_RANK": True,
+            "BIAS": True,
             "WEIGHTED": True,
             "EXPERTS_POW2": 256,
             "PRECISION": "ieee",
@@ -48,8 +51,8 @@ KERNELS = {
             "BLOCK_S": 32,
         },
     ),
-    "gate_forward_kernel": ("ops.experts.kernels", {"ACTIVATION": "gelu_tanh", "BLOCK": 1024}),
-    "gate_backward_kernel": ("ops.experts.kernels", {"ACTIVATION": "gelu", "BLOCK": 1024}),
+    "gate_forward_kernel": ("ops.experts.kernels", {**CLAMPED, "ACTIVATION": "silu", "BLOCK": 1024}),
+    "gate_backward_kernel": ("ops.experts.kernels", {**PLAIN, "ACTIVATION": "gelu", "BLOCK": 1024}),
 }
 # The least shared memory a block may use on any of the targets: 64 KB of LDS on gfx942.
 SHARED_LIMIT = 64 * 1024

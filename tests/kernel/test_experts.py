@@ -55,7 +55,7 @@ def exact(
         w,
         *factors.get("gate_up_proj", (None, None)),
         *factors.get("down_proj", (None, None)),
-        activation,
+        submodule("ops.activation").Gate(activation),
     )
     leaves = [x, w, gate_up, down, *(f for pair in factors.values() for f in pair)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -199,6 +199,15 @@ def test_the_reference_is_what_transformers_computes(submodule) -> None:
         shape, "gelu_tanh", torch.float64, targets=(), train_base=False, sentinels=False
     )
     ours = submodule("ops.experts.reference").experts(
-        x, module.gate_up_proj, module.down_proj, index, weights, None, None, None, None, "gelu_tanh"
+        x,
+        module.gate_up_proj,
+        module.down_proj,
+        index,
+        weights,
+        None,
+        None,
+        None,
+        None,
+        submodule("ops.activation").Gate("gelu_tanh"),
     )
     assert error(ours, module(x, index, weights)) < 1e-12

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..ops.experts.op import experts_forward as fused_experts
 from ..ops.grouped_linear.op import grouped_linear_forward
 from ..ops.routing import sort_by_expert
 from . import peft
-
-LowRank = tuple[torch.Tensor, torch.Tensor]
-"""Low-rank factors of one parameter: ``A`` ``[E, r, N_in]`` and ``B`` ``[E, N_out, r]``, the scaling in ``B``."""
+from .checks import LowRank, check_inputs
+from .layout import fused_gate, read_weights
 
 _registered: set[str] = set()
 
@@ -69,75 +67,45 @@ def experts_forward(
     """Forward of a transformers experts module, the signature that its ``ExpertsInterface`` calls.
 
     Args:
-        module: An experts module (its class carries ``@use_experts_implementation``) with parameters
-            ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``.
+        module: An experts module (its class carries ``@use_experts_implementation``), of any layout.
         hidden_states: ``[T, H]``.
-        top_k_index: ``[T, K]`` integers; values ``>= E`` (the sentinels of expert parallelism) cost no work.
-        top_k_weights: ``[T, K]``.
+        top_k_index: ``[T, K]``, int32 or int64. Values ``>= E`` are the sentinels of expert parallelism and cost no
+            work; where the module is not expert-parallel they are an error (which a GPU does not look for).
+        top_k_weights: ``[T, K]``, floating point.
         lora: Low-rank factors by parameter name; the PEFT integration passes them.
 
     Returns:
         ``[T, H]``, dtype of ``hidden_states``.
 
     Raises:
-        NotImplementedError: The module's weight layout is not supported; the message names it.
+        NotImplementedError: The module has not the parameters that its layout flags promise.
+        ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
     """
     experts: Any = module
-    _check_layout(experts)
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    weights = read_weights(experts)
     lora = lora or {}
-    a1, b1 = lora.get("gate_up_proj", (None, None))
+    check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
+    a1, b1 = lora.get(weights.up_name, (None, None))
     a2, b2 = lora.get("down_proj", (None, None))
+    up, down = weights.up, weights.down
     order, offsets = sort_by_expert(top_k_index, down.shape[0])
+    sentinels = experts._is_expert_parallel
     # Under autocast the hidden states can come in float32 to weights in bfloat16; the weights' dtype decides, as in
     # transformers' own grouped_mm.
-    x = hidden_states.to(gate_up.dtype).contiguous()
-    activation = _fused_activation(experts)
-    if activation is not None:
-        inputs = (x, gate_up, down, top_k_weights, a1, b1, a2, b2)
+    x = hidden_states.to(up.dtype).contiguous()
+    gate = fused_gate(experts)
+    if gate is not None:
+        inputs = (x, up, down, top_k_weights, a1, b1, a2, b2, weights.up_bias, weights.down_bias)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        out, *_ = fused_experts(*inputs, order, offsets, activation, keep)
+        out, *_ = fused_experts(*inputs, order, offsets, *gate, sentinels, keep)
         return out.to(hidden_states.dtype)
 
-    top_k = top_k_index.shape[1]
-    gate_up_out, _ = grouped_linear_forward(x, gate_up, a1, b1, order, offsets, top_k)
-    hidden = experts._apply_gate(gate_up_out)
-    y, _ = grouped_linear_forward(hidden.contiguous(), down, a2, b2, order, offsets, top_k)
-    weighted = y.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
+    tokens, top_k = top_k_index.shape
+    h, _ = grouped_linear_forward(x, up, a1, b1, weights.up_bias, order, offsets, top_k, sentinels)
+    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+    h = h.to(down.dtype).contiguous()
+    y, _ = grouped_linear_forward(h, down, a2, b2, weights.down_bias, order, offsets, top_k, sentinels)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    weighted = y.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
-
-
-def _check_layout(module: Any) -> None:
-    unsupported = [
-        label
-        for label, present in (
-            ("transposed weights (is_transposed=True)", module.is_transposed),
-            ("interleaved gate and up (is_concatenated=False)", not module.is_concatenated),
-            ("biases (has_bias=True)", module.has_bias),
-            ("no gate (has_gate=False)", not module.has_gate),
-            ("a norm after each expert (has_post_expert_norm=True)", module.has_post_expert_norm),
-        )
-        if present
-    ]
-    if unsupported:
-        raise NotImplementedError(
-            f"scattermoe: {type(module).__name__} has {' and '.join(unsupported)}, which this version does not "
-            'support; use experts_implementation="grouped_mm" for this model'
-        )
-
-
-def _fused_activation(module: Any) -> str | None:
-    """The name under which the fused kernels know the module's gate, or None where it has a gate of its own."""
-    from transformers import activations
-    from transformers.integrations.moe import _default_apply_gate
-
-    if type(module)._apply_gate is not _default_apply_gate:
-        return None
-    act_fn = module.act_fn
-    if act_fn is F.silu or isinstance(act_fn, (torch.nn.SiLU, activations.SiLUActivation)):
-        return "silu"
-    if isinstance(act_fn, (activations.GELUTanh, activations.NewGELUActivation)):
-        return "gelu_tanh"
-    if act_fn is F.gelu or isinstance(act_fn, activations.GELUActivation):
-        return "gelu"
-    return None

@@ -39,10 +39,29 @@ def sort_by_expert(expert_index: torch.Tensor, num_experts: int) -> Routing:
     return Routing(order, torch.searchsorted(sorted_index, experts))
 
 
-def refuse_negative_index(offsets: torch.Tensor) -> None:
-    """Raises ValueError where an expert index was negative: such pairs stand before the first expert's.
+def refuse_index_outside(order: torch.Tensor, offsets: torch.Tensor, sentinels: bool) -> None:
+    """Raises ValueError where an expert index was negative, or too large and ``sentinels`` are not expected.
 
-    Looks on the CPU alone, where it costs nothing; on a GPU it would have to wait for the device.
+    Negative ones stand before the first expert's pairs, those that are too large behind the last one's. Looks on the
+    CPU alone, where it costs nothing; on a GPU it would have to wait for the device.
     """
-    if offsets.device.type == "cpu" and offsets[0] > 0:
+    if offsets.device.type != "cpu" or order.shape[0] == 0:
+        return
+    if offsets[0] > 0:
         raise ValueError(f"expert_index: expected values >= 0, got {int(offsets[0])} negative ones")
+    if not sentinels and offsets[-1] < order.shape[0]:
+        experts = offsets.shape[0] - 1
+        raise ValueError(
+            f"expert_index: expected values < {experts} (the number of experts), "
+            f"got {order.shape[0] - int(offsets[-1])} larger ones"
+        )
+
+
+def empty_gradient(like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised gradient of ``like``: contiguous, or the transposed view of something contiguous like ``like``.
+
+    A parameter that is stored transposed then gets a gradient in its own layout, which autograd does not copy.
+    """
+    if like.dim() == 3 and not like.is_contiguous() and like.mT.is_contiguous():
+        return torch.empty_like(like.mT, memory_format=torch.contiguous_format).mT
+    return torch.empty_like(like, memory_format=torch.contiguous_format)

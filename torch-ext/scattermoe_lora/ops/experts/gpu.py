@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import triton
 
-from ..grouped_linear.gpu import grouped_matmul, grouped_outer, sum_choices
+from ..activation import Gate
+from ..grouped_linear.gpu import bias_gradient, grouped_matmul, grouped_outer, sum_choices, weight_gradient
 from .kernels import gate_backward_kernel, gate_forward_kernel
 
 
-def _gate_forward(h: torch.Tensor, activation: str) -> torch.Tensor:
+def _constants(gate: Gate) -> dict[str, Any]:
+    limit = None if gate.limit == math.inf else gate.limit
+    return {
+        "ACTIVATION": gate.activation,
+        "INTERLEAVED": gate.interleaved,
+        "ALPHA": gate.alpha,
+        "LIMIT": limit,
+        "SHIFT": gate.shift,
+    }
+
+
+def _gate_forward(h: torch.Tensor, gate: Gate) -> torch.Tensor:
     rows, width = h.shape
     out = h.new_empty((rows, width // 2))
     if rows:
         block = min(1024, triton.next_power_of_2(width // 2))
         grid = (rows, triton.cdiv(width // 2, block))
-        gate_forward_kernel[grid](h, out, width // 2, ACTIVATION=activation, BLOCK=block)
+        gate_forward_kernel[grid](h, out, width // 2, **_constants(gate), BLOCK=block)
     return out
 
 
 def _gate_backward(
-    da: torch.Tensor, h: torch.Tensor, row_weight: torch.Tensor, order: torch.Tensor, activation: str
+    da: torch.Tensor, h: torch.Tensor, row_weight: torch.Tensor, order: torch.Tensor, gate: Gate
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(a, dh, d_row_weight)``: the activation again, the gradients of ``h`` and of the routing weights by pair."""
     rows, intermediate = da.shape
@@ -29,7 +44,7 @@ def _gate_backward(
     if rows:
         block = min(1024, triton.next_power_of_2(intermediate))
         gate_backward_kernel[(rows,)](
-            da, h, row_weight, order, a, dh, d_row_weight, intermediate, ACTIVATION=activation, BLOCK=block
+            da, h, row_weight, order, a, dh, d_row_weight, intermediate, **_constants(gate), BLOCK=block
         )
     return a, dh, d_row_weight
 
@@ -45,7 +60,9 @@ def forward(
     gate_up_b: torch.Tensor | None,
     down_a: torch.Tensor | None,
     down_b: torch.Tensor | None,
-    activation: str,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate: Gate,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
@@ -53,8 +70,10 @@ def forward(
     low1 = low2 = None
     if gate_up_a is not None:
         low1 = grouped_matmul(x, gate_up_a, order, offsets, top_k=top_k)
-    hidden = grouped_matmul(x, gate_up, order, offsets, top_k=top_k, low=low1, low_weight=gate_up_b)
-    a = _gate_forward(hidden, activation)
+    hidden = grouped_matmul(
+        x, gate_up, order, offsets, top_k=top_k, low=low1, low_weight=gate_up_b, bias=gate_up_bias
+    )
+    a = _gate_forward(hidden, gate)
     if down_a is not None:
         low2 = grouped_matmul(a, down_a, order, offsets)
     y = grouped_matmul(
@@ -64,6 +83,7 @@ def forward(
         offsets,
         low=low2,
         low_weight=down_b,
+        bias=down_bias,
         row_weight=routing_weights.reshape(-1),
         scatter=True,
     )
@@ -89,11 +109,24 @@ def backward(
     gate_up_b: torch.Tensor | None,
     down_a: torch.Tensor | None,
     down_b: torch.Tensor | None,
-    activation: str,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate: Gate,
     needs: list[bool],
 ) -> list[torch.Tensor | None]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_backward`."""
-    need_x, need_gate_up, need_down, need_weights, need_a1, need_b1, need_a2, need_b2 = needs
+    (
+        need_x,
+        need_gate_up,
+        need_down,
+        need_weights,
+        need_a1,
+        need_b1,
+        need_a2,
+        need_b2,
+        need_bias1,
+        need_bias2,
+    ) = needs
     top_k = routing_weights.shape[1]
     row_weight = routing_weights.reshape(-1)
     du2 = None
@@ -108,20 +141,29 @@ def backward(
         low=du2,
         low_weight=None if down_a is None else down_a.mT,
     )
-    a, dh, d_row_weight = _gate_backward(da, hidden, row_weight, order, activation)
+    a, dh, d_row_weight = _gate_backward(da, hidden, row_weight, order, gate)
 
-    dx = d_gate_up = d_down = d_routing = da1 = db1 = da2 = db2 = None
+    dx = d_gate_up = d_down = d_routing = da1 = db1 = da2 = db2 = d_bias1 = d_bias2 = None
     if need_weights:
+        if down_bias is not None:
+            through_bias = grouped_matmul(
+                grad_out, down_bias.unsqueeze(1), order, offsets, top_k=top_k, scatter=True
+            )
+            d_row_weight += through_bias.squeeze(1)
         d_routing = d_row_weight.view_as(routing_weights).to(routing_weights.dtype)
     if need_down:
-        d_down = grouped_outer(grad_out, a, order, offsets, top_k_p=top_k, row_weight=row_weight)
+        d_down = weight_gradient(down, grad_out, a, order, offsets, top_k_p=top_k, row_weight=row_weight)
+    if need_bias2:
+        d_bias2 = bias_gradient(grad_out, order, offsets, top_k=top_k, row_weight=row_weight)
+    if need_bias1:
+        d_bias1 = bias_gradient(dh, order, offsets)
     if need_a2 and du2 is not None:
         da2 = grouped_outer(du2, a, order, offsets, row_weight=row_weight)
     if need_b2:
         db2 = grouped_outer(grad_out, low2, order, offsets, top_k_p=top_k, row_weight=row_weight)
     du1 = None if gate_up_b is None else grouped_matmul(dh, gate_up_b.mT, order, offsets)
     if need_gate_up:
-        d_gate_up = grouped_outer(dh, x, order, offsets, top_k_q=top_k)
+        d_gate_up = weight_gradient(gate_up, dh, x, order, offsets, top_k_q=top_k)
     if need_a1 and du1 is not None:
         da1 = grouped_outer(du1, x, order, offsets, top_k_q=top_k)
     if need_b1:
@@ -137,4 +179,4 @@ def backward(
             scatter=True,
         )
         dx = sum_choices(dx, x.shape[0])
-    return [dx, d_gate_up, d_down, d_routing, da1, db1, da2, db2]
+    return [dx, d_gate_up, d_down, d_routing, da1, db1, da2, db2, d_bias1, d_bias2]

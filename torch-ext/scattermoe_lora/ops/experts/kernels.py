@@ -10,12 +10,12 @@ def _tanh(x):
 
 
 @triton.jit
-def _activation(gate, ACTIVATION: tl.constexpr):
+def _activation(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
     """``(act(gate), act'(gate))`` in float32."""
     if ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(gate)
+        sigmoid = tl.sigmoid(ALPHA * gate)
         value = gate * sigmoid
-        slope = sigmoid * (1 + gate * (1 - sigmoid))
+        slope = sigmoid * (1 + ALPHA * gate * (1 - sigmoid))
     elif ACTIVATION == "gelu_tanh":
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         tanh = _tanh(inner)
@@ -30,14 +30,50 @@ def _activation(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gate_forward_kernel(h_ptr, out_ptr, I, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(
+    h_tile,
+    I,
+    mask,
+    ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """``(value, d value / d gate, factor, d factor / d up)`` of ``value(gate) * factor(up)`` in float32."""
+    gate = tl.load(h_tile, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h_tile + (1 if INTERLEAVED else I), mask=mask, other=0.0).to(tl.float32)
+    if LIMIT is None:
+        factor = up + SHIFT
+        passes = tl.full(up.shape, 1.0, tl.float32)
+        value, slope = _activation(gate, ACTIVATION, ALPHA)
+    else:
+        # Comparisons, not minimum and maximum: these would lose a NaN.
+        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + SHIFT
+        passes = tl.where(tl.abs(up) > LIMIT, 0.0, 1.0)
+        value, slope = _activation(tl.where(gate > LIMIT, LIMIT, gate), ACTIVATION, ALPHA)
+        slope = tl.where(gate > LIMIT, 0.0, slope)
+    return value, slope, factor, passes
+
+
+@triton.jit
+def gate_forward_kernel(
+    h_ptr,
+    out_ptr,
+    I,
+    ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < I
-    gate = tl.load(h_ptr + row * 2 * I + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + row * 2 * I + I + column, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activation(gate, ACTIVATION)
-    tl.store(out_ptr + row * I + column, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
+    h_tile = h_ptr + row * 2 * I + column * (2 if INTERLEAVED else 1)
+    value, _, factor, _ = _gated(h_tile, I, mask, ACTIVATION, INTERLEAVED, ALPHA, LIMIT, SHIFT)
+    tl.store(out_ptr + row * I + column, (value * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -51,6 +87,10 @@ def gate_backward_kernel(
     d_row_weight_ptr,
     I,
     ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``da`` is the gradient before the routing weight: ``<da, a>`` is then the routing weight's own gradient."""
@@ -63,14 +103,15 @@ def gate_backward_kernel(
         column = start + tl.arange(0, BLOCK)
         mask = column < I
         da = tl.load(da_ptr + row * I + column, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(h_ptr + row * 2 * I + column, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(h_ptr + row * 2 * I + I + column, mask=mask, other=0.0).to(tl.float32)
-        value, slope = _activation(gate, ACTIVATION)
-        a = value * up
-        total += da * a
+        at = row * 2 * I + column * (2 if INTERLEAVED else 1)
+        value, slope, factor, passes = _gated(
+            h_ptr + at, I, mask, ACTIVATION, INTERLEAVED, ALPHA, LIMIT, SHIFT
+        )
+        a = value * factor
+        total += tl.where(mask, da * a, 0.0)
         da = da * weight
         dtype = dh_ptr.dtype.element_ty
         tl.store(a_ptr + row * I + column, a.to(dtype), mask=mask)
-        tl.store(dh_ptr + row * 2 * I + column, (da * up * slope).to(dtype), mask=mask)
-        tl.store(dh_ptr + row * 2 * I + I + column, (da * value).to(dtype), mask=mask)
+        tl.store(dh_ptr + at, (da * factor * slope).to(dtype), mask=mask)
+        tl.store(dh_ptr + at + (1 if INTERLEAVED else I), (da * value * passes).to(dtype), mask=mask)
     tl.store(d_row_weight_ptr + pair, tl.sum(total, axis=0))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import activation as act
+from .. import activation
+from ..activation import Gate
 from ..grouped_linear.reference import grouped_linear
 
 
@@ -18,26 +19,30 @@ def experts(
     gate_up_lora_b: torch.Tensor | None,
     down_lora_a: torch.Tensor | None,
     down_lora_b: torch.Tensor | None,
-    activation: str,
+    gate: Gate,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``sum_k w[t, k] * down(act(gate(x[t])) * up(x[t]))`` over the experts of each token.
+    """``sum_k w[t, k] * down(gate(gate_up(x[t])))`` over the experts of each token.
 
     Args:
         hidden_states: ``[T, H]``.
-        gate_up_proj: ``[E, 2I, H]``; rows ``[:I]`` are the gate.
+        gate_up_proj: ``[E, 2I, H]``.
         down_proj: ``[E, H, I]``.
         expert_index: ``[T, K]`` integers; ``>= E`` contributes nothing.
         routing_weights: ``[T, K]``.
         gate_up_lora_a, gate_up_lora_b: ``[E, r, H]`` and ``[E, 2I, r]``, the scaling already in ``b``, or None.
         down_lora_a, down_lora_b: ``[E, r, I]`` and ``[E, H, r]``, or None.
-        activation: One of :data:`scattermoe_lora.ops.activation.ACTIVATIONS`.
+        gate: The gated activation.
+        gate_up_bias, down_bias: ``[E, 2I]`` and ``[E, H]``, or None.
 
     Returns:
         ``[T, H]``. Differentiable by autograd in every floating-point argument.
     """
-    gate_up = grouped_linear(hidden_states, gate_up_proj, expert_index, gate_up_lora_a, gate_up_lora_b)
-    gate, up = gate_up.chunk(2, dim=-1)
-    hidden = act.apply(activation, gate) * up
-    out = grouped_linear(hidden, down_proj, expert_index, down_lora_a, down_lora_b)
+    h = grouped_linear(
+        hidden_states, gate_up_proj, expert_index, gate_up_lora_a, gate_up_lora_b, gate_up_bias
+    )
+    hidden = activation.apply(gate, h)
+    out = grouped_linear(hidden, down_proj, expert_index, down_lora_a, down_lora_b, down_bias)
     here = (expert_index < down_proj.shape[0]).unsqueeze(-1)
     return (out * (routing_weights.unsqueeze(-1) * here)).sum(dim=1)

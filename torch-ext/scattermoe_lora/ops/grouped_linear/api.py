@@ -15,11 +15,12 @@ def grouped_linear(
     lora_a: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
     scaling: float = 1.0,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``y[t, k] = (W[e] + scaling * B[e] A[e]) x[t]`` with ``e = expert_index[t, k]``, never forming that sum.
+    """``y[t, k] = (W[e] + scaling * B[e] A[e]) x[t] + bias[e]``, ``e = expert_index[t, k]``, never forming that sum.
 
-    Differentiable in ``x``, ``weight``, ``lora_a`` and ``lora_b``; where ``weight`` does not require a gradient nothing
-    of its size is allocated, forward or backward. The same input gives the same bits.
+    Differentiable in ``x``, ``weight``, ``lora_a``, ``lora_b`` and ``bias``; where ``weight`` does not require a
+    gradient nothing of its size is allocated, forward or backward. The same input gives the same bits.
 
     Args:
         x: ``[T, N_in]``, or ``[T, K, N_in]`` where each token-expert pair has a row of its own; float64, float32,
@@ -29,6 +30,7 @@ def grouped_linear(
         lora_a: ``[E, r, N_in]``, any floating dtype; used in the dtype of ``x``.
         lora_b: ``[E, N_out, r]``, likewise; given with ``lora_a`` or not at all.
         scaling: Factor of the low-rank update (LoRA's ``alpha / r``).
+        bias: ``[E, N_out]``, dtype of ``x``.
 
     Returns:
         ``[T, K, N_out]``, dtype of ``x``.
@@ -36,14 +38,17 @@ def grouped_linear(
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
     """
-    _check(x, weight, expert_index, lora_a, lora_b)
+    _check(x, weight, expert_index, lora_a, lora_b, bias)
     tokens, top_k = expert_index.shape
     if lora_a is not None and lora_b is not None:
         lora_a = lora_a.to(x.dtype).contiguous()
         lora_b = (lora_b * scaling).to(x.dtype).contiguous()
     order, offsets = sort_by_expert(expert_index, weight.shape[0])
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y, _ = grouped_linear_forward(rows, weight.contiguous(), lora_a, lora_b, order, offsets, top_k)
+    if not weight.mT.is_contiguous():
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y, _ = grouped_linear_forward(rows, weight, lora_a, lora_b, bias, order, offsets, top_k, True)
     return y.view(tokens, top_k, weight.shape[1])
 
 
@@ -58,6 +63,7 @@ def _check(
     expert_index: torch.Tensor,
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> None:
     if expert_index.dim() != 2 or expert_index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -84,5 +90,9 @@ def _check(
         _expect("lora_a", "shape", [experts, rank, n_in], list(lora_a.shape))
         _expect("lora_b", "shape", [experts, n_out, rank], list(lora_b.shape))
         tensors |= {"lora_a": lora_a, "lora_b": lora_b}
+    if bias is not None:
+        _expect("bias", "shape", [experts, n_out], list(bias.shape))
+        _expect("bias", "dtype of x,", x.dtype, bias.dtype)
+        tensors |= {"bias": bias}
     for name, tensor in tensors.items():
         _expect(name, "device", x.device, tensor.device)

@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 
+from ..routing import empty_gradient
+
 
 def segments(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
     """``(expert, start, end)`` of every expert that has rows, from ``offsets`` ``[E + 1]``."""
@@ -31,12 +33,41 @@ def accumulator(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
 
 def per_expert(like: torch.Tensor, parts: list[tuple[int, int, int]]) -> torch.Tensor:
     """An uninitialised ``[E, ...]`` like ``like`` in which the experts without rows are already zero."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    out = empty_gradient(like)
     busy = {e for e, _, _ in parts}
     for e in range(like.shape[0]):
         if e not in busy:
             out[e].zero_()
     return out
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x W^T (+ low B^T) (+ bias)`` of one expert into ``out``."""
+    if low is None or b is None:
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    # The small terms first: the sum is then rounded once, after the large one.
+    small = torch.mm(low, b.t(), out=out) if bias is None else torch.addmm(bias, low, b.t(), out=out)
+    return small.addmm_(x, weight.t())
+
+
+def outer(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``p^T q`` into ``out``, which may be a transposed view."""
+    if out.is_contiguous():
+        return torch.mm(p.t(), q, out=out)
+    return torch.mm(q.t(), p, out=out.t()).t()
+
+
+def sum_rows(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """The column sums of ``rows`` into ``out``, rounded once."""
+    wide = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
+    out.copy_(rows.sum(dim=0, dtype=wide))
 
 
 def forward(
@@ -46,6 +77,7 @@ def forward(
     offsets: torch.Tensor,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
+    bias: torch.Tensor | None,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
@@ -64,12 +96,12 @@ def forward(
     for e, start, end in parts:
         x_e, y_e = x_buffer[: end - start], y_buffer[: end - start]
         torch.index_select(x, 0, rows_of[start:end], out=x_e)
+        bias_e = None if bias is None else bias[e]
         if a is not None and b is not None:
-            # The small term first: the sum is then rounded once.
             u_e = torch.mm(x_e, a[e].t(), out=low[start:end])
-            torch.mm(u_e, b[e].t(), out=y_e).addmm_(x_e, weight[e].t())
+            linear(x_e, weight[e], y_e, bias_e, u_e, b[e])
         else:
-            torch.mm(x_e, weight[e].t(), out=y_e)
+            linear(x_e, weight[e], y_e, bias_e)
         y.index_copy_(0, order[start:end], y_e)
     return y, low
 
@@ -82,12 +114,13 @@ def backward(
     offsets: torch.Tensor,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
+    bias: torch.Tensor | None,
     low: torch.Tensor,
     top_k: int,
     needs: list[bool],
 ) -> list[torch.Tensor | None]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
-    need_x, need_weight, need_a, need_b = needs
+    need_x, need_weight, need_a, need_b, need_bias = needs
     parts = segments(offsets)
     rows_of = order if x.shape[0] == order.shape[0] else order // top_k
     most = most_rows(parts)
@@ -95,6 +128,7 @@ def backward(
     d_weight = per_expert(weight, parts) if need_weight else None
     da = per_expert(a, parts) if need_a and a is not None else None
     db = per_expert(b, parts) if need_b and b is not None else None
+    d_bias = per_expert(bias, parts) if need_bias and bias is not None else None
     dy_buffer = dy.new_empty((most, dy.shape[1]))
     x_buffer = x.new_empty((most, x.shape[1]))
     for e, start, end in parts:
@@ -105,15 +139,17 @@ def backward(
         if d_weight is not None or da is not None:
             torch.index_select(x, 0, rows, out=x_e)
             if d_weight is not None:
-                torch.mm(dy_e.t(), x_e, out=d_weight[e])
+                outer(dy_e, x_e, d_weight[e])
             if da is not None and du is not None:
                 torch.mm(du.t(), x_e, out=da[e])
         if db is not None:
             torch.mm(dy_e.t(), low[start:end], out=db[e])
+        if d_bias is not None:
+            sum_rows(dy_e, d_bias[e])
         if dx is not None:
             if a is not None and du is not None:
                 dx_e = torch.mm(du, a[e], out=x_e).addmm_(dy_e, weight[e])
             else:
                 dx_e = torch.mm(dy_e, weight[e], out=x_e)
             dx.index_add_(0, rows, dx_e.to(dx.dtype))
-    return [None if dx is None else dx.to(x.dtype), d_weight, da, db]
+    return [None if dx is None else dx.to(x.dtype), d_weight, da, db, d_bias]

@@ -27,16 +27,18 @@ def grouped_matmul(
     top_k: int | None = None,
     low: torch.Tensor | None = None,
     low_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     row_weight: torch.Tensor | None = None,
     scatter: bool = False,
 ) -> torch.Tensor:
-    """``x[row] W[e]^T (+ low[s] C[e]^T)`` for every pair.
+    """``x[row] W[e]^T (+ low[s] C[e]^T) (+ bias[e])`` for every pair.
 
     Args:
         x: Rows: ``[S, N_in]`` in sorted order if ``top_k`` is None, else the row of pair p is ``p // top_k``
             (``top_k=1``: by pair).
         weight: ``[E, N_out, N_in]``, any strides (a transposed view serves the backward).
         low, low_weight: ``[S, r]`` in sorted order and ``[E, N_out, r]``, any strides; or None.
+        bias: ``[E, N_out]``, contiguous; or None.
         row_weight: ``[S]`` by pair, multiplies the result; or None.
         scatter: Write by pair instead of in sorted order.
 
@@ -57,6 +59,7 @@ def grouped_matmul(
         weight,
         x if low is None else low,
         weight if low_weight is None else low_weight,
+        weight if bias is None else bias,
         x if row_weight is None else row_weight,
         out,
         order,
@@ -73,6 +76,7 @@ def grouped_matmul(
         TOP_K=top_k or 1,
         SCATTER=scatter,
         LOW_RANK=low is not None,
+        BIAS=bias is not None,
         WEIGHTED=row_weight is not None,
         EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
         PRECISION=_precision(),
@@ -132,6 +136,37 @@ def grouped_outer(
     return out
 
 
+def weight_gradient(
+    weight: torch.Tensor,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    top_k_p: int | None = None,
+    top_k_q: int | None = None,
+    row_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`grouped_outer` in the layout of ``weight``: where that is a transposed view, so is the result."""
+    if not weight.is_contiguous() and weight.mT.is_contiguous():
+        out = grouped_outer(q, p, order, offsets, top_k_p=top_k_q, top_k_q=top_k_p, row_weight=row_weight)
+        return out.mT
+    return grouped_outer(p, q, order, offsets, top_k_p=top_k_p, top_k_q=top_k_q, row_weight=row_weight)
+
+
+def bias_gradient(
+    dy: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    top_k: int | None = None,
+    row_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sum of each expert's rows of ``dy``, ``[E, N_out]``; rows as in :func:`grouped_matmul`."""
+    ones = dy.new_ones((order.shape[0], 1))
+    return grouped_outer(dy, ones, order, offsets, top_k_p=top_k, row_weight=row_weight).squeeze(2)
+
+
 def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
     """``[S, N]`` by pair to ``[T, N]``: each token's rows summed in float32, in a fixed order."""
     pairs, columns = by_pair.shape
@@ -145,13 +180,22 @@ def forward(
     offsets: torch.Tensor,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
+    bias: torch.Tensor | None,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
     rows = 1 if x.shape[0] == order.shape[0] else top_k
     low = x.new_empty((order.shape[0], 0)) if a is None else grouped_matmul(x, a, order, offsets, top_k=rows)
     y = grouped_matmul(
-        x, weight, order, offsets, top_k=rows, low=None if a is None else low, low_weight=b, scatter=True
+        x,
+        weight,
+        order,
+        offsets,
+        top_k=rows,
+        low=None if a is None else low,
+        low_weight=b,
+        bias=bias,
+        scatter=True,
     )
     return y, low
 
@@ -164,15 +208,16 @@ def backward(
     offsets: torch.Tensor,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
+    bias: torch.Tensor | None,
     low: torch.Tensor,
     top_k: int,
     needs: list[bool],
 ) -> list[torch.Tensor | None]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
-    need_x, need_weight, need_a, need_b = needs
+    need_x, need_weight, need_a, need_b, need_bias = needs
     rows = 1 if x.shape[0] == order.shape[0] else top_k
     du = None if a is None or b is None else grouped_matmul(dy, b.mT, order, offsets, top_k=1)
-    dx = d_weight = da = db = None
+    dx = d_weight = da = db = d_bias = None
     if need_x:
         dx = grouped_matmul(
             dy,
@@ -187,12 +232,14 @@ def backward(
         dx = sum_choices(dx, x.shape[0])
     # Where x has one row a token and dy one a pair, the two gather differently; putting dy in sorted order first keeps
     # the kernel at one divisor.
-    if need_weight or need_b:
+    if need_weight or need_b or need_bias:
         dy = dy.index_select(0, order)
     if need_weight:
-        d_weight = grouped_outer(dy, x, order, offsets, top_k_q=rows)
+        d_weight = weight_gradient(weight, dy, x, order, offsets, top_k_q=rows)
     if need_a and du is not None:
         da = grouped_outer(du, x, order, offsets, top_k_q=rows)
     if need_b:
         db = grouped_outer(dy, low, order, offsets)
-    return [dx, d_weight, da, db]
+    if need_bias:
+        d_bias = bias_gradient(dy, order, offsets)
+    return [dx, d_weight, da, db, d_bias]

@@ -36,6 +36,7 @@ def grouped_matmul_kernel(
     w_ptr,
     u_ptr,
     b_ptr,
+    bias_ptr,
     row_weight_ptr,
     out_ptr,
     order_ptr,
@@ -56,6 +57,7 @@ def grouped_matmul_kernel(
     TOP_K: tl.constexpr,
     SCATTER: tl.constexpr,
     LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,6 +100,9 @@ def grouped_matmul_kernel(
                 acc = tl.dot(u, b, acc, input_precision=PRECISION)
                 u_tile += BLOCK_K
                 b_tile += BLOCK_K * stride_br
+        if BIAS:
+            bias_row = bias_ptr + expert.to(tl.int64) * N + n
+            acc += tl.load(bias_row, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if WEIGHTED:
             acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
 
