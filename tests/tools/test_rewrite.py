@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernelpress.errors import SourceError
+from kernelpress.files import SourceFile
 from kernelpress.rewrite import rewrite
-from kernelpress.source import SourceFile
 
 HERE = Path("torch-ext/demo")
 DEFINES = 'from torch.library import define\ndefine("demo::one", "(Tensor x) -> Tensor")\n'
@@ -174,8 +174,8 @@ def test_two_namespaces_with_an_operator_of_one_name_are_refused():
         ("a.py", "from demo.b import (\n    x,  # why\n    y,\n)", "from .b import (\n    x,  # why\n    y,\n)"),
         ("a/__init__.py", "from demo import x", "from .. import x"),
         ("a/b.py", "from demo.c import *", "from ..c import *"),
-        ("a/b/c.py", "from demo . d import x", "from .. . d import x"),
-        ("a.py", "from demo \\\n    .b import x", "from  \\\n    .b import x"),
+        ("a/b/c.py", "from demo . d import x", "from ...d import x"),
+        ("a.py", "from demo \\\n    .b import x", "from .b \\\n import x"),
         ("a.py", "import demo.b.c as d", "from .b import c as d"),
         ("a/b.py", "import demo.c as d, os as o", "from .. import c as d; import os as o"),
         ("a.py", "from demonstration import x", "from demonstration import x"),

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 import jinja2
 
 from kernelpress.errors import SourceError
-from kernelpress.source import parse
+from kernelpress.text import parse
 from kernelpress.variant import Build, Variant
 
 _DEFAULT = "card.md"

@@ -53,7 +53,11 @@ def git_state(
         committed = {entry.path: entry.sha for entry in iter_tree_contents(repo.object_store, commit.tree)}
         normalizer = repo.get_blob_normalizer()
         here: dict[bytes, bytes] = {}
+        outside = False
         for path, data in inputs.items():
+            if not path.resolve().is_relative_to(top):
+                outside = True
+                continue
             name = _within(top, path)
             # Line endings may differ between the working tree and the object, as git is configured.
             here[name] = normalizer.checkin_normalize(Blob.from_string(data), name).id
@@ -64,7 +68,7 @@ def git_state(
             for name in committed
             if name.startswith(prefix) and name.decode("utf-8", "replace").endswith(suffixes)
         )
-        dirty = gone or any(committed.get(name) != sha for name, sha in here.items())
+        dirty = gone or outside or any(committed.get(name) != sha for name, sha in here.items())
         return GitState(head.decode("ascii"), dirty)
 
 

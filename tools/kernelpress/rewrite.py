@@ -1,17 +1,21 @@
 """Third step: sources in which the op namespace is left open, so that each variant can have its own.
 
-Every edit replaces one name within a line and nothing else, at a place found on the syntax tree. What has
-nothing to edit therefore stays byte for byte the same, and no line moves.
+Every edit replaces a name or an import where the syntax tree says it stands, and nothing else. What has nothing
+to edit therefore stays byte for byte the same, and no line moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernelpress.sites import Edit, Found, error_at, find, library_names
-from kernelpress.source import SourceFile
+from kernelpress.analysis import Analysis, analyse
+from kernelpress.files import SourceFile
+from kernelpress.findings import Finding, FindingsError
+from kernelpress.imports import Import
+from kernelpress.layout import Layout
+from kernelpress.text import Edit, Text
 
 # PyTorch's own: a package may extend them, but they are never its own to rename.
 _FOREIGN = frozenset(
@@ -46,70 +50,111 @@ class RewrittenFile:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """All files of the package, and the namespaces under which it registers operators in place."""
+    """All files of the package.
+
+    ``namespaces`` are those under which it registers operators in place, ``findings`` what stands in the way
+    of a build, and ``outside`` the imports of other packages with the files that hold them.
+    """
 
     files: tuple[RewrittenFile, ...]
     namespaces: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
+    outside: tuple[tuple[Path, Import], ...] = ()
 
 
-def rewrite(files: Sequence[SourceFile], package: str, package_dir: Path) -> Rewritten:
+def rewrite(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
     """Leave the op namespace open and make imports of the package by its own name relative.
 
     Args:
         files: The package's files.
-        package: The name under which the package imports itself in place.
+        package: The name under which the package imports itself in place, or what ships beside it as well.
         package_dir: Where the files stand, for messages.
 
     Raises:
-        SourceError: A namespace that is only known when the code runs, or two operators of one name that
-            would come to stand in the same namespace; with file and line.
+        FindingsError: A namespace that is only known when the code runs, two operators of one name that would
+            come to stand in the same namespace, or an import of a module that does not ship; all of them.
     """
-    libraries = library_names(files)
-    found = [find(file, package, package_dir, libraries) for file in files]
-    own = {site.namespace for each in found for site in each.sites if site.creates} - _FOREIGN
-    _refuse_clashes(found, own, package_dir)
-    if own:
-        for each in found:
-            for offset in each.escapes:
-                raise error_at(
-                    each.file,
-                    package_dir,
-                    offset,
-                    "torch.ops is passed on, which hides the namespace that is "
-                    'used; write `torch.ops.<namespace>` or `getattr(torch.ops, "<namespace>")` here',
-                )
+    rewritten = examine(files, package, package_dir)
+    if rewritten.findings:
+        raise FindingsError(rewritten.findings)
+    return rewritten
+
+
+def examine(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
+    """The same, with what stands in the way as findings."""
+    layout = Layout(package) if isinstance(package, str) else package
+    looked = [
+        (replace(file, origin=file.origin or package_dir / file.path), each)
+        for file, each in zip(files, analyse(files, layout), strict=True)
+    ]
+    own = {site.namespace for _, each in looked for site in each.sites if site.creates} - _FOREIGN
+    findings = [
+        finding
+        for file, each in looked
+        for finding in sorted(_findings(file, each, bool(own)), key=lambda finding: finding.line or 0)
+    ]
+    findings += _clashes(looked, own)
     return Rewritten(
-        files=tuple(RewrittenFile(each.file.path, _cut(each, own)) for each in found),
+        files=tuple(RewrittenFile(file.path, _cut(file, each, own)) for file, each in looked),
         namespaces=tuple(sorted(own)),
+        findings=tuple(findings),
+        outside=tuple((_at(file), found) for file, each in looked for found in each.outside),
     )
 
 
-def _cut(found: Found, own: set[str]) -> tuple[bytes, ...]:
+def _cut(file: SourceFile, found: Analysis, own: set[str]) -> tuple[bytes, ...]:
     edits = {Edit(site.start, site.end, None) for site in found.sites if site.namespace in own}
     chunks, piece, at = [], b"", 0
-    for edit in sorted([*edits, *found.imports], key=lambda edit: edit.start):
-        piece += found.file.data[at : edit.start]
+    for edit in sorted([*edits, *found.edits], key=lambda edit: edit.start):
+        piece += file.data[at : edit.start]
         if edit.text is None:
             chunks.append(piece)
             piece = b""
         else:
             piece += edit.text
         at = edit.end
-    return (*chunks, piece + found.file.data[at:])
+    return (*chunks, piece + file.data[at:])
 
 
-def _refuse_clashes(found: Iterable[Found], own: set[str], package_dir: Path) -> None:
+def _findings(file: SourceFile, found: Analysis, registers: bool) -> Iterator[Finding]:
+    path = _at(file)
+    for each in found.problems:
+        yield Finding("KP304", "error", path, each.line, each.message, each.fix)
+    if registers:
+        for line in found.escapes:
+            yield Finding(
+                "KP304", "error", path, line, "torch.ops is passed on, which hides the namespace that is used",
+                'write `torch.ops.<namespace>` or `getattr(torch.ops, "<namespace>")` here',
+            )  # fmt: skip
+    for module in found.missing:
+        if module.when in ("load", "call"):
+            yield Finding(
+                "KP302", "error", path, module.line,
+                f"{module.module} belongs to the project around the package and does not ship",
+                "list its file in `include`, or do without it",
+            )  # fmt: skip
+    for line in found.unknown:
+        yield Finding(
+            "KP305", "error", path, line, "a module of the project is imported by a name that cannot be followed",
+            'import it by a statement, or by importlib.import_module("its.name") alone',
+        )  # fmt: skip
+
+
+def _clashes(looked: Sequence[tuple[SourceFile, Analysis]], own: set[str]) -> Iterator[Finding]:
     """Several namespaces become one, so their operators must differ in name."""
     first: dict[str, str] = {}
-    for each in found:
+    for file, each in looked:
         for site in each.sites:
             if not (site.creates and site.op and site.namespace in own):
                 continue
             if first.setdefault(site.op, site.namespace) != site.namespace:
-                raise error_at(
-                    each.file,
-                    package_dir,
-                    site.start,
+                yield Finding(
+                    "KP306", "error", _at(file), Text(file.data).line_of(site.start),
                     f"operator {site.op!r} is defined in {first[site.op]!r} and in {site.namespace!r}, which "
-                    "become one namespace in the build; rename one of them",
-                )
+                    "become one namespace in the build",
+                    "rename one of them",
+                )  # fmt: skip
+
+
+def _at(file: SourceFile) -> Path:
+    return file.origin or Path(file.path)

@@ -1,4 +1,4 @@
-"""Where the sources name operators and the package itself, found on the syntax tree."""
+"""Where the sources name operators, found on the syntax tree."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-import libcst as cst
-from libcst.helpers import get_full_name_for_node
-from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper, QualifiedNameProvider
-
-from kernelpress.errors import SourceError
-from kernelpress.source import SourceFile, parse
-
-_BOM = b"\xef\xbb\xbf"
+from kernelpress.files import SourceFile
+from kernelpress.names import ScopedVisitor
+from kernelpress.text import Text
 
 # Functions whose first argument names an operator: those that bring it into being, and those that take one
 # that exists (and then also accept the operator itself).
@@ -35,12 +29,23 @@ _ATTACH = frozenset(
         "get_kernel",
     )
 )
-_LIBRARY = "torch.library.Library"
+_LIBRARIES = frozenset(("torch.library.Library", "torch.library._scoped_library"))
 _LIBRARY_METHODS = ("define", "impl", "fallback", "_register_fake", "_register_torch_dispatch_rule")
 _NAME_KEYWORDS = ("qualname", "name", "op", "opname", "ns")
-_GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr"))
+_GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
 _OPS = "torch.ops"
-_TORCH_PARTS = ("library", "ops", "_C")
+_MENTIONS = re.compile(rb"\b(ops|library|_C)\b")
+
+_RUN_TIME_OPERATOR = (
+    "the namespace of this operator is only known when the code runs",
+    'write it out as "namespace::operator", or use add_op_namespace_prefix from ._ops',
+)
+_RUN_TIME_NAMESPACE = ("this namespace is only known when the code runs", "write it out as a string")
+_IN_PIECES = ("this name is put together of pieces or written with escapes", "write it in one piece")
+_HIDDEN = (
+    "this hides which operators are registered",
+    "import the names that are used from torch.library",
+)
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,21 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """New text for a range of bytes; ``None`` for text stands for the op namespace."""
+class Problem:
+    """A place that cannot be dealt with: its line, what is wrong with it and how to mend it."""
 
-    start: int
-    end: int
-    text: bytes | None
+    line: int
+    message: str
+    fix: str
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one file holds that may have to change."""
+class Sites:
+    """What one file holds of operators. ``escapes`` are lines where ``torch.ops`` itself is handed on."""
 
-    file: SourceFile
-    sites: tuple[Site, ...]
-    imports: tuple[Edit, ...]
-    escapes: tuple[int, ...]
+    sites: tuple[Site, ...] = ()
+    escapes: tuple[int, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
 def library_names(files: Iterable[SourceFile]) -> frozenset[str]:
@@ -87,339 +91,205 @@ def library_names(files: Iterable[SourceFile]) -> frozenset[str]:
     )
 
 
-def find(file: SourceFile, package: str, package_dir: Path, libraries: frozenset[str]) -> Found:
-    """Find every place of a file that names an operator, or the package in an import.
+def find_sites(tree: ast.Module, text: Text, libraries: frozenset[str]) -> Sites:
+    """Find where a file names operators or their namespaces.
 
     Args:
-        file: The file, valid Python.
-        package: The name under which the package imports itself in place.
-        package_dir: Where the package stands, for messages.
-        libraries: Names bound to a ``torch.library.Library`` anywhere in the package.
-
-    Raises:
-        SourceError: An operator's namespace is only known when the code runs; with file and line.
+        tree: The file's syntax tree.
+        text: Its content.
+        libraries: Names that are bound to a ``Library`` anywhere in the package.
     """
-    # Resolving names is by far the slowest step of a build, and most files have nothing to rewrite.
-    if not file.path.endswith((".py", ".pyi")) or not _concerned(parse(file.data), package, libraries):
-        return Found(file, (), (), ())
-    bom = len(_BOM) if file.data.startswith(_BOM) else 0
-    try:
-        module = cst.parse_module(file.data[bom:].decode("utf-8"))
-    except cst.ParserSyntaxError as error:
-        raise SourceError(
-            f"syntax error: {error.message}", path=package_dir / file.path, line=error.raw_line
-        ) from None
-    finder = _Finder(file, bom, package, package_dir, libraries)
-    MetadataWrapper(module, unsafe_skip_copy=True).visit(finder)
-    return Found(
-        file,
+    if not _MENTIONS.search(text.data) and not any(name.encode() in text.data for name in libraries):
+        return Sites()
+    finder = _Finder(tree, text, libraries)
+    finder.visit(tree)
+    return Sites(
         tuple(sorted(set(finder.sites), key=lambda site: site.start)),
-        tuple(finder.imports),
         tuple(finder.escapes),
+        tuple(finder.problems),
     )
 
 
-def _concerned(tree: ast.Module, package: str, libraries: frozenset[str]) -> bool:
-    """Whether a module can hold anything to rewrite: a quick look, which may say yes too often."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            if any(
-                alias.name.startswith(("torch.", f"{package}.")) or alias.name == package
-                for alias in node.names
-            ):
-                return True
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if not node.level and module.partition(".")[0] == package:
-                return True
-            if module.startswith(("torch.library", "torch.ops")) or (
-                module == "torch" and any(alias.name in _TORCH_PARTS for alias in node.names)
-            ):
-                return True
-        elif isinstance(node, ast.Attribute) and (
-            node.attr in _TORCH_PARTS
-            or (
-                isinstance(node.value, ast.Name)
-                and node.value.id in libraries
-                and node.attr in _LIBRARY_METHODS
-            )
-        ):
-            return True
-    return False
-
-
-def error_at(file: SourceFile, package_dir: Path, offset: int, message: str) -> SourceError:
-    """An error about the line of a file in which a byte stands."""
-    return SourceError(message, path=package_dir / file.path, line=file.data.count(b"\n", 0, offset) + 1)
-
-
-class _Finder(cst.CSTVisitor):
-    """Collects the places of one file where a namespace or the package's own name stands."""
-
-    METADATA_DEPENDENCIES = (QualifiedNameProvider, ByteSpanPositionProvider)
-
-    def __init__(
-        self, file: SourceFile, bom: int, package: str, package_dir: Path, libraries: frozenset[str]
-    ) -> None:
+class _Finder(ScopedVisitor):
+    def __init__(self, tree: ast.Module, text: Text, libraries: frozenset[str]) -> None:
         super().__init__()
-        self.file = file
-        self.bom = bom
-        self.package = package
-        self.package_dir = package_dir
+        self.text = text
         self.libraries = libraries
         self.sites: list[Site] = []
-        self.imports: list[Edit] = []
         self.escapes: list[int] = []
-        self.constants: dict[str, cst.BaseExpression] = {}
-        self.ops_aliases: set[str] = set()
-        self.varying: set[str] = set()
-        self.accounted: set[cst.CSTNode] = set()
+        self.problems: list[Problem] = []
+        self.accounted: set[int] = set()
+        self.constants = _constants(tree)
+        self.varying = {name for node in ast.walk(tree) for name in _varying(node)}
 
-    # Names and places ---------------------------------------------------------------------------------
+    def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
+        self.problems.append(Problem(node.lineno, *reason))
 
-    def names(self, node: cst.CSTNode) -> set[str]:
-        return {each.name for each in self.get_metadata(QualifiedNameProvider, node, set())}
-
-    def span(self, node: cst.CSTNode) -> tuple[int, int]:
-        place = self.get_metadata(ByteSpanPositionProvider, node)
-        start = place.start + self.bom
-        return start, start + place.length
-
-    def refuse(self, node: cst.CSTNode, message: str) -> SourceError:
-        return error_at(self.file, self.package_dir, self.span(node)[0], message)
-
-    # Operators ----------------------------------------------------------------------------------------
-
-    def visit_Module(self, node: cst.Module) -> None:
-        """Constants of the module: bound once, to something whose text is known."""
-        bound: dict[str, list[cst.BaseExpression | None]] = {}
-        for statement in node.body:
-            if not isinstance(statement, cst.SimpleStatementLine):
-                continue
-            for small in statement.body:
-                if isinstance(small, cst.Assign):
-                    for target in small.targets:
-                        if isinstance(target.target, cst.Name):
-                            bound.setdefault(target.target.value, []).append(small.value)
-                elif isinstance(small, cst.AnnAssign | cst.AugAssign) and isinstance(small.target, cst.Name):
-                    value = small.value if isinstance(small, cst.AnnAssign) else None
-                    bound.setdefault(small.target.value, []).append(value)
-        self.constants = {
-            name: values[0] for name, values in bound.items() if len(values) == 1 and values[0] is not None
-        }
-
-    def visit_Call(self, node: cst.Call) -> None:
+    def visit_Call(self, node: ast.Call) -> None:
         called = self.names(node.func)
         if called & _CREATE or called & _ATTACH:
             self.operator_argument(node, creates=bool(called & _CREATE))
-        elif _LIBRARY in called:
+        elif called & _LIBRARIES:
             self.library_argument(node)
         elif any(name.startswith("torch._C._dispatch_") for name in called):
             self.operator_argument(node, creates=False)
         elif (
-            isinstance(node.func, cst.Attribute)
-            and node.func.attr.value in _LIBRARY_METHODS
-            and isinstance(node.func.value, cst.Name)
-            and node.func.value.value in self.libraries
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr in _LIBRARY_METHODS
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id in self.libraries
         ):
-            self.library_method(node)
-        elif called & _GETATTR and len(node.args) >= 2 and _OPS in self.names(node.args[0].value):
-            self.accounted.add(node.args[0].value)
-            self.whole(node.args[1].value, creates=False)
+            # A method of a `Library` takes names without a namespace, but also with its own.
+            argument = _argument(node)
+            if argument is not None:
+                self.literal_operator(self.resolved(argument), creates=False)
+        elif called & _GETATTR and len(node.args) >= 2 and _OPS in self.names(node.args[0]):
+            self.accounted.add(id(node.args[0]))
+            self.whole(node.args[1], creates=False)
+        self.generic_visit(node)
 
-    def visit_Attribute(self, node: cst.Attribute) -> None:
+    def visit_Attribute(self, node: ast.Attribute) -> None:
         if _OPS in self.names(node.value):
-            self.accounted.add(node.value)
-            self.sites.append(Site(*self.span(node.attr), node.attr.value))
-        elif node not in self.accounted and node.attr.value == "ops" and _OPS in self.names(node):
-            self.escapes.append(self.span(node)[0])
+            self.accounted.add(id(node.value))
+            end = self.text.span(node)[1]
+            start = end - len(node.attr.encode("utf-8"))
+            self.sites.append(Site(start, end, node.attr))
+        elif id(node) not in self.accounted and node.attr == "ops" and _OPS in self.names(node):
+            self.escapes.append(node.lineno)
+        self.generic_visit(node)
 
-    def visit_Name(self, node: cst.Name) -> None:
-        if node not in self.accounted and node.value in self.ops_aliases and _OPS in self.names(node):
-            self.escapes.append(self.span(node)[0])
+    def visit_Name(self, node: ast.Name) -> None:
+        if id(node) not in self.accounted and isinstance(node.ctx, ast.Load) and _OPS in self.names(node):
+            self.escapes.append(node.lineno)
 
-    def operator_argument(self, call: cst.Call, *, creates: bool) -> None:
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module == "torch.ops" and not node.level:
+            self.escapes.append(node.lineno)
+        if node.module == "torch.library" and not node.level and node.names[0].name == "*":
+            self.refuse(node, _HIDDEN)
+
+    def operator_argument(self, call: ast.Call, *, creates: bool) -> None:
         argument = _argument(call)
         if argument is not None:
             self.operator(argument, creates=creates)
 
-    def library_method(self, call: cst.Call) -> None:
-        """A method of a ``Library`` takes names without a namespace, but also with its own."""
-        argument = _argument(call)
-        if argument is not None:
-            self.literal_operator(self.resolved(argument), creates=False)
-
-    def resolved(self, node: cst.BaseExpression) -> cst.BaseExpression:
-        if isinstance(node, cst.Name) and node.value not in self.varying:
-            return self.constants.get(node.value, node)
+    def resolved(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Name) and node.id not in self.varying:
+            return self.constants.get(node.id, node)
         return node
 
-    def literal_operator(self, node: cst.BaseExpression, *, creates: bool) -> bool:
+    def literal_operator(self, node: ast.expr, *, creates: bool) -> bool:
         """Note an expression whose value begins with ``namespace::``; false where it is something else."""
-        leading = _leading_text(node)
+        leading = _leading(node)
         if leading is None:
             return False
-        literal, offset, text = leading
+        literal, text = leading
         namespace, colons, rest = text.partition("::")
         if not (colons and namespace.isidentifier()):
             return False
-        start = self.span(literal)[0] + offset
         op = re.match(r"\w+", rest)
-        self.sites.append(Site(start, start + len(namespace), namespace, op[0] if op else None, creates))
+        self.site(literal, namespace, op[0] if op else None, creates=creates)
         return True
 
-    def operator(self, node: cst.BaseExpression, *, creates: bool) -> None:
+    def site(self, literal: ast.expr, namespace: str, op: str | None, *, creates: bool) -> None:
+        start = self.text.literal(literal, namespace)
+        if start is None:
+            self.refuse(literal, _IN_PIECES)
+        else:
+            self.sites.append(Site(start, start + len(namespace.encode("utf-8")), namespace, op, creates))
+
+    def operator(self, node: ast.expr, *, creates: bool) -> None:
         """An expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
         node = self.resolved(node)
         if self.literal_operator(node, creates=creates):
             return
-        if isinstance(node, cst.Call) and any(
+        if isinstance(node, ast.Call) and any(
             name.endswith("_ops.add_op_namespace_prefix") for name in self.names(node.func)
         ):
             return
-        if isinstance(node, cst.Name) and node.value in self.libraries:
+        if isinstance(node, ast.Name) and node.id in self.libraries:
             return
         # An operator itself may be handed on, but not something that may as well be its name.
         if (
             not creates
             and not _is_text(node)
-            and not (isinstance(node, cst.Name) and node.value in self.varying)
+            and not (isinstance(node, ast.Name) and node.id in self.varying)
         ):
             return
-        raise self.refuse(
-            node,
-            "the namespace of this operator is only known when the code runs; write it out as "
-            '"namespace::operator", or use add_op_namespace_prefix from ._ops',
-        )
+        self.refuse(node, _RUN_TIME_OPERATOR)
 
-    def visit_Param(self, node: cst.Param) -> None:
-        self.varying.add(node.name.value)
-
-    def visit_For(self, node: cst.For) -> None:
-        targets = node.target.elements if isinstance(node.target, cst.Tuple) else [node]
-        for each in targets:
-            target = each.target if isinstance(each, cst.For) else each.value
-            if isinstance(target, cst.Name):
-                self.varying.add(target.value)
-
-    def library_argument(self, call: cst.Call) -> None:
-        kinds = [each.value for each in call.args[1:2]] or [
-            each.value for each in call.args if each.keyword is not None and each.keyword.value == "kind"
-        ]
-        implements = bool(kinds) and isinstance(kinds[0], cst.SimpleString) and kinds[0].raw_value == "IMPL"
+    def library_argument(self, call: ast.Call) -> None:
+        kinds = [*call.args[1:2], *(each.value for each in call.keywords if each.arg == "kind")]
+        implements = bool(kinds) and isinstance(kinds[0], ast.Constant) and kinds[0].value == "IMPL"
         argument = _argument(call)
         if argument is not None:
             self.whole(argument, creates=not implements)
 
-    def whole(self, node: cst.BaseExpression, *, creates: bool) -> None:
+    def whole(self, node: ast.expr, *, creates: bool) -> None:
         """An expression whose value is a namespace."""
         node = self.resolved(node)
-        if isinstance(node, cst.SimpleString) and node.raw_value.isidentifier():
-            start = self.span(node)[0] + len(node.prefix) + len(node.quote)
-            self.sites.append(Site(start, start + len(node.raw_value), node.raw_value, None, creates))
-            return
-        raise self.refuse(node, "this namespace is only known when the code runs; write it out as a string")
-
-    # Imports ------------------------------------------------------------------------------------------
-
-    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
-        module = node.module
-        if not node.relative and module is not None:
-            first: cst.BaseExpression = module
-            while isinstance(first, cst.Attribute):
-                first = first.value
-            if isinstance(first, cst.Name) and first.value == self.package:
-                # The dot behind the package's name, if there is one, serves as the last of the relative dots.
-                dots = self.depth if isinstance(module, cst.Attribute) else self.depth + 1
-                self.imports.append(Edit(*self.span(first), b"." * dots))
-            name = get_full_name_for_node(module)
-            if name == "torch.ops":
-                self.escapes.append(self.span(node)[0])
-            if name == "torch.library" and isinstance(node.names, cst.ImportStar):
-                raise self.refuse(
-                    node, "this hides which operators are registered; import the names that are used"
-                )
-            if name == "torch" and not isinstance(node.names, cst.ImportStar):
-                for each in node.names:
-                    if each.name.value == "ops":
-                        self.ops_aliases.add(each.evaluated_alias or "ops")
-        return False
-
-    def visit_Import(self, node: cst.Import) -> bool:
-        full = [get_full_name_for_node(each.name) or "" for each in node.names]
-        if any(name.partition(".")[0] == self.package for name in full):
-            start, end = self.span(node)
-            if b"\n" in self.file.data[start:end]:
-                raise self.refuse(
-                    node, "an import of the package itself over several lines; put it on one line"
-                )
-            no_comma = cst.MaybeSentinel.DEFAULT
-            parts = [
-                self.own_import(each, name)
-                if name.partition(".")[0] == self.package
-                else "import " + cst.Module([]).code_for_node(each.with_changes(comma=no_comma))
-                for each, name in zip(node.names, full, strict=True)
-            ]
-            self.imports.append(Edit(start, end, "; ".join(parts).encode("utf-8")))
-        return False
-
-    def own_import(self, alias: cst.ImportAlias, name: str) -> str:
-        parent, _, last = name.rpartition(".")
-        if alias.evaluated_alias and parent:
-            where = "." * (self.depth + 1) + ".".join(parent.split(".")[1:])
-            return f"from {where} import {last} as {alias.evaluated_alias}"
-        # No relative import binds the package itself. A kernel's top module is the first part of any of its
-        # modules' names, and `__import__` returns it once all of the dotted name is imported.
-        inner = name.partition(".")[2]
-        rest = f' + ".{inner}"' if inner else ""
-        return f'{alias.evaluated_alias or self.package} = __import__(__name__.partition(".")[0]{rest})'
-
-    @property
-    def depth(self) -> int:
-        return self.file.path.count("/")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            self.site(node, node.value, None, creates=creates)
+        else:
+            self.refuse(node, _RUN_TIME_NAMESPACE)
 
 
-def _argument(call: cst.Call) -> cst.BaseExpression | None:
+def _constants(tree: ast.Module) -> dict[str, ast.expr]:
+    """Names of the module that are bound once, to something whose text is known."""
+    bound: dict[str, list[ast.expr | None]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    bound.setdefault(target.id, []).append(node.value)
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign) and isinstance(node.target, ast.Name):
+            value = node.value if isinstance(node, ast.AnnAssign) else None
+            bound.setdefault(node.target.id, []).append(value)
+    return {name: values[0] for name, values in bound.items() if len(values) == 1 and values[0] is not None}
+
+
+def _varying(node: ast.AST) -> list[str]:
+    """Names that stand for something else each time: parameters and variables of loops."""
+    if isinstance(node, ast.arg):
+        return [node.arg]
+    if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
+        return [each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)]
+    return []
+
+
+def _argument(call: ast.Call) -> ast.expr | None:
     """The argument that names the operator or the namespace: the first one, or that of its keyword."""
-    for position, each in enumerate(call.args):
-        if each.keyword is None:
-            if position == 0 and not each.star:
-                return each.value
-        elif each.keyword.value in _NAME_KEYWORDS:
-            return each.value
-    return None
+    if call.args:
+        return None if isinstance(call.args[0], ast.Starred) else call.args[0]
+    return next((each.value for each in call.keywords if each.arg in _NAME_KEYWORDS), None)
 
 
-def _leading_text(node: cst.BaseExpression) -> tuple[cst.CSTNode, int, str] | None:
-    """The literal text an expression's value begins with: its node, its offset there in bytes, and itself."""
+def _leading(node: ast.expr) -> tuple[ast.expr, str] | None:
+    """The literal that an expression's value begins with, and the text it has there."""
     while True:
-        if isinstance(node, cst.BinaryOperation | cst.ConcatenatedString):
+        if isinstance(node, ast.BinOp):
             node = node.left
         elif (
-            isinstance(node, cst.Call)
-            and isinstance(node.func, cst.Attribute)
-            and node.func.attr.value == "format"
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format"
         ):
             node = node.func.value
         else:
             break
-    if isinstance(node, cst.SimpleString) and "b" not in node.prefix:
-        return node, len(node.prefix) + len(node.quote), node.raw_value
-    if (
-        isinstance(node, cst.FormattedString)
-        and node.parts
-        and isinstance(node.parts[0], cst.FormattedStringText)
-    ):
-        return node, len(node.start), node.parts[0].value
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node, node.value
+    if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
+        return node, str(node.values[0].value)
     return None
 
 
-def _is_text(node: cst.BaseExpression) -> bool:
+def _is_text(node: ast.expr) -> bool:
     """Whether an expression is a string, or puts one together."""
-    if isinstance(node, cst.BaseString | cst.BinaryOperation):
+    if isinstance(node, ast.JoinedStr | ast.BinOp) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ):
         return True
     return (
-        isinstance(node, cst.Call)
-        and isinstance(node.func, cst.Attribute)
-        and node.func.attr.value in ("format", "join", "replace")
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("format", "join", "replace")
     )

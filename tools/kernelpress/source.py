@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import stat
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernelpress.errors import SourceError
+from kernelpress.files import SourceFile, read_bytes, read_python
+from kernelpress.layout import VENDOR, Layout
 from kernelpress.provenance import GitState, git_state
 from kernelpress.spec import Spec
+from kernelpress.vendor import vendor
 
 # Written into every variant by the build, so a source of that name would be lost without a word.
 RESERVED = ("metadata.json", "metadata.json.sigstore")
 OPS_MODULE = "_ops.py"
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file that ships: its path in the package (with forward slashes) and its content."""
-
-    path: str
-    data: bytes
+_HELPER = b"add_op_namespace_prefix"
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,7 @@ class Source:
     files: tuple[SourceFile, ...]
     card: str | None
     git: GitState | None
+    layout: Layout
 
 
 def read_source(spec: Spec) -> Source:
@@ -48,10 +43,9 @@ def read_source(spec: Spec) -> Source:
     """
     package = spec.package_dir
     if not package.is_dir():
-        raise SourceError(
-            f"there is no package directory torch-ext/{spec.python_name}; create it", path=package
-        )
-    if not package.resolve().is_relative_to(spec.root.resolve()):
+        what = "of this name" if spec.source_dir else f"torch-ext/{spec.python_name}"
+        raise SourceError(f"there is no package directory {what}; create it", path=package)
+    if spec.source_dir is None and not package.resolve().is_relative_to(spec.root.resolve()):
         raise SourceError(
             "the package directory is a link that leaves the project; move the files here", path=package
         )
@@ -64,28 +58,30 @@ def read_source(spec: Spec) -> Source:
             raise SourceError(
                 "the build writes a file of this name itself; rename this one", path=found[name]
             )
-    read = {path: _read(path) for path in found.values()}
-    for path, data in read.items():
-        if path.suffix in (".py", ".pyi"):
-            _check_syntax(path, data)
-    inputs = read | {path: path.read_bytes() for path in _beside(spec.root)}
+    own = {
+        name: SourceFile(
+            name, read_python(path) if path.suffix in (".py", ".pyi") else read_bytes(path), path
+        )
+        for name, path in found.items()
+    }
+    if spec.source_dir is not None and OPS_MODULE in own and _HELPER not in own[OPS_MODULE].data:
+        raise SourceError(
+            "the build writes a module of this name itself; rename this one", path=found[OPS_MODULE]
+        )
+    layout, vendored = vendor(spec.include, spec.package_name, (spec.import_root, spec.root.absolute()))
+    if vendored and any(name.startswith(f"{VENDOR}/") or name == f"{VENDOR}.py" for name in own):
+        raise SourceError(f"`include` needs the name {VENDOR} for itself; rename this", path=package / VENDOR)
+    files = [file for name, file in own.items() if name != OPS_MODULE] + vendored
+    inputs = {file.origin: file.data for file in (*own.values(), *vendored) if file.origin is not None}
+    if spec.source_dir is None:
+        inputs |= {path: path.read_bytes() for path in _beside(spec.root)}
     return Source(
         package_dir=package,
-        files=tuple(SourceFile(name, read[found[name]]) for name in sorted(found) if name != OPS_MODULE),
+        files=tuple(sorted(files, key=lambda file: file.path)),
         card=_card(spec.root),
-        git=git_state(spec.root, inputs, (package, suffixes)),
+        git=git_state(spec.import_root if spec.source_dir else spec.root, inputs, (package, suffixes)),
+        layout=layout,
     )
-
-
-def parse(data: bytes, filename: str = "<source>") -> ast.Module:
-    """The syntax tree of a Python source, without the warnings that the author gets from Python anyway.
-
-    Raises:
-        SyntaxError: This is no Python.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.parse(data, filename)
 
 
 def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -118,27 +114,6 @@ def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def _hidden(name: str) -> bool:
     # Editors leave `#name#` and `name~` behind; the latter never has a suffix that ships.
     return name.startswith((".", "#")) or name == "__pycache__"
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", path=path) from None
-
-
-def _check_syntax(path: Path, data: bytes) -> None:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SourceError("not UTF-8; save the file in that encoding", path=path, line=line) from None
-    try:
-        parse(data, str(path))
-    except SyntaxError as error:
-        raise SourceError(f"syntax error: {error.msg}", path=path, line=error.lineno) from None
-    except ValueError as error:
-        raise SourceError(f"not Python source: {error}", path=path) from None
 
 
 def _beside(root: Path) -> list[Path]:

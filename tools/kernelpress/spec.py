@@ -65,10 +65,12 @@ class BackendSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """A checked ``build.toml``.
+    """A checked ``build.toml``, or the same said of a package inside some project.
 
     ``python_depends`` holds for every variant; each ``BackendSpec`` has its own on top. ``kernel_depends``
-    of a backend already includes the general ones.
+    of a backend already includes the general ones. Of a package elsewhere than under ``torch-ext``,
+    ``source_dir`` is the directory, ``package`` its dotted name and ``include`` lists files and directories
+    of the project that ship with it.
     """
 
     root: Path
@@ -81,6 +83,9 @@ class Spec:
     pyext: tuple[str, ...] = DEFAULT_PYEXT
     upstream: str | None = None
     source: str | None = None
+    source_dir: Path | None = None
+    package: str | None = None
+    include: tuple[str, ...] = ()
 
     @property
     def python_name(self) -> str:
@@ -90,7 +95,17 @@ class Spec:
     @property
     def package_dir(self) -> Path:
         """Where the kernel package stands."""
-        return self.root / "torch-ext" / self.python_name
+        return self.source_dir or self.root / "torch-ext" / self.python_name
+
+    @property
+    def package_name(self) -> str:
+        """The dotted name under which the package imports itself in place."""
+        return self.package or self.python_name
+
+    @property
+    def import_root(self) -> Path:
+        """The directory that the first part of the package's name stands in."""
+        return self.package_dir.absolute().parents[self.package_name.count(".")]
 
 
 def load_spec(directory: Path) -> Spec:
@@ -104,6 +119,10 @@ def load_spec(directory: Path) -> Spec:
             Hub's own parser does not accept; with the line wherever there is one.
     """
     path = directory / "build.toml"
+    if not path.exists() and _has_table(directory / "pyproject.toml"):
+        from kernelpress.project import load_project
+
+        return load_project(directory)
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -120,6 +139,27 @@ def load_spec(directory: Path) -> Spec:
         raise SpecError(f"malformed TOML: {error.msg}", path=path, line=error.lineno) from None
     spec = _Reader(path, text, document).read()
     return _with_kernel_dependencies(spec, path)
+
+
+def read_document(path: Path, text: str, document: dict[str, Any]) -> Spec:
+    """Check a document of build.toml's form that need not be one.
+
+    Args:
+        path: The file to name in messages; its directory becomes the spec's root.
+        text: What that file holds, to find lines in.
+        document: The document.
+
+    Raises:
+        SpecError: As ``load_spec``, less what only the Kernel Hub's own parser finds.
+    """
+    return _Reader(path, text, document).read()
+
+
+def _has_table(pyproject: Path) -> bool:
+    try:
+        return "kernelpress" in tomli.loads(pyproject.read_text("utf-8")).get("tool", {})
+    except (OSError, ValueError):
+        return False
 
 
 def is_repo_id(text: str) -> bool:
@@ -189,13 +229,19 @@ class _Reader:
         self.known(general, tuple(_GENERAL), "general")
         for key in _REQUIRED:
             if key not in general:
+                if key == "edition":
+                    raise self.error(
+                        "[general] has no `edition`, so this is an older form; `kernelpress migrate` brings it to "
+                        f"edition {EDITION}",
+                        "general",
+                    )
                 raise self.error(f"[general] has no `{key}`; add it", "general")
         for key, value in general.items():
             self.typed(value, _GENERAL[key], "general", key)
         if general["edition"] != EDITION:
             raise self.error(
-                f"edition {general['edition']} is not supported; bring the file to edition {EDITION} "
-                "(`kernel-builder update-build` does it) and set `edition = 5`",
+                f"edition {general['edition']} is not supported; `kernelpress migrate` brings the file to "
+                f"edition {EDITION}",
                 "general",
                 "edition",
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.errors import BuildError
+from kernelpress.imports import Import
 from kernelpress.provenance import GitState
 from kernelpress.rewrite import Rewritten, rewrite
 from kernelpress.source import OPS_MODULE, Source, read_source
@@ -60,7 +61,8 @@ class Build:
     """A finished build.
 
     ``content_hash`` tells builds apart that may be loaded in one process: it covers what ships, but not the
-    commit. ``tree_hash`` covers every byte of every variant, except provenance.
+    commit. ``tree_hash`` covers every byte of every variant, except provenance. ``outside`` are the imports of
+    other packages, with the files that hold them.
     """
 
     spec: Spec
@@ -69,6 +71,7 @@ class Build:
     variants: tuple[Variant, ...]
     content_hash: str
     tree_hash: str
+    outside: tuple[tuple[Path, Import], ...] = ()
 
 
 def build(spec: Spec, out: Path | None = None) -> Build:
@@ -84,7 +87,7 @@ def build(spec: Spec, out: Path | None = None) -> Build:
     """
     directory = (spec.root / "build" if out is None else out).resolve()
     source = read_source(spec)
-    rewritten = rewrite(source.files, spec.python_name, source.package_dir)
+    rewritten = rewrite(source.files, source.layout, source.package_dir)
     content_hash = _content_hash(spec, rewritten)
     variants = tuple(_variants(spec, source, rewritten, content_hash))
     try:
@@ -93,7 +96,7 @@ def build(spec: Spec, out: Path | None = None) -> Build:
         raise BuildError(
             f"the build cannot be written: {error.strerror}", path=error.filename or directory
         ) from error
-    return Build(spec, source, directory, variants, content_hash, _tree_hash(variants))
+    return Build(spec, source, directory, variants, content_hash, _tree_hash(variants), rewritten.outside)
 
 
 def without_provenance(metadata: bytes) -> bytes:

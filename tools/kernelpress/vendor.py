@@ -1,0 +1,102 @@
+"""Modules of the surrounding project that ship with the package: those listed, and what they import in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from kernelpress.errors import SourceError
+from kernelpress.files import SourceFile, read_python
+from kernelpress.imports import imported_modules
+from kernelpress.layout import VENDOR, Layout, module_file
+from kernelpress.text import parse
+
+_EMPTY = b""
+# The package stands at the kernel's top and not below its parents' names; so they pass on who asks for it there.
+_PARENT = """def __getattr__(name):
+    if name == "{name}":
+        return __import__(__name__.partition(".")[0])
+    raise AttributeError(name)
+"""
+
+
+def vendor(include: Iterable[str], package: str, roots: tuple[Path, ...]) -> tuple[Layout, list[SourceFile]]:
+    """Collect what ships beside the package.
+
+    Args:
+        include: Files and directories, relative to one of ``roots``.
+        package: The package's dotted name.
+        roots: First the directory that the project's modules are imported from, then the project's own.
+
+    Returns:
+        The layout of the kernel, and the files to add to the package's own.
+
+    Raises:
+        SourceError: Something listed is not there, belongs to the package anyway, or cannot ship.
+    """
+    own = Layout(package)
+    tops = {package.partition(".")[0]}
+    found: dict[str, SourceFile] = {}
+    pending = []
+    for entry in include:
+        for module in _listed(entry, roots):
+            tops.add(module.partition(".")[0])
+            if own.owns(module):
+                raise SourceError(f"`include` lists {entry!r}, which is in the package anyway; remove it")
+            pending.append(module)
+    while pending:
+        module = pending.pop()
+        if module in found:
+            continue
+        path = next((file for root in roots if (file := module_file(root, module)) is not None), None)
+        if path is None:
+            continue
+        data = read_python(path)
+        stem = "/".join((VENDOR, *module.split(".")))
+        place = f"{stem}/__init__.py" if path.name == "__init__.py" else f"{stem}.py"
+        found[module] = SourceFile(place, data, path)
+        pending += _project_imports(data, place, module, tops, own, roots)
+    layout = Layout(package, frozenset(found))
+    return layout, [*found.values(), *_parents(layout)]
+
+
+def _listed(entry: str, roots: tuple[Path, ...]) -> Iterator[str]:
+    for root in roots:
+        path = root / entry
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.is_file() else []
+        for file in files:
+            parts = file.relative_to(root).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            if not all(part.isidentifier() for part in parts) or file.suffix != ".py":
+                raise SourceError("`include` lists this, which Python cannot import; list modules", path=file)
+            yield ".".join(parts)
+        if files:
+            return
+    raise SourceError(
+        f"`include` lists {entry!r}, and there is no such module below {' or '.join(map(str, roots))}; "
+        "write its path from there"
+    )
+
+
+def _project_imports(
+    data: bytes, place: str, module: str, tops: set[str], own: Layout, roots: tuple[Path, ...]
+) -> Iterator[str]:
+    for source, names, when in imported_modules(parse(data), place, module):
+        if when == "typing" or source.partition(".")[0] not in tops or own.owns(source):
+            continue
+        modules = [f"{source}.{name}" for name in names]
+        submodules = [each for each in modules if any(module_file(root, each) for root in roots)]
+        yield from (each for each in submodules if not own.owns(each))
+        # A package whose modules alone are asked for need not run its own __init__.
+        if len(submodules) < len(modules) or not names:
+            yield source
+
+
+def _parents(layout: Layout) -> Iterator[SourceFile]:
+    if not layout.vendored:
+        return
+    yield SourceFile(f"{VENDOR}/__init__.py", _EMPTY)
+    holder, _, name = layout.package.rpartition(".")
+    for parent in sorted(layout.parents):
+        data = _PARENT.format(name=name).encode("ascii") if parent == holder else _EMPTY
+        yield SourceFile(f"{VENDOR}/{parent.replace('.', '/')}/__init__.py", data)
