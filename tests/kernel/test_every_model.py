@@ -147,11 +147,13 @@ def test_bfloat16_is_as_close_to_the_truth_as_eager(registered: ModuleType, name
     module = build(CLASSES[name])
     index = torch.rand(300, EXPERTS).topk(TOP_K).indices
     x, weights = torch.randn(300, HIDDEN), torch.rand(300, TOP_K)
+    # Eager mode of this class computes in float32 whatever its dtype; transformers' other implementations do not.
+    yardstick = "grouped_mm" if name == "OpenAIPrivacyFilterExperts" else "eager"
     results = []
     for implementation, dtype in (
         ("eager", torch.float64),
         ("scattermoe", torch.bfloat16),
-        ("eager", torch.bfloat16),
+        (yardstick, torch.bfloat16),
     ):
         # The truth is of the rounded weights and inputs.
         layer = Layer(module.to(torch.bfloat16).to(dtype))
