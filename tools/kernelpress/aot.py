@@ -1,0 +1,328 @@
+"""Compiles a package's Triton kernels ahead of time, with no GPU, and says what each needs of its architecture.
+
+    python -m kernelpress.aot [DIRECTORY] [--target sm_90 ...]
+
+A package says what to compile in ``COMPILE_SPECS``, a list at the top level of any of its modules, of objects with
+the attributes of :class:`Specification`. Only the modules that hold one are imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kernelpress.errors import BuildError, KernelpressError
+from kernelpress.spec import load_spec
+
+_MARK = "COMPILE_SPECS"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture: its name for Triton, threads a warp, and the most shared memory a block may ask for."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+# Shared memory a block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (a kilobyte of
+# the multiprocessor's is the system's), and 64 KB of LDS in AMD's CDNA 2 and CDNA 3 instruction set guides.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_86": Target("cuda", 86, 32, 99 * 1024),
+    "sm_89": Target("cuda", 89, 32, 99 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "sm_120": Target("cuda", 120, 32, 99 * 1024),
+    "gfx90a": Target("hip", "gfx90a", 64, 64 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+class Specification(Protocol):
+    """One compilation of one kernel.
+
+    Attributes:
+        kernel: The ``@triton.jit`` function.
+        label: Tells this compilation from the kernel's others.
+        arguments: For each argument that is not in ``constants`` its type as Triton writes it (``*bf16``, ``i32``),
+            with ``:16`` after it where the value is divisible by 16. Triton turns an integer that equals 1 into a
+            constant: such an argument is in ``constants`` as 1.
+        constants: Values of the ``tl.constexpr`` arguments.
+        options: ``num_warps``, ``num_stages``.
+        targets: The architectures it ships for, keys of :data:`TARGETS`.
+    """
+
+    @property
+    def kernel(self) -> Any: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def arguments(self) -> Mapping[str, str]: ...
+    @property
+    def constants(self) -> Mapping[str, Any]: ...
+    @property
+    def options(self) -> Mapping[str, int]: ...
+    @property
+    def targets(self) -> Collection[str]: ...
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one compilation needs: bytes of shared memory a block, registers a thread, bytes a thread spilled to memory.
+
+    ``error`` is None, or says why it does not compile or fit; a kernel that does not compile needs nothing.
+    """
+
+    kernel: str
+    label: str
+    target: str
+    shared: int = 0
+    registers: int = 0
+    spilled: int = 0
+    error: str | None = None
+
+
+def modules_with_specs(package: Path) -> list[str]:
+    """Names of the modules of ``package`` that assign ``COMPILE_SPECS``, found without importing any.
+
+    Args:
+        package: The package's directory; its name is the package's.
+
+    Raises:
+        BuildError: A module is not valid Python.
+    """
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        try:
+            body = ast.parse(path.read_bytes()).body
+        except SyntaxError as error:
+            raise BuildError(f"not valid Python: {error.msg}", path=path, line=error.lineno) from error
+        targets = [
+            target
+            for node in body
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        ]
+        if any(isinstance(target, ast.Name) and target.id == _MARK for target in targets):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return found
+
+
+def load_specifications(module: str) -> Sequence[Specification]:
+    """Import ``module`` and return its ``COMPILE_SPECS``.
+
+    Raises:
+        BuildError: One of them names an argument that its kernel has not, leaves one out, or names no target that
+            kernelpress knows.
+    """
+    specifications: Sequence[Specification] = getattr(importlib.import_module(module), _MARK)
+    for each in specifications:
+        where = f"{module}.{_MARK}: {name_of(each)} {each.label}"
+        given = {*each.arguments, *each.constants}
+        if given != set(each.kernel.arg_names) or len(given) != len(each.arguments) + len(each.constants):
+            missing = sorted(set(each.kernel.arg_names) - given)
+            unknown = sorted(given - set(each.kernel.arg_names))
+            raise BuildError(
+                f"{where}: every argument stands once in `arguments` or `constants`; "
+                f"missing {missing}, unknown {unknown}"
+            )
+        if not set(each.targets) <= set(TARGETS):
+            raise BuildError(
+                f"{where}: targets {sorted(set(each.targets) - set(TARGETS))} are none of {list(TARGETS)}"
+            )
+    return specifications
+
+
+def name_of(specification: Specification) -> str:
+    """The kernel's name."""
+    return str(specification.kernel.__name__)
+
+
+def compile_one(specification: Specification, target: str) -> Compiled:
+    """Compile for one architecture. Failing to compile, or to fit shared memory, is a result with an ``error``."""
+    compiled = compiled_kernel(specification, target)
+    identity = (name_of(specification), specification.label, target)
+    if isinstance(compiled, str):
+        return Compiled(*identity, error=compiled)
+    shared, limit = compiled.metadata.shared, TARGETS[target].shared_limit
+    needs = _cuda_needs if TARGETS[target].backend == "cuda" else _hip_needs
+    error = None if shared <= limit else f"needs {shared} bytes of shared memory, a block may have {limit}"
+    return Compiled(*identity, shared, *needs(compiled.asm), error)
+
+
+def compiled_kernel(specification: Specification, target: str) -> Any:
+    """Triton's compiled kernel, whose ``asm`` holds every stage of its text; or why there is none, as a string."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, architecture = specification.kernel, TARGETS[target]
+    types, attributes = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        kind, _, divisor = specification.arguments.get(argument, "constexpr").partition(":")
+        types[argument] = kind
+        if divisor:
+            attributes[(position,)] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(kernel, types, dict(specification.constants), attributes)
+    gpu = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+    try:
+        return triton.compile(source, target=gpu, options=dict(specification.options))
+    except (triton.TritonError, RuntimeError, ValueError, AssertionError) as caught:
+        error: BaseException = caught
+        # A kernel that calls others fails in each of them, outermost last.
+        while error.__cause__ is not None:
+            error = error.__cause__
+        lines = [line for line in str(error).splitlines() if line.strip(" ^")]
+        return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def _cuda_needs(asm: Mapping[str, Any]) -> tuple[int, int]:
+    """Registers and the stack, which in a Triton kernel holds what was spilled, from the cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(asm["cubin"])
+        cubin.flush()
+        told = subprocess.run(
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    return _number(r"REG:(\d+)", told), _number(r"STACK:(\d+)", told)
+
+
+def _hip_needs(asm: Mapping[str, Any]) -> tuple[int, int]:
+    """Vector registers and scratch memory, from the metadata in the assembly."""
+    told = asm["amdgcn"]
+    return _number(r"\.vgpr_count:\s*(\d+)", told), _number(r"\.private_segment_fixed_size:\s*(\d+)", told)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise BuildError(f"the compiler's output does not say {pattern!r}; this Triton writes another form")
+    return int(found.group(1))
+
+
+def _compile_in_worker(module: str, index: int, target: str) -> Compiled:
+    return compile_one(load_specifications(module)[index], target)
+
+
+def _start_worker(parent: str) -> None:
+    sys.path.insert(0, parent)
+    # Triton asks for a choice, else warns; this is what it does by default.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def compile_package(package: Path, targets: Collection[str], processes: int) -> Iterator[Compiled]:
+    """Compile all that a package ships for ``targets``, in ``processes`` processes, and yield results as they come.
+
+    Raises:
+        BuildError: The package says nothing to compile for these targets, cannot be imported, its specifications do
+            not fit its kernels, Triton interprets instead of compiling, or its compiler crashed.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise BuildError("TRITON_INTERPRET=1 makes Triton interpret, not compile; unset it")
+    parent = str(package.resolve().parent)
+    if parent not in sys.path:
+        sys.path.insert(0, parent)
+    jobs = []
+    for module in modules_with_specs(package.resolve()):
+        try:
+            specifications = load_specifications(module)
+        except ImportError as error:
+            raise BuildError(f"cannot import {module}: {error}", path=package) from error
+        jobs += [
+            (module, index, target)
+            for index, specification in enumerate(specifications)
+            for target in specification.targets
+            if target in targets
+        ]
+    if not jobs:
+        raise BuildError(
+            f"nothing to compile: no module of the package has a {_MARK} for {', '.join(targets)}",
+            path=package,
+        )
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_worker, (parent,)) as pool:
+        running = [pool.submit(_compile_in_worker, *job) for job in jobs]
+        try:
+            for done in as_completed(running):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise BuildError(
+                "Triton's compiler crashed; compile one target at a time to find which", path=package
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def table(results: Sequence[Compiled]) -> str:
+    """For each kernel and architecture the most that any of its compilations needs, then each that spills or fails."""
+    order = {target: place for place, target in enumerate(TARGETS)}
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for each in sorted(results, key=lambda r: (r.kernel, order[r.target], r.label)):
+        groups.setdefault((each.kernel, each.target), []).append(each)
+    lines = [
+        f"{'kernel':<24}{'target':<8}{'compiled':>9}{'shared':>9}{'of':>8}{'registers':>11}{'spilled':>9}{'spill':>7}"
+    ]
+    for (kernel, target), members in groups.items():
+        spilling = sum(m.spilled > 0 for m in members)
+        lines.append(
+            f"{kernel:<24}{target:<8}{len(members):>9}{max(m.shared for m in members):>9}"
+            f"{TARGETS[target].shared_limit:>8}{max(m.registers for m in members):>11}"
+            f"{max(m.spilled for m in members):>9}{spilling:>7}"
+        )
+    for title, chosen in (
+        ("spills (bytes a thread)", [r for r in results if r.spilled and not r.error]),
+        ("does not compile or fit", [r for r in results if r.error]),
+    ):
+        if chosen:
+            lines.append(f"\n{title}:")
+            lines += sorted(f"  {r.target:<8}{r.kernel} {r.label}: {r.error or r.spilled}" for r in chosen)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: prints the table; the status is 1 where a kernel does not compile or fit."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernelpress.aot", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("directory", type=Path, nargs="?", default=Path(), help="holds build.toml")
+    parser.add_argument(
+        "--target", action="append", choices=list(TARGETS), help="only this one; may be repeated"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        results = list(
+            compile_package(
+                load_spec(options.directory).package_dir, options.target or list(TARGETS), os.cpu_count() or 1
+            )
+        )
+    except KernelpressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(table(results))
+    failed = sum(each.error is not None for each in results)
+    print(f"\n{len(results)} compilations, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
