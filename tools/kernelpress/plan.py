@@ -24,7 +24,7 @@ from kernelpress.variant import METADATA, Build, without_provenance
 CARD = "README.md"
 STATUS = "kernel-status.toml"
 SIGNATURE = f"{METADATA}.sigstore"
-YANKED = "yanked: "
+YANKED = "kernel-yanked.toml"
 VERSION_BRANCH = re.compile(r"v(\d+)")
 
 
@@ -162,14 +162,27 @@ def wanted_files(build: Build, repo_id: str) -> dict[str, bytes]:
     return files | {CARD: render_card(build, repo_id).encode("utf-8")}
 
 
-def status_of(api: HfApi, repo_id: str, revision: str, files: Mapping[str, object]) -> dict[str, object]:
-    """The fields of ``kernel-status.toml`` at a revision whose files are known; empty where there is none."""
-    if STATUS not in files:
-        return {}
-    try:
-        return tomli.loads(fetch(api, repo_id, revision, STATUS).decode("utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError):
-        return {"kind": "unreadable"}
+def status_of(
+    api: HfApi, repo_id: str, revision: str, files: Mapping[str, object]
+) -> tuple[str | None, str | None]:
+    """Why a revision was yanked, and where it redirects to; ``None`` for what it does not do.
+
+    Args:
+        api: The Hub.
+        repo_id: The kernel.
+        revision: Which.
+        files: The paths that it holds.
+    """
+    found = []
+    for path, key in ((YANKED, "reason"), (STATUS, "destination")):
+        value = None
+        if path in files:
+            try:
+                value = str(tomli.loads(fetch(api, repo_id, revision, path).decode("utf-8")).get(key))
+            except (tomli.TOMLDecodeError, UnicodeDecodeError):
+                value = f"(its {path} cannot be read)"
+        found.append(value)
+    return found[0], found[1]
 
 
 def fetch(api: HfApi, repo_id: str, revision: str, path: str) -> bytes:
@@ -191,7 +204,11 @@ def _plan_branch(
     }
     # The status speaks of what stood here before: a yanked build, or an address that has moved.
     delete = tuple(
-        sorted(path for path in there if path not in wanted and (path.startswith("build/") or path == STATUS))
+        sorted(
+            path
+            for path in there
+            if path not in wanted and (path.startswith("build/") or path in (STATUS, YANKED))
+        )
     )
     if all(path.endswith(f"/{SIGNATURE}") for path in delete) and all(
         path in there and _same_but_provenance(api, repo_id, base, path, data)
@@ -258,13 +275,11 @@ def _objections(build: Build, repo_id: str, api: HfApi, branches: tuple[BranchPl
             found.append(
                 f"{branch.name} is published and the sources differ from commit {git.commit[:12]}: commit them first"
             )
-        kind = str(status_of(api, repo_id, branch.base, branch.held).get("kind", ""))
-        if kind == "redirect":
-            found.append(f"{branch.name} redirects its readers to another repository: publish there")
-        elif kind.startswith(YANKED) and branch.exists and branch.name != MAIN:
-            found.append(
-                f"{branch.name} was yanked ({kind.removeprefix(YANKED)}): raise the version in build.toml"
-            )
+        yanked, moved = status_of(api, repo_id, branch.base, branch.held)
+        if moved is not None:
+            found.append(f"{branch.name} redirects its readers to {moved}: publish there")
+        elif yanked is not None and branch.exists and branch.name != MAIN:
+            found.append(f"{branch.name} was yanked ({yanked}): raise the version in build.toml")
     return tuple(found)
 
 
