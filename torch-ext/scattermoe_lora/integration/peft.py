@@ -8,6 +8,7 @@ implementation, the wrapper adds its factors to the call's ``lora`` argument and
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 
 _original: Callable[..., torch.Tensor] | None = None
 _hooked: Callable[..., torch.Tensor] | None = None
-
-_FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
+_warned: set[str] = set()
 
 
 def hook(names: Collection[str]) -> None:
@@ -35,7 +35,11 @@ def hook(names: Collection[str]) -> None:
 
     @functools.wraps(original)
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged or not _is_fused(self, names):
+        if self.disable_adapters or self.merged or not _runs_here(self, names):
+            return original(self, x, *args, **kwargs)
+        obstacle = _obstacle(self)
+        if obstacle is not None:
+            _warn_once(obstacle)
             return original(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         factors = active_factors(self)
@@ -59,16 +63,37 @@ def unhook() -> None:
     if ParamWrapper.forward is _hooked:
         ParamWrapper.forward = _original
     _original = _hooked = None
+    _warned.clear()
 
 
-def _is_fused(wrapper: Any, names: Collection[str]) -> bool:
+def _runs_here(wrapper: Any, names: Collection[str]) -> bool:
+    """Whether the wrapped module is an experts module whose implementation is ours."""
+    base = wrapper.get_base_layer()
+    config = getattr(base, "config", None)
+    return hasattr(base, "has_gate") and getattr(config, "_experts_implementation", None) in names
+
+
+def _obstacle(wrapper: Any) -> str | None:
+    """Why a wrapper's adapters cannot be factors of the fused experts, or None where they can."""
     experts = wrapper.get_base_layer()
-    config = getattr(experts, "config", None)
-    return (
-        getattr(config, "_experts_implementation", None) in names
-        and wrapper.parameter_name in _FUSED_PARAMETERS
-        and wrapper.num_experts > 1
-    )
+    weights = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    if wrapper.parameter_name not in weights:
+        return f"{wrapper.parameter_name} is none of the weights {' and '.join(weights)}"
+    if wrapper.num_experts == 1 and not wrapper._did_swap_in_out_features:
+        return f"PEFT takes {wrapper.parameter_name} of a single expert for the weight of a plain layer"
+    dtype = wrapper.get_param().dtype
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"{wrapper.parameter_name} is of {dtype}"
+    return None
+
+
+def _warn_once(obstacle: str) -> None:
+    if obstacle not in _warned:
+        _warned.add(obstacle)
+        warnings.warn(
+            f"scattermoe: LoRA on experts runs through PEFT's merged weights, not fused: {obstacle}",
+            stacklevel=4,
+        )
 
 
 def active_factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -77,27 +102,31 @@ def active_factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     ``sum_i s_i B_i A_i = [s_1 B_1 ... s_n B_n] [A_1; ...; A_n]``, so any number of adapters is one pair of factors.
 
     Args:
-        wrapper: A ``peft.tuners.lora.layer.ParamWrapper`` on a parameter ``[E, N_out, N_in]``. PEFT keeps A as
-            ``[r * E, N_in]`` (expert-major) and B as ``[N_out, r * E]`` (rank-major).
+        wrapper: A ``peft.tuners.lora.layer.ParamWrapper`` on a parameter ``[E, *, *]`` of an experts module. PEFT keeps
+            A as ``[r * E, in]`` (expert-major) and B as ``[out, r * E]`` (rank-major).
 
     Returns:
-        ``A`` ``[E, r, N_in]`` and ``B`` ``[E, N_out, r]`` in the parameter's dtype, contiguous, the scaling in ``B``;
-        None where no adapter is active here.
+        ``A`` ``[E, r, N_in]`` and ``B`` ``[E, N_out, r]`` of the linear map that the module computes with the parameter
+        in the parameter's dtype, contiguous, the scaling in one of them; None where no adapter is active here.
     """
     dtype = wrapper.get_param().dtype
     experts = wrapper.num_experts
+    # What PEFT takes for the parameter's input is its output where the two disagree about its orientation: PEFT before
+    # 0.20 always does.
+    turned = wrapper._did_swap_in_out_features == wrapper.get_base_layer().is_transposed
     a_s, b_s = [], []
     for adapter in wrapper.active_adapters:
         if adapter not in wrapper.lora_A:
             continue
-        a = wrapper.lora_A[adapter].weight
-        b = wrapper.lora_B[adapter].weight
-        a_s.append(a.to(dtype).reshape(experts, -1, a.shape[-1]))
-        # As a matrix [N_out * r, E] the transpose is all there is to do, and a plain transpose is fast.
-        scaled = (b * wrapper.scaling[adapter]).to(dtype).reshape(-1, experts).t()
-        b_s.append(scaled.contiguous().view(experts, b.shape[0], -1))
+        a = wrapper.lora_A[adapter].weight.to(dtype)
+        b = (wrapper.lora_B[adapter].weight * wrapper.scaling[adapter]).to(dtype)
+        a = a.reshape(experts, -1, a.shape[-1])
+        # As a matrix [out * r, E] the transpose is all there is to do, and a plain transpose is fast.
+        b = b.reshape(-1, experts).t().contiguous().view(experts, b.shape[0], -1)
+        a_s.append(b.mT if turned else a)
+        b_s.append(a.mT if turned else b)
     if not a_s:
         return None
     if len(a_s) == 1:
-        return a_s[0], b_s[0]
+        return a_s[0].contiguous(), b_s[0].contiguous()
     return torch.cat(a_s, dim=1), torch.cat(b_s, dim=2)
