@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers import Shape, assert_close, experts_module, route
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from walk import build, experts_classes
 
 SHAPE = Shape(tokens=9, experts=4, top_k=2, hidden=32, intermediate=24, rank=3)
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -20,9 +24,9 @@ BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 class Layer(torch.nn.Module):
     """What PEFT sees of a model: a module that holds experts."""
 
-    def __init__(self, shape: Shape = SHAPE, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, shape: Shape = SHAPE, dtype: torch.dtype = torch.float32, experts: Any = None) -> None:
         super().__init__()
-        self.experts = experts_module(shape, dtype=dtype)
+        self.experts = experts_module(shape, dtype=dtype) if experts is None else experts
 
     def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
         return self.experts(*arguments)
@@ -60,15 +64,27 @@ def run(model: Any, implementation: str, arguments: tuple[torch.Tensor, ...]) ->
         lora(),
         lora(BOTH[:1]),
         lora(BOTH[1:]),
-        lora(r=1),
-        lora(r=40),
-        lora(use_rslora=True),
-        lora(rank_pattern={"experts.down_proj": 5}, alpha_pattern={"experts.gate_up_proj": 11}),
+        *(lora(r=r) for r in (1, 2, 16, 40, 256)),
+        lora(use_rslora=True, r=16),
+        lora(lora_alpha=0),
     ],
-    ids=["both", "gate_up", "down", "r=1", "r=40", "rslora", "patterns"],
+    ids=["both", "gate_up", "down", "r=1", "r=2", "r=16", "r=40", "r=256", "rslora", "alpha=0"],
 )
 def test_output_and_gradients_are_those_of_pefts_own_path(registered: ModuleType, config: LoraConfig) -> None:
     model, arguments = adapted(config), inputs()
+    assert_close(run(model, "scattermoe", arguments), run(model, "eager", arguments), 2e-5)
+
+
+# PEFT looks for the keys among the targeted modules only, and says that it ignores those of parameters; it does not.
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+def test_ranks_and_alphas_by_pattern(registered: ModuleType) -> None:
+    config = lora(rank_pattern={"experts.down_proj": 5}, alpha_pattern={"experts.gate_up_proj": 11})
+    model, arguments = adapted(config), inputs()
+    wrappers = {m.parameter_name: m for m in model.modules() if hasattr(m, "parameter_name")}
+    assert {name: (m.r["default"], m.lora_alpha["default"]) for name, m in wrappers.items()} == {
+        "gate_up_proj": (3, 11),
+        "down_proj": (5, 6),
+    }
     assert_close(run(model, "scattermoe", arguments), run(model, "eager", arguments), 2e-5)
 
 
@@ -84,27 +100,57 @@ def test_float32_adapters_over_a_bfloat16_base(registered: ModuleType) -> None:
         assert (o.double() - true).norm() <= 1.1 * (t.double() - true).norm()
 
 
+# PEFT 0.19 allows one adapter on parameters.
+several_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"),
+    reason="PEFT before 0.20 refuses a second adapter on parameters",
+)
+
+
+def test_float32_adapters_over_a_bfloat16_base_under_autocast(registered: ModuleType) -> None:
+    model, arguments = adapted(lora(), Layer(dtype=torch.bfloat16)), inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = run(model, "scattermoe", arguments), run(model, "grouped_mm", arguments)
+    exact = copy.deepcopy(model).double()
+    wide = tuple(a.detach().double().requires_grad_() if a.is_floating_point() else a for a in arguments)
+    truth = run(exact, "eager", wide)
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    for o, t, true in zip(ours, theirs, truth, strict=True):
+        assert (o.double() - true).norm() <= 1.1 * (t.double() - true).norm()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_over_float32_weights_keeps_their_precision(registered: ModuleType, train: bool) -> None:
+    model, arguments = adapted(lora()), inputs()
+    exact = run(model, "scattermoe", arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(train):
+        got = run(model, "scattermoe", arguments) if train else [model(*arguments)]
+    assert_close(got, exact[: len(got)], 2e-5)
+
+
+@several_adapters
 def test_adapters_switch_and_add_up(registered: ModuleType) -> None:
     model, arguments = adapted(lora()), inputs()
-    model.add_adapter("second", lora(r=3))
+    model.add_adapter("second", lora(r=7, use_rslora=True))
     for active in ("default", "second", ["default", "second"]):
         model.base_model.set_adapter(active)
         assert_close(run(model, "scattermoe", arguments), run(model, "eager", arguments), 2e-5)
 
 
 def test_disabled_merged_and_unmerged_adapters(registered: ModuleType) -> None:
-    model, arguments = adapted(lora()), inputs()
-    with model.disable_adapter(), torch.no_grad():
-        model(*arguments)
-        disabled = model(*arguments)
-    assert_close([disabled], [Layer.forward(model.get_base_model(), *arguments)], 10.0)  # same shape, finite
-    assert disabled.isfinite().all()
+    layer = Layer()
+    arguments = inputs()
+    plain = layer(*arguments)
+    model = adapted(lora(), layer)
     active = run(model, "scattermoe", arguments)[0]
-    assert not torch.allclose(active, disabled)
+    assert not torch.allclose(active, plain)
+    with model.disable_adapter():
+        assert_close([model(*arguments)], [plain], 1e-6)
     model.merge_adapter()
     with torch.no_grad():
         assert_close([model(*arguments)], [active], 2e-5)
-    model.unmerge_adapter()
+    with model.disable_adapter():  # PEFT unmerges for it
+        assert_close([model(*arguments)], [plain], 2e-5)
     assert_close([run(model, "scattermoe", arguments)[0]], [active], 2e-5)
 
 
@@ -116,7 +162,10 @@ def test_saved_loaded_and_merged_models_agree(registered: ModuleType, tmp_path: 
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     assert_close([run(loaded, "scattermoe", arguments)[0]], [before], 1e-6)
+    loaded.load_adapter(tmp_path, "default", is_trainable=True)
+    assert_close([run(loaded, "scattermoe", arguments)[0]], [before], 1e-6)
     merged = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
     assert_close([merged(*arguments)], [before], 2e-5)
 
 
@@ -144,35 +193,79 @@ class Largest(TorchDispatchMode):
 SPARSE = Shape(tokens=2, experts=16, top_k=1, hidden=64, intermediate=48, rank=1)
 
 
-def sparse_step(implementation: str) -> int:
-    model = adapted(lora(r=1), Layer(SPARSE))
-    base = next(m for m in model.modules() if type(m).__name__ == "Gemma4TextExperts")
+CLASSES = experts_classes()
+LAYOUTS = ["Gemma4TextExperts", "GptOssExperts", "AriaExperts", "NemotronHExperts", "MuseSparkExperts"]
+
+
+def sparse_step(name: str, implementation: str) -> tuple[int, int]:
+    """Elements of the largest tensor that an operator makes, and of the smaller weight."""
+    base = build(CLASSES[name], torch.float32, experts=16, hidden=64, intermediate=48)
+    weights = [key for key, parameter in base.named_parameters() if parameter.dim() == 3]
+    model = adapted(lora([f"experts.{key}" for key in weights], r=1), Layer(experts=base))
     base.config._experts_implementation = implementation
-    x, weights = torch.randn(2, 64, requires_grad=True), torch.rand(2, 1)
+    x, routing_weights = torch.randn(2, 64, requires_grad=True), torch.rand(2, 1)
     with Largest() as largest:
-        model(x, route(SPARSE), weights).sum().backward()
-    return largest.elements
+        model(x, route(SPARSE), routing_weights).sum().backward()
+    return largest.elements, min(getattr(base, key).numel() for key in weights)
 
 
-def test_no_operator_makes_a_tensor_of_a_weights_size(registered: ModuleType) -> None:
-    smaller_weight = SPARSE.experts * SPARSE.hidden * SPARSE.intermediate
-    assert sparse_step("scattermoe") < smaller_weight / 4
-    assert sparse_step("grouped_mm") >= smaller_weight  # the watch sees what PEFT's own path merges
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_operator_makes_a_tensor_of_a_weights_size(registered: ModuleType, name: str) -> None:
+    largest, weight = sparse_step(name, "scattermoe")
+    assert largest < weight / 4
+    largest, weight = sparse_step(name, "grouped_mm")
+    assert largest >= weight  # the watch sees what PEFT's own path merges
 
 
-def test_nothing_inside_the_operators_has_a_weights_size(kernel: ModuleType, submodule: Any) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nothing_inside_the_operators_has_a_weights_size(
+    kernel: ModuleType, submodule: Any, transposed: bool
+) -> None:
     # A custom operator is one call to the mode above; its insides are watched by calling them as functions.
     cpu, routing = submodule("ops.experts.cpu"), submodule("ops.routing")
-    module = experts_module(SPARSE).requires_grad_(False)
-    a1, b1, a2, b2 = (torch.randn(16, *s) for s in ((1, 64), (96, 1), (1, 48), (64, 1)))
+    gate = submodule("ops.activation").Gate("silu", limit=1.0)
+    sizes = ((96, 64), (64, 48))
+    up, down = (torch.randn(16, *(size[::-1] if transposed else size)) for size in sizes)
+    if transposed:
+        up, down = up.mT, down.mT
+    factors = (torch.randn(16, *s) for s in ((1, 64), (96, 1), (1, 48), (64, 1)))
+    biases = (torch.randn(16, 96), torch.randn(16, 64))
     x, weights = torch.randn(2, 64), torch.rand(2, 1)
-    gate = submodule("ops.activation").Gate("silu")
     order, offsets = routing.sort_by_expert(route(SPARSE), 16)
-    base = (module.gate_up_proj, module.down_proj, weights, order, offsets, a1, b1, a2, b2, None, None, gate)
+    base = (up, down, weights, order, offsets, *factors, *biases, gate)
     with Largest() as largest:
         out, *kept = cpu.forward(x, *base, True)
-        cpu.backward(out, x, *kept, *base, [True, False, False, *[True] * 5, False, False])
-    assert largest.elements < module.down_proj.numel() / 4
+        cpu.backward(out, x, *kept, *base, [True, False, False, *[True] * 7])
+    assert largest.elements < down.numel() / 4
+
+
+def test_a_targeted_bias_runs_through_pefts_own_path_with_one_warning(registered: ModuleType) -> None:
+    base = build(CLASSES["GptOssExperts"], torch.float32)
+    targets = ["experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj"]
+    model = adapted(lora(targets), Layer(experts=base))
+    x, weights = torch.randn(5, 24, requires_grad=True), torch.rand(5, 2, requires_grad=True)
+    index = torch.rand(5, 4).topk(2).indices
+    results = []
+    for implementation in ("eager", "scattermoe", "scattermoe"):
+        base.config._experts_implementation = implementation
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = model(x, index, weights)
+        leaves = [x, weights, *(p for p in model.parameters() if p.requires_grad)]
+        results.append(
+            ([out, *torch.autograd.grad(out.sin().sum(), leaves)], [str(w.message) for w in caught])
+        )
+    assert_close(results[1][0], results[0][0], 2e-5)
+    assert [len(messages) for _, messages in results] == [0, 1, 0]
+    assert "gate_up_proj_bias is none of the weights gate_up_proj and down_proj" in results[1][1][0]
+
+
+def test_a_single_expert(registered: ModuleType) -> None:
+    shape = Shape(tokens=9, experts=1, top_k=1, hidden=32, intermediate=24, rank=3)
+    x = torch.randn(9, 32, requires_grad=True)
+    arguments = (x, torch.zeros(9, 1, dtype=torch.long), torch.rand(9, 1, requires_grad=True))
+    model = adapted(lora(), Layer(shape))
+    assert_close(run(model, "scattermoe", arguments), run(model, "eager", arguments), 2e-5)
 
 
 def test_without_registration_peft_is_untouched(kernel: ModuleType) -> None:

@@ -15,24 +15,25 @@ from transformers import PretrainedConfig
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 4, 2, 24, 16
 
 # How configurations call the sizes of an experts layer. Whatever else a class reads has its model's own default.
-_SIZES = (
-    (r"(n_routed|num(_local)?|moe_num)_experts", EXPERTS),
-    (r"(moe_)?(hidden|latent|input)_size", HIDDEN),
-    (r"(\w+_)?(intermediate|ffn_hidden)_size", INTERMEDIATE),
-    (r"_experts_implementation", "eager"),
-)
+_SIZES = {
+    "experts": r"(n_routed|num(_local)?|moe_num)_experts",
+    "hidden": r"(moe_)?(hidden|latent|input)_size",
+    "intermediate": r"(\w+_)?(intermediate|ffn_hidden)_size",
+}
 
 
 class TinyConfig:
     """A configuration that answers what an experts class asks: small sizes, its own model's defaults for the rest."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, **sizes: int) -> None:
         self._module = module
+        self._sizes = sizes
+        self._experts_implementation = "eager"
 
     def __getattr__(self, name: str) -> Any:
-        for pattern, size in _SIZES:
+        for size, pattern in _SIZES.items():
             if re.fullmatch(pattern, name):
-                return size
+                return self._sizes[size]
         for value in vars(self._module).values():
             if (
                 inspect.isclass(value)
@@ -75,9 +76,16 @@ def _is_decorated(cls: type[torch.nn.Module]) -> bool:
     )
 
 
-def build(cls: type[torch.nn.Module], dtype: torch.dtype = torch.float64) -> Any:
+def build(
+    cls: type[torch.nn.Module],
+    dtype: torch.dtype = torch.float64,
+    experts: int = EXPERTS,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+) -> Any:
     """A small instance with random weights."""
-    module = cls(TinyConfig(inspect.getmodule(cls)))
+    config = TinyConfig(inspect.getmodule(cls), experts=experts, hidden=hidden, intermediate=intermediate)
+    module = cls(config)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return module.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -25,3 +26,9 @@ def use_triton(x: torch.Tensor) -> bool:
             "Triton's interpreter cannot multiply bfloat16; use float16 or float32 under it"
         )
     return True
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    """The context in which an operator on ``x`` computes: autocast reaches into it, and would cast half of a sum."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -61,7 +61,8 @@ def experts_forward(
         from . import gpu
 
         return gpu.forward(*arguments, *optional, gate, keep)
-    return cpu.forward(*arguments, *optional, gate, keep)
+    with dispatch.without_autocast(x):
+        return cpu.forward(*arguments, *optional, gate, keep)
 
 
 @experts_forward.register_fake
@@ -139,7 +140,8 @@ def experts_backward(
 
         gradients = gpu.backward(*arguments, *optional, gate, needs)
     else:
-        gradients = cpu.backward(*arguments, *optional, gate, needs)
+        with dispatch.without_autocast(x):
+            gradients = cpu.backward(*arguments, *optional, gate, needs)
     return [g for g in gradients if g is not None]
 
 

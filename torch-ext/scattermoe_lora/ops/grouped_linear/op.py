@@ -44,7 +44,8 @@ def grouped_linear_forward(
         from . import gpu
 
         return gpu.forward(*arguments)
-    return cpu.forward(*arguments)
+    with dispatch.without_autocast(x):
+        return cpu.forward(*arguments)
 
 
 @grouped_linear_forward.register_fake
@@ -93,7 +94,8 @@ def grouped_linear_backward(
 
         gradients = gpu.backward(*arguments)
     else:
-        gradients = cpu.backward(*arguments)
+        with dispatch.without_autocast(x):
+            gradients = cpu.backward(*arguments)
     return [g for g in gradients if g is not None]
 
 
