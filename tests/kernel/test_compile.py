@@ -1,75 +1,182 @@
-"""The Triton kernels compile ahead of time, without a GPU, for the architectures that users have."""
+"""The Triton kernels compile ahead of time, without a GPU, for the architectures that users have; and so do others'.
+
+``make compile`` compiles all that ships. Here: the widest tiles, and what the compiler makes of the main product.
+"""
 
 from __future__ import annotations
 
-import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import math
+import textwrap
+from pathlib import Path
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-INTEGERS = {
-    "order_ptr": "*i64",
-    "offsets_ptr": "*i64",
-    "row_weight_ptr": "*fp32",
-    "d_row_weight_ptr": "*fp32",
-}
-PLAIN = {"INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
-CLAMPED = {"INTERLEAVED": True, "ALPHA": 1.702, "LIMIT": 7.0, "SHIFT": 1.0}
-KERNELS = {
-    "grouped_matmul_kernel": (
-        "ops.grouped_linear.kernels",
-        {
-            "GATHER": True,
-            "TOP_K": 8,
-            "SCATTER": True,
-            "LOW_RANK": True,
-            "BIAS": True,
-            "WEIGHTED": True,
-            "EXPERTS_POW2": 256,
-            "PRECISION": "ieee",
-            "BLOCK_M": 64,
-            "BLOCK_N": 64,
-            "BLOCK_K": 32,
-        },
-    ),
-    "grouped_outer_kernel": (
-        "ops.grouped_linear.kernels",
-        {
-            "GATHER_P": True,
-            "GATHER_Q": True,
-            "TOP_K": 8,
-            "WEIGHTED": True,
-            "PRECISION": "ieee",
-            "BLOCK_P": 64,
-            "BLOCK_Q": 64,
-            "BLOCK_S": 32,
-        },
-    ),
-    "gate_forward_kernel": ("ops.experts.kernels", {**CLAMPED, "ACTIVATION": "silu", "BLOCK": 1024}),
-    "gate_backward_kernel": ("ops.experts.kernels", {**PLAIN, "ACTIVATION": "gelu", "BLOCK": 1024}),
-}
-# The least shared memory a block may use on any of the targets: 64 KB of LDS on gfx942.
-SHARED_LIMIT = 64 * 1024
+import pytest
+from kernelpress import aot
+from kernelpress.errors import BuildError
+
+# One of each generation that compiles differently.
+TARGETS = ("sm_80", "sm_90", "sm_120", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def widest(submodule):
+    """``widest(name, use, target)``: the specification of a kernel's largest bfloat16 tile that serves the target."""
+
+    def size(spec) -> int:
+        return math.prod(value for name, value in spec.constants.items() if name.startswith("BLOCK"))
+
+    def find(name: str, use: str, target: str):
+        of = "experts" if name.startswith("gate") else "grouped_linear"
+        found = [
+            spec
+            for spec in submodule(f"ops.{of}.specs").COMPILE_SPECS
+            if aot.name_of(spec) == name and spec.label.startswith(f"{use} bf16") and target in spec.targets
+        ]
+        return max(found, key=size)
+
+    return find
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel_compiles_and_fits(submodule, name: str, target: str) -> None:
-    module, constants = KERNELS[name]
-    function = getattr(submodule(module), name)
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("grouped_matmul_kernel", "forward"),
+        ("grouped_matmul_kernel", "dx"),
+        ("grouped_outer_kernel", "d down"),
+        ("gate_backward_kernel", "clamped silu"),
+    ],
+)
+def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, name, use, target) -> None:
+    compiled = aot.compile_one(widest(name, use, target), target)
+    assert compiled.error is None
+    assert compiled.shared <= aot.TARGETS[target].shared_limit
+    assert compiled.registers > 0
+    assert compiled.spilled == 0
 
-    def kind(argument: str) -> str:
-        if argument in constants:
-            return "constexpr"
-        return INTEGERS.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
 
-    source = ASTSource(fn=function, signature={a: kind(a) for a in function.arg_names}, constexprs=constants)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": 4})
-    assert compiled.metadata.shared <= SHARED_LIMIT
-    assert compiled.asm["hsaco" if target.startswith("gfx") else "cubin"]
+@pytest.mark.parametrize("use", ["forward", "dx"])
+@pytest.mark.parametrize(
+    ("target", "copies", "multiplies"),
+    [
+        ("sm_80", "cp.async.cg.shared.global [ %r", "mma.sync.aligned.m16n8k16"),
+        ("sm_90", "cp.async.cg.shared.global [ %r", "wgmma.mma_async.sync.aligned.m64n128k16"),
+    ],
+)
+def test_main_product_copies_ahead_and_multiplies_on_tensor_cores(
+    widest, use, target, copies, multiplies
+) -> None:
+    compiled = aot.compiled_kernel(widest("grouped_matmul_kernel", use, target), target)
+    lines = compiled.asm["ptx"].splitlines()
+    assert any(multiplies in line for line in lines)
+    copied = [line for line in lines if copies in line]
+    # 16 bytes a copy: the widest there is.
+    assert copied
+    assert all(", 0x10," in line for line in copied)
+    assert not any("cp.async.ca" in line for line in lines)
+
+
+SOURCE = """
+    import triton
+    import triton.language as tl
+    from types import SimpleNamespace
+
+    @triton.jit
+    def product(x_ptr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        at = x_ptr + i[:, None] * BLOCK + i[None, :]
+        x = tl.load(at)
+        tl.store(at, tl.dot(x, x).to(tl.float16))
+
+    @triton.jit
+    def broken(x_ptr):
+        tl.store(x_ptr, tl.no_such_function())
+
+    def spec(kernel=product, arguments={"x_ptr": "*fp16:16"}, constants={"BLOCK": 64}, targets=("sm_80",)):
+        return SimpleNamespace(kernel=kernel, label="plain", arguments=arguments, constants=constants,
+                               options={"num_warps": 8, "num_stages": 2}, targets=targets)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path):
+    """``project(name, specs)``: a package of its own with these specifications."""
+
+    def write(name: str, specs: str) -> Path:
+        package = tmp_path / "torch-ext" / name
+        package.mkdir(parents=True)
+        (tmp_path / "build.toml").write_text(
+            f'[general]\nname = "{name}"\nversion = 1\nedition = 5\nlicense = "mit"\n'
+            'backends = ["cuda"]\n\n[torch-noarch]\n'
+        )
+        (package / "__init__.py").write_text("")
+        (package / "kernels.py").write_text(textwrap.dedent(SOURCE) + specs + "\n")
+        return tmp_path
+
+    return write
+
+
+def test_table_names_every_kernel_and_target(project, capsys) -> None:
+    root = project("first", "COMPILE_SPECS = [spec(targets=('sm_80', 'gfx90a'))]")
+    assert aot.main([str(root)]) == 0
+    told = capsys.readouterr().out
+    assert [line.split()[:3] for line in told.splitlines()[1:3]] == [
+        ["product", "sm_80", "1"],
+        ["product", "gfx90a", "1"],
+    ]
+    assert "2 compilations, 0 failed" in told
+
+
+def test_kernels_that_do_not_fit_or_compile_are_named_and_fail(project, capsys) -> None:
+    root = project(
+        "second",
+        "COMPILE_SPECS = [spec(arguments={'x_ptr': '*fp32:16'}, constants={'BLOCK': 128}, targets=('sm_80', 'sm_86')), "
+        "spec(kernel=broken, constants={})]",
+    )
+    assert aot.main([str(root), "--target", "sm_86"]) == 1
+    assert (
+        "  sm_86   product plain: needs 131072 bytes of shared memory, a block may have 101376"
+        in capsys.readouterr().out
+    )
+    assert aot.main([str(root), "--target", "sm_80"]) == 1
+    told = capsys.readouterr().out
+    assert "broken plain: " in told
+    assert "module 'triton.language' has no attribute 'no_such_function'" in told
+    assert "product plain" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "specs", "message"),
+    [
+        ("third", "", "nothing to compile: no module of the package has a COMPILE_SPECS for sm_80"),
+        ("fourth", "COMPILE_SPECS = [spec(targets=('sm_86',))]", "nothing to compile"),
+        (
+            "fifth",
+            "COMPILE_SPECS = [spec(constants={})]",
+            "product plain: every argument stands once.*missing .'BLOCK'",
+        ),
+        (
+            "sixth",
+            "COMPILE_SPECS = [spec(arguments={'y': 'i32', 'x_ptr': 'i32'})]",
+            r"missing \[\], unknown \['y'\]",
+        ),
+        ("seventh", "COMPILE_SPECS = [spec(targets=('sm_10',))]", r"targets \['sm_10'\] are none of"),
+        (
+            "eighth",
+            "import no_such_module\nCOMPILE_SPECS = []",
+            "cannot import eighth.kernels: No module named",
+        ),
+        ("ninth", "COMPILE_SPECS = [", r"kernels.py:\d+: not valid Python"),
+    ],
+)
+def test_bad_specifications_are_refused_before_anything_compiles(project, name, specs, message) -> None:
+    package = project(name, specs) / "torch-ext" / name
+    with pytest.raises(BuildError, match=message):
+        list(aot.compile_package(package, ["sm_80"], 1))
+
+
+def test_interpreting_triton_is_refused(project, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert aot.main([str(project("tenth", "COMPILE_SPECS = [spec()]"))]) == 1
+    assert (
+        "error: TRITON_INTERPRET=1 makes Triton interpret, not compile; unset it" in capsys.readouterr().err
+    )

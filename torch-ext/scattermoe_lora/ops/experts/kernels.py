@@ -43,16 +43,17 @@ def _gated(
     """``(value, d value / d gate, factor, d factor / d up)`` of ``value(gate) * factor(up)`` in float32."""
     gate = tl.load(h_tile, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h_tile + (1 if INTERLEAVED else I), mask=mask, other=0.0).to(tl.float32)
+    # An early return would leave the rest to be compiled all the same, with a limit of None.
     if LIMIT is None:
+        value, slope = _activation(gate, ACTIVATION, ALPHA)
         factor = up + SHIFT
         passes = tl.full(up.shape, 1.0, tl.float32)
-        value, slope = _activation(gate, ACTIVATION, ALPHA)
     else:
         # Comparisons, not minimum and maximum: these would lose a NaN.
-        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + SHIFT
-        passes = tl.where(tl.abs(up) > LIMIT, 0.0, 1.0)
         value, slope = _activation(tl.where(gate > LIMIT, LIMIT, gate), ACTIVATION, ALPHA)
         slope = tl.where(gate > LIMIT, 0.0, slope)
+        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + SHIFT
+        passes = tl.where(tl.abs(up) > LIMIT, 0.0, 1.0)
     return value, slope, factor, passes
 
 

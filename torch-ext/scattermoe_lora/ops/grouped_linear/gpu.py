@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 import triton
 
+from .. import tiles
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 
 
-def _precision() -> str:
-    """Full float32 unless the user allowed TF32, with the switch that torch's own matmul follows."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _block(size: int, largest: int) -> int:
-    """A power of two for ``size`` columns, at least 16 because that is the smallest side of a ``tl.dot``."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
+def _precision(x: torch.Tensor) -> str:
+    """Full float32 unless the user allowed TF32, with the switch that torch's own matmul follows. AMD's matrix cores
+    multiply float32 as it is."""
+    is_full = (
+        x.dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest"
+    )
+    return "ieee" if is_full else "tf32"
 
 
 def grouped_matmul(
@@ -50,11 +50,12 @@ def grouped_matmul(
     out = x.new_empty((pairs, n_out))
     if pairs == 0:
         return out
-    block_m = 16 if pairs <= 16 * num_experts else 64
-    block_n, block_k = _block(n_out, 64), _block(n_in, 32)
-    tiles_m = pairs // block_m + min(pairs, num_experts + 1)
+    rank = 0 if low is None else low.shape[1]
+    launch = tiles.launch("grouped_matmul", x, pairs / num_experts, n_out, n_in)
+    # At most this many: one is begun for every segment that has rows, and the others are full.
+    tiles_m = pairs // launch["BLOCK_M"] + min(pairs, num_experts + 1)
     low_strides = (0, 0, 0) if low_weight is None else low_weight.stride()
-    grouped_matmul_kernel[(tiles_m * triton.cdiv(n_out, block_n),)](
+    grouped_matmul_kernel[(tiles_m * triton.cdiv(n_out, launch["BLOCK_N"]),)](
         x,
         weight,
         x if low is None else low,
@@ -68,7 +69,7 @@ def grouped_matmul(
         num_experts,
         n_out,
         n_in,
-        0 if low is None else low.shape[1],
+        rank,
         x.stride(0),
         *weight.stride(),
         *low_strides,
@@ -79,11 +80,11 @@ def grouped_matmul(
         BIAS=bias is not None,
         WEIGHTED=row_weight is not None,
         EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
-        PRECISION=_precision(),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
+        PRECISION=_precision(x),
+        EVEN_K=n_in % launch["BLOCK_K"] == 0,
+        # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
+        BLOCK_R=min(launch["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
+        **launch,
     )
     return out
 
@@ -111,8 +112,9 @@ def grouped_outer(
     num_experts = offsets.shape[0] - 1
     n_p, n_q = p.shape[1], q.shape[1]
     out = p.new_empty((num_experts, n_p, n_q))
-    block_p, block_q = _block(n_p, 64), _block(n_q, 64)
-    grouped_outer_kernel[(triton.cdiv(n_q, block_q), triton.cdiv(n_p, block_p), num_experts)](
+    launch = tiles.launch("grouped_outer", p, order.shape[0] / num_experts, n_q, n_p)
+    grid = (triton.cdiv(n_q, launch["BLOCK_Q"]), triton.cdiv(n_p, launch["BLOCK_P"]), num_experts)
+    grouped_outer_kernel[grid](
         p,
         q,
         p if row_weight is None else row_weight,
@@ -127,11 +129,8 @@ def grouped_outer(
         GATHER_Q=top_k_q is not None,
         TOP_K=top_k_p or top_k_q or 1,
         WEIGHTED=row_weight is not None,
-        PRECISION=_precision(),
-        BLOCK_P=block_p,
-        BLOCK_Q=block_q,
-        BLOCK_S=32,
-        num_warps=4,
+        PRECISION=_precision(p),
+        **launch,
     )
     return out
 

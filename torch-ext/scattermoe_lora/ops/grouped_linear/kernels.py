@@ -61,54 +61,76 @@ def grouped_matmul_kernel(
     WEIGHTED: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
+    # GROUP_M tiles of rows take the same columns one after another, so that the L2 cache gives a weight to all of them.
     tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.num_programs(0) // tiles_n
     pid = tl.program_id(0)
-    expert, row, end = _find_tile(pid // tiles_n, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group = min(tiles_m - first_m, GROUP_M)
+    pid_m = first_m + pid % (GROUP_M * tiles_n) % group
+    pid_n = pid % (GROUP_M * tiles_n) // group
+    expert, row, end = _find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
     if row >= end:
         return
     position = row + tl.arange(0, BLOCK_M)
     in_tile = position < end
     pair = tl.load(order_ptr + position, mask=in_tile, other=0)
-    n = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < N
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if expert < num_experts:
-        # 64-bit from here on: a stack of experts passes 2^31 elements.
+        k = tl.arange(0, BLOCK_K)
+        # 64-bit from here on: a stack of experts passes 2^31 elements, and so does a matrix of rows.
+        e = expert.to(tl.int64)
         x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
         x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
-        w_tile = w_ptr + expert.to(tl.int64) * stride_we + n[None, :].to(tl.int64) * stride_wn
-        w_tile = w_tile + k[:, None].to(tl.int64) * stride_wk
+        w_tile = (
+            w_ptr + e * stride_we + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
+        )
         for k0 in range(0, K, BLOCK_K):
-            in_k = k0 + k < K
-            x = tl.load(x_tile, mask=in_tile[:, None] & in_k[None, :], other=0.0)
-            w = tl.load(w_tile, mask=in_k[:, None] & (n[None, :] < N), other=0.0)
+            if EVEN_K:
+                x = tl.load(x_tile, mask=in_tile[:, None], other=0.0)
+                w = tl.load(w_tile, mask=in_n[None, :], other=0.0)
+            else:
+                in_k = k0 + k < K
+                x = tl.load(x_tile, mask=in_tile[:, None] & in_k[None, :], other=0.0)
+                w = tl.load(w_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             x_tile += BLOCK_K
             w_tile += BLOCK_K * stride_wk
         if LOW_RANK:
-            u_tile = u_ptr + position[:, None].to(tl.int64) * R + k[None, :]
-            b_tile = b_ptr + expert.to(tl.int64) * stride_be + n[None, :] * stride_bn + k[:, None] * stride_br
-            for r0 in range(0, R, BLOCK_K):
-                in_r = r0 + k < R
+            r = tl.arange(0, BLOCK_R)
+            u_tile = u_ptr + position[:, None].to(tl.int64) * R + r[None, :]
+            b_tile = (
+                b_ptr
+                + e * stride_be
+                + n[None, :].to(tl.int64) * stride_bn
+                + r[:, None].to(tl.int64) * stride_br
+            )
+            for r0 in range(0, R, BLOCK_R):
+                in_r = r0 + r < R
                 u = tl.load(u_tile, mask=in_tile[:, None] & in_r[None, :], other=0.0)
-                b = tl.load(b_tile, mask=in_r[:, None] & (n[None, :] < N), other=0.0)
+                b = tl.load(b_tile, mask=in_r[:, None] & in_n[None, :], other=0.0)
                 acc = tl.dot(u, b, acc, input_precision=PRECISION)
-                u_tile += BLOCK_K
-                b_tile += BLOCK_K * stride_br
+                u_tile += BLOCK_R
+                b_tile += BLOCK_R * stride_br
         if BIAS:
-            bias_row = bias_ptr + expert.to(tl.int64) * N + n
-            acc += tl.load(bias_row, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            bias = tl.load(bias_ptr + e * N + n, mask=in_n, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
         if WEIGHTED:
             acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
 
     out_row = (pair if SCATTER else position).to(tl.int64)
     out_tile = out_ptr + out_row[:, None] * N + n[None, :]
-    tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & (n[None, :] < N))
+    tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_n[None, :])
 
 
 @triton.jit

@@ -1,0 +1,32 @@
+"""What a kernel is compiled for ahead of time, as data: see ``COMPILE_SPECS`` beside each operator's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """One compilation of one kernel.
+
+    Attributes:
+        kernel: The ``@triton.jit`` function.
+        label: Tells this compilation from the kernel's others.
+        arguments: Types of the run-time arguments as Triton writes them, with ``:16`` after them where the launches
+            that matter pass a value divisible by 16.
+        constants: Values of the ``tl.constexpr`` arguments, and of integers that are 1 at launch, which Triton makes
+            constant too.
+        options: ``num_warps``, ``num_stages``.
+        targets: The architectures it ships for.
+    """
+
+    kernel: Any
+    label: str
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, int]
+    targets: tuple[str, ...]
