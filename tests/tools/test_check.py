@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from kernelpress.check import RULES, Finding, check
+from kernelpress.check import EXAMINED, check
 from kernelpress.errors import CheckError
+from kernelpress.findings import Finding
+from kernelpress.rules import RULES
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
 
@@ -158,8 +160,8 @@ def test_a_public_name_that_is_not_there_is_found(make_kernel):
 def test_an_operator_outside_of_the_builds_namespace_is_found(make_kernel):
     hidden = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
     root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{hidden}DEFAULT = 3.0\n"})
-    (found,) = check(built(root))
-    assert found.code == "KP203"
+    found, beside = check(built(root))
+    assert (found.code, beside.code) == ("KP203", "KP206")
     assert "aten::demo_extra" in found.message
 
 
@@ -168,6 +170,58 @@ def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(make_ker
     assert check(built(root)) == []
 
 
-def test_every_rule_has_a_code_of_its_own_and_a_title():
-    assert len({rule.code for rule in RULES}) == len(RULES)
-    assert all(rule.title for rule in RULES)
+def test_every_rule_that_examines_a_variant_is_explained():
+    assert set(EXAMINED) <= set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import os\nos.environ['DEMO'] = '1'\n", "changes environment variable DEMO"),
+        ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes torch's default dtype"),
+        ("import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\n", "changes TF32 in cuBLAS"),
+        ("print('hello')\n", "prints 'hello'"),
+        (
+            "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError:\n    pass\n",
+            "reaches for the network (socket.connect)",
+        ),
+    ],
+)
+def test_what_importing_does_to_the_caller_is_found(make_kernel, text, said):
+    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": f"{text}DEFAULT = 3.0\n"})))
+    assert [(each.code, each.severity) for each in found if said in each.message] == [("KP205", "error")]
+
+
+def test_a_package_that_needs_triton_to_load_is_found(make_kernel):
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import triton\nDEFAULT = 3.0\n"})
+    (found,) = check(built(root))
+    assert (found.code, found.severity) == ("KP204", "warning")
+
+
+def test_triton_imported_when_called_is_no_finding(make_kernel):
+    lazy = "DEFAULT = 3.0\ndef f():\n    import triton\n"
+    assert check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": lazy}))) == []
+
+
+def test_state_shared_with_another_build_is_found(make_kernel):
+    shared = "import sys\nassert 'shared' not in sys.modules\nsys.modules['shared'] = sys\nDEFAULT = 3.0\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": shared})))
+    assert found.code == "KP206"
+    assert "AssertionError" in found.message
+
+
+def test_an_operator_without_a_fake_implementation_is_found(make_kernel):
+    text = (
+        "import torch\n@torch.library.custom_op('demo_kernel::once', mutates_args=())\n"
+        "def once(x: torch.Tensor) -> torch.Tensor:\n    return x.clone()\nDEFAULT = 3.0\n"
+    )
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert (found.code, found.severity) == ("KP207", "warning")
+    assert "'once'" in found.message
+
+
+def test_a_public_function_without_a_docstring_is_found(make_kernel):
+    text = "def twice(x): return 2 * x\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+    assert (found.code, found.severity) == ("KP208", "warning")
+    assert "twice" in found.message

@@ -23,6 +23,7 @@ class Analysis:
     missing: tuple[Import, ...] = ()
     outside: tuple[Import, ...] = ()
     unknown: tuple[int, ...] = ()
+    unread: tuple[int, ...] = ()
 
 
 def analyse(files: Sequence[SourceFile], layout: Layout) -> list[Analysis]:
@@ -45,4 +46,5 @@ def _analyse(file: SourceFile, layout: Layout, libraries: frozenset[str]) -> Ana
         imports.missing,
         imports.outside,
         imports.unknown,
+        imports.unread,
     )

@@ -7,36 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from kernels._rust import Digest, DigestAlgorithm, DigestValidationError, Metadata  # type: ignore[import-untyped]
 
 from kernelpress.errors import CheckError
+from kernelpress.findings import Finding, Severity
 from kernelpress.probe import Probed, probe
 from kernelpress.variant import METADATA, VARIANT_PREFIX
 
-Severity = Literal["error", "warning"]
-
 # Each probe is a process that imports torch, which needs about 300 MB.
 _PARALLEL = 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something a variant lacks: which rule says so, where, and how to mend it. ``path`` is in the build."""
-
-    code: str
-    severity: Severity
-    path: Path
-    line: int | None
-    message: str
-    fix: str
-
-    def __str__(self) -> str:
-        where = str(self.path) if self.line is None else f"{self.path}:{self.line}"
-        return f"{where}: {self.code} {self.message}; {self.fix}"
 
 
 @dataclass(frozen=True)
@@ -53,25 +35,17 @@ class Subject:
         return Finding("", severity, self.directory / path, None, message, fix)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A demand on a variant."""
-
-    code: str
-    title: str
-    examine: Callable[[Subject], Iterator[Finding]]
-
-
-RULES: list[Rule] = []
+Examine = Callable[[Subject], Iterator[Finding]]
+EXAMINED: dict[str, Examine] = {}
 _REBUILD = "run `kernelpress build` again"
 
 
-def rule(code: str, title: str) -> Callable[[Callable[[Subject], Iterator[Finding]]], Rule]:
-    """Enter a function among the rules."""
+def rule(code: str) -> Callable[[Examine], Examine]:
+    """Enter a function as what examines a variant by a rule."""
 
-    def enter(examine: Callable[[Subject], Iterator[Finding]]) -> Rule:
-        RULES.append(Rule(code, title, examine))
-        return RULES[-1]
+    def enter(examine: Examine) -> Examine:
+        EXAMINED[code] = examine
+        return examine
 
     return enter
 
@@ -101,10 +75,10 @@ def check(build_dir: Path) -> list[Finding]:
     with ThreadPoolExecutor(_PARALLEL) as pool:
         subjects = list(pool.map(_subject, directories))
     return [
-        Finding(each.code, found.severity, found.path, found.line, found.message, found.fix)
+        replace(found, code=code)
         for subject in subjects
-        for each in RULES
-        for found in each.examine(subject)
+        for code, examine in EXAMINED.items()
+        for found in examine(subject)
     ]
 
 
@@ -116,7 +90,7 @@ def _subject(directory: Path) -> Subject:
     return Subject(directory, metadata, probe(directory))
 
 
-@rule("KP101", "metadata.json parses with the loader's parser")
+@rule("KP101")
 def metadata_parses(subject: Subject) -> Iterator[Finding]:
     if subject.metadata is None:
         yield subject.find(f"the loader cannot read the metadata: {subject.unreadable}", _REBUILD, METADATA)
@@ -124,7 +98,7 @@ def metadata_parses(subject: Subject) -> Iterator[Finding]:
         yield subject.find("the metadata has no version", _REBUILD, METADATA)
 
 
-@rule("KP102", "files are those that the digest names")
+@rule("KP102")
 def digest_verifies(subject: Subject) -> Iterator[Finding]:
     if subject.metadata is None:
         return
@@ -138,7 +112,7 @@ def digest_verifies(subject: Subject) -> Iterator[Finding]:
             yield subject.find(str(violation), _REBUILD)
 
 
-@rule("KP103", "no bytecode, links or hidden files")
+@rule("KP103")
 def nothing_foreign(subject: Subject) -> Iterator[Finding]:
     for path in sorted(subject.directory.rglob("*")):
         name = path.relative_to(subject.directory).as_posix()
@@ -150,7 +124,7 @@ def nothing_foreign(subject: Subject) -> Iterator[Finding]:
             yield subject.find("a hidden file, which must not ship", _REBUILD, name)
 
 
-@rule("KP201", "the variant loads in a clean process")
+@rule("KP201")
 def loads(subject: Subject) -> Iterator[Finding]:
     if subject.probed is None or subject.probed.error is None:
         return
@@ -172,7 +146,7 @@ def loads(subject: Subject) -> Iterator[Finding]:
     )
 
 
-@rule("KP202", "the package says what is public, and all of it is there")
+@rule("KP202")
 def public_names(subject: Subject) -> Iterator[Finding]:
     if subject.probed is None or subject.probed.error is not None:
         return
@@ -186,7 +160,7 @@ def public_names(subject: Subject) -> Iterator[Finding]:
         )
 
 
-@rule("KP203", "operators are registered under the build's own namespace alone")
+@rule("KP203")
 def own_namespace(subject: Subject) -> Iterator[Finding]:
     if subject.probed is None:
         return
@@ -195,3 +169,44 @@ def own_namespace(subject: Subject) -> Iterator[Finding]:
             f"loading registers operator {op!r}, outside the namespace {subject.probed.namespace!r}",
             "register it through torch.library with its name written out, so that the build can rename it",
         )
+
+
+@rule("KP204")
+def loads_without_triton(subject: Subject) -> Iterator[Finding]:
+    if subject.probed is not None and subject.probed.without_triton is not None:
+        yield subject.find(
+            f"does not load where Triton is not installed: {subject.probed.without_triton}",
+            "import Triton where its kernels are first called",
+            severity="warning",
+        )
+
+
+@rule("KP205")
+def changes_nothing(subject: Subject) -> Iterator[Finding]:
+    for effect in subject.probed.effects if subject.probed is not None else ():
+        yield subject.find(f"importing it {effect}", "move that into a function that the caller calls")
+
+
+@rule("KP206")
+def loads_beside_another(subject: Subject) -> Iterator[Finding]:
+    if subject.probed is not None and subject.probed.twin_error is not None:
+        yield subject.find(
+            f"beside another build of it in one process: {subject.probed.twin_error}",
+            "keep all state within the package",
+        )
+
+
+@rule("KP207")
+def traceable(subject: Subject) -> Iterator[Finding]:
+    for op in subject.probed.untraceable if subject.probed is not None else ():
+        yield subject.find(
+            f"operator {op.partition('::')[2]!r} cannot be traced with fake tensors",
+            "register an implementation by torch.library.register_fake",
+            severity="warning",
+        )
+
+
+@rule("KP208")
+def documented(subject: Subject) -> Iterator[Finding]:
+    for name in subject.probed.undocumented if subject.probed is not None else ():
+        yield subject.find(f"{name} is public and has no docstring", "write one", severity="warning")

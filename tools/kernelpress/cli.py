@@ -13,7 +13,11 @@ from rich.table import Table
 
 from kernelpress import cli_hub
 from kernelpress.cli_shared import Directory, console
-from kernelpress.errors import KernelpressError
+from kernelpress.errors import KernelpressError, SpecError
+from kernelpress.output import Form
+from kernelpress.spec import Spec
+
+_WHOLE = "[green]the build loads and is whole[/]"
 
 # Each command imports its step when it runs: a build must not wait for the Hub's client, nor for torch.
 
@@ -40,36 +44,156 @@ def _options(
     pass
 
 
+SourceDir = Annotated[
+    Path | None, typer.Option(help="A package anywhere, instead of build.toml's under torch-ext/.")
+]
+Package = Annotated[str | None, typer.Option(help="That package's dotted name, as Python imports it.")]
+Name = Annotated[str | None, typer.Option(help="The kernel's name on the Hub; default: the package's.")]
+License = Annotated[str | None, typer.Option(help="SPDX identifier; default: what the project says.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="A file or directory of the project that ships too; may be given several times."),
+]
+
+
 @app.command()
-def build(directory: Directory = Path()) -> None:
+def build(
+    directory: Directory = Path(),
+    source_dir: SourceDir = None,
+    package: Package = None,
+    name: Name = None,
+    license: License = None,
+    include: Include = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Build twice more, elsewhere and otherwise, and compare.")
+    ] = False,
+) -> None:
     """Build every variant of a kernel into build/."""
-    from kernelpress.spec import load_spec
+    from kernelpress.source_rules import optional_packages
     from kernelpress.variant import build as make
 
-    made = make(load_spec(directory))
+    spec = _spec(directory, source_dir, package, name, license, include)
+    made = make(spec)
     table = Table("variant", "id", "files", box=None, pad_edge=False)
     for variant in made.variants:
         table.add_row(variant.name, variant.id, str(len(variant.files)))
     out = console()
     out.print(table)
-    out.print(f"[green]built[/] {escape(str(made.directory))}  tree {made.tree_hash[:16]}")
+    optional = optional_packages(made.outside, spec)
+    if optional:
+        out.print(
+            f"optional: {', '.join(optional)} (imported in functions, or where they are)", soft_wrap=True
+        )
+    if verify:
+        from kernelpress.reproduce import reproduce
+
+        reproduce(made)
+        out.print("[green]reproduced[/] in two other places, byte for byte")
+    out.print(f"[green]built[/] {escape(str(made.directory))}  tree {made.tree_hash[:16]}", soft_wrap=True)
 
 
 @app.command()
-def check(directory: Directory = Path()) -> None:
-    """Check the build in build/: metadata, digests, and that each variant loads in a clean process."""
+def check(
+    directory: Directory = Path(),
+    source_dir: SourceDir = None,
+    package: Package = None,
+    name: Name = None,
+    license: License = None,
+    include: Include = None,
+    output: Annotated[Form, typer.Option(help="How to print what is found.")] = "text",
+) -> None:
+    """Check the sources and the build in build/: imports, operators, metadata, digests, loading and more."""
     from kernelpress.check import check as examine
+    from kernelpress.output import render, summary
+    from kernelpress.source_rules import as_finding, check_sources
 
-    found = examine(directory / "build")
+    found = []
+    if source_dir is not None or any(
+        (directory / each).exists() for each in ("build.toml", "pyproject.toml")
+    ):
+        try:
+            found += check_sources(_spec(directory, source_dir, package, name, license, include))
+        except KernelpressError as error:
+            found.append(as_finding(error))
+    # Sources that cannot be built may leave no build behind; then what is found in them is the answer.
+    if (directory / "build").is_dir() or not any(each.severity == "error" for each in found):
+        found += examine(directory / "build")
     out = console()
-    for each in found:
-        style = "red" if each.severity == "error" else "yellow"
-        out.print(f"[{style}]{each.severity}[/] {escape(str(each))}", soft_wrap=True)
-    errors = sum(each.severity == "error" for each in found)
+    if output != "text" or found:
+        out.print(render(found, output), soft_wrap=True, markup=output == "text")
+    errors = any(each.severity == "error" for each in found)
+    if output == "text":
+        out.print(f"[{'red' if errors else 'yellow'}]{summary(found)}[/]" if found else _WHOLE)
     if errors:
-        out.print(f"[red]{errors} error{'s' * (errors > 1)}[/]")
         raise typer.Exit(1)
-    out.print("[green]the build loads and is whole[/]")
+
+
+@app.command()
+def explain(code: Annotated[str, typer.Argument(help="A rule's code, such as KP103.")]) -> None:
+    """Say what a rule demands, why, and how to meet it."""
+    from kernelpress.rules import explain as look_up
+
+    rule = look_up(code)
+    out = console()
+    out.print(f"[bold]{rule.code}[/] ({rule.severity}): {escape(rule.title)}\n")
+    out.print(escape(rule.why) + "\n")
+    out.print(escape(rule.fix))
+
+
+@app.command()
+def api(
+    directory: Directory = Path(),
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|REPO@vN", help="A build, a variant, or a version on the Hub; default: build/."
+        ),
+    ] = None,
+) -> None:
+    """Compare what __all__ holds with a published build: what breaks, and what is added."""
+    from kernelpress.contract import compare
+    from kernelpress.published import published_files
+    from kernelpress.spec import load_spec
+    from kernelpress.variant import prepare
+
+    made = prepare(load_spec(directory))
+    old = published_files(against) if against is not None else directory / "build"
+    changes = compare(old, made)
+    out = console()
+    for each in changes:
+        where = f" ({each.path}:{each.line})" if each.path else ""
+        colour = "red" if each.effect == "breaks" else "green"
+        out.print(f"[{colour}]{each.effect}[/] {escape(str(each) + where)}", soft_wrap=True)
+    if any(each.effect == "breaks" for each in changes):
+        out.print("these break a caller: publish them as a new version (`version` in build.toml)")
+        raise typer.Exit(1)
+    out.print(
+        "additions alone: a kernel of Python sources keeps its version"
+        if changes
+        else "[green]the public API is the same[/]"
+    )
+
+
+def _spec(
+    directory: Path,
+    source_dir: Path | None,
+    package: str | None,
+    name: str | None,
+    license: str | None,
+    include: list[str] | None,
+) -> Spec:
+    from kernelpress.project import load_project
+    from kernelpress.spec import load_spec
+
+    given = {"--source-dir": source_dir, "--package": package, "--name": name, "--license": license}
+    if source_dir is None and package is None:
+        for option, value in {**given, "--include": include}.items():
+            if value:
+                raise SpecError(f"{option} goes with --source-dir and --package; give these too")
+        return load_spec(directory)
+    return load_project(
+        directory, source_dir=source_dir, package=package, name=name, license=license, include=include or ()
+    )
 
 
 app.add_typer(cli_hub.commands)

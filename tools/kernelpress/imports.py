@@ -37,13 +37,15 @@ class Imports:
 
     ``edits`` make those of the kernel's own modules relative, ``missing`` are modules of the project that do
     not ship, ``outside`` those of other packages, and ``unknown`` lines with an import of the project whose
-    name is only known when the code runs.
+    name is only known when the code runs. At the lines in ``unread`` a module is imported by a name of which
+    nothing is known; it may be of any package.
     """
 
     edits: tuple[Edit, ...] = ()
     missing: tuple[Import, ...] = ()
     outside: tuple[Import, ...] = ()
     unknown: tuple[int, ...] = ()
+    unread: tuple[int, ...] = ()
 
 
 def find_imports(tree: ast.Module, text: Text, path: str, module: str, layout: Layout) -> Imports:
@@ -59,7 +61,11 @@ def find_imports(tree: ast.Module, text: Text, path: str, module: str, layout: L
     visitor = _Imports(text, path, module, layout)
     visitor.visit(tree)
     return Imports(
-        tuple(visitor.edits), tuple(visitor.missing), tuple(visitor.outside), tuple(visitor.unknown)
+        tuple(visitor.edits),
+        tuple(visitor.missing),
+        tuple(visitor.outside),
+        tuple(visitor.unknown),
+        tuple(visitor.unread),
     )
 
 
@@ -135,6 +141,7 @@ class _Imports(ScopedVisitor):
         self.missing: list[Import] = []
         self.outside: list[Import] = []
         self.unknown: list[int] = []
+        self.unread: list[int] = []
 
     def visit_Module(self, node: ast.Module) -> None:
         self.when = {
@@ -193,7 +200,10 @@ class _Imports(ScopedVisitor):
             # No relative import binds the package itself; `__import__` returns it once the rest is imported.
             rest = f' + ".{".".join(place)}"' if place else ""
             return f"{top} = __import__({_TOP}{rest})"
-        wanted = [".".join(place)] * bool(place) + [f"{VENDOR}.{top}"]
+        wanted = [".".join(place)] * bool(place)
+        if self.layout.owns(alias.name):
+            wanted.append(f"{VENDOR}.{self.layout.package.rpartition('.')[0]}")
+        wanted.append(f"{VENDOR}.{top}")
         names = ", ".join(f'".{name}"' for name in wanted)
         return f'{top} = [__import__({_TOP} + n, None, None, ["__name__"]) for n in ({names},)][-1]'
 
@@ -280,6 +290,11 @@ class _Imports(ScopedVisitor):
         if isinstance(leading, ast.JoinedStr) and leading.values:
             leading = leading.values[0]
         if not (isinstance(leading, ast.Constant) and isinstance(leading.value, str)):
+            if not (isinstance(leading, ast.Name) and leading.id in ("__name__", "__package__")) and not (
+                isinstance(leading, ast.FormattedValue)
+                and ast.unparse(leading.value) in ("__name__", "__package__")
+            ):
+                self.unread.append(node.lineno)
             return
         module = leading.value
         if leading is not name:

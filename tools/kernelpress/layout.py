@@ -17,10 +17,13 @@ class Layout:
     Args:
         package: The package's dotted name in place; it becomes the kernel itself.
         vendored: Dotted names of the modules from outside of the package that ship with it.
+        named_whole: Whether a module binds the first part of the package's name, so that the parents must be
+            there even where nothing is vendored.
     """
 
     package: str
     vendored: frozenset[str] = frozenset()
+    named_whole: bool = False
 
     @cached_property
     def tops(self) -> frozenset[str]:
@@ -44,7 +47,7 @@ class Layout:
         """A module's parts below the kernel: none for the package itself; ``None`` if it does not ship."""
         if self.owns(module):
             return tuple(module[len(self.package) + 1 :].split(".")) if module != self.package else ()
-        if module in self.vendored or (module in self.parents and self.vendored):
+        if module in self.vendored or (module in self.parents and (self.vendored or self.named_whole)):
             return (VENDOR, *module.split("."))
         return None
 

@@ -126,10 +126,12 @@ def _license(project: dict[str, Any], source_dir: Path) -> str:
         if (folder / PYPROJECT).is_file():
             stated = _pyproject(folder)[3].get("license")
             continue
-        for metadata in sorted(
-            folder.glob(f"{source_dir.absolute().relative_to(folder).parts[0]}*.dist-info/METADATA")
-        ):
-            stated = HeaderParser().parsestr(metadata.read_text("utf-8"))["License-Expression"]
+        top = source_dir.absolute().relative_to(folder).parts[0]
+        for metadata in sorted(folder.glob("*.dist-info/METADATA")):
+            # A directory of several installed projects: only the one that brought the package counts.
+            record = metadata.with_name("RECORD")
+            if record.is_file() and f"\n{top}/" in "\n" + record.read_text("utf-8"):
+                stated = HeaderParser().parsestr(metadata.read_text("utf-8"))["License-Expression"]
     if isinstance(stated, str):
         return stated
     raise SpecError("the licence is not named; give --license with an SPDX identifier such as 'Apache-2.0'")

@@ -75,8 +75,9 @@ def rewrite(files: Sequence[SourceFile], package: str | Layout, package_dir: Pat
             come to stand in the same namespace, or an import of a module that does not ship; all of them.
     """
     rewritten = examine(files, package, package_dir)
-    if rewritten.findings:
-        raise FindingsError(rewritten.findings)
+    errors = [each for each in rewritten.findings if each.severity == "error"]
+    if errors:
+        raise FindingsError(errors)
     return rewritten
 
 
@@ -137,6 +138,11 @@ def _findings(file: SourceFile, found: Analysis, registers: bool) -> Iterator[Fi
         yield Finding(
             "KP305", "error", path, line, "a module of the project is imported by a name that cannot be followed",
             'import it by a statement, or by importlib.import_module("its.name") alone',
+        )  # fmt: skip
+    for line in found.unread:
+        yield Finding(
+            "KP305", "warning", path, line, "a module is imported by a name that is only known when the code runs",
+            "if it is one of the project's, start the name with {__name__}",
         )  # fmt: skip
 
 

@@ -68,7 +68,9 @@ def read_source(spec: Spec) -> Source:
         raise SourceError(
             "the build writes a module of this name itself; rename this one", path=found[OPS_MODULE]
         )
-    layout, vendored = vendor(spec.include, spec.package_name, (spec.import_root, spec.root.absolute()))
+    layout, vendored = vendor(
+        spec.include, spec.package_name, (spec.import_root, spec.root.absolute()), own.values()
+    )
     if vendored and any(name.startswith(f"{VENDOR}/") or name == f"{VENDOR}.py" for name in own):
         raise SourceError(f"`include` needs the name {VENDOR} for itself; rename this", path=package / VENDOR)
     files = [file for name, file in own.items() if name != OPS_MODULE] + vendored

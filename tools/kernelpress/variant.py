@@ -85,17 +85,27 @@ def build(spec: Spec, out: Path | None = None) -> Build:
         SourceError: The sources cannot ship as they are.
         BuildError: The directory cannot be written. The previous build is still whole then.
     """
+    made = prepare(spec, out)
+    try:
+        _replace(made.directory, made.variants)
+    except OSError as error:
+        raise BuildError(
+            f"the build cannot be written: {error.strerror}", path=error.filename or made.directory
+        ) from error
+    return made
+
+
+def prepare(spec: Spec, out: Path | None = None) -> Build:
+    """Make all of a build but write nothing.
+
+    Raises:
+        SourceError: The sources cannot ship as they are.
+    """
     directory = (spec.root / "build" if out is None else out).resolve()
     source = read_source(spec)
     rewritten = rewrite(source.files, source.layout, source.package_dir)
     content_hash = _content_hash(spec, rewritten)
     variants = tuple(_variants(spec, source, rewritten, content_hash))
-    try:
-        _replace(directory, variants)
-    except OSError as error:
-        raise BuildError(
-            f"the build cannot be written: {error.strerror}", path=error.filename or directory
-        ) from error
     return Build(spec, source, directory, variants, content_hash, _tree_hash(variants), rewritten.outside)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,13 +21,16 @@ _PARENT = """def __getattr__(name):
 """
 
 
-def vendor(include: Iterable[str], package: str, roots: tuple[Path, ...]) -> tuple[Layout, list[SourceFile]]:
+def vendor(
+    include: Iterable[str], package: str, roots: tuple[Path, ...], own_files: Iterable[SourceFile]
+) -> tuple[Layout, list[SourceFile]]:
     """Collect what ships beside the package.
 
     Args:
         include: Files and directories, relative to one of ``roots``.
         package: The package's dotted name.
         roots: First the directory that the project's modules are imported from, then the project's own.
+        own_files: The package's own files.
 
     Returns:
         The layout of the kernel, and the files to add to the package's own.
@@ -56,7 +60,9 @@ def vendor(include: Iterable[str], package: str, roots: tuple[Path, ...]) -> tup
         place = f"{stem}/__init__.py" if path.name == "__init__.py" else f"{stem}.py"
         found[module] = SourceFile(place, data, path)
         pending += _project_imports(data, place, module, tops, own, roots)
-    layout = Layout(package, frozenset(found))
+    whole = re.compile(rb"^\s*import\b.*\b%s\." % package.partition(".")[0].encode(), re.MULTILINE)
+    named = "." in package and any(whole.search(file.data) for file in own_files)
+    layout = Layout(package, frozenset(found), named)
     return layout, [*found.values(), *_parents(layout)]
 
 
@@ -93,7 +99,7 @@ def _project_imports(
 
 
 def _parents(layout: Layout) -> Iterator[SourceFile]:
-    if not layout.vendored:
+    if not (layout.vendored or layout.named_whole):
         return
     yield SourceFile(f"{VENDOR}/__init__.py", _EMPTY)
     holder, _, name = layout.package.rpartition(".")

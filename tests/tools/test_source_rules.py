@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from kernelpress.errors import CheckError
+from kernelpress.findings import Finding
+from kernelpress.output import render, summary
+from kernelpress.rules import RULES, explain
+from kernelpress.source_rules import check_sources, optional_packages
+from kernelpress.spec import load_spec
+from kernelpress.variant import build
+
+PACKAGE = "torch-ext/demo_kernel"
+
+
+def found_in(make_kernel, text: str) -> list[Finding]:
+    return check_sources(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text})))
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "line"),
+    [
+        ("import torch\nimport numpy\n", "KP303", 2),
+        ("if True:\n    x = 1\nfrom peft.tuners import x\n", "KP303", 3),
+        ("match 1:\n    case 1:\n        pass\ntry:\n    pass\nexcept* OSError:\n    pass\n", "KP301", 4),
+        ('import torch\nns = "x"\ntorch.library.define(f"{ns}::a", "()")\n', "KP304", 3),
+        ("import importlib\nimportlib.import_module(f'demo_kernel.{1}')\n", "KP305", 2),
+        ("import importlib\ndef f(name):\n    return importlib.import_module(name)\n", "KP305", 3),
+        ('import torch.library as t\nt.define("a::twice", "()")\n', "KP306", None),
+        ("TOKEN = 'hf_" + "a" * 34 + "'\n", "KP104", 1),
+        ("x = 1\nKEY = '''-----BEGIN RSA PRIVATE KEY-----'''\n", "KP104", 2),
+        ("PATH = '/home/me/tiles.json'\n", "KP105", 1),
+        ("X = '" + "x" * 1_000_001 + "'\n", "KP106", None),
+        ("from . import other\n", "KP307", None),
+    ],
+)  # fmt: skip
+def test_a_breach_is_found_where_it_stands(make_kernel, text, code, line):
+    other = {f"{PACKAGE}/other.py": "from . import extra\n"} if code == "KP307" else {}
+    found = check_sources(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other)))
+    assert [each.code for each in found] == [code]
+    assert found[0].severity in ("error", RULES[code].severity, "warning")
+    if line is not None:
+        assert (found[0].path.name, found[0].line) == ("extra.py", line)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch, triton, json\nfrom triton import language as tl\n",
+        "def f():\n    import transformers\n",
+        "try:\n    import peft\nexcept ImportError:\n    peft = None\n",
+        "import contextlib\nwith contextlib.suppress(ImportError):\n    import peft\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy\n",
+        "import importlib\nimportlib.import_module(f'{__name__}.x')\n",
+        "TOKEN = 'hf_short'\nPATH = '/homework/x'\n",
+        "def f():\n    from . import other\n",
+    ],
+)
+def test_what_is_allowed_is_no_finding(make_kernel, text):
+    other = {f"{PACKAGE}/other.py": "from . import extra\n"}
+    assert check_sources(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other))) == []
+
+
+def test_names_that_differ_in_case_alone_are_found(make_kernel):
+    found = check_sources(load_spec(make_kernel(**{f"{PACKAGE}/A.py": "", f"{PACKAGE}/a.py": ""})))
+    assert [each.code for each in found] == ["KP107"]
+
+
+def test_sources_that_cannot_be_read_are_a_finding_too(make_kernel):
+    (found,) = found_in(make_kernel, "def f(:\n")
+    assert (found.code, found.line) == ("KP002", 1)
+
+
+def test_optional_integrations_are_listed(make_kernel):
+    text = "def f():\n    import transformers.utils\ntry:\n    import peft\nexcept ImportError:\n    pass\n"
+    made = build(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text})))
+    assert optional_packages(made.outside, made.spec) == ("peft", "transformers")
+
+
+def test_a_declared_dependency_may_be_imported(make_kernel):
+    root = make_kernel(**{f"{PACKAGE}/extra.py": "import einops\n"})
+    assert [each.code for each in check_sources(load_spec(root))] == ["KP303"]
+    text = (root / "build.toml").read_text()
+    (root / "build.toml").write_text(text.replace("edition = 5", 'edition = 5\npython-depends = ["einops"]'))
+    assert check_sources(load_spec(root)) == []
+
+
+def test_every_rule_is_explained_and_a_near_miss_is_helped():
+    for code, rule in RULES.items():
+        assert explain(code.lower()) is rule
+        assert rule.title
+        assert len(rule.why) > 60
+        assert rule.fix
+    with pytest.raises(CheckError, match="KP301"):
+        explain("KP3O1")
+
+
+def test_findings_are_printed_by_file_as_json_and_as_annotations(make_kernel):
+    found = found_in(make_kernel, "import numpy\nimport scipy\n")
+    text = render(found, "text")
+    assert text.count("[bold]") == 1
+    assert "extra.py:2: KP303 scipy" in text
+    assert [each["line"] for each in json.loads(render(found, "json"))] == [1, 2]
+    first = render(found, "github").splitlines()[0]
+    assert first.startswith("::error file=")
+    assert ",line=1,title=KP303::numpy" in first
+    assert summary(found) == "2 errors"
+
+
+def test_annotations_are_escaped():
+    one = Finding("KP101", "error", Path("a,b:c"), None, "50%\nmore", "mend")
+    assert render([one], "github") == "::error file=a%2Cb%3Ac,title=KP101::50%25%0Amore; mend"

@@ -1,0 +1,66 @@
+"""Whether a build comes out the same elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kernelpress.errors import BuildError
+from kernelpress.variant import METADATA, Build, without_provenance
+
+# In a process of its own, since hash seed, locale and time zone are settled when Python starts.
+_AGAIN = """\
+import os, pickle, sys
+from pathlib import Path
+os.umask(int(sys.argv[1], 8))
+from kernelpress.variant import build
+build(pickle.loads(sys.stdin.buffer.read()), Path(sys.argv[2]))
+"""
+_SURROUNDINGS = (
+    ("077", {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TZ": "UTC"}),
+    ("002", {"PYTHONHASHSEED": "2", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Tokyo"}),
+)
+
+
+def reproduce(made: Build) -> None:
+    """Build twice more, in other places and under other circumstances, and compare every byte.
+
+    Raises:
+        BuildError: A file comes out differently; the message names it.
+    """
+    import pickle
+
+    spec = pickle.dumps(made.spec)
+    expected = {
+        f"{variant.name}/{file.path}": file.data for variant in made.variants for file in variant.files
+    }
+    for umask, settings in _SURROUNDINGS:
+        with tempfile.TemporaryDirectory(prefix="kernelpress-verify-") as scratch:
+            out = Path(scratch, "elsewhere", "build")
+            done = subprocess.run(
+                [sys.executable, "-c", _AGAIN, umask, str(out)], input=spec, capture_output=True, check=False,
+                env=os.environ | settings | {"XDG_CACHE_HOME": scratch},
+            )  # fmt: skip
+            if done.returncode:
+                last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+                raise BuildError(f"the build cannot be made again elsewhere: {last}")
+            again = {
+                path.relative_to(out).as_posix(): path.read_bytes()
+                for path in out.rglob("*")
+                if path.is_file()
+            }
+        for name in sorted(expected.keys() | again.keys()):
+            if name not in expected or name not in again or not _same(name, expected[name], again[name]):
+                raise BuildError(
+                    f"{name} comes out differently when the kernel is built again elsewhere; report this, it should "
+                    "depend on the sources alone"
+                )
+
+
+def _same(name: str, one: bytes, other: bytes) -> bool:
+    if name.rpartition("/")[2] == METADATA:
+        return without_provenance(one) == without_provenance(other)
+    return one == other
