@@ -1,0 +1,210 @@
+"""The set-ups in which experts with LoRA are trained: checkpointing, compilation, processes, full fine-tuning."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import AWKWARD, assert_close, low_rank, route
+from peft import LoraConfig, inject_adapter_in_model
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from walk import EXPERTS, HIDDEN, TOP_K, build, experts_classes
+
+LORA = LoraConfig(
+    r=3,
+    lora_alpha=6,
+    init_lora_weights=False,
+    target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+)
+
+
+def model() -> Any:
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    )
+    adapted = inject_adapter_in_model(LORA, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    adapted.set_experts_implementation("scattermoe")
+    return adapted.train()
+
+
+def loss_and_gradients(model: Any) -> list[torch.Tensor]:
+    model.zero_grad()
+    ids = torch.arange(26).view(2, 13) % 64
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == sum("lora_" in name for name, _ in model.named_parameters())
+    return [loss.detach(), *gradients.values()]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(registered: ModuleType, reentrant: bool) -> None:
+    m = model()
+    exact = loss_and_gradients(m)
+    m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    m.enable_input_require_grads()
+    calls = []
+    experts = next(module for module in m.modules() if hasattr(module, "has_gate"))
+    experts.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    got = loss_and_gradients(m)
+    assert len(calls) == 2  # once in forward, once again in backward
+    assert all(torch.equal(g, e) for g, e in zip(got, exact, strict=True))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, experts: torch.nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return self.experts(*arguments)
+
+
+CLASSES = experts_classes()
+
+
+def adapted_layer(name: str) -> Layer:
+    base = build(CLASSES[name], torch.float32)
+    base.config = SimpleNamespace(_experts_implementation="scattermoe")
+    weights = [key for key, parameter in base.named_parameters() if parameter.dim() == 3]
+    config = LoraConfig(r=3, init_lora_weights=False, target_parameters=[f"experts.{key}" for key in weights])
+    return inject_adapter_in_model(config, Layer(base))
+
+
+def layer_inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    index = torch.rand(tokens, EXPERTS).topk(TOP_K).indices
+    return torch.randn(tokens, HIDDEN, requires_grad=True), index, torch.rand(tokens, TOP_K)
+
+
+def assert_compiled_agrees(compiled: Any, layer: Layer, tokens: int) -> None:
+    arguments = layer_inputs(tokens)
+    leaves = [arguments[0], *(p for p in layer.parameters() if p.requires_grad)]
+    results = []
+    for run in (compiled, layer):
+        out = run(*arguments)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    assert_close(*results, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts", "MuseSparkExperts"])
+def test_one_graph_serves_every_batch_size(registered: ModuleType, name: str) -> None:
+    graphs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    layer = adapted_layer(name)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counting)
+    assert_compiled_agrees(compiled, layer, tokens=5)
+    first = len(graphs)
+    for tokens in (9, 17, 64):
+        assert_compiled_agrees(compiled, layer, tokens)
+    assert len(graphs) == first
+    called = {str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"}
+    fused = name in ("Qwen3MoeExperts", "GptOssExperts")
+    assert any("experts_forward" in target for target in called) == fused
+
+
+def test_the_default_backend_compiles_it(registered: ModuleType) -> None:
+    torch._dynamo.reset()
+    layer = adapted_layer("Qwen3MoeExperts")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        assert_compiled_agrees(compiled, layer, tokens)
+
+
+def operator_arguments(
+    kernel: Any, submodule: Any, biased: bool, transposed: bool
+) -> dict[str, tuple[Any, ...]]:
+    """For each operator, arguments that it accepts."""
+    shape = AWKWARD[1]
+    e, h, i = shape.experts, shape.hidden, shape.intermediate
+
+    def weight(n_out: int, n_in: int) -> torch.Tensor:
+        made = torch.randn(e, n_in, n_out) if transposed else torch.randn(e, n_out, n_in)
+        made.requires_grad_()
+        return made.mT if transposed else made
+
+    x = torch.randn(shape.tokens, h, requires_grad=True)
+    weights = torch.rand(shape.tokens, shape.top_k, requires_grad=True)
+    a1, b1 = (t.requires_grad_() for t in low_rank(e, 2 * i, h, 3))
+    a2, b2 = (t.requires_grad_() for t in low_rank(e, h, i, 2))
+    bias1 = torch.randn(e, 2 * i, requires_grad=True) if biased else None
+    bias2 = torch.randn(e, h, requires_grad=True) if biased else None
+    order, offsets = submodule("ops.routing").sort_by_expert(route(shape), e)
+    gate = submodule("ops.activation").Gate("silu", biased, 1.5, 2.0, 1.0)
+    linear, experts = submodule("ops.grouped_linear.op"), submodule("ops.experts.op")
+
+    tensors = (x, weight(2 * i, h), a1, b1, bias1, order, offsets)
+    single = (*tensors, shape.top_k, False)
+    y, low = linear.grouped_linear_forward(*single)
+    layer = (x, tensors[1], weight(h, i), weights, a1, b1, a2, b2, bias1, bias2, order, offsets)
+    out, *kept = experts.experts_forward(*layer, *gate, False, True)
+
+    def plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+    return {
+        "grouped_linear_forward": single,
+        "grouped_linear_backward": plain(
+            (torch.randn_like(y), *tensors, low, shape.top_k, [True] * 4 + [biased])
+        ),
+        "experts_forward": (*layer, *gate, False, True),
+        "experts_backward": plain((torch.randn_like(out), *layer, *kept, *gate, [True] * 8 + [biased] * 2)),
+    }
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_every_operator_passes_opcheck(
+    kernel: ModuleType, submodule: Any, biased: bool, transposed: bool
+) -> None:
+    modules = (submodule("ops.grouped_linear.op"), submodule("ops.experts.op"))
+    for name, arguments in operator_arguments(kernel, submodule, biased, transposed).items():
+        operator = next(getattr(module, name) for module in modules if hasattr(module, name))
+        torch.library.opcheck(operator, arguments)
+
+
+def test_full_fine_tuning_descends_like_eager(registered: ModuleType) -> None:
+    losses = []
+    for implementation in ("scattermoe", "eager"):
+        torch.manual_seed(0)
+        m = AutoModelForCausalLM.from_config(model().config, dtype=torch.float32)
+        m.set_experts_implementation(implementation)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+        ids = torch.arange(26).view(2, 13) % 64
+        for _ in range(4):
+            loss = m(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    assert_close(losses[:1], losses[1:], 1e-4)
+
+
+@pytest.mark.parametrize("check", ["ddp", "fsdp", "expert_parallel"])
+def test_two_processes_train_as_one(kernel: ModuleType, check: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("two_processes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), check, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert done.stdout.count(f"{check}: equal to one process") == 2

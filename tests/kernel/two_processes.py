@@ -1,0 +1,130 @@
+"""One of three parallel set-ups on two real processes, each held to the gradients of one process.
+
+python two_processes.py ddp|fsdp|expert_parallel FOLDER      (LOCAL_KERNELS names the built kernel)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from kernels import get_kernel
+from peft import LoraConfig, inject_adapter_in_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
+from transformers.distributed import DistributedConfig
+
+PROCESSES = 2
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+# The plain layout, and the one with biases, transposed weights and a clamped gate.
+CONFIGS = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=24),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4),
+}
+IDS = torch.arange(4 * 13).view(4, 13) * 7 % 64
+
+
+def build(name: str, adapted: bool) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    if adapted:
+        targets = ["experts.gate_up_proj", "experts.down_proj"]
+        lora = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_parameters=targets)
+        model = inject_adapter_in_model(lora, model)
+    model.set_experts_implementation("scattermoe")
+    return model
+
+
+def train(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean of the batches' losses, by parameter."""
+    for ids in batches:
+        (model(input_ids=ids, labels=ids).loss / len(batches)).backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return gradients
+
+
+def assert_equal(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == exact.keys(), got.keys() ^ exact.keys()
+    assert any("experts" in name for name in got)
+    for name, gradient in got.items():
+        torch.testing.assert_close(
+            gradient, exact[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def ddp(rank: int, folder: Path) -> None:
+    for adapted in (True, False):
+        exact = train(build("qwen3_moe", adapted), [IDS[:2], IDS[2:]])
+        model = DistributedDataParallel(build("qwen3_moe", adapted))
+        got = train(model, [IDS[2 * rank : 2 * rank + 2]])
+        assert_equal({name.removeprefix("module."): g for name, g in got.items()}, exact)
+
+
+def fsdp(rank: int, folder: Path) -> None:
+    for name, adapted in (("qwen3_moe", True), ("gpt_oss", True), ("gpt_oss", False)):
+        exact = train(build(name, adapted), [IDS[:2], IDS[2:]])
+        model = build(name, adapted)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert_equal(train(model, [IDS[2 * rank : 2 * rank + 2]]), exact)
+
+
+def expert_parallel(rank: int, folder: Path) -> None:
+    # Both ways that transformers has: all tokens on both processes, each expert's owner computing (sentinels mark the
+    # pairs of the other's experts); and tokens sent to the experts' owners.
+    for name, plan in (
+        ("qwen3_moe", {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}),
+        ("qwen3_moe", None),
+        ("gpt_oss", None),
+    ):
+        whole = build(name, adapted=False)
+        if rank == 0:
+            whole.save_pretrained(folder / name)
+        dist.barrier()
+        exact = train(whole, [IDS])
+        config = DistributedConfig(tp_size=PROCESSES, tp_plan={}, ep_size=PROCESSES, ep_plan=plan)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / name, dtype=torch.float32, distributed_config=config, experts_implementation="scattermoe"
+        )
+        experts = [m for m in model.modules() if hasattr(m, "has_gate")]
+        assert all(m._is_expert_parallel and m.num_experts == 2 for m in experts)
+        assert_equal(train(model, [IDS]), exact)
+
+
+def main(rank: int, check: str, folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+    os.environ.update(MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    get_kernel("org/scattermoe-lora", version=1).register()
+    {"ddp": ddp, "fsdp": fsdp, "expert_parallel": expert_parallel}[check](rank, folder)
+    print(f"{check}: equal to one process", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    arguments = (sys.argv[1], Path(sys.argv[2]))
+    # Forked after the imports, which take longer than the checks; nothing has computed yet.
+    torch.multiprocessing.start_processes(main, arguments, nprocs=PROCESSES, start_method="fork")
