@@ -101,7 +101,15 @@ def test_a_path_that_leaves_the_repository_or_cannot_be_checked_out_is_refused(
         (ndjson(HEADER, file("a", "x", "rot13")), "unknown encoding 'rot13'"),
         (ndjson(HEADER, file("a", "x", ["b"])), "unknown encoding"),
         (ndjson(HEADER, {"key": "chmod", "value": {}}), "unknown operation 'chmod'"),
-        (ndjson(HEADER, {"key": "lfsFile", "value": {"path": "x.bin"}}), "'x.bin' is sent as an LFS file"),
+        (ndjson(HEADER, {"key": "lfsFile", "value": {"path": "x.bin"}}), '"oid" must be a string'),
+        (
+            ndjson(HEADER, {"key": "lfsFile", "value": {"path": "x", "oid": "../x"}}),
+            "upload the file's content",
+        ),
+        (
+            ndjson(HEADER, {"key": "lfsFile", "value": {"path": "x", "oid": "0" * 64}}),
+            "upload the file's content",
+        ),
         (ndjson(HEADER, file("ok"), b"bad".decode()), "commit line 3: "),
         (ndjson(HEADER, file("a.txt/x")), "is a file there"),
         (ndjson(HEADER, file("d")), "a folder of this name exists"),

@@ -1,10 +1,22 @@
 """The embedded Hub: enough of the Hugging Face Hub's HTTP API for its own clients, on plain git repositories.
 
-``running_hub`` starts one in a separate process and stops it again; ``serve`` runs one in this process.
+``running_hub`` starts one in a separate process and stops it again; ``serve`` runs one in this process;
+``fsck`` examines one.
 """
 
+from .fsck import Checked, fsck
 from .running import RunningHub, running_hub
 from .server import serve
-from .tokens import create_token
+from .tokens import Token, create_token, list_tokens, revoke_tokens
 
-__all__ = ["RunningHub", "create_token", "running_hub", "serve"]
+__all__ = [
+    "Checked",
+    "RunningHub",
+    "Token",
+    "create_token",
+    "fsck",
+    "list_tokens",
+    "revoke_tokens",
+    "running_hub",
+    "serve",
+]

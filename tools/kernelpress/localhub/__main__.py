@@ -21,10 +21,18 @@ def main() -> int:
     parser.add_argument(
         "--trust", action="append", default=[], metavar="ORG", help="a trusted kernel publisher"
     )
+    parser.add_argument("--open", action="store_true", help="take writes without a token, on loopback only")
     parser.add_argument("--verbose", action="store_true", help="log every request")
     options = parser.parse_args()
     try:
-        serve(options.root, options.host, options.port, options.trust, verbose=options.verbose)
+        serve(
+            options.root,
+            options.host,
+            options.port,
+            options.trust,
+            open_writes=options.open,
+            verbose=options.verbose,
+        )
     except HubError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

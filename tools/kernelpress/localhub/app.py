@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kernelpress.errors import HubError
 
-from . import accounts, api, cards, git_http, resolve, uploads
+from . import accounts, api, cards, git_http, lfs, pulls, refs_api, resolve, trees_api, uploads
 from .context import AsciiJSONResponse, Caller, Hub, hub_of, named_repo, problem_response
 from .paths import printable
 from .problems import Problem
@@ -42,6 +42,10 @@ def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = Fal
             *accounts.routes(),
             *cards.routes(),
             *api.routes(),
+            *refs_api.routes(),
+            *trees_api.routes(),
+            *pulls.routes(),
+            *lfs.routes(),
             *uploads.routes(),
             *resolve.routes(),
             *git_http.routes(),

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .large import LargeFile
 from .paths import file_path, is_oid, printable
 from .problems import Problem, bad_request, too_large
 from .repository import AddFile, DeleteFile, DeleteFolder, Operation
@@ -34,12 +35,15 @@ class CommitRequest:
     operations: list[Operation]
 
 
-def parse_commit(lines: Iterable[bytes], stage: Callable[[bytes], str]) -> CommitRequest:
+def parse_commit(
+    lines: Iterable[bytes], stage: Callable[[bytes], str], large: Callable[[str, str], LargeFile]
+) -> CommitRequest:
     """Read a commit request line by line, handing each file's content to ``stage`` as it comes.
 
     Args:
         lines: The body's lines; none longer than ``MAX_LINE_BYTES``.
         stage: Keeps a file's content and returns its blob id.
+        large: Finds a large file, given the path it is for and its digest.
 
     Raises:
         Problem: 4xx naming the line and what is wrong with it.
@@ -58,7 +62,7 @@ def parse_commit(lines: Iterable[bytes], stage: Callable[[bytes], str]) -> Commi
             elif header is None:
                 raise bad_request("the first line must be the header")
             else:
-                operations.append(_operation(key, value, stage))
+                operations.append(_operation(key, value, stage, large))
         except Problem as problem:
             raise Problem(problem.status, f"commit line {number}: {problem.message}") from problem
     if header is None:
@@ -81,7 +85,12 @@ def _parse_line(line: bytes) -> tuple[str, dict[str, object]]:
     return item["key"], value
 
 
-def _operation(key: str, value: dict[str, object], stage: Callable[[bytes], str]) -> Operation:
+def _operation(
+    key: str,
+    value: dict[str, object],
+    stage: Callable[[bytes], str],
+    large: Callable[[str, str], LargeFile],
+) -> Operation:
     match key:
         case "file":
             path = file_path(_text(value, "path"))
@@ -92,11 +101,10 @@ def _operation(key: str, value: dict[str, object], stage: Callable[[bytes], str]
             # The client marks folders by a trailing slash.
             return DeleteFolder(file_path(_text(value, "path").rstrip("/")))
         case "lfsFile":
-            path = printable(str(value.get("path")))
-            raise bad_request(
-                f"{path!r} is sent as an LFS file, which this Hub does not take; "
-                "send it as a regular file, as the Hub's preupload answer says"
-            )
+            path = file_path(_text(value, "path"))
+            if value.get("algo", "sha256") != "sha256":
+                raise bad_request(f"{printable(path)!r}: this Hub knows sha256 only")
+            return AddFile(path, stage(large(path, _text(value, "oid")).pointer))
         case _:
             raise bad_request(f"unknown operation {printable(key)!r}")
 

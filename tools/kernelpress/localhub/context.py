@@ -6,9 +6,10 @@ import base64
 import binascii
 import json
 import re
+import secrets
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import IO
 from urllib.parse import unquote
@@ -18,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from .paths import KINDS, RepoId, printable, repo_id
 from .problems import Problem, bad_request, too_large
-from .repository import Repository
+from .repository import DEFAULT_BRANCH, Repository
 from .store import Settings, Store
 from .tokens import Token, Tokens
 
@@ -41,6 +42,10 @@ class Caller:
         """Name to put into commits."""
         return "anonymous" if self.token is None else self.token.name
 
+    def belongs(self, namespace: str) -> bool:
+        """Whether the caller's token is for this namespace."""
+        return self.token is not None and self.token.covers(namespace)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -61,12 +66,14 @@ class Hub:
         tokens: Its tokens.
         trust: Organizations shown as trusted kernel publishers.
         open_writes: Whether writes need no token as long as none was created (a developer's own Hub).
+        secret: Signs addresses that carry their own permission; another one after every start.
     """
 
     store: Store
     tokens: Tokens
     trust: frozenset[str]
     open_writes: bool
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     def caller(self, request: Request) -> Caller:
         """Identify who calls.
@@ -83,8 +90,8 @@ class Hub:
             raise Problem(401, "Invalid credentials in Authorization header")
         return Caller(token)
 
-    def require_write(self, caller: Caller) -> None:
-        """Let only those pass who may change things.
+    def require_write(self, caller: Caller, namespace: str) -> None:
+        """Let only those pass who may change things in a namespace.
 
         Raises:
             Problem: 401 without a token where one is needed, 403 when it only allows reading.
@@ -101,24 +108,32 @@ class Hub:
             raise Problem(
                 403, f"the token of {caller.name!r} only allows reading; use one with scope 'write'"
             )
+        if not caller.token.covers(namespace):
+            raise Problem(403, f"the token of {caller.name!r} is for other organizations than {namespace!r}")
 
-    def readable(self, request: Request) -> Target:
+    def readable(self, request: Request, *, content: bool = False) -> Target:
         """The repository named by the request's path, if its caller may read it.
+
+        Loaders before 0.14 ask for kernels as if they were models, so a kernel answers for a model that does
+        not exist.
+
+        Args:
+            request: The request.
+            content: Whether it is for files' content, which a gated repository keeps from strangers.
 
         Raises:
             Problem: ``RepoNotFound`` when it does not exist or is private to others; the two are not told
-                apart.
+                apart. ``GatedRepo`` for content that the caller may not have.
         """
-        caller = self.caller(request)
-        repo = named_repo(request)
-        git = self.store.get(repo)
-        try:
-            settings = None if git is None else self.store.settings(repo)
-        except FileNotFoundError:
-            settings = None
-        if git is None or settings is None or (settings.private and caller.token is None):
+        caller, repo = self.caller(request), named_repo(request)
+        target = self._visible_target(repo, caller)
+        if target is None and repo.kind == "model":
+            target = self._visible_target(RepoId("kernel", repo.namespace, repo.name), caller)
+        if target is None:
             raise self.repo_not_found(repo, caller)
-        return Target(repo, git, settings, caller)
+        if content:
+            self._require_admission(target)
+        return target
 
     def writable(self, request: Request) -> Target:
         """Like ``readable``, for a caller who may also write.
@@ -126,9 +141,44 @@ class Hub:
         Raises:
             Problem: As ``readable`` and ``require_write``.
         """
-        target = self.readable(request)
-        self.require_write(target.caller)
+        caller, repo = self.caller(request), named_repo(request)
+        target = self._visible_target(repo, caller)
+        if target is None:
+            raise self.repo_not_found(repo, caller)
+        self.require_write(caller, repo.namespace)
         return target
+
+    def trusted_target(self, repo: RepoId) -> Target:
+        """A repository for a request that has shown its permission otherwise.
+
+        Raises:
+            Problem: ``RepoNotFound``.
+        """
+        git = self.store.get(repo)
+        if git is None:
+            raise self.repo_not_found(repo, Caller(None))
+        return Target(repo, git, self.store.settings(repo), Caller(None))
+
+    def _visible_target(self, repo: RepoId, caller: Caller) -> Target | None:
+        git = self.store.get(repo)
+        try:
+            settings = None if git is None else self.store.settings(repo)
+        except FileNotFoundError:
+            settings = None
+        if git is None or settings is None or (settings.private and not caller.belongs(repo.namespace)):
+            return None
+        return Target(repo, git, settings, caller)
+
+    def _require_admission(self, target: Target) -> None:
+        gated, caller = target.settings.gated, target.caller
+        if gated is None or caller.belongs(target.id.namespace) or (gated == "auto" and caller.token):
+            return
+        raise Problem(
+            401 if caller.token is None else 403,
+            f"access to {target.id} is restricted: use a token"
+            + (f" of {target.id.namespace}" if gated == "manual" else ""),
+            code="GatedRepo",
+        )
 
     def repo_not_found(self, repo: RepoId, caller: Caller) -> Problem:
         """The answer for a repository that is not there, or not for this caller."""
@@ -145,7 +195,7 @@ class Hub:
     def visible(self, repo: RepoId, caller: Caller) -> bool:
         """Whether an existing repository may be listed to the caller."""
         try:
-            return caller.token is not None or not self.store.settings(repo).private
+            return caller.belongs(repo.namespace) or not self.store.settings(repo).private
         except FileNotFoundError:
             return False
 
@@ -266,6 +316,30 @@ def string(body: Mapping[str, object], key: str, default: str | None = None) -> 
     if not isinstance(value, str):
         raise bad_request(f'"{key}" must be a string')
     return value
+
+
+def revision_of(request: Request) -> str:
+    """The revision in the request's path, ``main`` by default."""
+    return segment(request, "ref") if "ref" in request.path_params else DEFAULT_BRANCH
+
+
+def flag(request: Request, name: str) -> bool:
+    """Whether a query parameter says yes."""
+    return request.query_params.get(name, "").lower() in ("1", "true")
+
+
+def number(request: Request, name: str, default: int, *, lowest: int) -> int:
+    """A query parameter as a whole number.
+
+    Raises:
+        Problem: 400 when it is none, or below ``lowest``.
+    """
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= lowest):
+        raise bad_request(f"{name!r} must be a whole number of at least {lowest}")
+    return int(text)
 
 
 def problem_response(problem: Problem) -> Response:

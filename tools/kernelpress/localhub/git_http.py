@@ -71,7 +71,7 @@ def no_push(request: Request) -> Response:
 
 
 def _upload_pack(request: Request, source: IO[bytes], sink: IO[bytes], *, advertise_refs: bool) -> None:
-    target = hub_of(request).readable(request)
+    target = hub_of(request).readable(request, content=True)
     protocol = ReceivableProtocol(source.read, sink.write)
     try:
         # A handle of its own: dulwich's are not made for several threads.

@@ -22,7 +22,7 @@ MAX_ELEMENT_BYTES = 255
 MAX_DEPTH = 64
 
 # These are first path segments of the Hub's own addresses, so a model of such a namespace would hide them.
-_RESERVED_NAMESPACES = frozenset({"api", "datasets", "healthz", "kernels", "models", "spaces"})
+_RESERVED_NAMESPACES = frozenset({"api", "datasets", "healthz", "kernels", "lfs", "models", "spaces"})
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _OID = re.compile(r"[0-9a-f]{40}")
 # Code points that HFS+ drops when it compares names, so that ".g<ZWNJ>it" is ".git" there.

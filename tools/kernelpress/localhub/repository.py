@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import cast
 
 from dulwich.errors import NotGitRepository
-from dulwich.file import FileLocked
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo
 
-from .objects import ObjectBatch, ObjectCache, sync
+from .large import MAX_POINTER, LargeFile, LargeFiles, parse_pointer
+from .objects import ObjectBatch, ObjectCache
 from .paths import is_oid, printable
-from .problems import Problem, bad_request, conflict, revision_not_found
+from .problems import Problem, bad_request, revision_not_found
+from .refs import BRANCHES, PULLS, TAGS, Refs
 from .trees import TreeEditor, TreeEntry
 
 DEFAULT_BRANCH = "main"
-_BRANCHES = "refs/heads/"
-_TAGS = "refs/tags/"
-_LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,15 @@ class CommitInfo:
 
 @dataclass(frozen=True)
 class PathInfo:
-    """A file or folder at some revision; ``size`` is in bytes and None for folders."""
+    """A file or folder at some revision.
+
+    ``size`` is in bytes and None for folders; ``large`` is set for a file that git only points to.
+    """
 
     path: str
     entry: TreeEntry
     size: int | None
+    large: LargeFile | None = None
 
 
 class Repository:
@@ -98,6 +100,8 @@ class Repository:
     def __init__(self, path: Path, cache: ObjectCache, scratch: Path) -> None:
         self.path = path
         self._git = Repo(str(path))
+        self._refs = Refs(path, self._git)
+        self.large = LargeFiles(path / "lfs")
         self._cache = cache
         self._scratch = scratch
         # Part of every cache key: a repository deleted and made anew must not see its predecessor's objects.
@@ -126,11 +130,15 @@ class Repository:
 
     def branches(self) -> dict[str, str]:
         """Branch names and the commits they point to, sorted by name."""
-        return self._refs(_BRANCHES)
+        return self._refs.under(BRANCHES)
 
     def tags(self) -> dict[str, str]:
         """Tag names and the commits they lead to, sorted by name."""
-        return {name: self._peel(oid) for name, oid in self._refs(_TAGS).items()}
+        return {name: self._peel(oid) for name, oid in self._refs.under(TAGS).items()}
+
+    def pulls(self) -> dict[str, str]:
+        """Numbers of pull requests and the commits they are at."""
+        return self._refs.under(PULLS)
 
     def resolve(self, revision: str) -> str:
         """The commit id for a branch, a tag, a full ref or a full commit id.
@@ -142,9 +150,9 @@ class Repository:
             if isinstance(self._object_or_none(revision), Commit):
                 return revision
             raise self._no_revision(revision)
-        full = revision.startswith((_BRANCHES, _TAGS))
-        for ref in (revision,) if full else (_BRANCHES + revision, _TAGS + revision):
-            oid = self._read_ref(ref)
+        full = revision.startswith((BRANCHES, TAGS, PULLS))
+        for ref in (revision,) if full else (BRANCHES + revision, TAGS + revision):
+            oid = self._refs.read(ref)
             if oid is not None:
                 return self._peel(oid)
         raise self._no_revision(revision)
@@ -155,7 +163,7 @@ class Repository:
         Raises:
             Problem: 409 when the branch exists or its name clashes with another's.
         """
-        self._create_ref(_BRANCHES, name, commit, "branch")
+        self._create_ref(BRANCHES, name, commit, "branch")
 
     def create_tag(self, name: str, commit: str, message: str, author: str) -> None:
         """Point a new tag at ``commit``: an annotated one when there is a message.
@@ -164,7 +172,7 @@ class Repository:
             Problem: 409 when the tag exists or its name clashes with another's.
         """
         if not message:
-            self._create_ref(_TAGS, name, commit, "tag")
+            self._create_ref(TAGS, name, commit, "tag")
             return
         tag = Tag()
         tag.tagger = _identity(author)
@@ -174,7 +182,7 @@ class Repository:
         tag.tag_time = int(time.time())
         tag.tag_timezone = 0
         with self.batch() as batch:
-            self._create_ref(_TAGS, name, batch.add(tag), "tag", batch)
+            self._create_ref(TAGS, name, batch.add(tag), "tag", batch)
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch.
@@ -184,7 +192,7 @@ class Repository:
         """
         if name == DEFAULT_BRANCH:
             raise bad_request(f"the default branch {name!r} cannot be deleted")
-        self._delete_ref(_BRANCHES + name, name)
+        self._delete_ref(BRANCHES + name, name)
 
     def delete_tag(self, name: str) -> None:
         """Remove a tag.
@@ -192,7 +200,7 @@ class Repository:
         Raises:
             Problem: 404 when there is none.
         """
-        self._delete_ref(_TAGS + name, name)
+        self._delete_ref(TAGS + name, name)
 
     # Reading
 
@@ -286,6 +294,7 @@ class Repository:
         message: str,
         author: str,
         parent: str | None = None,
+        merged: str | None = None,
     ) -> str:
         """Apply ``operations`` in order as one commit on ``branch``.
 
@@ -293,12 +302,13 @@ class Repository:
         before the branch moves, and it moves only from the commit that the new one was built on.
 
         Args:
-            branch: An existing branch.
+            branch: An existing branch, or a pull request as ``refs/pr/<number>``.
             operations: Changes; the blobs of additions are staged in ``batch``.
             batch: Staged blobs; trees and the commit join them.
             message: Commit message.
             author: Author's name.
             parent: The commit the branch must be at, if the caller insists.
+            merged: A second parent.
 
         Returns:
             The new commit's id.
@@ -307,10 +317,10 @@ class Repository:
             Problem: 404 ``RevisionNotFound`` for an unknown branch, 412 when the branch is not at
                 ``parent``, 400 or 404 when an operation does not apply.
         """
-        ref = _BRANCHES + branch
+        ref = branch if branch.startswith(PULLS) else BRANCHES + branch
         with self.exclusive():
             while True:
-                head = self._read_ref(ref)
+                head = self._refs.read(ref)
                 if head is None:
                     raise self._no_revision(branch)
                 if parent is not None and parent != head:
@@ -319,19 +329,43 @@ class Repository:
                         f"branch {branch!r} is at {head}, not at the given parent commit {parent}: "
                         "a commit has happened since. Refresh and try again.",
                     )
-                editor = TreeEditor(self._tree, self.commit_info(head).tree)
-                for operation in operations:
-                    match operation:
-                        case AddFile(path, oid):
-                            editor.put(path, oid)
-                        case DeleteFile(path):
-                            editor.delete_file(path)
-                        case DeleteFolder(path):
-                            editor.delete_folder(path)
-                new = batch.add(_commit_object(editor.write(batch.add), [head], message, author))
-                batch.publish()
-                if self._swap_ref(ref, head, new):
+                parents = [head] if merged is None else [head, merged]
+                new = self._build(parents, operations, batch, message, author)
+                if self._refs.swap(ref, head, new):
                     return new
+
+    def open_pull(
+        self, base: str, operations: list[Operation], *, batch: ObjectBatch, message: str, author: str
+    ) -> tuple[int, str]:
+        """Make a commit on ``base`` that no branch points to but a new pull request.
+
+        Returns:
+            The pull request's number and the commit.
+
+        Raises:
+            Problem: 400 or 404 when an operation does not apply.
+        """
+        with self.exclusive():
+            number = 1 + max((int(name) for name in self.pulls() if name.isdigit()), default=0)
+            new = self._build([base], operations, batch, message, author)
+            self._refs.create(PULLS, str(number), new, "pull request")
+            return number, new
+
+    def _build(
+        self, parents: list[str], operations: list[Operation], batch: ObjectBatch, message: str, author: str
+    ) -> str:
+        editor = TreeEditor(self._tree, self.commit_info(parents[0]).tree)
+        for operation in operations:
+            match operation:
+                case AddFile(path, oid):
+                    editor.put(path, oid)
+                case DeleteFile(path):
+                    editor.delete_file(path)
+                case DeleteFolder(path):
+                    editor.delete_folder(path)
+        new = batch.add(_commit_object(editor.write(batch.add), parents, message, author))
+        batch.publish()
+        return new
 
     # Internals
 
@@ -341,69 +375,20 @@ class Repository:
             return NotGitRepository(str(self.path))
         return revision_not_found(printable(revision))
 
-    def _refs(self, base: str) -> dict[str, str]:
-        found = self._git.refs.as_dict(Ref(base.rstrip("/").encode()))
-        return {name.decode("utf-8", "replace"): oid.decode("ascii") for name, oid in sorted(found.items())}
-
-    def _read_ref(self, ref: str) -> str | None:
-        try:
-            raw = ref.encode("utf-8")
-        except UnicodeEncodeError:
-            return None
-        # dulwich raises ValueError for names that cannot be refs.
-        try:
-            oid: bytes = self._git.refs[Ref(raw)]
-        except (KeyError, ValueError, OSError):
-            return None
-        return oid.decode("ascii")
-
-    def _swap_ref(self, ref: str, old: str, new: str) -> bool:
-        name = Ref(ref.encode("utf-8"))
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                moved = self._git.refs.set_if_equals(name, ObjectID(old.encode()), ObjectID(new.encode()))
-                break
-            except FileLocked:
-                # No writer of ours: somebody runs git in the repository's directory.
-                if time.monotonic() > deadline:
-                    raise conflict(f"another git process holds the lock of {ref}; try again") from None
-                time.sleep(0.02)
-        if moved:
-            sync((self.path / ref).parent)
-        return bool(moved)
-
     def _create_ref(
         self, base: str, name: str, oid: str, what: str, batch: ObjectBatch | None = None
     ) -> None:
         with self.exclusive():
-            for other in self._refs(base):
-                if other == name:
-                    raise conflict(f"{what} {name!r} exists already")
-                # A ref is a file: "a" and "a/b" cannot both be.
-                if other.startswith(name + "/") or name.startswith(other + "/"):
-                    raise conflict(f"{what} {name!r} cannot exist beside {what} {other!r}")
+            self._refs.check_new(base, name, what)
             if batch is not None:
                 batch.publish()
-            ref = base + name
-            if not self._git.refs.add_if_new(Ref(ref.encode("utf-8")), ObjectID(oid.encode())):
-                raise conflict(f"{what} {name!r} exists already")
-            folder = (self.path / ref).parent
-            while folder != self.path:
-                sync(folder)
-                folder = folder.parent
+            self._refs.create(base, name, oid, what)
 
     def _delete_ref(self, ref: str, name: str) -> None:
         with self.exclusive():
-            oid = self._read_ref(ref)
-            if oid is None:
+            if self._refs.read(ref) is None:
                 raise self._no_revision(name)
-            self._git.refs.remove_if_equals(Ref(ref.encode("utf-8")), None)
-            # The folder may have gone with its last ref; its parent's entry is what has to last then.
-            folder = (self.path / ref).parent
-            while not folder.exists():
-                folder = folder.parent
-            sync(folder)
+            self._refs.delete(ref)
 
     def _peel(self, oid: str) -> str:
         obj = self._object_or_none(oid)
@@ -467,7 +452,17 @@ class Repository:
                 # A submodule's commit lives in another repository.
                 size = 0
             self._cache.put(key, size, 0)
-        return PathInfo(path, entry, cast(int, size))
+        large = self.large_file(entry.oid, cast(int, size))
+        return PathInfo(path, entry, cast(int, size) if large is None else large.size, large)
+
+    def large_file(self, oid: str, size: int | None = None) -> LargeFile | None:
+        """The large file that the blob ``oid`` (of ``size`` bytes, where that is known) points to, if it does."""
+        if size is not None and size > MAX_POINTER:
+            return None
+        data = self.read(oid) if size != 0 else b""
+        found = parse_pointer(data) if len(data) <= MAX_POINTER else None
+        # Text that looks like a pointer, and whose object nobody uploaded here, is just a file.
+        return found if found is not None and self.large.has(found) else None
 
 
 def write_initial_commit(git: Repo, files: dict[str, bytes], author: str, scratch: Path) -> None:
@@ -478,7 +473,7 @@ def write_initial_commit(git: Repo, files: dict[str, bytes], author: str, scratc
             tree.add(name.encode("utf-8"), 0o100644, ObjectID(batch.add(Blob.from_string(data)).encode()))
         commit = batch.add(_commit_object(batch.add(tree), [], "initial commit", author))
         batch.publish()
-    git.refs.add_if_new(Ref(f"{_BRANCHES}{DEFAULT_BRANCH}".encode()), ObjectID(commit.encode()))
+    git.refs.add_if_new(Ref(f"{BRANCHES}{DEFAULT_BRANCH}".encode()), ObjectID(commit.encode()))
 
 
 def _commit_object(tree: str, parents: list[str], message: str, author: str) -> Commit:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from .context import decoded, hub_of
+from .large import LargeFile
 from .paths import file_path, printable
 from .problems import Problem, entry_not_found
 from .repository import Repository
@@ -21,17 +22,18 @@ _SAMPLE = 8000
 
 
 def resolve(request: Request) -> Response:
-    git = hub_of(request).readable(request).git
+    git = hub_of(request).readable(request, content=True).git
     revision, path = _split(request.path_params["rest"])
     commit = git.resolve(revision)
     oid = _file(git, commit, path)
     headers = {
-        "ETag": f'"{oid}"',
         "X-Repo-Commit": commit,
-        "Accept-Ranges": "bytes",
-        "X-Content-Type-Options": "nosniff",
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1], safe='')}",
     }
+    large = git.large_file(oid)
+    if large is not None:
+        return large_response(request, git, large, headers)
+    headers |= {"ETag": f'"{oid}"', "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"}
     if _matches(request.headers.get("if-none-match"), oid):
         return Response(status_code=304, headers=headers)
     data = git.read(oid)
@@ -43,6 +45,29 @@ def resolve(request: Request) -> Response:
     first, last = span
     headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
     return Response(data[first : last + 1], status_code=206, headers=headers)
+
+
+def large_response(request: Request, git: Repository, file: LargeFile, headers: dict[str, str]) -> Response:
+    """The content of a large file, or what of it was asked for, straight from the disk."""
+    headers = headers | {
+        "ETag": f'"{file.sha256}"',
+        "X-Linked-Etag": f'"{file.sha256}"',
+        "X-Linked-Size": str(file.size),
+        "Accept-Ranges": "bytes",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Type": "application/octet-stream",
+    }
+    if _matches(request.headers.get("if-none-match"), file.sha256):
+        return Response(status_code=304, headers=headers)
+    span = _requested_range(request, file.size, file.sha256)
+    first, stop = (0, file.size) if span is None else (span[0], span[1] + 1)
+    headers["Content-Length"] = str(stop - first)
+    if span is not None:
+        headers["Content-Range"] = f"bytes {first}-{stop - 1}/{file.size}"
+    if request.method == "HEAD":
+        return Response(headers=headers)
+    pieces = git.large.read(file, first, stop)
+    return StreamingResponse(pieces, status_code=200 if span is None else 206, headers=headers)
 
 
 def _split(rest: str) -> tuple[str, str]:

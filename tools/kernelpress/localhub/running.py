@@ -39,6 +39,8 @@ class RunningHub:
 def running_hub(root: Path, *, trust: Sequence[str] = (), port: int = 0) -> Iterator[RunningHub]:
     """Start a Hub on 127.0.0.1 in a separate process and stop it at the end of the block.
 
+    It takes writes without a token as long as none was created.
+
     Args:
         root: The Hub's directory, created when missing.
         trust: Organizations that are trusted kernel publishers.
@@ -47,7 +49,16 @@ def running_hub(root: Path, *, trust: Sequence[str] = (), port: int = 0) -> Iter
     Raises:
         HubError: The Hub did not start; the message ends with what it printed.
     """
-    command = [sys.executable, "-m", "kernelpress.localhub", "--root", str(root), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "kernelpress.localhub",
+        "--open",
+        "--root",
+        str(root),
+        "--port",
+        str(port),
+    ]
     for organization in trust:
         command += ["--trust", organization]
     log = root / "hub.log"

@@ -30,6 +30,7 @@ def serve(
     port: int = 0,
     trust: Iterable[str] = (),
     *,
+    open_writes: bool = False,
     verbose: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -39,15 +40,16 @@ def serve(
 
     Args:
         root: The Hub's directory, created when missing.
-        host: Address to listen on. Writes without a token are possible on loopback addresses only.
+        host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         trust: Organizations that are trusted kernel publishers.
+        open_writes: Take writes without a token as long as none was created; on loopback addresses only.
         verbose: Log every request.
         ready: Called with the Hub's address once it answers. By default one line is printed.
 
     Raises:
-        HubError: The port is taken, the root cannot be used or another Hub uses it, or a name in ``trust``
-            cannot be an organization.
+        HubError: ``open_writes`` on an address that others can reach, the port is taken, the root cannot be
+            used or another Hub uses it, or a name in ``trust`` cannot be an organization.
     """
     organizations = sorted(set(trust))
     for name in organizations:
@@ -55,7 +57,11 @@ def serve(
             raise HubError(f"{name!r} cannot be the name of an organization (--trust)")
     with _locked(root), _listening(host, port) as listener:
         address, bound_port = listener.getsockname()[:2]
-        app = create_app(root, trust=organizations, open_writes=ipaddress.ip_address(address).is_loopback)
+        if open_writes and not ipaddress.ip_address(address).is_loopback:
+            raise HubError(
+                f"--open lets everybody write who can reach {address}; use it on 127.0.0.1 only, and tokens elsewhere"
+            )
+        app = create_app(root, trust=organizations, open_writes=open_writes)
         url = f"http://[{address}]:{bound_port}" if ":" in address else f"http://{address}:{bound_port}"
 
         def announce() -> None:

@@ -23,6 +23,7 @@ from dulwich.repo import Repo
 
 from kernelpress.errors import HubError
 
+from .large import LargeFiles
 from .objects import ObjectCache, sync
 from .paths import KINDS, RepoId, RepoKind, is_name
 from .problems import conflict
@@ -40,10 +41,12 @@ class Settings:
     Args:
         private: Visible only with a token.
         created: Seconds since the epoch.
+        gated: Whose content needs a token: any (``"auto"``), or one of its organization (``"manual"``).
     """
 
     private: bool
     created: int
+    gated: str | None = None
 
 
 class Store:
@@ -114,6 +117,30 @@ class Store:
             sync(git.path.parent)
         return True
 
+    def move(self, old: RepoId, new: RepoId) -> bool:
+        """Rename a repository, with everything in it; returns False when there is none.
+
+        Raises:
+            Problem: 409 when the new name is taken.
+        """
+        git = self.get(old)
+        if git is None:
+            return False
+        place = self._place(new)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with git.exclusive(), self._lock:
+                if place.exists():
+                    raise _exists(new)
+                os.rename(git.path, place)
+                git.retire()
+                del self._open[old]
+        except NotGitRepository:
+            return False
+        for folder in {git.path.parent, place.parent, place.parent.parent}:
+            sync(folder)
+        return True
+
     def get(self, repo: RepoId) -> Repository | None:
         """The repository, or None when there is none."""
         found = self._open.get(repo)
@@ -173,3 +200,4 @@ def _remove_stale_locks(repos: Path) -> None:
     for place in repos.glob("*/*/*.git"):
         for lock in [*place.glob("*.lock"), *(place / "refs").rglob("*.lock")]:
             lock.unlink()
+        LargeFiles(place / "lfs").clear_incoming()

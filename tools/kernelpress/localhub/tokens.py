@@ -9,6 +9,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,21 +32,29 @@ class Token:
         scope: ``"read"`` or ``"write"``.
         sha256: Hex digest of the secret.
         created: Seconds since the epoch.
+        organizations: The only namespaces it is for; empty for all.
     """
 
     name: str
     scope: Scope
     sha256: str
     created: int
+    organizations: tuple[str, ...] = ()
+
+    def covers(self, namespace: str) -> bool:
+        """Whether it is for this namespace."""
+        return not self.organizations or namespace in self.organizations
 
 
-def create_token(root: Path, name: str, scope: Scope = "write") -> str:
+def create_token(root: Path, name: str, scope: Scope = "write", organizations: Sequence[str] = ()) -> str:
     """Hand out a new token for the Hub at ``root``, running or not.
 
     Args:
         root: The Hub's directory.
         name: User name of the holder.
         scope: ``"write"`` (which includes reading) or ``"read"``.
+        organizations: The only namespaces that it may write to and whose private repositories it may read;
+            all by default.
 
     Returns:
         The secret; it is shown this once and cannot be recovered.
@@ -55,14 +64,47 @@ def create_token(root: Path, name: str, scope: Scope = "write") -> str:
     """
     if not is_name(name):
         raise HubError(f"{name!r} is no valid token name: use letters, digits, '-', '_' and '.'")
+    for organization in organizations:
+        if not is_name(organization):
+            raise HubError(f"{organization!r} cannot be the name of an organization")
     if scope not in get_args(Scope):
         raise HubError(f"{scope!r} is no token scope: use 'read' or 'write'")
     secret = "kp_" + secrets.token_hex(20)
+    new = Token(name, scope, _digest(secret), int(time.time()), tuple(sorted(set(organizations))))
+    _change(root, lambda tokens: [*tokens, new])
+    return secret
+
+
+def list_tokens(root: Path) -> list[Token]:
+    """The tokens of the Hub at ``root``, oldest first.
+
+    Raises:
+        HubError: The file is damaged.
+    """
+    return _read(root / _FILE)
+
+
+def revoke_tokens(root: Path, name: str) -> int:
+    """Take back every token of ``name``, at once, also from a Hub that is running; returns how many.
+
+    The file stays even without tokens in it: a Hub that once had some does not become open to everybody.
+
+    Raises:
+        HubError: The file is damaged or cannot be written.
+    """
+    before = len(list_tokens(root))
+    if not before:
+        return 0
+    _change(root, lambda tokens: [token for token in tokens if token.name != name])
+    return before - len(list_tokens(root))
+
+
+def _change(root: Path, change: Callable[[list[Token]], list[Token]]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / f"{_FILE}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            tokens = [*_read(root / _FILE), Token(name, scope, _digest(secret), int(time.time()))]
+            tokens = change(_read(root / _FILE))
             aside = root / f"{_FILE}.new"
             with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 json.dump({"tokens": [asdict(token) for token in tokens]}, file, indent=2)
@@ -71,7 +113,6 @@ def create_token(root: Path, name: str, scope: Scope = "write") -> str:
             sync(root)
     except OSError as error:
         raise HubError(f"cannot store the token: {error.strerror}", path=root) from error
-    return secret
 
 
 class Tokens:
@@ -97,7 +138,7 @@ class Tokens:
 
     def any_exist(self) -> bool:
         """Whether any token was ever handed out for this root."""
-        return bool(self._current())
+        return bool(self._current()) or self._stamp is not None
 
     def _current(self) -> dict[str, Token]:
         with self._lock:
@@ -119,7 +160,8 @@ def _digest(secret: str) -> str:
 
 def _read(path: Path) -> list[Token]:
     try:
-        return [Token(**item) for item in json.loads(path.read_text(encoding="utf-8"))["tokens"]]
+        found = json.loads(path.read_text(encoding="utf-8"))["tokens"]
+        return [Token(**item | {"organizations": tuple(item.get("organizations", ()))}) for item in found]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:

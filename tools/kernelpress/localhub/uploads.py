@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import IO
 
@@ -13,10 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .commits import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
-from .context import AsciiJSONResponse, endpoint, hub_of, json_object, segment, spooled_body, string
+from .context import AsciiJSONResponse, endpoint, flag, hub_of, json_object, segment, spooled_body, string
+from .large import LargeFile
 from .paths import file_path, printable
-from .problems import Problem, bad_request, too_large
-from .repository import Repository
+from .problems import bad_request
+from .pulls import address, described, store
+from .repository import DEFAULT_BRANCH, Repository
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 async def preupload(request: Request) -> Response:
@@ -25,7 +30,7 @@ async def preupload(request: Request) -> Response:
 
 
 def _preupload(request: Request, body: dict[str, object]) -> Response:
-    _refuse_pull_request(request)
+    _check_pull_request(request)
     git = hub_of(request).writable(request).git
     commit = git.resolve(segment(request, "ref"))
     files = body.get("files")
@@ -40,15 +45,11 @@ def _preupload(request: Request, body: dict[str, object]) -> Response:
         size = item.get("size")
         if not isinstance(size, int) or size < 0:
             raise bad_request('"size" must be a whole number of bytes')
-        if size > MAX_FILE_BYTES:
-            raise too_large(
-                f"{printable(path)!r} has {size} bytes; this Hub takes files of up to {MAX_FILE_BYTES} bytes"
-            )
         entry = git.entry(commit, path)
         answers.append(
             {
                 "path": path,
-                "uploadMode": "regular",
+                "uploadMode": "regular" if size <= MAX_FILE_BYTES else "lfs",
                 "shouldIgnore": _is_ignored(ignored, path),
                 # Lets the client leave out what has not changed.
                 "oid": entry.oid if entry is not None and entry.is_file else None,
@@ -58,7 +59,7 @@ def _preupload(request: Request, body: dict[str, object]) -> Response:
 
 
 async def commit(request: Request) -> Response:
-    _refuse_pull_request(request)
+    _check_pull_request(request)
     # Nothing is read from a caller who may not write.
     await run_in_threadpool(hub_of(request).writable, request)
     with await spooled_body(request, MAX_BODY_BYTES) as body:
@@ -67,24 +68,44 @@ async def commit(request: Request) -> Response:
 
 def _commit(request: Request, body: IO[bytes]) -> Response:
     target = hub_of(request).writable(request)
+    git, author = target.git, target.caller.name
     branch = segment(request, "ref").removeprefix("refs/heads/")
-    with target.git.batch() as batch:
-        parsed = parse_commit(_lines(body), lambda data: batch.add(Blob.from_string(data)))
-        oid = target.git.commit(
-            branch,
-            parsed.operations,
-            batch=batch,
-            message=parsed.message,
-            author=target.caller.name,
-            parent=parsed.parent,
-        )
+
+    def large(path: str, digest: str) -> LargeFile:
+        size = git.large.size(digest) if _DIGEST.fullmatch(digest) else None
+        if size is None:
+            raise bad_request(f"{printable(path)!r}: upload the file's content first (LFS batch API)")
+        return LargeFile(digest, size)
+
+    with git.batch() as batch:
+        parsed = parse_commit(_lines(body), lambda data: batch.add(Blob.from_string(data)), large)
+        answer: dict[str, object] = {"success": True, "hookOutput": ""}
+        if flag(request, "create_pr"):
+            base = parsed.parent or git.resolve(DEFAULT_BRANCH)
+            if all(info.oid != base for info in git.history(git.resolve(DEFAULT_BRANCH))):
+                raise bad_request(f"the parent commit {base} is none of {DEFAULT_BRANCH}")
+            number, oid = git.open_pull(
+                base, parsed.operations, batch=batch, message=parsed.message, author=author
+            )
+            store(git, described(git, number, oid))
+            answer["pullRequestUrl"] = address(request, target, number)
+        else:
+            oid = git.commit(
+                branch,
+                parsed.operations,
+                batch=batch,
+                message=parsed.message,
+                author=author,
+                parent=parsed.parent,
+            )
     url = f"{endpoint(request)}/{target.id.web_path}/commit/{oid}"
-    return AsciiJSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+    return AsciiJSONResponse(answer | {"commitOid": oid, "commitUrl": url})
 
 
-def _refuse_pull_request(request: Request) -> None:
-    if request.query_params.get("create_pr") in ("1", "true"):
-        raise Problem(400, "the embedded Hub does not implement pull requests; commit to a branch instead")
+def _check_pull_request(request: Request) -> None:
+    branch = segment(request, "ref").removeprefix("refs/heads/")
+    if flag(request, "create_pr") and branch != DEFAULT_BRANCH:
+        raise bad_request(f"pull requests are for {DEFAULT_BRANCH} only, not for {printable(branch)!r}")
 
 
 def _lines(body: IO[bytes]) -> Iterator[bytes]:
