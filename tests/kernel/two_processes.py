@@ -94,7 +94,10 @@ def expert_parallel(rank: int, folder: Path) -> None:
     # Both ways that transformers has: all tokens on both processes, each expert's owner computing (sentinels mark the
     # pairs of the other's experts); and tokens sent to the experts' owners.
     for name, plan in (
-        ("qwen3_moe", {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}),
+        (
+            "qwen3_moe",
+            {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"},
+        ),
         ("qwen3_moe", None),
         ("gpt_oss", None),
     ):
