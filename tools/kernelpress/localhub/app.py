@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kernelpress.errors import HubError
 
-from . import accounts, api, cards, git_http, lfs, pulls, refs_api, resolve, trees_api, uploads
+from . import accounts, api, cards, git_http, lfs, pages, pulls, refs_api, resolve, trees_api, uploads
 from .context import AsciiJSONResponse, Caller, Hub, hub_of, named_repo, problem_response
 from .paths import printable
 from .problems import Problem
@@ -49,6 +49,7 @@ def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = Fal
             *uploads.routes(),
             *resolve.routes(),
             *git_http.routes(),
+            *pages.routes(),
         ],
         middleware=[Middleware(_EncodedPaths)],
         exception_handlers={

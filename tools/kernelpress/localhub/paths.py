@@ -22,7 +22,7 @@ MAX_ELEMENT_BYTES = 255
 MAX_DEPTH = 64
 
 # These are first path segments of the Hub's own addresses, so a model of such a namespace would hide them.
-_RESERVED_NAMESPACES = frozenset({"api", "datasets", "healthz", "kernels", "lfs", "models", "spaces"})
+RESERVED_NAMESPACES = frozenset({"api", "datasets", "healthz", "kernels", "lfs", "models", "spaces"})
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _OID = re.compile(r"[0-9a-f]{40}")
 # Code points that HFS+ drops when it compares names, so that ".g<ZWNJ>it" is ".git" there.
@@ -78,7 +78,7 @@ def repo_id(kind: RepoKind, namespace: str, name: str) -> RepoId:
                 f"{printable(part)!r} is no valid name: use up to 96 letters, digits, '-', '_' and '.', "
                 "not starting or ending with '-' or '.', without '--' or '..'"
             )
-    if namespace.lower() in _RESERVED_NAMESPACES:
+    if namespace.lower() in RESERVED_NAMESPACES:
         raise bad_request(f"{namespace!r} is reserved and cannot be a namespace")
     return RepoId(kind, namespace, name)
 

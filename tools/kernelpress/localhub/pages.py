@@ -1,0 +1,274 @@
+"""Web pages for people: repositories, cards, versions, commits and what changed. No script runs on them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from urllib.parse import quote
+
+import tomli
+from dulwich.errors import NotGitRepository
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from .context import Target, hub_of, iso_time, number, segment
+from .paths import KINDS, RESERVED_NAMESPACES, RepoId, file_path
+from .problems import Problem, entry_not_found
+from .pulls import load
+from .refs import PULLS
+from .repository import DEFAULT_BRANCH, Repository
+from .templates import STYLE, pages
+
+_HEADERS = {
+    # The second wall behind escaping: even markup that got through could load and run nothing.
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_MAX_CARD = 1 << 20
+_MAX_TEXT = 256 << 10
+_MAX_LINES = 5000
+_MAX_FILES = 200
+_LISTED = 200
+_COMMITS = 50
+_markdown = MarkdownIt("js-default")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a diff: ``kind`` is ``add``, ``del`` or empty."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A file that differs between two trees; ``lines`` is None where that is not shown."""
+
+    path: str
+    kind: str
+    lines: tuple[Line, ...] | None
+
+
+def render_card(text: str) -> Markup:
+    """A card as HTML that is safe to show: its own HTML is shown as text, and only web links are links."""
+    return Markup(_markdown.render(_FRONT_MATTER.sub("", text, count=1)))
+
+
+def style(request: Request) -> Response:
+    return Response(STYLE, media_type="text/css", headers={"Cache-Control": "max-age=3600"})
+
+
+def index(request: Request) -> Response:
+    hub = hub_of(request)
+    caller = hub.caller(request)
+    search = request.query_params.get("search", "")
+    found = []
+    for repo in (repo for kind in KINDS.values() for repo in hub.store.repositories(kind)):
+        if search.lower() not in str(repo).lower() or not hub.visible(repo, caller):
+            continue
+        # One that goes away in this moment is not listed.
+        with suppress(NotGitRepository, FileNotFoundError, Problem):
+            git = hub.store.get(repo)
+            if git is not None:
+                changed = git.commit_info(git.resolve(DEFAULT_BRANCH)).time
+                private = hub.store.settings(repo).private
+                found.append({"id": repo, "private": private, "time": changed, "changed": _day(changed)})
+    found.sort(key=lambda item: (-int(str(item["time"])), str(item["id"])))
+    return _page("list", title="Hub", repo=None, search=search, found=found[:_LISTED])
+
+
+def repository(request: Request) -> Response:
+    target = _target(request)
+    git = target.git
+    branches = git.branches()
+    names = sorted((name for name in branches if re.fullmatch(r"v\d+", name)), key=lambda name: int(name[1:]))
+    versions = [
+        _version(git, name, branches[name], before)
+        for name, before in zip(names, ["", *names[:-1]], strict=True)
+    ]
+    pulls = sorted((int(name) for name in git.pulls() if name.isdigit()), reverse=True)[:_LISTED]
+    card = _text(git, git.resolve(DEFAULT_BRANCH), "README.md", _MAX_CARD)
+    return _page(
+        "repo",
+        title=str(target.id),
+        repo=target.id,
+        versions=versions[::-1],
+        pulls=[load(git, each) for each in pulls],
+        card=None if card is None else render_card(card),
+    )
+
+
+def tree(request: Request) -> Response:
+    target = _target(request)
+    revision = segment(request, "ref")
+    commit = target.git.resolve(revision)
+    path = segment(request, "path").strip("/") if "path" in request.path_params else ""
+    folder = target.git.entry(commit, file_path(path) if path else "")
+    if folder is None or not folder.is_folder:
+        raise entry_not_found(f"there is no folder {path!r} at this revision")
+    entries = []
+    for info in target.git.describe(list(target.git.walk(folder, path, False))):
+        verb = "tree" if info.entry.is_folder else "resolve"
+        href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quote(info.path)}"
+        name = info.path.rsplit("/", 1)[-1] + ("/" if info.entry.is_folder else "")
+        entries.append({"name": name, "href": href, "size": info.size})
+    return _page("tree", title=str(target.id), repo=target.id, path=path, revision=revision, entries=entries)
+
+
+def commits(request: Request) -> Response:
+    target = _target(request)
+    revision = segment(request, "ref")
+    start = number(request, "p", 0, lowest=0)
+    history = target.git.history(target.git.resolve(revision))
+    found = list(islice(history, start * _COMMITS, (start + 1) * _COMMITS + 1))
+    shown = [
+        {"oid": info.oid, "title": info.title, "author": info.author, "changed": _day(info.time)}
+        for info in found[:_COMMITS]
+    ]
+    following = f"?p={start + 1}" if len(found) > _COMMITS else None
+    return _page(
+        "commits", title=str(target.id), repo=target.id, revision=revision, commits=shown, next=following
+    )
+
+
+def commit(request: Request) -> Response:
+    target = _target(request)
+    oid = target.git.resolve(segment(request, "ref"))
+    info = target.git.commit_info(oid)
+    parent = info.parents[0] if info.parents else None
+    return _diff_page(target, info.title, parent, oid, info.description)
+
+
+def compare(request: Request) -> Response:
+    target = _target(request)
+    before, dots, after = segment(request, "range").partition("...")
+    if not dots:
+        raise entry_not_found("name two revisions, as in v1...v2")
+    return _diff_page(
+        target, f"{before} → {after}", target.git.resolve(before), target.git.resolve(after), ""
+    )
+
+
+def pull(request: Request) -> Response:
+    target = _target(request)
+    text = segment(request, "number")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise entry_not_found("there is no such pull request")
+    found = load(target.git, int(text))
+    head = target.git.resolve(f"{PULLS}{found.number}")
+    heading = f"#{found.number} {found.title} ({found.status}, by {found.author})"
+    return _diff_page(target, heading, found.base, head, found.description)
+
+
+def _diff_page(target: Target, heading: str, before: str | None, after: str, text: str) -> Response:
+    changes = list(islice(_changes(target.git, before, after), _MAX_FILES + 1))
+    cut = "" if len(changes) <= _MAX_FILES else f", of which the first {_MAX_FILES} are shown"
+    return _page(
+        "diff",
+        title=heading,
+        repo=target.id,
+        heading=heading,
+        text=text,
+        changes=changes[:_MAX_FILES],
+        cut=cut,
+    )
+
+
+def _changes(git: Repository, before: str | None, after: str) -> Iterable[FileChange]:
+    old, new = ({} if commit is None else _blobs(git, commit) for commit in (before, after))
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) == new.get(path):
+            continue
+        kind = "added" if path not in old else "removed" if path not in new else "changed"
+        yield FileChange(path, kind, _lines(git, old.get(path), new.get(path)))
+
+
+def _blobs(git: Repository, commit: str) -> dict[str, str]:
+    root = git.entry(commit, "")
+    assert root is not None
+    return {path: entry.oid for path, entry in git.walk(root, "", True) if entry.is_file}
+
+
+def _lines(git: Repository, old: str | None, new: str | None) -> tuple[Line, ...] | None:
+    texts = []
+    for oid in (old, new):
+        data = b"" if oid is None else git.read(oid)
+        if len(data) > _MAX_TEXT or b"\0" in data:
+            return None
+        texts.append(data.decode("utf-8", "replace").splitlines())
+    if sum(map(len, texts)) > _MAX_LINES:
+        return None
+    found = islice(difflib.unified_diff(texts[0], texts[1], lineterm="", n=3), 2, None)
+    return tuple(Line({"+": "add", "-": "del"}.get(line[:1], ""), line) for line in found)
+
+
+def _version(git: Repository, name: str, oid: str, before: str) -> dict[str, object]:
+    folder = git.entry(oid, "build")
+    variants = [] if folder is None or not folder.is_folder else [
+        path for path, entry in git.walk(folder, "", False) if entry.is_folder
+    ]  # fmt: skip
+    yanked = None
+    text = _text(git, oid, "kernel-yanked.toml", _MAX_TEXT)
+    if text is not None:
+        try:
+            yanked = str(tomli.loads(text).get("reason"))
+        except tomli.TOMLDecodeError:
+            yanked = "(the reason cannot be read)"
+    return {
+        "name": name,
+        "commit": oid,
+        "changed": _day(git.commit_info(oid).time),
+        "variants": variants,
+        "yanked": yanked,
+        "before": before,
+    }
+
+
+def _text(git: Repository, commit: str, path: str, most: int) -> str | None:
+    info = git.path_info(commit, path)
+    if info is None or not info.entry.is_file or info.large is not None or (info.size or 0) > most:
+        return None
+    return git.read(info.entry.oid).decode("utf-8", "replace")
+
+
+def _target(request: Request) -> Target:
+    if segment(request, "namespace") in RESERVED_NAMESPACES:
+        raise HTTPException(404)
+    return hub_of(request).readable(request, content=True)
+
+
+def _day(seconds: int) -> str:
+    return iso_time(seconds)[:10]
+
+
+def _page(name: str, *, title: str, repo: RepoId | None, **values: object) -> Response:
+    # A file name or a commit may hold what is no valid Unicode.
+    text = pages.get_template(name).render(title=title, repo=repo, **values)
+    return HTMLResponse(text.encode("utf-8", "replace"), headers=_HEADERS)
+
+
+def routes() -> Iterable[Route]:
+    """The routes of this module; they come last, because a model's page can have almost any address."""
+    yield Route("/", index)
+    yield Route("/style.css", style)
+    for prefix in ("/{kind}", ""):
+        repo = f"{prefix}/{{namespace}}/{{name}}"
+        yield Route(repo + "/tree/{ref}", tree)
+        yield Route(repo + "/tree/{ref}/{path:path}", tree)
+        yield Route(repo + "/commits/{ref}", commits)
+        yield Route(repo + "/commit/{ref}", commit)
+        yield Route(repo + "/compare/{range}", compare)
+        yield Route(repo + "/discussions/{number}", pull)
+        yield Route(repo, repository)
