@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -108,6 +109,81 @@ def test_a_module_without_the_parameters_of_its_layout_is_named(kernel: ModuleTy
     )
     with pytest.raises(NotImplementedError, match=message):
         kernel.experts_forward(module, torch.randn(7, 33), route(AWKWARD[1]), torch.rand(7, 3))
+
+
+HIDDEN, INDEX, WEIGHTS = torch.zeros(7, 33), torch.zeros(7, 3, dtype=torch.long), torch.ones(7, 3)
+A, B = torch.zeros(5, 2, 33), torch.zeros(5, 40, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lora", "message"),
+    [
+        ((HIDDEN[:, :32], INDEX, WEIGHTS), {}, "hidden_states: expected shape (7, 33), got (7, 32)"),
+        ((HIDDEN[:6], INDEX, WEIGHTS), {}, "hidden_states: expected shape (7, 33), got (6, 33)"),
+        ((HIDDEN[None], INDEX, WEIGHTS), {}, "hidden_states: expected shape (7, 33), got (1, 7, 33)"),
+        ((HIDDEN.long(), INDEX, WEIGHTS), {}, "hidden_states: expected a floating dtype, got torch.int64"),
+        (
+            (HIDDEN.to("meta"), INDEX, WEIGHTS),
+            {},
+            "hidden_states: expected device of the weights, cpu, got meta",
+        ),
+        (
+            (HIDDEN, INDEX.float(), WEIGHTS),
+            {},
+            "top_k_index: expected [T, K] of int32 or int64, got [7, 3] of",
+        ),
+        ((HIDDEN, INDEX[:, 0], WEIGHTS), {}, "top_k_index: expected [T, K] of int32 or int64, got [7]"),
+        ((HIDDEN, INDEX - 1, WEIGHTS), {}, "expert_index: expected values >= 0, got 21 negative ones"),
+        (
+            (HIDDEN, INDEX + 6, WEIGHTS),
+            {},
+            "expert_index: expected values < 5 (the number of experts), got 21",
+        ),
+        ((HIDDEN, INDEX, WEIGHTS[:, :2]), {}, "top_k_weights: expected shape (7, 3), got (7, 2)"),
+        ((HIDDEN, INDEX, WEIGHTS.long()), {}, "top_k_weights: expected a floating dtype, got torch.int64"),
+        (
+            (HIDDEN, INDEX, WEIGHTS),
+            {"up_proj": (A, B)},
+            "lora: expected keys among ['down_proj', 'gate_up_proj']",
+        ),
+        ((HIDDEN, INDEX, WEIGHTS), {"gate_up_proj": (A[:, :0], B)}, "expected [E, r, N_in] with r >= 1"),
+        (
+            (HIDDEN, INDEX, WEIGHTS),
+            {"gate_up_proj": (A[:4], B)},
+            "[0]: expected shape (5, 2, 33), got (4, 2, 33)",
+        ),
+        ((HIDDEN, INDEX, WEIGHTS), {"gate_up_proj": (A, B[..., :1])}, "[1]: expected shape (5, 40, 2), got"),
+        ((HIDDEN, INDEX, WEIGHTS), {"gate_up_proj": (A, B.double())}, "[1]: expected dtype of the weight,"),
+    ],
+)
+def test_bad_input_names_argument_expected_and_got(kernel, arguments, lora, message) -> None:
+    module = experts_module(AWKWARD[1])
+    module._is_expert_parallel = False
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernel.experts_forward(module, *arguments, lora=lora)
+
+
+def test_strided_and_expanded_inputs_are_handled(kernel: ModuleType) -> None:
+    module = experts_module(AWKWARD[1])
+    x = torch.randn(33, 7).t()
+    index = torch.tensor([[2], [4], [1]]).expand(3, 7).t()  # one expert's row for all tokens, stride 0
+    weights = torch.rand(1, 3).expand(7, 3)
+    expected = kernel.experts_forward(module, x.contiguous(), index.contiguous(), weights.contiguous())
+    assert torch.equal(kernel.experts_forward(module, x, index, weights), expected)
+    module.gate_up_proj = torch.nn.Parameter(torch.randn(33, 40).t().expand(5, 40, 33), requires_grad=False)
+    module.down_proj = torch.nn.Parameter(torch.randn(20, 5, 33).permute(1, 2, 0), requires_grad=False)
+    strided = kernel.experts_forward(module, x, index, weights)
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(module, name, torch.nn.Parameter(getattr(module, name).contiguous(), requires_grad=False))
+    assert_close([strided], [kernel.experts_forward(module, x, index, weights)], 1e-6)
+
+
+def test_inf_passes_through_as_in_eager(kernel: ModuleType) -> None:
+    module = experts_module(AWKWARD[1])
+    x, index, weights = torch.randn(7, 33), route(AWKWARD[1]), torch.rand(7, 3)
+    x[2, 5] = float("inf")
+    eager, ours = module(x, index, weights), kernel.experts_forward(module, x, index, weights)
+    assert torch.equal(ours.isfinite(), eager.isfinite())
 
 
 def test_register_and_unregister_are_idempotent_and_complete(kernel: ModuleType) -> None:

@@ -45,15 +45,16 @@ def refuse_index_outside(order: torch.Tensor, offsets: torch.Tensor, sentinels: 
     Negative ones stand before the first expert's pairs, those that are too large behind the last one's. Looks on the
     CPU alone, where it costs nothing; on a GPU it would have to wait for the device.
     """
-    if offsets.device.type != "cpu" or order.shape[0] == 0:
+    if offsets.device.type != "cpu":
         return
-    if offsets[0] > 0:
-        raise ValueError(f"expert_index: expected values >= 0, got {int(offsets[0])} negative ones")
-    if not sentinels and offsets[-1] < order.shape[0]:
+    first, *_, last = offsets.tolist()
+    if first > 0:
+        raise ValueError(f"expert_index: expected values >= 0, got {first} negative ones")
+    outside = order.shape[0] - last
+    if outside and not sentinels:
         experts = offsets.shape[0] - 1
         raise ValueError(
-            f"expert_index: expected values < {experts} (the number of experts), "
-            f"got {order.shape[0] - int(offsets[-1])} larger ones"
+            f"expert_index: expected values < {experts} (the number of experts), got {outside} larger ones"
         )
 
 
