@@ -172,11 +172,9 @@ def operator_arguments(
     }
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_every_operator_passes_opcheck(
-    kernel: ModuleType, submodule: Any, biased: bool, transposed: bool
-) -> None:
+@pytest.mark.parametrize("layout", ["plain", "gpt-oss"])
+def test_every_operator_passes_opcheck(kernel: ModuleType, submodule: Any, layout: str) -> None:
+    biased = transposed = layout == "gpt-oss"
     modules = (submodule("ops.grouped_linear.op"), submodule("ops.experts.op"))
     for name, arguments in operator_arguments(kernel, submodule, biased, transposed).items():
         operator = next(getattr(module, name) for module in modules if hasattr(module, name))
@@ -200,11 +198,11 @@ def test_full_fine_tuning_descends_like_eager(registered: ModuleType) -> None:
     assert_close(losses[:1], losses[1:], 1e-4)
 
 
-@pytest.mark.parametrize("check", ["ddp", "fsdp", "expert_parallel"])
-def test_two_processes_train_as_one(kernel: ModuleType, check: str, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(kernel: ModuleType, tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), check, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    assert done.stdout.count(f"{check}: equal to one process") == 2
+    for check in ("ddp", "fsdp", "expert_parallel"):
+        assert done.stdout.count(f"{check}: equal to one process") == 2

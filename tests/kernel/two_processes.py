@@ -115,19 +115,19 @@ def expert_parallel(rank: int, folder: Path) -> None:
         assert_equal(train(model, [IDS]), exact)
 
 
-def main(rank: int, check: str, folder: Path) -> None:
+def main(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
     os.environ.update(MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
     get_kernel("org/scattermoe-lora", version=1).register()
-    {"ddp": ddp, "fsdp": fsdp, "expert_parallel": expert_parallel}[check](rank, folder)
-    print(f"{check}: equal to one process", flush=True)
+    for check in (ddp, fsdp, expert_parallel):
+        check(rank, folder)
+        print(f"{check.__name__}: equal to one process\n", end="", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    arguments = (sys.argv[1], Path(sys.argv[2]))
     # Forked after the imports, which take longer than the checks; nothing has computed yet.
-    torch.multiprocessing.start_processes(main, arguments, nprocs=PROCESSES, start_method="fork")
+    torch.multiprocessing.start_processes(main, (Path(sys.argv[1]),), nprocs=PROCESSES, start_method="fork")
