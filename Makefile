@@ -4,7 +4,7 @@ VENV := .venv
 CONSUMER := .venv-consumer
 BIN := $(VENV)/bin
 
-.PHONY: setup publish test lint bench clean
+.PHONY: setup publish test lint bench compile clean
 
 setup: $(VENV)/.ready $(CONSUMER)/.ready
 
@@ -35,6 +35,10 @@ publish: setup
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare.py
+
+# Every Triton kernel and tile configuration that ships, for every architecture; needs no GPU.
+compile: $(VENV)/.ready
+	$(BIN)/python -m kernelpress.aot
 
 clean:
 	rm -rf build .hub $(VENV) $(CONSUMER)
