@@ -26,6 +26,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 test: setup
 	$(BIN)/python -m pytest
@@ -35,6 +37,9 @@ publish: setup
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare.py
+
+bench-hub: $(VENV)/.ready
+	$(BIN)/python benchmarks/hub.py
 
 # Every Triton kernel and tile configuration that ships, for every architecture; needs no GPU.
 compile: $(VENV)/.ready
