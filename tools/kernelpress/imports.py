@@ -59,6 +59,7 @@ def find_imports(tree: ast.Module, text: Text, path: str, module: str, layout: L
         layout: What ships, and where.
     """
     visitor = _Imports(text, path, module, layout)
+    visitor.calls = any(each in text.data for each in (b"import_module", b"__import__"))
     visitor.visit(tree)
     return Imports(
         tuple(visitor.edits),
@@ -86,14 +87,14 @@ def imported_modules(tree: ast.Module, path: str, module: str) -> Iterator[tuple
                 yield str(first.value), (), when
 
 
-def _timed(tree: ast.AST, when: When = "load") -> Iterator[tuple[ast.AST, When]]:
+def _timed(tree: ast.AST, when: When = "load", *, calls: bool = True) -> Iterator[tuple[ast.AST, When]]:
     for name, value in ast.iter_fields(tree):
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST):
+            if not isinstance(child, ast.AST) or (not calls and isinstance(child, ast.expr)):
                 continue
             inner = _inner(tree, name, when)
             yield child, inner
-            yield from _timed(child, inner)
+            yield from _timed(child, inner, calls=calls)
 
 
 def _inner(parent: ast.AST, field: str, when: When) -> When:
@@ -136,6 +137,7 @@ class _Imports(ScopedVisitor):
         self.module = module
         self.layout = layout
         self.depth = path.count("/")
+        self.calls = True
         self.when: dict[int, When] = {}
         self.edits: list[Edit] = []
         self.missing: list[Import] = []
@@ -146,10 +148,15 @@ class _Imports(ScopedVisitor):
     def visit_Module(self, node: ast.Module) -> None:
         self.when = {
             id(child): when
-            for child, when in _timed(node)
+            for child, when in _timed(node, calls=self.calls)
             if isinstance(child, ast.Import | ast.ImportFrom | ast.Call)
         }
         super().visit_Module(node)
+
+    def visit(self, node: ast.AST) -> None:
+        """Without a call that imports, statements are all there is to see."""
+        if self.calls or not isinstance(node, ast.expr):
+            super().visit(node)
 
     def note(self, where: list[Import], module: str, node: ast.expr | ast.stmt) -> None:
         where.append(Import(module, node.lineno, self.when[id(node)]))

@@ -17,7 +17,8 @@ class ScopedVisitor(ast.NodeVisitor):
     """Visits a tree and knows at each node what names mean there."""
 
     def __init__(self) -> None:
-        self.scopes: list[tuple[ast.AST, dict[str, list[_Binding]]]] = []
+        self.scopes: list[ast.AST] = []
+        self._bound: dict[int, dict[str, list[_Binding]]] = {}
 
     def names(self, node: ast.AST, _seen: frozenset[int] = frozenset()) -> frozenset[str]:
         """Full dotted names that an expression may stand for, such as ``torch.library.custom_op``."""
@@ -25,9 +26,12 @@ class ScopedVisitor(ast.NodeVisitor):
             return frozenset(f"{name}.{node.attr}" for name in self.names(node.value, _seen))
         if not isinstance(node, ast.Name) or id(node) in _seen:
             return frozenset()
-        for depth, (scope, bindings) in enumerate(reversed(self.scopes)):
+        for depth, scope in enumerate(reversed(self.scopes)):
             if isinstance(scope, ast.ClassDef) and depth:
                 continue
+            if id(scope) not in self._bound:
+                self._bound[id(scope)] = _bindings(scope)
+            bindings = self._bound[id(scope)]
             if node.id in bindings:
                 found: set[str] = set()
                 for each in bindings[node.id]:
@@ -66,8 +70,8 @@ class ScopedVisitor(ast.NodeVisitor):
 
     def generic_visit(self, node: ast.AST) -> None:
         """Comprehensions are scopes too."""
-        if isinstance(node, _COMPREHENSIONS) and (not self.scopes or self.scopes[-1][0] is not node):
-            self.scopes.append((node, _bindings(node)))
+        if isinstance(node, _COMPREHENSIONS) and (not self.scopes or self.scopes[-1] is not node):
+            self.scopes.append(node)
             super().generic_visit(node)
             self.scopes.pop()
         else:
@@ -75,7 +79,7 @@ class ScopedVisitor(ast.NodeVisitor):
 
     def within(self, scope: ast.AST, body: list[ast.stmt] | list[ast.expr]) -> None:
         """Visit the inside of a scope."""
-        self.scopes.append((scope, _bindings(scope)))
+        self.scopes.append(scope)
         for each in body:
             self.visit(each)
         self.scopes.pop()
@@ -130,5 +134,14 @@ def _inside(scope: ast.AST) -> Iterator[ast.AST]:
     while pending:
         node = pending.pop()
         yield node
-        if not isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Lambda, *_COMPREHENSIONS)):
+        if isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case | ast.withitem | ast.pattern):
+            # Of the expressions in a statement, targets alone bind names; ruling out the rest is most of the speed.
+            if not isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+                pending.extend(
+                    child
+                    for child in ast.iter_child_nodes(node)
+                    if not isinstance(child, ast.expr)
+                    or isinstance(getattr(child, "ctx", None), ast.Store | ast.Del)
+                )
+        elif isinstance(node, ast.Tuple | ast.List | ast.Starred):
             pending.extend(ast.iter_child_nodes(node))

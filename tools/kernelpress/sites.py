@@ -6,10 +6,11 @@ import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from kernelpress.files import SourceFile
 from kernelpress.names import ScopedVisitor
-from kernelpress.text import Text
+from kernelpress.text import Text, statements
 
 # Functions whose first argument names an operator: those that bring it into being, and those that take one
 # that exists (and then also accept the operator itself).
@@ -119,8 +120,22 @@ class _Finder(ScopedVisitor):
         self.escapes: list[int] = []
         self.problems: list[Problem] = []
         self.accounted: set[int] = set()
+        self.tree = tree
         self.constants = _constants(tree)
-        self.varying = {name for node in ast.walk(tree) for name in _varying(node)}
+        self.words = _words(tree, libraries)
+
+    @cached_property
+    def varying(self) -> frozenset[str]:
+        """Names of the file that stand for something else each time."""
+        return frozenset(name for node in ast.walk(self.tree) for name in _varying(node))
+
+    def visit(self, node: ast.AST) -> None:
+        """Leave out statements without any word that could matter: most of a file, and most of the time."""
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            start, end = self.text.span(node)
+            if not self.words.search(self.text.data, start, end):
+                return
+        super().visit(node)
 
     def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
         self.problems.append(Problem(node.lineno, *reason))
@@ -232,6 +247,19 @@ class _Finder(ScopedVisitor):
             self.site(node, node.value, None, creates=creates)
         else:
             self.refuse(node, _RUN_TIME_NAMESPACE)
+
+
+def _words(tree: ast.Module, libraries: frozenset[str]) -> re.Pattern[bytes]:
+    """What a statement must mention to be of interest: parts of torch, or names that stand for them."""
+    words = {"ops", "library", "_C", *libraries}
+    for node in statements(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("torch")):
+            words |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            words |= {alias.asname for alias in node.names if alias.asname and alias.name.startswith("torch.")}
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute | ast.Name):
+            words |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return re.compile(rb"\b(?:%s)\b" % b"|".join(re.escape(word.encode()) for word in sorted(words)))
 
 
 def _constants(tree: ast.Module) -> dict[str, ast.expr]:

@@ -18,7 +18,7 @@ from kernelpress.layout import Layout
 from kernelpress.rewrite import examine
 from kernelpress.source import Source, read_source
 from kernelpress.spec import Spec
-from kernelpress.text import parse
+from kernelpress.text import parse, statements
 
 OLDEST_PYTHON = (3, 10)
 _ALLOWED = frozenset(("torch", "triton", *sys.stdlib_module_names))
@@ -114,9 +114,8 @@ def _old_syntax(sources: Iterable[SourceFile]) -> Iterator[Finding]:
 
 def _newer(file: SourceFile) -> int | None:
     """The line where newer syntax begins; Python's own parser names the one where a block of it ends."""
-    lines = [
-        node.lineno for node in ast.walk(parse(file.data)) if type(node).__name__ in ("TryStar", "TypeAlias")
-    ]
+    newer = ("TryStar", "TypeAlias")
+    lines = [node.lineno for node in statements(parse(file.data)) if type(node).__name__ in newer]
     return min(lines, default=None)
 
 
