@@ -30,7 +30,9 @@ def draw(grown: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
                 sizes = [each[dimension] for each in rows]
                 axis.loglog(sizes, [scale * each[measure] for each in rows], marker="o", label=implementation)
             axis.set(xlabel=dimension, ylabel=label, xticks=sizes, xticklabels=[str(size) for size in sizes])
-            axis.minorticks_off()
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
             axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.savefig(path, format="png", dpi=120)
