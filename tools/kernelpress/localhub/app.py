@@ -16,7 +16,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kernelpress.errors import HubError
 
-from . import accounts, api, cards, git_http, lfs, pages, pulls, refs_api, resolve, trees_api, uploads
+from . import (
+    accounts,
+    api,
+    cards,
+    git_http,
+    lfs,
+    openapi,
+    pages,
+    pulls,
+    refs_api,
+    resolve,
+    trees_api,
+    uploads,
+)
 from .context import AsciiJSONResponse, Caller, Hub, hub_of, named_repo, problem_response
 from .paths import printable
 from .problems import Problem
@@ -39,6 +52,7 @@ def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = Fal
     app = Starlette(
         routes=[
             Route("/healthz", _health),
+            *openapi.routes(),
             *accounts.routes(),
             *cards.routes(),
             *api.routes(),
