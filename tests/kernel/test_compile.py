@@ -163,7 +163,12 @@ def test_kernels_that_do_not_fit_or_compile_are_named_and_fail(project, capsys) 
         (
             "eighth",
             "import no_such_module\nCOMPILE_SPECS = []",
-            "cannot import eighth.kernels: No module named",
+            "cannot import eighth.kernels: ModuleNotFoundError: No",
+        ),
+        (
+            "eleventh",
+            "COMPILE_SPECS = [spec(kernel=None)]",
+            "cannot import eleventh.kernels: AttributeError: 'None",
         ),
         ("ninth", "COMPILE_SPECS = [", r"kernels.py:\d+: not valid Python"),
     ],

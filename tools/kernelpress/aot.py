@@ -182,8 +182,10 @@ def compiled_kernel(specification: Specification, target: str) -> Any:
             attributes[(position,)] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(kernel, types, dict(specification.constants), attributes)
     gpu = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+    # What a launch does unless told otherwise; Triton warns where it is left open.
+    options = {"enable_fp_fusion": True, **specification.options}
     try:
-        return triton.compile(source, target=gpu, options=dict(specification.options))
+        return triton.compile(source, target=gpu, options=options)
     except (triton.TritonError, RuntimeError, ValueError, AssertionError) as caught:
         error: BaseException = caught
         # A kernel that calls others fails in each of them, outermost last.
@@ -226,8 +228,6 @@ def _compile_in_worker(module: str, index: int, target: str) -> Compiled:
 
 def _start_worker(parent: str) -> None:
     sys.path.insert(0, parent)
-    # Triton asks for a choice, else warns; this is what it does by default.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def compile_package(package: Path, targets: Collection[str], processes: int) -> Iterator[Compiled]:
@@ -246,8 +246,12 @@ def compile_package(package: Path, targets: Collection[str], processes: int) -> 
     for module in modules_with_specs(package.resolve()):
         try:
             specifications = load_specifications(module)
-        except ImportError as error:
-            raise BuildError(f"cannot import {module}: {error}", path=package) from error
+        except BuildError:
+            raise
+        except Exception as error:
+            raise BuildError(
+                f"cannot import {module}: {type(error).__name__}: {error}", path=package
+            ) from error
         jobs += [
             (module, index, target)
             for index, specification in enumerate(specifications)
