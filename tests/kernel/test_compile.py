@@ -22,7 +22,9 @@ def widest(submodule):
     """``widest(name, use, target)``: the specification of a kernel's largest bfloat16 tile that serves the target."""
 
     def size(spec) -> int:
-        return math.prod(value for name, value in spec.constants.items() if name.startswith("BLOCK"))
+        # Results a block holds, which is what fills registers.
+        sides = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_P", "BLOCK_Q")
+        return math.prod(spec.constants.get(side, 1) for side in sides)
 
     def find(name: str, use: str, target: str):
         of = "experts" if name.startswith("gate") else "grouped_linear"
@@ -41,6 +43,7 @@ def widest(submodule):
     ("name", "use"),
     [
         ("grouped_matmul_kernel", "forward"),
+        ("grouped_matmul_kernel", "down"),
         ("grouped_matmul_kernel", "dx"),
         ("grouped_outer_kernel", "d down"),
         ("gate_backward_kernel", "clamped silu"),
