@@ -174,6 +174,52 @@ def api(
     )
 
 
+@app.command()
+def migrate(directory: Directory = Path(), license: License = None) -> None:
+    """Bring an older build.toml to today's edition, with its comments kept."""
+    from kernelpress.migrate import migrate as bring
+
+    spec = bring(directory, license)
+    out = console()
+    if spec is None:
+        out.print("nothing to do: this is today's edition")
+        return
+    out.print(f"[green]migrated[/] {escape(str(directory / 'build.toml'))}")
+    if not spec.package_dir.is_dir():
+        out.print(f"the package belongs into torch-ext/{spec.python_name}; move it there")
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
+    directory: Annotated[Path, typer.Option(help="The directory that holds build.toml.")] = Path(),
+    source_dir: SourceDir = None,
+    package: Package = None,
+    name: Name = None,
+    license: License = None,
+    include: Include = None,
+) -> None:
+    """Write the kernel as a project for huggingface/kernels' kernel-builder."""
+    from kernelpress.export import export as write
+
+    written = write(_spec(directory, source_dir, package, name, license, include), out)
+    console().print(f"[green]exported[/] {escape(str(written))}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="The kernel's name: lowercase letters, digits and dashes.")],
+    organization: Annotated[str, typer.Option("--org", help="Whose repository it will be.")] = "my-org",
+) -> None:
+    """Start a Triton kernel project that builds, passes its checks and its tests."""
+    from kernelpress.scaffold import scaffold
+
+    made = scaffold(name, organization, Path(name))
+    out = console()
+    out.print(f"[green]made[/] {escape(str(made))}")
+    out.print(f"next: cd {escape(str(made))} && kernelpress build && kernelpress check && python -m pytest")
+
+
 def _spec(
     directory: Path,
     source_dir: Path | None,

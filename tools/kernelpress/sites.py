@@ -218,9 +218,7 @@ class _Finder(ScopedVisitor):
         node = self.resolved(node)
         if self.literal_operator(node, creates=creates):
             return
-        if isinstance(node, ast.Call) and any(
-            name.endswith("_ops.add_op_namespace_prefix") for name in self.names(node.func)
-        ):
+        if isinstance(node, ast.Call) and self.from_helper(node):
             return
         if isinstance(node, ast.Name) and node.id in self.libraries:
             return
@@ -245,8 +243,12 @@ class _Finder(ScopedVisitor):
         node = self.resolved(node)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             self.site(node, node.value, None, creates=creates)
-        else:
+        elif not any(isinstance(each, ast.Call) and self.from_helper(each) for each in ast.walk(node)):
             self.refuse(node, _RUN_TIME_NAMESPACE)
+
+    def from_helper(self, call: ast.Call) -> bool:
+        """Whether a name is made by the helper in the generated ``_ops``."""
+        return any(name.endswith("_ops.add_op_namespace_prefix") for name in self.names(call.func))
 
 
 def _words(tree: ast.Module, libraries: frozenset[str]) -> re.Pattern[bytes]:
@@ -256,7 +258,9 @@ def _words(tree: ast.Module, libraries: frozenset[str]) -> re.Pattern[bytes]:
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("torch")):
             words |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            words |= {alias.asname for alias in node.names if alias.asname and alias.name.startswith("torch.")}
+            words |= {
+                alias.asname for alias in node.names if alias.asname and alias.name.startswith("torch.")
+            }
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute | ast.Name):
             words |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return re.compile(rb"\b(?:%s)\b" % b"|".join(re.escape(word.encode()) for word in sorted(words)))

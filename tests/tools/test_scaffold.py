@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from kernelpress.check import check
+from kernelpress.errors import BuildError, SpecError
+from kernelpress.localhub import running_hub
+from kernelpress.publish import hub, publish
+from kernelpress.scaffold import scaffold
+from kernelpress.source_rules import check_sources
+from kernelpress.spec import load_spec
+from kernelpress.variant import build
+
+
+def test_a_new_project_builds_passes_its_checks_and_tests_and_publishes(tmp_path):
+    root = scaffold("new-kernel", "org", tmp_path / "new-kernel")
+    spec = load_spec(root)
+    made = build(spec)
+    assert check_sources(spec) == []
+    assert check(made.directory) == []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=root, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 passed" in done.stdout or "10 passed" in done.stdout
+    with running_hub(tmp_path / "hub") as server:
+        published = publish(made, None, hub(server.endpoint))
+    assert [branch.changed for branch in published.branches] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "organization"), [("New", "org"), ("a--b", "org"), ("new", "no/org"), ("n", "o")]
+)
+def test_a_name_that_the_hub_refuses_leaves_nothing_behind(tmp_path, name, organization):
+    with pytest.raises(SpecError):
+        scaffold(name, organization, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_is_kept(tmp_path):
+    (tmp_path / "new-kernel").write_text("mine")
+    with pytest.raises(BuildError, match="there already"):
+        scaffold("new-kernel", "org", tmp_path / "new-kernel")
+    assert (tmp_path / "new-kernel").read_text() == "mine"

@@ -1,0 +1,111 @@
+"""Older editions of build.toml, brought to today's with comments and order kept."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from tomlkit.exceptions import ParseError
+
+from kernelpress.errors import SpecError
+from kernelpress.spec import BACKENDS, EDITION, Spec, load_spec
+
+# What the Hub's kernel-builder took `universal = true` for, less the backends that need other sources.
+_UNIVERSAL = ["cpu", "cuda", "rocm", "xpu"]
+
+
+def migrate(directory: Path, license: str | None = None) -> Spec | None:
+    """Rewrite an older build.toml in place.
+
+    Reads every form without compiled parts: those with ``universal = true``, the one without a framework's table
+    (edition 3), and the one with ``[torch-noarch]`` and no ``edition`` (4).
+
+    Args:
+        directory: The directory that holds build.toml.
+        license: An SPDX identifier, for forms from when there was no key for it.
+
+    Returns:
+        What the file now asks for; ``None`` if there was nothing to do.
+
+    Raises:
+        SpecError: The file describes compiled sources, or lacks what only its author knows; it stays as it was.
+    """
+    path = directory / "build.toml"
+    try:
+        before = path.read_bytes().decode("utf-8")
+        document = tomlkit.parse(before)
+    except FileNotFoundError:
+        raise SpecError(
+            "there is no build.toml here; name the directory of a kernel", path=directory
+        ) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"not UTF-8 (byte {error.start})", path=path) from None
+    except ParseError as error:
+        raise SpecError(f"malformed TOML: {error}", path=path, line=error.line) from None
+    if "general" not in document:
+        raise SpecError("there is no [general] table, so this is no build.toml", path=path)
+    general: Any = document["general"]
+    if general.get("edition") == EDITION:
+        return None
+    if isinstance(general.get("edition"), int) and general["edition"] > EDITION:
+        raise SpecError(f"edition {general['edition']} is newer than kernelpress; update it", path=path)
+    _framework(document, path)
+    _general(general, license, path)
+    after = tomlkit.dumps(document)
+    # Beside the old file, so that what does not hold even now never takes its place.
+    scratch = path.with_name(f".build.toml.{os.getpid()}")
+    scratch.mkdir()
+    try:
+        (scratch / path.name).write_text(after, "utf-8")
+        load_spec(scratch)
+        (scratch / path.name).replace(path)
+    except SpecError as error:
+        raise SpecError(f"after migration: {error.message}", path=path) from None
+    finally:
+        (scratch / path.name).unlink(missing_ok=True)
+        scratch.rmdir()
+    return load_spec(directory)
+
+
+def _framework(document: tomlkit.TOMLDocument, path: Path) -> None:
+    for table in ("kernel", "tvm-ffi"):
+        if table in document:
+            raise SpecError(
+                f"[{table}] describes compiled sources; migrate it with kernel-builder", path=path
+            )
+    torch: Mapping[str, Any] = document.get("torch", {})
+    if torch.get("src"):
+        raise SpecError("[torch] has compiled sources in `src`; migrate it with kernel-builder", path=path)
+    if "torch-noarch" not in document:
+        table = tomlkit.table()
+        if "pyext" in torch:
+            table["pyext"] = torch["pyext"]
+        document["torch-noarch"] = table
+    if "torch" in document:
+        del document["torch"]
+
+
+def _general(general: Any, license: str | None, path: Path) -> None:
+    universal = general.pop("universal", None)
+    name = str(general.get("name", ""))
+    general["name"] = re.sub(r"[_.]+", "-", name).lower()
+    if "version" not in general:
+        general["version"] = 1
+    if "license" not in general:
+        if license is None:
+            raise SpecError("no licence is named, as was the custom then; give --license", path=path)
+        general["license"] = license
+    if "backends" not in general:
+        if not universal:
+            raise SpecError(
+                f"no backends are named; add `backends` to [general], of {', '.join(BACKENDS)}", path=path
+            )
+        general["backends"] = _UNIVERSAL
+    hub = general.get("hub")
+    if hub is not None and "branch" in hub:
+        del hub["branch"]
+    general["edition"] = EDITION
