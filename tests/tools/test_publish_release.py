@@ -289,16 +289,19 @@ def test_a_bundle_loads_without_a_hub_and_fills_another_one(make_kernel, api, re
     assert upload(archive, api, target) == {}
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "none"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "card", "foreign", "none"])
 def test_a_damaged_bundle_is_refused_and_leaves_nothing(make_kernel, api, repo, tmp_path, damage):
     publish(make(make_kernel()), repo, api)
     archive = tmp_path / "kernel.tar"
     bundle(api, repo, archive)
     data = archive.read_bytes()
     at = data.index(b"FACTOR = 2")
+    # A card is in no variant's digest: only the manifest knows what it was. Its content follows its header.
+    card = data.rindex(b"v1/README.md") + 600
     changed = {
         "cut": data[: len(data) // 2],
         "flipped": data[:at] + b"FACTOR = 9" + data[at + 10 :],
+        "card": data[:card] + bytes([data[card] ^ 1]) + data[card + 1 :],
         "foreign": b"not an archive",
         "none": data,
     }[damage]
