@@ -189,6 +189,22 @@ class Largest(TorchDispatchMode):
         return result
 
 
+class Written(TorchDispatchMode):
+    """Notes the operators that compute or copy a tensor of ``elements`` or more."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        computes = str(func).split(".")[1] in ("mul", "_to_copy", "clone", "copy_", "cat")
+        if computes and result.numel() >= self.elements:
+            self.operators.append(str(func))
+        return result
+
+
 # Few tokens, large weights: whatever has the size of a weight stands out.
 SPARSE = Shape(tokens=2, experts=16, top_k=1, hidden=64, intermediate=48, rank=1)
 
@@ -258,6 +274,21 @@ def test_a_targeted_bias_runs_through_pefts_own_path_with_one_warning(registered
     assert_close(results[1][0], results[0][0], 2e-5)
     assert [len(messages) for _, messages in results] == [0, 1, 0]
     assert "gate_up_proj_bias is none of the weights gate_up_proj and down_proj" in results[1][1][0]
+
+
+@pytest.mark.parametrize("name", ["Gemma4TextExperts", "GptOssExperts"])
+def test_one_token_decodes_with_the_factors_of_its_experts_alone(registered: ModuleType, name: str) -> None:
+    base = build(CLASSES[name], torch.float32, experts=16)
+    model = adapted(lora(), Layer(experts=base))
+    x, index, weights = torch.randn(2, 24), torch.tensor([[3, 11], [11, 0]]), torch.rand(2, 2)
+    base.config._experts_implementation = "eager"
+    exact = model(x, index, weights)
+    base.config._experts_implementation = "scattermoe"
+    with torch.no_grad(), Written(16 * 24 * 3) as written:
+        got = model(x, index, weights)
+    assert_close([got], [exact], 2e-5)
+    # Nothing touches the factors of all 16 experts, 16 * 24 * 3 numbers at the least.
+    assert not written.operators
 
 
 def test_a_single_expert(registered: ModuleType) -> None:

@@ -42,7 +42,8 @@ def hook(names: Collection[str]) -> None:
             _warn_once(obstacle)
             return original(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        factors = active_factors(self)
+        index = args[0] if args else kwargs.get("top_k_index")
+        factors = active_factors(self, _few_experts(index, self.num_experts))
         if factors is not None:
             kwargs["lora"] = {**kwargs.get("lora", {}), self.parameter_name: factors}
         return self.base_layer(x, *args, **kwargs)
@@ -96,7 +97,20 @@ def _warn_once(obstacle: str) -> None:
         )
 
 
-def active_factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _few_experts(index: Any, experts: int) -> torch.Tensor | None:
+    """The experts of so few pairs that bringing every expert's factors in order would cost more than the layer.
+
+    None in training, where all experts' factors get a gradient, and where a graph is made for any number of pairs.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(index, torch.Tensor):
+        return None
+    # Indices outside the experts are for the operator to judge.
+    return index.reshape(-1).clamp(0, experts - 1) if 2 * index.numel() <= experts else None
+
+
+def active_factors(
+    wrapper: Any, only: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The low-rank factors of a wrapper's active adapters, concatenated along the rank.
 
     ``sum_i s_i B_i A_i = [s_1 B_1 ... s_n B_n] [A_1; ...; A_n]``, so any number of adapters is one pair of factors.
@@ -104,6 +118,7 @@ def active_factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     Args:
         wrapper: A ``peft.tuners.lora.layer.ParamWrapper`` on a parameter ``[E, *, *]`` of an experts module. PEFT keeps
             A as ``[r * E, in]`` (expert-major) and B as ``[out, r * E]`` (rank-major).
+        only: Experts, in any order and number; the others' factors are then left uninitialised. None for all.
 
     Returns:
         ``A`` ``[E, r, N_in]`` and ``B`` ``[E, N_out, r]`` of the linear map that the module computes with the parameter
@@ -118,15 +133,27 @@ def active_factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     for adapter in wrapper.active_adapters:
         if adapter not in wrapper.lora_A:
             continue
-        a = wrapper.lora_A[adapter].weight.to(dtype)
-        b = (wrapper.lora_B[adapter].weight * wrapper.scaling[adapter]).to(dtype)
+        a = wrapper.lora_A[adapter].weight
+        b = wrapper.lora_B[adapter].weight
+        scaling = wrapper.scaling[adapter]
         a = a.reshape(experts, -1, a.shape[-1])
         # As a matrix [out * r, E] the transpose is all there is to do, and a plain transpose is fast.
-        b = b.reshape(-1, experts).t().contiguous().view(experts, b.shape[0], -1)
+        columns = b.reshape(-1, experts)
+        if only is not None:
+            a, columns = a.index_select(0, only), columns.index_select(1, only)
+        columns = (columns * scaling).to(dtype)
+        a, b = a.to(dtype), columns.t().contiguous().view(a.shape[0], b.shape[0], -1)
         a_s.append(b.mT if turned else a)
         b_s.append(a.mT if turned else b)
     if not a_s:
         return None
-    if len(a_s) == 1:
-        return a_s[0].contiguous(), b_s[0].contiguous()
-    return torch.cat(a_s, dim=1), torch.cat(b_s, dim=2)
+    a, b = (ts[0] if len(ts) == 1 else torch.cat(ts, dim) for ts, dim in ((a_s, 1), (b_s, 2)))
+    if only is None:
+        return a.contiguous(), b.contiguous()
+    return _spread(a, only, experts), _spread(b, only, experts)
+
+
+def _spread(rows: torch.Tensor, only: torch.Tensor, experts: int) -> torch.Tensor:
+    """``[E, *, *]`` with ``rows`` at the experts ``only``, and nothing written elsewhere."""
+    spread = rows.new_empty((experts, *rows.shape[1:]))
+    return spread.index_copy_(0, only, rows)
