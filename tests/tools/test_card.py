@@ -73,3 +73,38 @@ def test_the_repositorys_own_card_renders(tmp_path):
     assert f"version={version}" in render_card(
         build(load_spec(root), out=tmp_path / "build"), "org/scattermoe-lora"
     )
+
+
+def test_a_card_in_upstreams_own_variables_renders(make_kernel):
+    template = (
+        "{{ repo_id }} {{ license }} {{ functions[0] }} {% for each in layers %}[{{ each }}]{% endfor %} "
+        "{{ has_benchmark }} {{ upstream }}"
+    )
+    layers = 'import torch\n\n\nclass Twice(torch.nn.Module):\n    """Twice."""\n'
+    init = "from . import layers\nfrom .twice import twice\n__all__ = ['twice', 'layers']\n"
+    root = make_kernel(
+        **{
+            "CARD.md": template,
+            "torch-ext/demo_kernel/__init__.py": init,
+            "torch-ext/demo_kernel/layers.py": layers,
+            "benchmarks/benchmark.py": "",
+        }
+    )
+    assert card(root) == "org/demo-kernel MIT twice [Twice] True None"
+
+
+def test_the_default_card_lists_layers_and_benchmarks(make_kernel):
+    init = "from . import layers\n__all__ = ['layers']\n"
+    layers = 'class Twice:\n    """Doubles."""\n'
+    text = card(
+        make_kernel(
+            **{
+                "torch-ext/demo_kernel/__init__.py": init,
+                "torch-ext/demo_kernel/layers/__init__.py": layers,
+                "benchmarks/benchmark_twice.py": "",
+            }
+        )
+    )
+    assert "- `Twice`: Doubles." in text
+    assert "- `benchmarks/benchmark_twice.py`" in text
+    assert "kernels benchmark" not in text

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import jinja2
 
 from kernelpress.errors import SourceError
 from kernelpress.text import parse
-from kernelpress.variant import Build, Variant
+from kernelpress.variant import Build, Variant, own_version
 
 _DEFAULT = "card.md"
+_LAYERS = "layers"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class PublicName:
     name: str
     signature: str
     summary: str
+
+    def __str__(self) -> str:
+        """The name, which is all that upstream's templates know of a function."""
+        return self.name
 
 
 def render_card(build: Build, repo_id: str) -> str:
@@ -45,6 +50,7 @@ def render_card(build: Build, repo_id: str) -> str:
     path = spec.root / "CARD.md"
     try:
         text = build.source.card
+        names = public_names(build.variants[0])
         template = environment.get_template(_DEFAULT) if text is None else environment.from_string(text)
         return template.render(
             name=spec.name,
@@ -56,7 +62,11 @@ def render_card(build: Build, repo_id: str) -> str:
             python_depends=list(spec.python_depends),
             upstream=spec.upstream,
             source=spec.source,
-            functions=public_names(build.variants[0]),
+            functions=[each for each in names if each.name != _LAYERS],
+            layers=layers(build.variants[0]) if any(each.name == _LAYERS for each in names) else [],
+            has_benchmark=(spec.root / "benchmarks" / "benchmark.py").is_file(),
+            benchmarks=_benchmarks(spec.root),
+            built_with=f"kernelpress {own_version()}",
             variants=[{"name": each.name, "id": each.id} for each in build.variants],
             content_hash=build.content_hash,
             tree_hash=build.tree_hash,
@@ -66,6 +76,21 @@ def render_card(build: Build, repo_id: str) -> str:
         raise SourceError(f"no valid template: {error.message}", path=path, line=error.lineno) from None
     except jinja2.TemplateError as error:
         raise SourceError(f"the card cannot be rendered: {error.message}", path=path) from None
+
+
+def layers(variant: Variant) -> list[PublicName]:
+    """Classes that the package's ``layers`` module defines; by upstream's convention they replace a model's own."""
+    modules = {file.path: parse(file.data) for file in variant.files if file.path.endswith(".py")}
+    for path in (f"{_LAYERS}.py", f"{_LAYERS}/__init__.py"):
+        if path in modules:
+            return [
+                _describe(each.name, each) for each in modules[path].body if isinstance(each, ast.ClassDef)
+            ]
+    return []
+
+
+def _benchmarks(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.glob("benchmarks/benchmark*.py"))
 
 
 def public_names(variant: Variant) -> list[PublicName]:

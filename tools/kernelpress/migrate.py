@@ -72,10 +72,10 @@ def migrate(directory: Path, license: str | None = None) -> Spec | None:
 
 
 def _framework(document: tomlkit.TOMLDocument, path: Path) -> None:
-    for table in ("kernel", "tvm-ffi"):
-        if table in document:
+    for compiled in ("kernel", "tvm-ffi"):
+        if compiled in document:
             raise SpecError(
-                f"[{table}] describes compiled sources; migrate it with kernel-builder", path=path
+                f"[{compiled}] describes compiled sources; migrate it with kernel-builder", path=path
             )
     torch: Mapping[str, Any] = document.get("torch", {})
     if torch.get("src"):

@@ -174,7 +174,7 @@ def _metadata(
         "python-depends": sorted({*spec.python_depends, *extra_depends}),
         "backend": {"type": backend.name} | ({"archs": list(backend.archs)} if backend.archs else {}),
         "digest": {"algorithm": "sha256", "files": digests},
-        "provenance": {"kernel-builder": {"version": f"kernelpress-{_own_version()}"}},
+        "provenance": {"kernel-builder": {"version": f"kernelpress-{own_version()}"}},
     }
     if git is not None:
         fields["provenance"]["kernel"] = {"commit": git.commit, "dirty": git.dirty}
@@ -192,7 +192,8 @@ def _kernel_dependency(depends: KernelDependency) -> dict[str, str | int]:
     return {"repo-id": depends.repo_id, "revision": depends.revision or ""}
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """The version of kernelpress."""
     try:
         return version("kernelpress")
     except PackageNotFoundError:  # run from a checkout that is not installed
