@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -221,3 +222,17 @@ def test_a_token_file_damaged_later_locks_everyone_out(root: Path) -> None:
         assert httpx2.get(f"{hub.endpoint}/api/whoami-v2", headers=headers).status_code == 503
         nobody = HfApi(endpoint=hub.endpoint, token=False)
         assert status_of(nobody.create_repo, "org/x", repo_type="kernel") == 503
+
+
+def test_without_open_even_loopback_writes_need_a_token(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kernelpress", "serve", "--root", str(tmp_path / "hub"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            endpoint = process.stdout.readline().split()[3]
+            with pytest.raises(HfHubHTTPError, match="only with a token"):
+                HfApi(endpoint=endpoint, token=False).create_repo("org/k", repo_type="kernel")
+            token = create_token(tmp_path / "hub", "me")
+            HfApi(endpoint=endpoint, token=token).create_repo("org/k", repo_type="kernel")
+        finally:
+            process.terminate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from kernelpress.localhub import RunningHub, fsck
 
 NewRepo = Callable[..., str]
@@ -133,3 +135,25 @@ def test_a_pointer_to_content_that_is_not_here_is_served_as_the_text_it_is(
     api.upload_file(path_or_fileobj=text, path_in_repo="p", repo_id=repo, repo_type="kernel")
     got = api.hf_hub_download(repo, "p", repo_type="kernel", local_dir=tmp_path)
     assert Path(got).read_bytes() == text
+
+
+def test_a_full_disk_is_said_and_leaves_everything_as_it_was(
+    hub: RunningHub, api: HfApi, new_repo: NewRepo
+) -> None:
+    repo = new_repo()
+    before = api.kernel_info(repo).sha
+    noise = os.urandom(1 << 20)
+    unlimited = resource.prlimit(hub.pid, resource.RLIMIT_FSIZE)
+    # A file that may not grow fails like a disk that is full, in the same places.
+    resource.prlimit(hub.pid, resource.RLIMIT_FSIZE, (256 << 10, unlimited[1]))
+    try:
+        with pytest.raises(HfHubHTTPError, match="disk is full"):
+            api.upload_file(path_or_fileobj=noise, path_in_repo="x", repo_id=repo, repo_type="kernel")
+        href = announce(hub, repo, noise)["href"]
+        assert httpx2.put(href, content=noise).status_code == 507
+    finally:
+        resource.prlimit(hub.pid, resource.RLIMIT_FSIZE, unlimited)
+    assert api.kernel_info(repo).sha == before
+    assert fsck(hub.root).faults == ()
+    api.upload_file(path_or_fileobj=noise, path_in_repo="x", repo_id=repo, repo_type="kernel")
+    assert httpx2.put(href, content=noise).status_code == 200

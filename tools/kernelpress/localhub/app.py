@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = Fal
             NotGitRepository: _on_deleted,
             HubError: _on_unusable,
             ClientDisconnect: _on_disconnect,
+            OSError: _on_disk,
             Exception: _on_crash,
         },
     )
@@ -127,6 +129,13 @@ async def _on_unusable(request: Request, error: Exception) -> Response:
 async def _on_crash(request: Request, error: Exception) -> Response:
     # Starlette logs the traceback; the caller gets no part of it.
     return problem_response(Problem(500, "the embedded Hub failed; its log says more"))
+
+
+async def _on_disk(request: Request, error: Exception) -> Response:
+    # What was being written is aside still, and goes with the request.
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return problem_response(Problem(507, "the Hub's disk is full; nothing of this request was kept"))
+    raise error
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
