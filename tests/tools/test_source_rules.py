@@ -7,7 +7,7 @@ import pytest
 from kernelpress.errors import CheckError
 from kernelpress.findings import Finding
 from kernelpress.output import render, summary
-from kernelpress.rules import RULES, explain
+from kernelpress.rules import RULES, explain, page
 from kernelpress.source_rules import check_sources, optional_packages
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
@@ -112,3 +112,8 @@ def test_findings_are_printed_by_file_as_json_and_as_annotations(make_kernel):
 def test_annotations_are_escaped():
     one = Finding("KP101", "error", Path("a,b:c"), None, "50%\nmore", "mend")
     assert render([one], "github") == "::error file=a%2Cb%3Ac,title=KP101::50%25%0Amore; mend"
+
+
+def test_the_page_of_rules_is_todays():
+    written = Path(__file__).parents[2] / "docs" / "rules.md"
+    assert written.read_text("utf-8") == page() + "\n"

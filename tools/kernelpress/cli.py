@@ -101,6 +101,10 @@ def check(
     license: License = None,
     include: Include = None,
     output: Annotated[Form, typer.Option(help="How to print what is found.")] = "text",
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile Triton kernels that have COMPILE_SPECS ahead of time too."),
+    ] = False,
 ) -> None:
     """Check the sources and the build in build/: imports, operators, metadata, digests, loading and more."""
     from kernelpress.check import check as examine
@@ -113,6 +117,10 @@ def check(
     ):
         try:
             found += check_sources(_spec(directory, source_dir, package, name, license, include))
+            if compile:
+                from kernelpress.compile_rule import check_compilation
+
+                found += check_compilation(_spec(directory, source_dir, package, name, license, include))
         except KernelpressError as error:
             found.append(as_finding(error))
     # Sources that cannot be built may leave no build behind; then what is found in them is the answer.

@@ -242,3 +242,27 @@ _ALL = (
 )  # fmt: skip
 
 RULES = {rule.code: rule for rule in _ALL}
+
+
+def page() -> str:
+    """All rules as a page of Markdown."""
+    lines = [
+        "# Rules",
+        "",
+        "What `kernelpress check` looks for. `kernelpress explain KP103` prints one of these. This page is made by",
+        "`python -m kernelpress.rules > docs/rules.md`.",
+    ]
+    for rule in _ALL:
+        lines += [
+            "",
+            f"## {rule.code}: {rule.title}",
+            "",
+            f"*{rule.severity}*. {rule.why}",
+            "",
+            f"**Fix**: {rule.fix}",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(page())
