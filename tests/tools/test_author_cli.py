@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from kernelpress.cli import app
+from kernelpress.errors import BuildError, CheckError
+from kernelpress.localhub import running_hub
+from kernelpress.published import published_files
+from kernelpress.reproduce import reproduce
+from kernelpress.spec import load_spec
+from kernelpress.variant import build
+from typer.testing import CliRunner
+
+TWICE = "torch-ext/demo_kernel/twice.py"
+
+
+def run(*arguments: str, code: int = 0, **environment: str) -> str:
+    done = CliRunner().invoke(
+        app, list(arguments), env={"COLUMNS": "400", **environment}, catch_exceptions=False
+    )
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def break_twice(root):
+    path = root / TWICE
+    path.write_text(path.read_text().replace("def twice(x: torch.Tensor)", "def twice(x: torch.Tensor, by)"))
+
+
+def test_api_names_a_break_and_where_it_stands(make_kernel):
+    root = make_kernel()
+    build(load_spec(root))
+    assert "the public API is the same" in run("api", str(root))
+    break_twice(root)
+    output = run("api", str(root), code=1)
+    assert "breaks twice: required parameter 'by' added (twice.py:18)" in output
+    assert "new version" in output
+
+
+def test_api_says_that_an_addition_keeps_the_version(make_kernel):
+    root = make_kernel()
+    before = build(load_spec(root)).directory
+    path = root / TWICE
+    path.write_text(
+        path.read_text().replace("def twice(x: torch.Tensor)", "def twice(x: torch.Tensor, by=2)")
+    )
+    output = run("api", str(root), "--against", str(before / "torch-universal"))
+    assert "adds twice: optional parameter 'by' added" in output
+    assert "keeps its version" in output
+
+
+def test_a_version_on_the_hub_is_compared_with(make_kernel, tmp_path, monkeypatch):
+    root = make_kernel()
+    with running_hub(tmp_path / "hub") as hub:
+        run("publish", str(root), "--endpoint", hub.endpoint)
+        published = published_files("org/demo-kernel@v1", hub.endpoint)
+        with pytest.raises(CheckError, match="cannot be had"):
+            published_files("org/demo-kernel@v2", hub.endpoint)
+    break_twice(root)
+    assert "breaks twice" in run("api", str(root), "--against", str(published), code=1)
+
+
+def test_what_names_no_version_is_refused():
+    with pytest.raises(CheckError, match="org/name@v1"):
+        published_files("nowhere")
+
+
+def test_a_build_is_made_again_elsewhere_and_compared(make_kernel):
+    assert "reproduced" in run("build", str(make_kernel()), "--verify")
+
+
+def test_a_build_that_differs_elsewhere_is_refused(make_kernel):
+    root = make_kernel()
+    made = build(load_spec(root))
+    (root / TWICE).write_text((root / TWICE).read_text() + "# changed meanwhile\n")
+    with pytest.raises(BuildError, match="comes out differently"):
+        reproduce(made)
+
+
+def test_check_speaks_json_and_githubs_language(make_kernel):
+    root = make_kernel(**{TWICE: "import numpy\n"})
+    found = json.loads(run("check", str(root), "--output", "json", code=1))
+    assert "KP303" in [each["code"] for each in found]
+    assert "::error file=" in run("check", str(root), "--output", "github", code=1)
+
+
+def test_a_rule_is_explained():
+    assert run("explain", "kp302").startswith("KP302 (error): modules of the project")
+
+
+def test_migrate_export_and_init_say_what_they_made(make_kernel, tmp_path, monkeypatch):
+    root = make_kernel()
+    (root / "build.toml").write_text((root / "build.toml").read_text().replace("edition = 5\n", ""))
+    assert "migrated" in run("migrate", str(root))
+    assert "nothing to do" in run("migrate", str(root))
+    assert "exported" in run("export", str(tmp_path / "out"), "--directory", str(root))
+    monkeypatch.chdir(tmp_path)
+    assert "next: cd fresh-kernel" in run("init", "fresh-kernel")
