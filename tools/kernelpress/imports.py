@@ -297,10 +297,8 @@ class _Imports(ScopedVisitor):
         if isinstance(leading, ast.JoinedStr) and leading.values:
             leading = leading.values[0]
         if not (isinstance(leading, ast.Constant) and isinstance(leading.value, str)):
-            if not (isinstance(leading, ast.Name) and leading.id in ("__name__", "__package__")) and not (
-                isinstance(leading, ast.FormattedValue)
-                and ast.unparse(leading.value) in ("__name__", "__package__")
-            ):
+            own = ("__name__", "__package__")
+            if not any(isinstance(each, ast.Name) and each.id in own for each in ast.walk(name)):
                 self.unread.append(node.lineno)
             return
         module = leading.value

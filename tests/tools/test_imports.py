@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernelpress.files import SourceFile
+from kernelpress.layout import Layout
+from kernelpress.rewrite import examine
+from kernelpress.vendor import vendor
+
+# A project `{top}` with the package `{top}.nn.fast`; each form leaves one value in OUT.
+FORMS = (
+    "from {top}.nn.fast.core import X as got",
+    "from {top}.nn.fast import core as mod; got = mod.X",
+    "import {top}.nn.fast.core as mod; got = mod.X",
+    "import {top}.nn.fast.core, os; got = {top}.nn.fast.core.X",
+    "import os as o, {top}.nn.fast.core; got = {top}.nn.fast.core.X + o.sep",
+    "import {top}.nn.fast as whole; got = whole.MARK",
+    "from {top}.nn import fast as whole; got = whole.MARK",
+    "from {top}.nn import fast; got = fast.MARK",
+    "from .. import deep; got = deep.MARK",
+    "from ..core import (\n    X,  # kept\n    Y as got,\n)",
+    "from {top}.nn.fast.core import (X,\n    Y as got)",
+    "from {top}.nn.fast \\\n    .core import X as got",
+    "from {top}.tools.shape import WIDE as got",
+    "from ....tools.shape import WIDE as got",
+    "from {top}.tools import shape; got = shape.WIDE",
+    "import {top}.tools.shape; got = {top}.tools.shape.up.HIGH",
+    "import {top}.tools.shape as sh; got = sh.up.HIGH",
+    "import importlib; got = importlib.import_module('{top}.nn.fast.core').X",
+    "from importlib import import_module as im; got = im('{top}.tools.shape').WIDE",
+    "import importlib as i; got = i.import_module(\n    '{top}.nn.fast'\n).MARK",
+)
+WRAPS = (
+    "{form}\n",
+    "def f():\n    {inner}\n    return got\ngot = f()\n",
+    "try:\n    {inner}\nexcept ImportError:\n    got = 'not there'\n",
+    "if True:\n    {inner}\n",
+    "class C:\n    {inner}\n    kept = got\ngot = C.kept\n",
+)
+COUNTER = itertools.count()
+
+
+def project(top: str, module: str) -> dict[str, str]:
+    return {
+        f"{top}/__init__.py": "",
+        f"{top}/nn/__init__.py": "",
+        f"{top}/nn/fast/__init__.py": "MARK = 'fast'\n",
+        f"{top}/nn/fast/core.py": "X, Y = 'x', 'y'\n",
+        f"{top}/nn/fast/deep/__init__.py": "MARK = 'deep'\n",
+        f"{top}/nn/fast/deep/case.py": module,
+        f"{top}/tools/__init__.py": "",
+        f"{top}/tools/shape.py": f"from {top}.tools import up\nWIDE = 'wide'\n",
+        f"{top}/tools/up.py": "HIGH = 'high'\n",
+    }
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.tuples(st.sampled_from(FORMS), st.sampled_from(WRAPS)), min_size=1, max_size=5))
+def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypatch, pieces):
+    number = next(COUNTER)
+    top, kernel, root = f"proj{number}", f"_kernel{number}", tmp_path / str(number)
+    module = "OUT = []\n"
+    for form, wrap in pieces:
+        inner = form.replace("\n", "\n    ")
+        module += (
+            wrap.replace("{form}", form).replace("{inner}", inner).replace("{top}", top) + "OUT.append(got)\n"
+        )
+    write(root / "place", {name: text.encode() for name, text in project(top, module).items()})
+    package = root / "place" / top / "nn" / "fast"
+    own = [
+        SourceFile(path.relative_to(package).as_posix(), path.read_bytes(), path)
+        for path in sorted(package.rglob("*.py"))
+    ]
+    layout, vendored = vendor([f"{top}/tools/shape.py"], f"{top}.nn.fast", (root / "place",), own)
+    result = examine([*own, *vendored], layout, package)
+    assert result.findings == ()
+    write(root / "kernel" / kernel, {file.path: file.render("NEW") for file in result.files})
+    after = {file.path: file.render("NEW").decode() for file in result.files}["deep/case.py"]
+    assert len(after.splitlines()) == len(module.splitlines())
+    monkeypatch.syspath_prepend(str(root / "place"))
+    in_place = importlib.import_module(f"{top}.nn.fast.deep.case").OUT
+    sys.path.remove(str(root / "place"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(str(root / "kernel"))
+    in_kernel = importlib.import_module(f"{kernel}.deep.case").OUT
+    assert in_kernel == in_place
+    assert not [name for name in sys.modules if name.partition(".")[0] == top]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("import p.other\n", 1),
+        ("\nfrom p import other\n", 2),
+        ("from p.q.deep import nothing\nfrom p.other import *\n", 2),
+        ("from ..other import x\n", 1),
+        ("def f():\n    import p.other as o\n", 2),
+        ("import importlib\nimportlib.import_module('p.other')\n", 2),
+        ("from ... import x\n", 1),
+    ],
+)
+def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
+    found = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q")).findings
+    assert [(each.code, each.line) for each in found] == [("KP302", line)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.other import x\n",
+        "try:\n    import p.other\nexcept ImportError:\n    pass\n",
+        "import importlib\nimportlib.import_module('pother')\n",
+        "s = 'import p.other'  # from p.other import x\n",
+    ],
+)
+def test_what_is_never_imported_or_done_without_needs_not_ship(text):
+    result = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q"))
+    assert result.findings == ()
+    assert result.files[0].chunks == (text.encode(),)
