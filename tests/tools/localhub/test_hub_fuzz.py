@@ -84,7 +84,7 @@ def test_the_description_names_the_whole_surface(surface: list[tuple[str, str, l
     assert len(surface) > 60
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_every_answer_is_a_success_a_redirect_or_a_reason(
     hub: RunningHub, surface: list[tuple[str, str, list[str]]], data: st.DataObject

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from .contents import PathInfo
 from .context import (
     AsciiJSONResponse,
     Caller,
@@ -27,7 +28,7 @@ from .context import (
 )
 from .paths import KINDS, RepoId, RepoKind, printable, repo_id
 from .problems import Problem, bad_request, conflict
-from .repository import DEFAULT_BRANCH, PathInfo
+from .repository import DEFAULT_BRANCH
 from .trees_api import lfs_json
 
 # Repositories

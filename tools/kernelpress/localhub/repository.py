@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from dulwich.errors import NotGitRepository
-from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
+from dulwich.objects import Blob, Commit, ObjectID, Tag, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo
 
-from .large import MAX_POINTER, LargeFile, LargeFiles, parse_pointer
+from .contents import Contents
 from .objects import ObjectBatch, ObjectCache
 from .paths import is_oid, printable
 from .problems import Problem, bad_request, revision_not_found
 from .refs import BRANCHES, PULLS, TAGS, Refs
-from .trees import TreeEditor, TreeEntry
+from .trees import TreeEditor
 
 DEFAULT_BRANCH = "main"
 
@@ -46,43 +45,7 @@ class DeleteFolder:
 Operation = AddFile | DeleteFile | DeleteFolder
 
 
-@dataclass(frozen=True)
-class CommitInfo:
-    """A commit as the API shows it.
-
-    Args:
-        oid: Its id.
-        parents: Ids of its parents.
-        tree: Id of its root tree.
-        author: Name of the author.
-        time: Seconds since the epoch.
-        title: First line of the message.
-        description: The rest of the message.
-    """
-
-    oid: str
-    parents: tuple[str, ...]
-    tree: str
-    author: str
-    time: int
-    title: str
-    description: str
-
-
-@dataclass(frozen=True)
-class PathInfo:
-    """A file or folder at some revision.
-
-    ``size`` is in bytes and None for folders; ``large`` is set for a file that git only points to.
-    """
-
-    path: str
-    entry: TreeEntry
-    size: int | None
-    large: LargeFile | None = None
-
-
-class Repository:
+class Repository(Contents):
     """A bare git repository.
 
     Reading is safe from any thread. Writers inside this process queue up on a lock; against writers outside
@@ -98,15 +61,9 @@ class Repository:
     """
 
     def __init__(self, path: Path, cache: ObjectCache, scratch: Path) -> None:
-        self.path = path
-        self._git = Repo(str(path))
+        super().__init__(path, cache)
         self._refs = Refs(path, self._git)
-        self.large = LargeFiles(path / "lfs")
-        self._cache = cache
         self._scratch = scratch
-        # Part of every cache key: a repository deleted and made anew must not see its predecessor's objects.
-        self._identity = object()
-        self._reading = threading.Lock()
         self._writing = threading.Lock()
         self._retired = False
 
@@ -201,83 +158,6 @@ class Repository:
             Problem: 404 when there is none.
         """
         self._delete_ref(TAGS + name, name)
-
-    # Reading
-
-    def commit_info(self, oid: str) -> CommitInfo:
-        """Describe the commit ``oid``, which must exist."""
-        commit = self._load(oid)
-        assert isinstance(commit, Commit)
-        title, _, description = commit.message.decode("utf-8", "replace").partition("\n")
-        return CommitInfo(
-            oid=oid,
-            parents=tuple(parent.decode("ascii") for parent in commit.parents),
-            tree=commit.tree.decode("ascii"),
-            author=commit.author.decode("utf-8", "replace").split(" <")[0],
-            time=commit.commit_time,
-            title=title,
-            description=description.strip("\n"),
-        )
-
-    def history(self, oid: str) -> Iterator[CommitInfo]:
-        """The commit ``oid`` and its first parents, newest first."""
-        next_oid: str | None = oid
-        while next_oid is not None:
-            info = self.commit_info(next_oid)
-            yield info
-            next_oid = info.parents[0] if info.parents else None
-
-    def entry(self, commit: str, path: str) -> TreeEntry | None:
-        """What stands at ``path`` in ``commit``, or None."""
-        entry: TreeEntry | None = TreeEntry(0o040000, self.commit_info(commit).tree)
-        for name in path.split("/") if path else ():
-            if entry is None or not entry.is_folder:
-                return None
-            entry = self._tree(entry.oid).get(name)
-        return entry
-
-    def path_info(self, commit: str, path: str) -> PathInfo | None:
-        """Like ``entry``, with the size of a file."""
-        entry = self.entry(commit, path)
-        return None if entry is None else self._path_info(path, entry)
-
-    def walk(self, folder: TreeEntry, path: str, recursive: bool) -> Iterator[tuple[str, TreeEntry]]:
-        """The entries below ``folder``, which stands at ``path``, in git's order."""
-        for name, entry in self._tree(folder.oid).items():
-            below = f"{path}/{name}" if path else name
-            yield below, entry
-            if recursive and entry.is_folder:
-                yield from self.walk(entry, below, recursive)
-
-    def describe(self, found: list[tuple[str, TreeEntry]]) -> list[PathInfo]:
-        """Add sizes to what ``walk`` found."""
-        return [self._path_info(path, entry) for path, entry in found]
-
-    def read(self, oid: str) -> bytes:
-        """Content of the blob ``oid``, which must exist."""
-        key = (self._identity, oid)
-        data = self._cache.get(key)
-        if data is None:
-            blob = self._object(oid)
-            assert isinstance(blob, Blob)
-            data = blob.data
-            self._cache.put(key, data, len(data))
-            self._cache.put((self._identity, oid, "size"), len(data), 0)
-        return cast(bytes, data)
-
-    def last_commits(self, commit: str, paths: list[str]) -> dict[str, CommitInfo]:
-        """For each path in ``commit``, the newest commit (following first parents) that changed it."""
-        pending = {path: self.entry(commit, path) for path in paths}
-        last: dict[str, CommitInfo] = {}
-        for info in self.history(commit):
-            parent = info.parents[0] if info.parents else None
-            for path, entry in list(pending.items()):
-                if parent is None or self.entry(parent, path) != entry:
-                    last[path] = info
-                    del pending[path]
-            if not pending:
-                break
-        return last
 
     # Writing
 
@@ -389,80 +269,6 @@ class Repository:
             if self._refs.read(ref) is None:
                 raise self._no_revision(name)
             self._refs.delete(ref)
-
-    def _peel(self, oid: str) -> str:
-        obj = self._object_or_none(oid)
-        while isinstance(obj, Tag):
-            oid = obj.object[1].decode("ascii")
-            obj = self._object_or_none(oid)
-        return oid
-
-    def _tree(self, oid: str) -> Mapping[str, TreeEntry]:
-        tree = self._load(oid)
-        return cast(Mapping[str, TreeEntry], tree)
-
-    def _load(self, oid: str) -> object:
-        """A commit or a parsed tree, through the cache."""
-        key = (self._identity, oid)
-        value = self._cache.get(key)
-        if value is None:
-            obj = self._object(oid)
-            value = obj
-            if isinstance(obj, Tree):
-                value = {
-                    item.path.decode("utf-8", "surrogateescape"): TreeEntry(
-                        item.mode, item.sha.decode("ascii")
-                    )
-                    for item in obj.iteritems()
-                }
-            self._cache.put(key, value, 4 * obj.raw_length())
-        return value
-
-    def _object(self, oid: str) -> ShaFile:
-        try:
-            # dulwich's object store keeps unguarded state (its list of packs).
-            with self._reading:
-                return cast(ShaFile, self._git.object_store[ObjectID(oid.encode("ascii"))])
-        except KeyError:
-            if not self.path.exists():
-                # Deleted under a request that was reading it.
-                raise NotGitRepository(str(self.path)) from None
-            raise
-
-    def _object_or_none(self, oid: str) -> object | None:
-        value = self._cache.get((self._identity, oid))
-        if value is None:
-            try:
-                value = self._object(oid)
-            except KeyError:
-                return None
-            if isinstance(value, Commit):
-                self._cache.put((self._identity, oid), value, 4 * value.raw_length())
-        return value
-
-    def _path_info(self, path: str, entry: TreeEntry) -> PathInfo:
-        if entry.is_folder:
-            return PathInfo(path, entry, None)
-        key = (self._identity, entry.oid, "size")
-        size = self._cache.get(key)
-        if size is None:
-            try:
-                size = len(self.read(entry.oid))
-            except KeyError:
-                # A submodule's commit lives in another repository.
-                size = 0
-            self._cache.put(key, size, 0)
-        large = self.large_file(entry.oid, cast(int, size))
-        return PathInfo(path, entry, cast(int, size) if large is None else large.size, large)
-
-    def large_file(self, oid: str, size: int | None = None) -> LargeFile | None:
-        """The large file that the blob ``oid`` (of ``size`` bytes, where that is known) points to, if it does."""
-        if size is not None and size > MAX_POINTER:
-            return None
-        data = self.read(oid) if size != 0 else b""
-        found = parse_pointer(data) if len(data) <= MAX_POINTER else None
-        # Text that looks like a pointer, and whose object nobody uploaded here, is just a file.
-        return found if found is not None and self.large.has(found) else None
 
 
 def write_initial_commit(git: Repo, files: dict[str, bytes], author: str, scratch: Path) -> None:

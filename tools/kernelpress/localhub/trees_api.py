@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from .contents import CommitInfo, PathInfo
 from .context import (
     AsciiJSONResponse,
     body_chunks,
@@ -25,7 +26,6 @@ from .context import (
 from .large import LargeFile
 from .paths import file_path, printable
 from .problems import bad_request, entry_not_found
-from .repository import CommitInfo, PathInfo
 
 TREE_PAGE = 1000
 EXPANDED_TREE_PAGE = 50
