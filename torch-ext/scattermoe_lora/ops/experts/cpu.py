@@ -1,7 +1,9 @@
-"""Native CPU implementation: one expert at a time, its whole chain while its rows are in cache.
+"""Native CPU implementation: a few experts at a time, their whole chain while their rows are in cache.
 
-Nothing of size ``S x H`` is ever allocated: rows are gathered per expert and summed straight into the output, and the
-backward recomputes the activation from the gate/up projection, the one large intermediate that the forward keeps.
+Nothing of size ``S x H`` is ever allocated: rows are gathered for the experts at hand and summed straight into the
+output, and the backward recomputes the activation from the gate/up projection, the one large intermediate that the
+forward keeps. Consecutive experts' rows are consecutive, so all but the matrix products runs once for several experts:
+one expert's few dozen rows would not be worth a second thread.
 
 The low-rank product is written first and the base product is added to it: the sum is then rounded once, after the
 large term, and not twice.
@@ -13,7 +15,35 @@ import torch
 
 from .. import activation
 from ..activation import Gate
-from ..grouped_linear.cpu import accumulator, linear, most_rows, outer, per_expert, segments, sum_rows
+from ..grouped_linear.cpu import accumulator, linear, outer, per_expert, segments, sum_rows
+
+Part = tuple[int, int, int]
+Views = tuple[torch.Tensor, ...] | None
+
+# Elements of a buffer of one chunk's rows: 1 MB of float32, so that the half dozen of them stay in cache.
+_CHUNK_ELEMENTS = 1 << 18
+
+
+def _chunks(parts: list[Part], width: int) -> list[list[Part]]:
+    """Consecutive parts in chunks of about as many rows as make ``_CHUNK_ELEMENTS`` at ``width`` columns."""
+    chunks: list[list[Part]] = []
+    rows = 0
+    for part in parts:
+        _, start, end = part
+        if not chunks or rows + end - start > _CHUNK_ELEMENTS // width:
+            chunks.append([])
+            rows = 0
+        chunks[-1].append(part)
+        rows += end - start
+    return chunks
+
+
+def _unbind(stack: torch.Tensor | None) -> Views:
+    return None if stack is None else stack.unbind()
+
+
+def _most_rows(chunks: list[list[Part]]) -> int:
+    return max((chunk[-1][2] - chunk[0][1] for chunk in chunks), default=0)
 
 
 def forward(
@@ -33,9 +63,9 @@ def forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
-    parts = segments(offsets)
-    most = most_rows(parts)
     intermediate = down.shape[2]
+    chunks = _chunks(segments(offsets), max(x.shape[1], 2 * intermediate))
+    most = _most_rows(chunks)
     tokens = order // routing_weights.shape[1]
     out = accumulator(x.shape, x)
     pair_weights = routing_weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
@@ -51,26 +81,34 @@ def forward(
     h_buffer = x.new_empty((0 if keep else most, 2 * intermediate))
     a_buffer = x.new_empty((most, intermediate))
     y_buffer = x_buffer if out.dtype == x.dtype else out.new_empty((most, x.shape[1]))
-    for e, start, end in parts:
-        m = end - start
-        rows = tokens[start:end]
-        x_e, a_e = x_buffer[:m], a_buffer[:m]
-        h_e = hidden[start:end] if keep else h_buffer[:m]
-        bias1 = None if gate_up_bias is None else gate_up_bias[e]
-        bias2 = None if down_bias is None else down_bias[e]
-        torch.index_select(x, 0, rows, out=x_e)
-        if gate_up_a is not None and gate_up_b is not None:
-            u_e = torch.mm(x_e, gate_up_a[e].t(), out=low1[start:end] if keep else None)
-            linear(x_e, gate_up[e], h_e, bias1, u_e, gate_up_b[e])
-        else:
-            linear(x_e, gate_up[e], h_e, bias1)
-        activation.forward(gate, h_e, out=a_e)
-        if down_a is not None and down_b is not None:
-            u_e = torch.mm(a_e, down_a[e].t(), out=low2[start:end] if keep else None)
-            y_e = linear(a_e, down[e], x_e, bias2, u_e, down_b[e])
-        else:
-            y_e = linear(a_e, down[e], x_e, bias2)
-        out.index_add_(0, rows, torch.mul(y_e, pair_weights[start:end], out=y_buffer[:m]))
+    # Views are made for all experts at once: one by one they would cost as much as the smaller products.
+    gate_ups, downs = gate_up.unbind(), down.unbind()
+    a1s, b1s, bias1s = _unbind(gate_up_a), _unbind(gate_up_b), _unbind(gate_up_bias)
+    a2s, b2s, bias2s = _unbind(down_a), _unbind(down_b), _unbind(down_bias)
+    for chunk in chunks:
+        first, last = chunk[0][1], chunk[-1][2]
+        n = last - first
+        sizes = [end - start for _, start, end in chunk]
+        h = hidden[first:last] if keep else h_buffer[:n]
+        rows = torch.index_select(x, 0, tokens[first:last], out=x_buffer[:n])
+        row_parts = rows.split(sizes)
+        u1s = low1[first:last].split(sizes) if keep else [None] * len(chunk)
+        for (e, _, _), x_e, h_e, u_e in zip(chunk, row_parts, h.split(sizes), u1s, strict=True):
+            if a1s is not None and b1s is not None:
+                low = torch.mm(x_e, a1s[e].t(), out=u_e)
+                linear(x_e, gate_ups[e], h_e, None if bias1s is None else bias1s[e], low, b1s[e])
+            else:
+                linear(x_e, gate_ups[e], h_e, None if bias1s is None else bias1s[e])
+        a = activation.forward(gate, h, out=a_buffer[:n])
+        u2s = low2[first:last].split(sizes) if keep else [None] * len(chunk)
+        # The output takes the place of the rows, which have served.
+        for (e, _, _), a_e, y_e, u_e in zip(chunk, a.split(sizes), row_parts, u2s, strict=True):
+            if a2s is not None and b2s is not None:
+                low = torch.mm(a_e, a2s[e].t(), out=u_e)
+                linear(a_e, downs[e], y_e, None if bias2s is None else bias2s[e], low, b2s[e])
+            else:
+                linear(a_e, downs[e], y_e, None if bias2s is None else bias2s[e])
+        out.index_add_(0, tokens[first:last], torch.mul(rows, pair_weights[first:last], out=y_buffer[:n]))
     return out.to(x.dtype), hidden, low1, low2
 
 
@@ -107,9 +145,10 @@ def backward(
         need_bias1,
         need_bias2,
     ) = needs
-    parts = segments(offsets)
-    most = most_rows(parts)
     intermediate = down.shape[2]
+    parts = segments(offsets)
+    chunks = _chunks(parts, max(x.shape[1], 2 * intermediate))
+    most = _most_rows(chunks)
     tokens = order // routing_weights.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     pair_weights = routing_weights.reshape(-1)[order].to(wide).unsqueeze(-1)
@@ -130,59 +169,75 @@ def backward(
     sum_buffer = row_buffer if dx is None or dx.dtype == x.dtype else dx.new_empty((most, x.shape[1]))
     value_buffer, a_buffer, da_buffer = (x.new_empty((most, intermediate)) for _ in range(3))
     dh_buffer = x.new_empty((most, 2 * intermediate))
-    for e, start, end in parts:
-        m = end - start
-        rows, w_e = tokens[start:end], pair_weights[start:end]
-        h_e = hidden[start:end]
-        dy = torch.index_select(grad_out, 0, rows, out=row_buffer[:m])
-        a_e, value = activation.recompute(gate, h_e, out=a_buffer[:m], value=value_buffer[:m])
+    low_buffer = x.new_empty((most, 0 if down_a is None else down_a.shape[1]))
+    gate_ups, downs = gate_up.unbind(), down.unbind()
+    a1s, b1s, a2s, b2s = _unbind(gate_up_a), _unbind(gate_up_b), _unbind(down_a), _unbind(down_b)
+    da1s, db1s, da2s, db2s = _unbind(da1), _unbind(db1), _unbind(da2), _unbind(db2)
+    for chunk in chunks:
+        first, last = chunk[0][1], chunk[-1][2]
+        n = last - first
+        sizes = [end - start for _, start, end in chunk]
+        experts = [e for e, _, _ in chunk]
+        w = pair_weights[first:last]
+        h = hidden[first:last]
+        dy = torch.index_select(grad_out, 0, tokens[first:last], out=row_buffer[:n])
+        a, value = activation.recompute(gate, h, out=a_buffer[:n], value=value_buffer[:n])
+        da, du2 = da_buffer[:n], low_buffer[:n]
+        dy_parts, a_parts, du2_parts = dy.split(sizes), a.split(sizes), du2.split(sizes)
 
         # The gradient before the routing weight comes first: <dy, down(a)> = <da, a> + <dy, bias> is then the routing
         # weight's own gradient, without keeping down(a).
-        if down_a is not None and down_b is not None:
-            du2 = torch.mm(dy, down_b[e])
-            da = torch.mm(du2, down_a[e], out=da_buffer[:m]).addmm_(dy, down[e])
-            du2.mul_(w_e)
-        else:
-            da = torch.mm(dy, down[e], out=da_buffer[:m])
+        for e, dy_e, da_e, du_e in zip(experts, dy_parts, da.split(sizes), du2_parts, strict=True):
+            if a2s is not None and b2s is not None:
+                torch.mm(torch.mm(dy_e, b2s[e], out=du_e), a2s[e], out=da_e).addmm_(dy_e, downs[e])
+            else:
+                torch.mm(dy_e, downs[e], out=da_e)
         if need_weights:
-            torch.linalg.vecdot(da.to(wide), a_e.to(wide), out=d_weights[start:end])
+            torch.linalg.vecdot(da.to(wide), a.to(wide), out=d_weights[first:last])
             if down_bias is not None:
-                d_weights[start:end].addmv_(dy.to(wide), down_bias[e].to(wide))
-        if d_down is not None:
-            outer(dy, (a_e * w_e).to(x.dtype), d_down[e])
-        if d_bias2 is not None:
-            sum_rows(dy * w_e, d_bias2[e])
-        if da2 is not None:
-            torch.mm(du2.t(), a_e, out=da2[e])
-        if db2 is not None:
-            torch.mm(dy.t(), (low2[start:end] * w_e).to(x.dtype), out=db2[e])
+                for e, dy_e, d_e in zip(experts, dy_parts, d_weights[first:last].split(sizes), strict=True):
+                    d_e.addmv_(dy_e.to(wide), down_bias[e].to(wide))
+
+        du2.mul_(w)
+        w_parts = w.split(sizes)
+        u2_parts = (low2[first:last] * w).to(x.dtype).split(sizes)
+        for i, e in enumerate(experts):
+            if d_down is not None:
+                outer(dy_parts[i], (a_parts[i] * w_parts[i]).to(x.dtype), d_down[e])
+            if d_bias2 is not None:
+                sum_rows(dy_parts[i] * w_parts[i], d_bias2[e])
+            if da2s is not None:
+                torch.mm(du2_parts[i].t(), a_parts[i], out=da2s[e])
+            if db2s is not None:
+                torch.mm(dy_parts[i].t(), u2_parts[i], out=db2s[e])
         if not need_gate_up_side:
             continue
 
-        da.mul_(w_e)
-        dh = activation.backward(gate, da, h_e, value, dh_buffer[:m])
-        if d_bias1 is not None:
-            sum_rows(dh, d_bias1[e])
-
-        if gate_up_b is not None:
-            du1 = torch.mm(dh, gate_up_b[e])
+        dh = activation.backward(gate, da.mul_(w), h, value, dh_buffer[:n])
+        rows = row_buffer[:n]
         if d_gate_up is not None or da1 is not None:
-            x_e = torch.index_select(x, 0, rows, out=row_buffer[:m])
+            torch.index_select(x, 0, tokens[first:last], out=rows)
+        u1_parts = low1[first:last].split(sizes)
+        for e, x_e, dh_e, u_e in zip(experts, rows.split(sizes), dh.split(sizes), u1_parts, strict=True):
+            if d_bias1 is not None:
+                sum_rows(dh_e, d_bias1[e])
             if d_gate_up is not None:
-                outer(dh, x_e, d_gate_up[e])
-            if da1 is not None:
-                torch.mm(du1.t(), x_e, out=da1[e])
-        if db1 is not None:
-            torch.mm(dh.t(), low1[start:end], out=db1[e])
+                outer(dh_e, x_e, d_gate_up[e])
+            if db1s is not None:
+                torch.mm(dh_e.t(), u_e, out=db1s[e])
+            if a1s is not None and b1s is not None:
+                du1 = torch.mm(dh_e, b1s[e])
+                if da1s is not None:
+                    torch.mm(du1.t(), x_e, out=da1s[e])
+                if dx is not None:
+                    # The gradient takes the place of the rows, which have served.
+                    torch.mm(du1, a1s[e], out=x_e).addmm_(dh_e, gate_ups[e])
+            elif dx is not None:
+                torch.mm(dh_e, gate_ups[e], out=x_e)
         if dx is not None:
-            if gate_up_a is not None:
-                dx_e = torch.mm(du1, gate_up_a[e], out=row_buffer[:m]).addmm_(dh, gate_up[e])
-            else:
-                dx_e = torch.mm(dh, gate_up[e], out=row_buffer[:m])
-            if dx_e.dtype != dx.dtype:
-                dx_e = sum_buffer[:m].copy_(dx_e)
-            dx.index_add_(0, rows, dx_e)
+            dx.index_add_(
+                0, tokens[first:last], rows if rows.dtype == dx.dtype else sum_buffer[:n].copy_(rows)
+            )
 
     d_routing = None
     if need_weights:
