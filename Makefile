@@ -30,7 +30,7 @@ lint: $(VENV)/.ready
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 publish: setup
 	$(BIN)/python tools/mainjob

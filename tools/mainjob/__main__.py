@@ -48,9 +48,9 @@ def build_and_check() -> Build:
     names = ", ".join(variant.name for variant in built.variants)
     say("build", f"{names} in {time.perf_counter() - start:.1f} s")
     start = time.perf_counter()
-    findings = check(built.directory)
-    if findings:
-        raise CheckError("the build does not hold: " + "; ".join(map(str, findings)))
+    errors = [finding for finding in check(built.directory) if finding.severity == "error"]
+    if errors:
+        raise CheckError("the build does not hold: " + "; ".join(map(str, errors)))
     say(
         "check",
         f"{len(built.variants)} variants load in clean processes, {time.perf_counter() - start:.1f} s",
@@ -126,6 +126,8 @@ def summarize(built: Build, published: Published, endpoint: str, events: dict[st
 
 def run(python: Path, steps: int) -> None:
     start = time.perf_counter()
+    if not python.is_file():
+        raise ConsumerError(f"there is no interpreter {python} for the consumer; `make setup` makes one")
     built = build_and_check()
     organization = (built.spec.repo_id or "").split("/")[0]
     with running_hub(REPOSITORY / ".hub", trust=[organization]) as server:
@@ -154,7 +156,7 @@ def main() -> None:
     try:
         run(arguments.consumer.absolute(), arguments.steps)
     except (KernelpressError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
