@@ -5,6 +5,14 @@ expert parameters runs fused in it. Importing the package needs torch alone.
 """
 
 from .integration.transformers import experts_forward, register, unregister
+from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
 
-__all__ = ["experts_forward", "grouped_linear", "register", "unregister"]
+__all__ = [
+    "experts_forward",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "grouped_linear",
+    "register",
+    "unregister",
+]

@@ -1,0 +1,134 @@
+"""Attention gives what float64 PyTorch gives, on shapes that no block divides, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import INTERPRETED
+
+# The interpreter multiplies float32 and float16; native code float64, too, where a wrong formula cannot hide.
+EXACT = torch.float32 if INTERPRETED else torch.float64
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths of each sequence, heads, head size and mask."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 16
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    scale: float | None = None
+
+
+CASES = {
+    "one token": Case((1,), (1,), causal=True),
+    "decoding": Case((1,), (45,), head_dim=64, causal=True),
+    "decoding in a window": Case((1,), (45,), head_dim=64, causal=True, window=(7, 7)),
+    "full": Case((21,), (21,), heads=3, kv_heads=3, head_dim=40),
+    "causal": Case((37,), (37,), heads=4, kv_heads=2, head_dim=40, causal=True),
+    "8 heads on one": Case((19,), (19,), heads=8, kv_heads=1, causal=True, scale=1.0),
+    "window of one": Case((33,), (33,), causal=True, window=(0, -1)),
+    "window of two": Case((33,), (33,), causal=True, window=(1, 1)),
+    "window wider than the keys": Case((33,), (33,), causal=True, window=(100, 100)),
+    "window to both sides": Case((50,), (50,), window=(9, 3)),
+    "window to the right": Case((35,), (35,), window=(-1, 4)),
+    "window that sees nothing": Case((40,), (5,), window=(3, 0)),
+    "more keys, causal": Case((18,), (50,), causal=True),
+    "more keys in a window": Case((18,), (50,), causal=True, window=(11, 0)),
+    "more queries, causal": Case((50,), (18,), causal=True),
+    "more queries in a window": Case((50,), (18,), window=(6, 5)),
+    "softcap": Case((34,), (34,), head_dim=24, causal=True, softcap=2.0, scale=0.7),
+    "softcap in a window": Case((34,), (34,), causal=True, window=(12, 0), softcap=5.0),
+    "head of 256": Case((40,), (40,), heads=2, kv_heads=1, head_dim=256, causal=True, window=(20, 0)),
+    "head of 512": Case((35,), (35,), heads=2, kv_heads=1, head_dim=512, causal=True),
+    "head of 320": Case((20,), (33,), heads=2, kv_heads=2, head_dim=320, causal=True),
+    "packed": Case((5, 1, 33, 12), (5, 1, 33, 12), heads=4, kv_heads=2, causal=True),
+    "packed in a window": Case((20, 3, 41), (20, 3, 41), causal=True, window=(8, 8), head_dim=40),
+    "packed, no queries or no keys": Case((4, 0, 9, 3), (4, 7, 0, 5), causal=True),
+    "packed, lengths that differ": Case((4, 17, 9), (30, 2, 9), heads=4, kv_heads=2, window=(10, 2)),
+}
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Random q, k, v and a gradient of the result, all sequences one behind the other."""
+    queries, keys = sum(case.queries), sum(case.keys)
+    q, do = (torch.randn(queries, case.heads, case.head_dim, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(keys, case.kv_heads, case.head_dim, dtype=torch.float64) for _ in range(2))
+    return tuple(x.to(dtype) for x in (q, k, v, do))
+
+
+def boundaries(lengths: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def attend(kernel, case: Case, q, k, v, **options) -> torch.Tensor:
+    """The public function: the dense one for one sequence, else the packed one."""
+    options = {
+        "causal": case.causal,
+        "window_size": case.window,
+        "softcap": case.softcap,
+        "softmax_scale": case.scale,
+        **options,
+    }
+    if len(case.queries) == 1:
+        k4 = k.unsqueeze(0)
+        return kernel.flash_attn_func(
+            q.unsqueeze(0), k4, k4 if v is k else v.unsqueeze(0), **options
+        ).squeeze(0)
+    lengths = (boundaries(case.queries), boundaries(case.keys), max(case.queries), max(case.keys))
+    return kernel.flash_attn_varlen_func(q, k, v, *lengths, **options)
+
+
+def assert_near(got, exact, tolerance: float) -> None:
+    """Errors relative to the largest value, or to 1: the gradient of a softmax over one key is 0."""
+    for name, g, e in zip(("out", "dq", "dk", "dv"), got, exact, strict=False):
+        assert g.shape == e.shape
+        error = (g.detach().double() - e.detach().double()).abs().max() / e.detach().abs().max().clamp(min=1)
+        assert error < tolerance, f"{name}: error {error:.2e}"
+
+
+@pytest.fixture
+def expected(submodule):
+    """``expected(case, q, k, v)``: the oracle in float64, sequence by sequence."""
+    reference, window = (
+        submodule("ops.attention.reference").attention,
+        submodule("ops.attention.geometry").Window,
+    )
+
+    def compute(case: Case, q, k, v) -> torch.Tensor:
+        scale = case.head_dim**-0.5 if case.scale is None else case.scale
+        right = 0 if case.causal else case.window[1]
+        outs = [
+            reference(*each, scale, window(case.window[0], right), case.softcap)[0]
+            for each in zip(q.split(case.queries), k.split(case.keys), v.split(case.keys), strict=True)
+        ]
+        return torch.cat(outs)
+
+    return compute
+
+
+def check(kernel, expected, case: Case, dtype: torch.dtype, shared: bool = False) -> None:
+    *tensors, do = inputs(case, dtype)
+    got_inputs = [x.clone().requires_grad_() for x in (tensors[:2] if shared else tensors)]
+    exact_inputs = [x.detach().double().requires_grad_() for x in got_inputs]
+    q, k, *rest = got_inputs
+    got = attend(kernel, case, q, k, *(rest or [k]))
+    assert got.dtype == dtype
+    gradients = torch.autograd.grad(got, got_inputs, do)
+    exact_q, exact_k, *rest = exact_inputs
+    exact = expected(case, exact_q, exact_k, *(rest or [exact_k]))
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, do.double())
+    assert_near([got, *gradients], [exact, *exact_gradients], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_result_and_gradients_match_the_reference(kernel, expected, name) -> None:
+    check(kernel, expected, CASES[name], EXACT)
