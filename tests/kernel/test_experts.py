@@ -221,3 +221,29 @@ def test_experts_taken_a_few_at_a_time_match_the_reference(
     monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
     arguments = problem(AWKWARD[1], "silu", torch.float32, targets=BOTH, train_base=True, sentinels=True)
     assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), 2e-5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the Triton kernels")
+@pytest.mark.parametrize("shape", AWKWARD)
+@pytest.mark.parametrize("elements", [200, 1 << 18])
+def test_products_of_any_size_through_onednn_match_the_reference(
+    kernel, submodule, monkeypatch: pytest.MonkeyPatch, shape: Shape, elements: int
+) -> None:
+    # At these sizes every product would be left to torch.mm.
+    products = submodule("ops.products")
+    monkeypatch.setattr(products, "_LARGE", 1)
+    monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
+    by_onednn = []
+    onednn = products._onednn
+    monkeypatch.setattr(products, "_onednn", lambda *args: by_onednn.append(onednn(*args)) or by_onednn[-1])
+    arguments = problem(shape, "silu", torch.float32, targets=BOTH, train_base=False, sentinels=True)
+    assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), 2e-5)
+    if torch.backends.mkldnn.is_available():
+        assert by_onednn and all(result is not None for result in by_onednn)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the Triton kernels")
+def test_number_of_shapes_asked_of_onednn_stays_small(submodule) -> None:
+    rounded = submodule("ops.products").rounded
+    assert all(rows <= rounded(rows) <= max(rows + 15, rows * 9 / 8) for rows in range(5000))
+    assert len({rounded(rows) for rows in range(1, 8193)}) <= 56

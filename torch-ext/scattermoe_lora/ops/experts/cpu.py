@@ -16,6 +16,7 @@ import torch
 from .. import activation
 from ..activation import Gate
 from ..grouped_linear.cpu import accumulator, linear, outer, per_expert, segments, sum_rows
+from ..products import add_product, product, rounded
 
 Part = tuple[int, int, int]
 Views = tuple[torch.Tensor, ...] | None
@@ -43,7 +44,9 @@ def _unbind(stack: torch.Tensor | None) -> Views:
 
 
 def _most_rows(chunks: list[list[Part]]) -> int:
-    return max((chunk[-1][2] - chunk[0][1] for chunk in chunks), default=0)
+    """Rows of a buffer for the fullest chunk, with as many more as a product of one of its experts may read."""
+    ends = (start - chunk[0][1] + rounded(end - start) for chunk in chunks for _, start, end in chunk)
+    return max(ends, default=0)
 
 
 def forward(
@@ -170,7 +173,7 @@ def backward(
     value_buffer, a_buffer, da_buffer = (x.new_empty((most, intermediate)) for _ in range(3))
     dh_buffer = x.new_empty((most, 2 * intermediate))
     low_buffer = x.new_empty((most, 0 if down_a is None else down_a.shape[1]))
-    gate_ups, downs = gate_up.unbind(), down.unbind()
+    gate_ups_t, downs_t = gate_up.mT.unbind(), down.mT.unbind()
     a1s, b1s, a2s, b2s = _unbind(gate_up_a), _unbind(gate_up_b), _unbind(down_a), _unbind(down_b)
     da1s, db1s, da2s, db2s = _unbind(da1), _unbind(db1), _unbind(da2), _unbind(db2)
     for chunk in chunks:
@@ -189,9 +192,10 @@ def backward(
         # weight's own gradient, without keeping down(a).
         for e, dy_e, da_e, du_e in zip(experts, dy_parts, da.split(sizes), du2_parts, strict=True):
             if a2s is not None and b2s is not None:
-                torch.mm(torch.mm(dy_e, b2s[e], out=du_e), a2s[e], out=da_e).addmm_(dy_e, downs[e])
+                torch.mm(torch.mm(dy_e, b2s[e], out=du_e), a2s[e], out=da_e)
+                add_product(dy_e, downs_t[e], da_e)
             else:
-                torch.mm(dy_e, downs[e], out=da_e)
+                product(dy_e, downs_t[e], da_e)
         if need_weights:
             torch.linalg.vecdot(da.to(wide), a.to(wide), out=d_weights[first:last])
             if down_bias is not None:
@@ -231,9 +235,10 @@ def backward(
                     torch.mm(du1.t(), x_e, out=da1s[e])
                 if dx is not None:
                     # The gradient takes the place of the rows, which have served.
-                    torch.mm(du1, a1s[e], out=x_e).addmm_(dh_e, gate_ups[e])
+                    torch.mm(du1, a1s[e], out=x_e)
+                    add_product(dh_e, gate_ups_t[e], x_e)
             elif dx is not None:
-                torch.mm(dh_e, gate_ups[e], out=x_e)
+                product(dh_e, gate_ups_t[e], x_e)
         if dx is not None:
             dx.index_add_(
                 0, tokens[first:last], rows if rows.dtype == dx.dtype else sum_buffer[:n].copy_(rows)

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 
+from ..products import add_product, product, rounded
 from ..routing import empty_gradient
 
 
@@ -20,8 +21,8 @@ def segments(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def most_rows(parts: list[tuple[int, int, int]]) -> int:
-    """Rows of the fullest expert: what a buffer must hold."""
-    return max((end - start for _, start, end in parts), default=0)
+    """Rows of a buffer for the fullest expert, with as many more as a product may read."""
+    return rounded(max((end - start for _, start, end in parts), default=0))
 
 
 def accumulator(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
@@ -51,10 +52,10 @@ def linear(
 ) -> torch.Tensor:
     """``x W^T (+ low B^T) (+ bias)`` of one expert into ``out``."""
     if low is None or b is None:
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+        return product(x, weight, out) if bias is None else add_product(x, weight, out.copy_(bias))
     # The small terms first: the sum is then rounded once, after the large one.
     small = torch.mm(low, b.t(), out=out) if bias is None else torch.addmm(bias, low, b.t(), out=out)
-    return small.addmm_(x, weight.t())
+    return add_product(x, weight, small)
 
 
 def outer(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -148,8 +149,8 @@ def backward(
             sum_rows(dy_e, d_bias[e])
         if dx is not None:
             if a is not None and du is not None:
-                dx_e = torch.mm(du, a[e], out=x_e).addmm_(dy_e, weight[e])
+                dx_e = add_product(dy_e, weight[e].t(), torch.mm(du, a[e], out=x_e))
             else:
-                dx_e = torch.mm(dy_e, weight[e], out=x_e)
+                dx_e = product(dy_e, weight[e].t(), x_e)
             dx.index_add_(0, rows, dx_e.to(dx.dtype))
     return [None if dx is None else dx.to(x.dtype), d_weight, da, db, d_bias]
