@@ -4,6 +4,7 @@
 expert parameters runs fused in it. Importing the package needs torch alone.
 """
 
+from .integration.attention import register_attention, unregister_attention
 from .integration.transformers import experts_forward, register, unregister
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
@@ -14,5 +15,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "grouped_linear",
     "register",
+    "register_attention",
     "unregister",
+    "unregister_attention",
 ]

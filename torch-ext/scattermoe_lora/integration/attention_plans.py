@@ -1,0 +1,167 @@
+"""Masks as the attention kernels take them: causal or not, a window, and where in a batch the sequences lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+_PLAN = "_scattermoe_plan"
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of a batch lie, as ``flash_attn_varlen_func`` takes them.
+
+    Attributes:
+        query_index: int64 ``[tokens]``, the queries that take part, counted through the batch; None for all.
+        key_index: The same for keys.
+        cu_query, cu_key: int32 ``[sequences + 1]``, each sequence's first token; the last is the number of tokens.
+        max_query, max_key: Length of the longest sequence.
+    """
+
+    query_index: torch.Tensor | None
+    key_index: torch.Tensor | None
+    cu_query: torch.Tensor
+    cu_key: torch.Tensor
+    max_query: int
+    max_key: int
+
+
+class Plan(NamedTuple):
+    """A mask that the kernels can express.
+
+    Attributes:
+        causal: Whether a query sees no later key; the last query is aligned with the last key.
+        window: Keys to the left and to the right of its own that a query sees, -1 for all.
+        sequences: None where every row of the batch is one sequence.
+        packed: Whether a row holds several sequences, so that no query sees another sequence's keys.
+    """
+
+    causal: bool
+    window: tuple[int, int]
+    sequences: Sequences | None
+    packed: bool = False
+
+
+def with_plan(segments: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """``segments`` in memory of their own, with ``plan`` as an attribute that :func:`plan_of` finds."""
+    segments = segments.contiguous()
+    setattr(segments, _PLAN, plan)
+    return segments
+
+
+def make_plan(
+    segments: torch.Tensor,
+    queries: int,
+    causal: bool,
+    window: tuple[int, int],
+    packed: bool,
+    padded: bool,
+) -> Plan:
+    """The plan for ``segments`` ``[B, K]``: each key's sequence counting from 1, or 0 for padding.
+
+    Where the mask is causal or has a window, the last ``queries`` of them are queries, too, and padding's take no part:
+    nothing sees them later. Elsewhere all queries do, because they need not be the same tokens as the keys.
+    """
+    sequences = None
+    if packed:
+        sequences = _packed(segments)
+    elif padded:
+        sequences = _padded(segments > 0, queries, same_tokens=causal or window != (-1, -1))
+    return Plan(causal, window, sequences, packed)
+
+
+def _packed(segments: torch.Tensor) -> Sequences:
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    ends = starts.new_ones(1)
+    cu = torch.cat([starts.flatten(), ends]).nonzero().flatten().int()
+    longest = int(cu.diff().max())
+    return Sequences(None, None, cu, cu, longest, longest)
+
+
+def _padded(valid: torch.Tensor, queries: int, same_tokens: bool) -> Sequences:
+    key_lengths = valid.sum(1)
+    query_index = None
+    if same_tokens:
+        taking_part = valid[:, valid.shape[1] - queries :]
+        query_index = taking_part.flatten().nonzero().flatten()
+        query_lengths = taking_part.sum(1)
+    else:
+        query_lengths = torch.full_like(key_lengths, queries)
+    max_query, max_key = torch.stack([query_lengths.max(), key_lengths.max()]).tolist()
+    return Sequences(
+        query_index,
+        valid.flatten().nonzero().flatten(),
+        _cumulative(query_lengths),
+        _cumulative(key_lengths),
+        max_query,
+        max_key,
+    )
+
+
+def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def plan_of(segments: torch.Tensor, queries: int, causal: bool, window: tuple[int, int]) -> Plan:
+    """The plan that ``segments`` came with, or one by ``causal`` and ``window`` where it is lost or never was.
+
+    It is lost where something copies the tensor (models over several GPUs), and never was where a model hands over a
+    padding mask ``[B, K]`` of its own.
+    """
+    plan: Plan | None = getattr(segments, _PLAN, None)
+    if plan is not None:
+        return plan
+    smallest, largest = segments.min(), segments.max()
+    return make_plan(segments, queries, causal, window, bool(largest > 1), bool(smallest < 1))
+
+
+def window_of(causal: bool, sliding_window: int | None, keys: int) -> tuple[int, int]:
+    """A window where a query sees ``sliding_window`` keys, its own among them (if not causal, to both sides)."""
+    if sliding_window is None or sliding_window >= keys:
+        return -1, -1
+    return sliding_window - 1, (-1 if causal else sliding_window - 1)
+
+
+def with_given_sequences(plan: Plan, given: Mapping[str, Any]) -> Plan:
+    """``plan`` for packed sequences whose lengths a model hands over, by transformers' names for them."""
+    sequences = Sequences(
+        None,
+        None,
+        given["cu_seq_lens_q"].int(),
+        given["cu_seq_lens_k"].int(),
+        int(given["max_length_q"]),
+        int(given["max_length_k"]),
+    )
+    return plan._replace(sequences=sequences, packed=True)
+
+
+def segments_of(plan: Plan, key: torch.Tensor) -> torch.Tensor:
+    """Segments ``[B, K]`` of a plan without padding for keys ``[B, H, K, D]``."""
+    batch, _, keys, _ = key.shape
+    if plan.sequences is None:
+        return torch.ones(1, 1, dtype=torch.int32, device=key.device).expand(batch, keys)
+    tokens = torch.arange(batch * keys, dtype=torch.int32, device=key.device)
+    return (
+        torch.bucketize(tokens, plan.sequences.cu_key[1:], right=True, out_int32=True).view(batch, keys) + 1
+    )
+
+
+def dense(plan: Plan, segments: torch.Tensor, queries: int) -> torch.Tensor:
+    """The mask that ``plan`` and ``segments`` ``[B, K]`` stand for: bool ``[B, 1, queries, K]``, True where seen."""
+    keys = segments.shape[1]
+    k = torch.arange(keys, device=segments.device)
+    q = torch.arange(keys - queries, keys, device=segments.device)[:, None]
+    left, right = plan.window
+    seen = (segments > 0)[:, None, None, :].expand(-1, 1, queries, -1)
+    if plan.packed:
+        seen = seen & (segments[:, None, keys - queries :, None] == segments[:, None, None, :])
+    if plan.causal:
+        seen = seen & (k <= q)
+    if left >= 0:
+        seen = seen & (k >= q - left)
+    if right >= 0:
+        seen = seen & (k <= q + right)
+    return seen
