@@ -18,6 +18,10 @@ class Window(NamedTuple):
     left: int
     right: int
 
+    def within(self, queries: int, keys: int) -> Window:
+        """The same window, without the bounds that sequences of at most these lengths cannot reach."""
+        return Window(-1 if self.left >= keys else self.left, -1 if self.right >= queries else self.right)
+
     def keys(self, first: int, last: int, queries: int, keys: int) -> tuple[int, int]:
         """The range ``[begin, end)`` of keys that any of the queries ``[first, last)`` sees; empty if none does."""
         shift = keys - queries

@@ -44,7 +44,12 @@ def attention_forward(
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         refuse_bad_boundaries("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         refuse_bad_boundaries("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    window = Window(left, right)
+    window = Window(left, right).within(max_seqlen_q, max_seqlen_k)
+    if dispatch.use_triton(q):
+        from . import gpu
+
+        longest = (max_seqlen_q, max_seqlen_k)
+        return gpu.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, window, softcap)
     with dispatch.without_autocast(q):
         return cpu.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window, softcap)
 
@@ -97,11 +102,14 @@ def attention_backward(
     Returns:
         ``dq``, ``dk`` and ``dv``, contiguous; with ``v`` None ``dk`` is the sum of both, and ``dv`` is empty.
     """
-    window = Window(left, right)
+    window = Window(left, right).within(max_seqlen_q, max_seqlen_k)
+    saved = (grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
+    if dispatch.use_triton(q):
+        from . import gpu
+
+        return gpu.backward(*saved, (max_seqlen_q, max_seqlen_k), scale, window, softcap)
     with dispatch.without_autocast(q):
-        return cpu.backward(
-            grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, window, softcap
-        )
+        return cpu.backward(*saved, scale, window, softcap)
 
 
 @attention_backward.register_fake

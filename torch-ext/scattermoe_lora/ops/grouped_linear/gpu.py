@@ -9,7 +9,7 @@ from .. import tiles
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 
 
-def _precision(x: torch.Tensor) -> str:
+def float32_precision(x: torch.Tensor) -> str:
     """Full float32 unless the user allowed TF32, with the switch that torch's own matmul follows. AMD's matrix cores
     multiply float32 as it is."""
     is_full = (
@@ -80,7 +80,7 @@ def grouped_matmul(
         BIAS=bias is not None,
         WEIGHTED=row_weight is not None,
         EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
-        PRECISION=_precision(x),
+        PRECISION=float32_precision(x),
         EVEN_K=n_in % launch["BLOCK_K"] == 0,
         # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
         BLOCK_R=min(launch["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
@@ -129,7 +129,7 @@ def grouped_outer(
         GATHER_Q=top_k_q is not None,
         TOP_K=top_k_p or top_k_q or 1,
         WEIGHTED=row_weight is not None,
-        PRECISION=_precision(p),
+        PRECISION=float32_precision(p),
         **launch,
     )
     return out

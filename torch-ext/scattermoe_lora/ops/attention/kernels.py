@@ -1,0 +1,259 @@
+"""Triton kernels: the attention forward, and what forward and backward share.
+
+The algorithm is FlashAttention 2's (Dao, 2023). A head of 512 is twice what it was made for: there the scores are
+summed over ``CHUNK`` columns of the head at a time, so that only one operand of the second product has to fit shared
+memory as a whole. With ``CHUNK == WIDTH`` the tile of the program's own rows stays on the chip.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, batch, length, VARLEN: tl.constexpr):
+    """``(start, length)`` of one sequence in the tensor's rows."""
+    start = length * 0
+    if VARLEN:
+        start = tl.load(cu_seqlens_ptr + batch)
+        length = tl.load(cu_seqlens_ptr + batch + 1) - start
+    return start, length
+
+
+@triton.jit
+def spans(first, last, own, other, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of the other side that rows ``[first, last)`` of one side meet: ``(begin, lead, full, blocks)``.
+
+    Row i meets the others from ``i + other - own - left`` to ``i + other - own + right``. The blocks start at
+    ``begin``; those before ``lead`` and from ``full`` on are cut by the window or by the end of the sequence, and need
+    a mask.
+    """
+    shift = other - own
+    begin = shift * 0
+    end = other
+    whole = other
+    if LEFT:
+        begin = max(begin, first + shift - left)
+    if RIGHT:
+        end = min(end, last + shift + right)
+        whole = min(whole, first + shift + right + 1)
+    blocks = tl.cdiv(max(end - begin, 0), BLOCK)
+    full = min(max(whole - begin, 0) // BLOCK, blocks)
+    lead = begin * 0
+    if LEFT:
+        lead = min(tl.cdiv(max(last - 1 + shift - left - begin, 0), BLOCK), blocks)
+        full = max(full, lead)
+    return begin, lead, full, blocks
+
+
+@triton.jit
+def rows_of(ptr, row, stride, rows, d0, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, MASK: tl.constexpr):
+    """``[len(row), COLUMNS]`` from column ``d0`` on; zeros past the head, and with ``MASK`` past the last row."""
+    d = d0 + tl.arange(0, COLUMNS)
+    # 64-bit: a matrix of rows passes 2^31 elements.
+    at = ptr + row[:, None].to(tl.int64) * stride + d[None, :]
+    if HEAD_DIM % COLUMNS == 0:
+        if MASK:
+            return tl.load(at, mask=(row < rows)[:, None], other=0.0)
+        else:
+            return tl.load(at)
+    else:
+        if MASK:
+            return tl.load(at, mask=(row < rows)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, row, stride, rows, value, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    d = tl.arange(0, WIDTH)
+    at = ptr + row[:, None].to(tl.int64) * stride + d[None, :]
+    mask = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(
+    a_ptr,
+    a_row,
+    a_stride,
+    a_rows,
+    b_ptr,
+    b_row,
+    b_stride,
+    b_rows,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """``a b^T`` of two tiles of rows, read a chunk of columns at a time; ``a`` may always pass its last row."""
+    acc = tl.zeros((a_row.shape[0], b_row.shape[0]), dtype=tl.float32)
+    for d0 in range(0, HEAD_DIM, CHUNK):
+        a = rows_of(a_ptr, a_row, a_stride, a_rows, d0, HEAD_DIM, CHUNK, True)
+        b = rows_of(b_ptr, b_row, b_stride, b_rows, d0, HEAD_DIM, CHUNK, MASK)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def capped(s, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2, and the soft cap's derivative by ``s * scale`` (1 where there is none)."""
+    if SOFTCAP:
+        tanh = 2 * tl.sigmoid(2 * s * (scale / softcap)) - 1
+        return tanh * (softcap * 1.4426950408889634), 1 - tanh * tanh
+    else:
+        return s * (scale * 1.4426950408889634), tl.full((1, 1), 1.0, tl.float32)
+
+
+@triton.jit
+def sees(query, key, queries, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether a query sees a key, for two index tensors that broadcast."""
+    distance = key - query - (keys - queries)
+    seen = (key < keys) & (query < queries)
+    if LEFT:
+        seen = seen & (distance >= -left)
+    if RIGHT:
+        seen = seen & (distance <= right)
+    return seen
+
+
+@triton.jit
+def attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    queries,
+    keys,
+    tiles,
+    heads,
+    group,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_lb,
+    stride_lh,
+    scale,
+    softcap,
+    left,
+    right,
+    VARLEN: tl.constexpr,
+    SAME_KV: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of one head's queries against all the keys that they see."""
+    pid = tl.program_id(0)
+    head = (pid // tiles % heads).to(tl.int64)
+    batch = (pid // tiles // heads).to(tl.int64)
+    q_start, queries = sequence(cu_seqlens_q_ptr, batch, queries, VARLEN)
+    k_start, keys = sequence(cu_seqlens_k_ptr, batch, keys, VARLEN)
+    # The last tiles first: under a causal mask they see most keys, and nobody should wait for them at the end.
+    first = (tiles - 1 - pid % tiles) * BLOCK_M
+    if first >= queries:
+        return
+    q_base = q_ptr + batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh
+    k_base = k_ptr + batch * stride_kb + k_start.to(tl.int64) * stride_ks + head // group * stride_kh
+    v_base = v_ptr + batch * stride_vb + k_start.to(tl.int64) * stride_vs + head // group * stride_vh
+    query = first + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    q = 0.0
+    if CHUNK == WIDTH:
+        q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, True)
+
+    last = min(first + BLOCK_M, queries)
+    begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N)
+    # First the blocks that every query sees as a whole, then those that need a mask.
+    for MASK in tl.static_range(2):
+        for i in range(0 if MASK else lead, lead + blocks - full if MASK else full):
+            block = tl.where(i < lead, i, i - lead + full) if MASK else i
+            key = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
+            if CHUNK == WIDTH:
+                k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, MASK)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            else:
+                s = product(
+                    q_base,
+                    query,
+                    stride_qs,
+                    queries,
+                    k_base,
+                    key,
+                    stride_ks,
+                    keys,
+                    HEAD_DIM,
+                    CHUNK,
+                    PRECISION,
+                    MASK,
+                )
+            s, _ = capped(s, scale, softcap, SOFTCAP)
+            if MASK:
+                seen = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
+                s = tl.where(seen, s, float("-inf"))
+            highest = tl.maximum(top, tl.max(s, axis=1))
+            # A row that has seen nothing yet would subtract -inf from -inf.
+            base = tl.where(highest == float("-inf"), 0.0, highest) if MASK else highest
+            p = tl.exp2(s - base[:, None])
+            shrink = tl.exp2(top - base)
+            top = highest
+            total = total * shrink + tl.sum(p, axis=1)
+            v = (
+                k
+                if SAME_KV and CHUNK == WIDTH
+                else rows_of(v_base, key, stride_vs, keys, 0, HEAD_DIM, WIDTH, MASK)
+            )
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+    total = tl.where(total == 0, 1.0, total)
+    out_base = out_ptr + batch * stride_ob + (q_start.to(tl.int64) * heads + head) * HEAD_DIM
+    store_rows(out_base, query, heads * HEAD_DIM, queries, acc / total[:, None], HEAD_DIM, WIDTH)
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + batch * stride_lb + head * stride_lh + q_start + query, lse, mask=query < queries)
+
+
+@triton.jit
+def attention_delta_kernel(
+    grad_out_ptr,
+    out_ptr,
+    grad_lse_ptr,
+    delta_ptr,
+    rows,
+    heads,
+    tiles,
+    GRAD_LSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``delta[b, h, s] = <grad_out, out> - grad_lse``, of ``[B, S, H, D]`` and ``[B, H, S]``."""
+    pid = tl.program_id(0)
+    head = (pid // tiles % heads).to(tl.int64)
+    batch = (pid // tiles // heads).to(tl.int64)
+    row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
+    at = (batch * rows * heads + head) * HEAD_DIM
+    do = rows_of(grad_out_ptr + at, row, heads * HEAD_DIM, rows, 0, HEAD_DIM, WIDTH, True)
+    o = rows_of(out_ptr + at, row, heads * HEAD_DIM, rows, 0, HEAD_DIM, WIDTH, True)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    at = (batch * heads + head) * rows + row
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + at, mask=row < rows, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=row < rows)

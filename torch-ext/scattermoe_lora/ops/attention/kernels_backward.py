@@ -1,0 +1,277 @@
+"""Triton kernels: the attention backward, in passes that never write to the same place (Dao, 2023, algorithm 2).
+
+The gradients of keys and values are summed by the program that holds the keys, over the query heads that share them;
+that of the queries is summed by another, which computes the scores once more. Nothing is added atomically.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernels import capped, product, rows_of, sees, sequence, spans, store_rows
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    queries,
+    keys,
+    tiles,
+    kv_heads,
+    group,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_gb,
+    stride_lb,
+    stride_lh,
+    scale,
+    softcap,
+    left,
+    right,
+    VARLEN: tl.constexpr,
+    WANT_K: tl.constexpr,
+    WANT_V: tl.constexpr,
+    SAME_KV: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of one key head's keys against all the queries that see them, of every query head that reads it."""
+    pid = tl.program_id(0)
+    kv_head = (pid // tiles % kv_heads).to(tl.int64)
+    batch = (pid // tiles // kv_heads).to(tl.int64)
+    q_start, queries = sequence(cu_seqlens_q_ptr, batch, queries, VARLEN)
+    k_start, keys = sequence(cu_seqlens_k_ptr, batch, keys, VARLEN)
+    first = pid % tiles * BLOCK_N
+    if first >= keys:
+        return
+    k_base = k_ptr + batch * stride_kb + k_start.to(tl.int64) * stride_ks + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + k_start.to(tl.int64) * stride_vs + kv_head * stride_vh
+    key = first + tl.arange(0, BLOCK_N)
+    dk = tl.zeros((BLOCK_N, WIDTH), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, WIDTH), dtype=tl.float32)
+    k = 0.0
+    v = 0.0
+    if CHUNK == WIDTH:
+        k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, True)
+        if SAME_KV:
+            v = k
+        else:
+            if WANT_K:
+                v = rows_of(v_base, key, stride_vs, keys, 0, HEAD_DIM, WIDTH, True)
+
+    last = min(first + BLOCK_N, keys)
+    # The window seen from the keys: what was left of a query is to the right of a key.
+    begin, lead, full, blocks = spans(first, last, keys, queries, right, left, RIGHT, LEFT, BLOCK_M)
+    for g in range(group):
+        head = kv_head * group + g
+        q_base = q_ptr + batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh
+        stride_dos = kv_heads * group * HEAD_DIM
+        do_base = grad_out_ptr + batch * stride_ob + q_start.to(tl.int64) * stride_dos + head * HEAD_DIM
+        lse_base = lse_ptr + batch * stride_lb + head * stride_lh + q_start
+        delta_base = delta_ptr + batch * stride_lb + head * stride_lh + q_start
+        for MASK in tl.static_range(2):
+            for i in range(0 if MASK else lead, lead + blocks - full if MASK else full):
+                block = tl.where(i < lead, i, i - lead + full) if MASK else i
+                query = begin + block * BLOCK_M + tl.arange(0, BLOCK_M)
+                if CHUNK == WIDTH:
+                    q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, MASK)
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                else:
+                    s = product(
+                        k_base,
+                        key,
+                        stride_ks,
+                        keys,
+                        q_base,
+                        query,
+                        stride_qs,
+                        queries,
+                        HEAD_DIM,
+                        CHUNK,
+                        PRECISION,
+                        MASK,
+                    )
+                s, slope = capped(s, scale, softcap, SOFTCAP)
+                lse = tl.load(lse_base + query, mask=query < queries, other=0.0) * 1.4426950408889634
+                p = tl.exp2(s - lse[None, :])
+                if MASK:
+                    seen = sees(query[None, :], key[:, None], queries, keys, left, right, LEFT, RIGHT)
+                    p = tl.where(seen, p, 0.0)
+                if WANT_V or CHUNK == WIDTH:
+                    do = rows_of(do_base, query, stride_dos, queries, 0, HEAD_DIM, WIDTH, MASK)
+                if WANT_V:
+                    if SAME_KV:
+                        dk = tl.dot(p.to(do.dtype), do, dk, input_precision=PRECISION)
+                    else:
+                        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                if WANT_K:
+                    if CHUNK == WIDTH:
+                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    else:
+                        dp = product(
+                            v_base,
+                            key,
+                            stride_vs,
+                            keys,
+                            do_base,
+                            query,
+                            stride_dos,
+                            queries,
+                            HEAD_DIM,
+                            CHUNK,
+                            PRECISION,
+                            MASK,
+                        )
+                        q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, MASK)
+                    delta = tl.load(delta_base + query, mask=query < queries, other=0.0)
+                    ds = p * (dp - delta[None, :]) * (slope * scale)
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    at = batch * stride_gb + (k_start.to(tl.int64) * kv_heads + kv_head) * HEAD_DIM
+    if WANT_K:
+        store_rows(dk_ptr + at, key, kv_heads * HEAD_DIM, keys, dk, HEAD_DIM, WIDTH)
+    if WANT_V and not SAME_KV:
+        store_rows(dv_ptr + at, key, kv_heads * HEAD_DIM, keys, dv, HEAD_DIM, WIDTH)
+
+
+@triton.jit
+def attention_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    queries,
+    keys,
+    tiles,
+    heads,
+    group,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_lb,
+    stride_lh,
+    scale,
+    softcap,
+    left,
+    right,
+    VARLEN: tl.constexpr,
+    SAME_KV: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of one head's queries against all the keys that they see."""
+    pid = tl.program_id(0)
+    head = (pid // tiles % heads).to(tl.int64)
+    batch = (pid // tiles // heads).to(tl.int64)
+    q_start, queries = sequence(cu_seqlens_q_ptr, batch, queries, VARLEN)
+    k_start, keys = sequence(cu_seqlens_k_ptr, batch, keys, VARLEN)
+    first = (tiles - 1 - pid % tiles) * BLOCK_M
+    if first >= queries:
+        return
+    stride_dos = heads * HEAD_DIM
+    at = batch * stride_ob + (q_start.to(tl.int64) * heads + head) * HEAD_DIM
+    q_base = q_ptr + batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh
+    k_base = k_ptr + batch * stride_kb + k_start.to(tl.int64) * stride_ks + head // group * stride_kh
+    v_base = v_ptr + batch * stride_vb + k_start.to(tl.int64) * stride_vs + head // group * stride_vh
+    query = first + tl.arange(0, BLOCK_M)
+    at_row = batch * stride_lb + head * stride_lh + q_start + query
+    lse = tl.load(lse_ptr + at_row, mask=query < queries, other=0.0) * 1.4426950408889634
+    delta = tl.load(delta_ptr + at_row, mask=query < queries, other=0.0)
+    dq = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    q = 0.0
+    do = 0.0
+    if CHUNK == WIDTH:
+        q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, True)
+        do = rows_of(grad_out_ptr + at, query, stride_dos, queries, 0, HEAD_DIM, WIDTH, True)
+
+    last = min(first + BLOCK_M, queries)
+    begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N)
+    for MASK in tl.static_range(2):
+        for i in range(0 if MASK else lead, lead + blocks - full if MASK else full):
+            block = tl.where(i < lead, i, i - lead + full) if MASK else i
+            key = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
+            if CHUNK == WIDTH:
+                k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, MASK)
+                v = k if SAME_KV else rows_of(v_base, key, stride_vs, keys, 0, HEAD_DIM, WIDTH, MASK)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            else:
+                s = product(
+                    q_base,
+                    query,
+                    stride_qs,
+                    queries,
+                    k_base,
+                    key,
+                    stride_ks,
+                    keys,
+                    HEAD_DIM,
+                    CHUNK,
+                    PRECISION,
+                    MASK,
+                )
+                dp = product(
+                    grad_out_ptr + at,
+                    query,
+                    stride_dos,
+                    queries,
+                    v_base,
+                    key,
+                    stride_vs,
+                    keys,
+                    HEAD_DIM,
+                    CHUNK,
+                    PRECISION,
+                    MASK,
+                )
+                k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, MASK)
+            s, slope = capped(s, scale, softcap, SOFTCAP)
+            p = tl.exp2(s - lse[:, None])
+            if MASK:
+                seen = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
+                p = tl.where(seen, p, 0.0)
+            ds = p * (dp - delta[:, None]) * (slope * scale)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    store_rows(dq_ptr + at, query, heads * HEAD_DIM, queries, dq, HEAD_DIM, WIDTH)
