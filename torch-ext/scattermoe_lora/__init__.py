@@ -5,17 +5,22 @@ expert parameters runs fused in it. Importing the package needs torch alone.
 """
 
 from .integration.attention import register_attention, unregister_attention
+from .integration.gemma4 import apply_to, remove_from
 from .integration.transformers import experts_forward, register, unregister
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
+from .ops.norm_rotary.api import rms_norm_rotary
 
 __all__ = [
+    "apply_to",
     "experts_forward",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "grouped_linear",
     "register",
     "register_attention",
+    "remove_from",
+    "rms_norm_rotary",
     "unregister",
     "unregister_attention",
 ]
