@@ -6,7 +6,6 @@ A rule is a function that looks at one variant and yields what it finds; ``@rule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +15,6 @@ from kernelpress.errors import CheckError
 from kernelpress.findings import Finding, Severity
 from kernelpress.probe import Probed, probe
 from kernelpress.variant import METADATA, VARIANT_PREFIX
-
-# Each probe is a process that imports torch, which needs about 300 MB.
-_PARALLEL = 2
 
 
 @dataclass(frozen=True)
@@ -72,8 +68,7 @@ def check(build_dir: Path) -> list[Finding]:
     )
     if not directories:
         raise CheckError("there is no build here; run `kernelpress build` first", path=build_dir)
-    with ThreadPoolExecutor(_PARALLEL) as pool:
-        subjects = list(pool.map(_subject, directories))
+    subjects = _subjects(directories)
     return [
         replace(found, code=code)
         for subject in subjects
@@ -82,12 +77,16 @@ def check(build_dir: Path) -> list[Finding]:
     ]
 
 
-def _subject(directory: Path) -> Subject:
-    try:
-        metadata = Metadata.read_from_file(directory / METADATA)
-    except (OSError, ValueError) as error:
-        return Subject(directory, None, None, str(error))
-    return Subject(directory, metadata, probe(directory))
+def _subjects(directories: list[Path]) -> list[Subject]:
+    read: dict[Path, Metadata] = {}
+    unreadable: dict[Path, str] = {}
+    for directory in directories:
+        try:
+            read[directory] = Metadata.read_from_file(directory / METADATA)
+        except (OSError, ValueError) as error:
+            unreadable[directory] = str(error)
+    probed = dict(zip(read, probe(list(read)) if read else (), strict=True))
+    return [Subject(each, read.get(each), probed.get(each), unreadable.get(each, "")) for each in directories]
 
 
 @rule("KP101")
@@ -198,12 +197,40 @@ def loads_beside_another(subject: Subject) -> Iterator[Finding]:
 
 @rule("KP207")
 def traceable(subject: Subject) -> Iterator[Finding]:
-    for op in subject.probed.untraceable if subject.probed is not None else ():
+    if subject.probed is None:
+        return
+    for op in subject.probed.untraceable:
         yield subject.find(
             f"operator {op.partition('::')[2]!r} cannot be traced with fake tensors",
             "register an implementation by torch.library.register_fake",
             severity="warning",
         )
+    for each in subject.probed.calls:
+        name = f"operator {each.op!r}"
+        if each.fake == "failed":
+            yield Finding(
+                "", "warning", Path(each.file or subject.directory), each.line,
+                f"{name} cannot be traced with fake tensors: {each.fake_why}",
+                "mend its implementation by torch.library.register_fake",
+            )  # fmt: skip
+        elif each.fake == "not run":
+            yield subject.find(
+                f"the fake implementation of {name} was not run: no made-up arguments fitted ({each.fake_why})",
+                "call it in a test, with torch.library.opcheck",
+                severity="note",
+            )
+        elif each.real == "not run":
+            yield subject.find(
+                f"{name} was run on fake tensors alone: no made-up arguments fitted it ({each.real_why})",
+                "call it in a test, with torch.library.opcheck",
+                severity="note",
+            )
+        elif each.differs:
+            yield subject.find(
+                f"the fake implementation of {name} promised otherwise than it gave: {each.differs}",
+                "if such arguments make sense, mend it",
+                severity="note",
+            )
 
 
 @rule("KP208")

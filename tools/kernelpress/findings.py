@@ -9,7 +9,8 @@ from typing import Literal
 
 from kernelpress.errors import SourceError
 
-Severity = Literal["error", "warning"]
+# A note says what was not looked at, or may be nothing.
+Severity = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ def summary(found: Iterable[Finding]) -> str:
     severities = [each.severity for each in found]
     parts = [
         f"{count} {kind}{'s' * (count > 1)}"
-        for kind in ("error", "warning")
+        for kind in ("error", "warning", "note")
         if (count := severities.count(kind))
     ]
     return ", ".join(parts)
 
 
 def _line(each: Finding) -> str:
-    colour = "red" if each.severity == "error" else "yellow"
+    colour = {"error": "red", "warning": "yellow", "note": "blue"}[each.severity]
     # The place stands on each line as well, so that terminals and editors make a link of it.
     return f"  [{colour}]{each.severity}[/] {escape(f'{each.where}: {each.code} {each.message}; {each.fix}')}"
 
@@ -55,4 +55,5 @@ def _annotation(each: Finding) -> str:
 
     line = "" if each.line is None else f",line={each.line}"
     properties = f"file={place(str(each.path))}{line},title={place(each.code)}"
-    return f"::{each.severity} {properties}::{data(f'{each.message}; {each.fix}')}"
+    level = "notice" if each.severity == "note" else each.severity
+    return f"::{level} {properties}::{data(f'{each.message}; {each.fix}')}"

@@ -151,9 +151,12 @@ _ALL = (
     Rule(
         "KP206",
         "error",
-        "two builds load in one process",
-        "A process may hold two versions of a kernel, each used by another library. So one build and another that "
-        "differs in its id alone are loaded together, and each must register the same operators as its own.",
+        "two builds load in one process and run their own code",
+        "A process may hold two versions of a kernel, each used by another library. So a variant and another build "
+        "of it, which differs in its id and a line of each module, are loaded together. Each must register the same "
+        "operators in its own namespace. Each operator that made-up arguments fit (see KP207) is then called in both: "
+        "all code below the two builds that runs must be its own build's, and both must fare alike. What only a call "
+        "of a Python function, a GPU or other arguments reaches is not looked at.",
         "Look for state outside of the package: a registry of another library, a file, a name in `sys.modules`.",
     ),
     Rule(
@@ -161,8 +164,15 @@ _ALL = (
         "warning",
         "operators can be traced with fake tensors",
         "torch.compile runs an operator on tensors without data to learn the shapes of its results. An operator "
-        "that has no such implementation breaks the graph or fails.",
-        "Add an implementation by `torch.library.register_fake`.",
+        "that has no such implementation breaks the graph or fails. The others are called: arguments are made up from "
+        "the schema (small tensors of zeros, of as many dimensions as turn out to fit), the fake implementation is run "
+        "on them, then the operator itself on the CPU, and the shapes and dtypes are compared. It is a warning if "
+        "the fake implementation fails for a reason that no other arguments would mend: an unknown name, another "
+        "number of arguments than the schema's, a look at data. It is a note if nothing that was tried fits, so that "
+        "the implementation was not run; if the operator itself was not; or if the two agree on no arguments that "
+        "both take, which may be the arguments' fault.",
+        "Mend the implementation by `torch.library.register_fake`, or add one. Where a note says that it was not run, "
+        "call it in a test with `torch.library.opcheck` and real arguments.",
     ),
     Rule(
         "KP208",

@@ -6,6 +6,7 @@ of this one's settings but the Hub's address and the token.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ class Seen:
     """What the stranger found.
 
     ``faults`` is empty if all is well. ``loaded`` are the variants that this machine could load, ``skipped``
-    those for other hardware. ``called`` names an operator that ran on made-up fake tensors; it is ``None``
-    where no arguments that were tried fitted any, which says nothing about the operators.
+    those for other hardware. ``called`` names an operator that ran on made-up tensors, and says so if they were fake
+    ones; it is ``None`` where no arguments that were tried fitted any, which says nothing about the operators.
     """
 
     faults: tuple[str, ...]
@@ -161,44 +163,23 @@ def _load_all(repo_id: str, version: int, folder: Path, found: dict[str, Any]) -
             found["faults"].append(f"{variant.name} does not load: {type(error).__name__}: {error}")
             continue
         found["loaded"].append(variant.name)
-        found["called"] = found["called"] or _call_any(metadata.id)
+        found["called"] = found["called"] or _call_any(metadata.id, variant)
 
 
-def _call_any(namespace: str) -> str | None:
-    """Name of the first operator that takes one of a few made-up argument lists, as fake tensors."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    names = sorted(
-        name for name in torch._C._dispatch_get_all_op_names() if name.partition("::")[0] == namespace
-    )
-    with FakeTensorMode():
-        for name in names:
-            operator = getattr(getattr(torch.ops, namespace), name.partition("::")[2].partition(".")[0])
-            overload = getattr(operator, name.partition("::")[2].partition(".")[2] or "default")
-            for shape in ((4,), (4, 4), (2, 4, 4)):
-                arguments = [_made_up(argument, shape) for argument in overload._schema.arguments]
-                try:
-                    overload(*arguments)
-                except Exception:  # noqa: BLE001 - a guess that does not fit proves nothing
-                    continue
-                return name
-    return None
-
-
-def _made_up(argument: Any, shape: tuple[int, ...]) -> Any:
-    import torch
-
-    if argument.has_default_value():
-        return argument.default_value
-    kind = str(argument.type)
-    simple = {"int": 1, "float": 1.0, "bool": False, "number": 1.0, "str": "", "List[int]": [1]}
-    if kind in simple:
-        return simple[kind]
-    if kind.startswith("Optional"):
-        return None
-    tensor = torch.ones(shape)
-    return [tensor] if kind == "List[Tensor]" else tensor
+def _call_any(namespace: str, variant: Path) -> str | None:
+    """Name of an operator that took made-up arguments: in earnest, or else as fake tensors."""
+    package = ModuleType("_kernelpress_inside")
+    package.__path__ = [str(Path(__file__).parent)]
+    sys.modules[package.__name__] = package
+    opcalls = importlib.import_module(f"{package.__name__}.opcalls")
+    faked = None
+    for name, operator in opcalls.operators(namespace).items():
+        found = opcalls.examine(operator, f"{variant}{os.sep}", [])
+        if found["real"] == "ran":
+            return f"{namespace}::{name}"
+        if found["fake"] == "ran":
+            faked = faked or f"{namespace}::{name} (on fake tensors)"
+    return faked
 
 
 def _main(report: str, repo_id: str, version: str, *commits: str) -> None:
