@@ -132,3 +132,88 @@ def check(kernel, expected, case: Case, dtype: torch.dtype, shared: bool = False
 @pytest.mark.parametrize("name", CASES)
 def test_result_and_gradients_match_the_reference(kernel, expected, name) -> None:
     check(kernel, expected, CASES[name], EXACT)
+
+
+@pytest.mark.parametrize(
+    "name", ["decoding in a window", "8 heads on one", "packed", "softcap", "head of 512"]
+)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_every_dtype_is_summed_in_float32(kernel, expected, name, dtype) -> None:
+    check(kernel, expected, CASES[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["causal", "softcap in a window", "packed", "head of 256", "head of 512"])
+def test_values_that_are_the_keys_get_the_sum_of_both_gradients(kernel, expected, name) -> None:
+    check(kernel, expected, CASES[name], EXACT, shared=True)
+
+
+def test_query_that_sees_nothing_gets_zeros_and_gives_none(kernel) -> None:
+    case = CASES["more queries, causal"]
+    *tensors, do = inputs(case, torch.float32)
+    q, k, v = (x.requires_grad_() for x in tensors)
+    out = attend(kernel, case, q, k, v)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+    blind = case.queries[0] - case.keys[0]
+    assert not out[:blind].any()
+    assert not dq[:blind].any()
+    # Whatever gradient arrives at such a query leaves the others alone.
+    do[:blind] = 1e30
+    _, dk2, dv2 = torch.autograd.grad(out, (q, k, v), do)
+    assert torch.equal(dk, dk2)
+    assert torch.equal(dv, dv2)
+
+
+@pytest.mark.parametrize("name", ["causal", "packed in a window"])
+def test_equal_calls_return_equal_bits(kernel, name) -> None:
+    case = CASES[name]
+    *tensors, do = inputs(case, torch.float32)
+    tensors = [x.requires_grad_() for x in tensors]
+    runs = []
+    for deterministic in (False, True):
+        out = attend(kernel, case, *tensors, deterministic=deterministic)
+        runs.append((out, *torch.autograd.grad(out, tensors, do)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_tensors_of_any_strides_are_read_where_they_stand(kernel, expected) -> None:
+    case = CASES["causal"]
+    *tensors, _ = inputs(case, EXACT)
+    # As a cache holds them: heads before rows; and a slice of a fused projection.
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
+    sliced = [torch.cat([x, x], dim=-1)[..., : case.head_dim] for x in tensors]
+    backwards = [x.mT.contiguous().mT for x in tensors]
+    exact = expected(case, *(x.double() for x in tensors))
+    for q, k, v in (by_head, sliced, backwards):
+        assert_near([attend(kernel, case, q, k, v)], [exact], TOLERANCE[EXACT])
+
+
+@pytest.mark.parametrize("name", ["causal", "packed in a window", "window that sees nothing"])
+def test_sink_is_a_key_of_its_own_score_and_no_value(kernel, submodule, name) -> None:
+    case = CASES[name]
+    *tensors, do = inputs(case, EXACT)
+    sink = torch.randn(case.heads, dtype=EXACT)
+    tensors = [x.requires_grad_() for x in (*tensors, sink)]
+    out = attend(kernel, case, *tensors[:3], s_aux=tensors[3])
+    exact_inputs = [x.detach().double().requires_grad_() for x in tensors]
+    q, k, v, exact_sink = exact_inputs
+    exact = torch.cat(
+        [
+            with_sink(submodule, case, *each, exact_sink)
+            for each in zip(q.split(case.queries), k.split(case.keys), v.split(case.keys), strict=True)
+        ]
+    )
+    got = (out, *torch.autograd.grad(out, tensors, do))
+    wanted = (exact, *torch.autograd.grad(exact, exact_inputs, do.double()))
+    assert_near(got, wanted, TOLERANCE[EXACT])
+
+
+def with_sink(submodule, case: Case, q, k, v, sink) -> torch.Tensor:
+    """Probabilities over the keys and the sink, of which the sink's are dropped."""
+    geometry, reference = submodule("ops.attention.geometry"), submodule("ops.attention.reference")
+    window = geometry.Window(case.window[0], 0 if case.causal else case.window[1])
+    out, lse = reference.attention(q, k, v, case.head_dim**-0.5, window)
+    stacked = torch.stack([lse, sink[:, None].expand_as(lse)])
+    share = torch.exp(lse - stacked.logsumexp(dim=0))
+    return out * share.T.unsqueeze(-1)
