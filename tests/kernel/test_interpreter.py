@@ -15,7 +15,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("module", ["test_experts.py", "test_grouped_linear.py", "test_layouts.py"])
+@pytest.mark.parametrize(
+    "module", ["test_experts.py", "test_grouped_linear.py", "test_layouts.py", "test_norm_rotary.py"]
+)
 def test_triton_passes_the_same_tests(module: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
