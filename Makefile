@@ -37,6 +37,7 @@ publish: setup
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/compare_attention.py
 
 bench-hub: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py

@@ -1,0 +1,307 @@
+"""Attention of Gemma 4's layers, forward and backward: ours against SDPA and eager mode, and on a GPU all there is.
+
+8 query heads over 4 key heads, the global layers' head_dim of 512 and the sliding layers' of 256. All implementations
+of a case run in turns in one process, on the same tensors. Prints a table of medians; ``--output`` also writes the
+figures as JSON, with the date, the device, the versions and the commit they belong to.
+
+    python benchmarks/compare_attention.py [--device cuda] [--cases global-2k,...] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compare import REPOSITORY, median_seconds, peak_memory, provenance, start_memory
+
+HEADS, KEY_HEADS = 8, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: ``sequences`` of ``length`` tokens, packed into one row; a query sees ``window`` keys, 0 for all."""
+
+    length: int
+    head_dim: int
+    dtype: str
+    window: int = 0
+    sequences: int = 1
+
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees."""
+        reach = min(self.window or self.length, self.length)
+        return self.sequences * (reach * (reach + 1) // 2 + (self.length - reach) * reach)
+
+    def flops(self) -> int:
+        """Of the matrix products, forward (2) and backward (5, the scores once more among them)."""
+        return 7 * 2 * HEADS * self.head_dim * self.pairs()
+
+
+CASES = {
+    "cpu": {
+        "global-1k": Case(1024, 512, "float32"),
+        "global-1k-bf16": Case(1024, 512, "bfloat16"),
+        "sliding-2k": Case(2048, 256, "float32", window=512),
+        "packed-4x256": Case(256, 512, "float32", sequences=4),
+    },
+    "cuda": {
+        **{f"global-{n}k": Case(n * 1024, 512, "bfloat16") for n in (2, 4, 8, 16, 32, 64)},
+        **{f"sliding-{n}k": Case(n * 1024, 256, "bfloat16", window=1024) for n in (2, 4, 8, 16, 32, 64)},
+        **{f"packed-8x{n}k": Case(n * 1024, 512, "bfloat16", sequences=8) for n in (1, 2, 4, 8)},
+    },
+}
+# A dense mask or all scores of more tokens than this do not fit.
+MOST_DENSE = 16 * 1024
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def visible(case: Case, device: str) -> torch.Tensor:
+    """``[1, 1, S, S]``, True where a query sees a key."""
+    tokens = torch.arange(case.length * case.sequences, device=device)
+    q, k = tokens[:, None], tokens[None]
+    seen = (k <= q) & (q // case.length == k // case.length)
+    return (seen & (k > q - case.window) if case.window else seen)[None, None]
+
+
+def ours(kernel: Any, case: Case, device: str) -> Attention:
+    window = (case.window - 1, 0) if case.window else (-1, -1)
+    if case.sequences == 1:
+        attend = partial(kernel.flash_attn_func, causal=True, window_size=window)
+    else:
+        cu = torch.arange(case.sequences + 1, dtype=torch.int32, device=device) * case.length
+        lengths = (cu, cu, case.length, case.length)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.squeeze(0) for x in (q, k, v))
+            return kernel.flash_attn_varlen_func(q, k, v, *lengths, causal=True, window_size=window)[None]
+
+    return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def repeated(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(HEADS // KEY_HEADS, dim=1)
+
+
+def sdpa(case: Case, device: str) -> Attention:
+    """As transformers calls it: K and V repeated, and a dense mask where "causal" does not say it all."""
+    if case.window == 0 and case.sequences == 1:
+        return lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True)
+    mask = visible(case, device)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), mask)
+
+
+def with_backend(backend: Any, attention: Attention) -> Attention:
+    from torch.nn.attention import sdpa_kernel
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return attention(q, k, v)
+
+    return run
+
+
+def eager(case: Case, device: str) -> Attention:
+    mask = visible(case, device)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = (q @ repeated(k).mT) * case.head_dim**-0.5
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ repeated(v)
+
+    return run
+
+
+def flex(case: Case, device: str) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
+        inside = (k <= q) & (q // case.length == k // case.length)
+        return inside & (k > q - case.window) if case.window else inside
+
+    tokens = case.length * case.sequences
+    mask = create_block_mask(seen, None, None, tokens, tokens, device=device, _compile=True)
+    return partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
+
+
+def flash(case: Case, device: str) -> Attention:
+    import flash_attn
+
+    return ours(flash_attn, case, device)
+
+
+def implementations(kernel: Any, case: Case, device: str) -> Iterator[tuple[str, Callable[[], Attention]]]:
+    """Name and maker of each; a maker may fail where the implementation does not take the case."""
+    dense_fits = case.length * case.sequences <= MOST_DENSE
+    yield "scattermoe", partial(ours, kernel, case, device)
+    plain = case.window == 0 and case.sequences == 1
+    if plain or dense_fits:
+        if device == "cuda":
+            from torch.nn.attention import SDPBackend
+
+            for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+                if name != "MATH" or dense_fits:
+                    backend = getattr(SDPBackend, name)
+                    yield (
+                        f"sdpa {name.split('_')[0].lower()}",
+                        lambda backend=backend: with_backend(backend, sdpa(case, device)),
+                    )
+        else:
+            yield "sdpa", partial(sdpa, case, device)
+    if dense_fits:
+        yield "eager", partial(eager, case, device)
+    if device == "cuda":
+        yield "flex_attention", partial(flex, case, device)
+        yield "flash_attn", partial(flash, case, device)
+
+
+def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
+    """Rows by implementation: median time, peak memory above the inputs and largest error, or why there is none."""
+    generator = torch.Generator(device).manual_seed(0)
+    tokens, dtype = case.length * case.sequences, getattr(torch, case.dtype)
+
+    def random(heads: int) -> torch.Tensor:
+        shape = (1, tokens, heads, case.head_dim)
+        return torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2)
+
+    inputs = [random(heads).requires_grad_() for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    grad = random(HEADS)
+
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    rows: dict[str, Any] = {}
+    steps: dict[str, Callable[[], list[torch.Tensor]]] = {}
+    expected: list[torch.Tensor] | None = None
+    for name, make in implementations(kernel, case, device):
+        try:
+            attention = make()
+
+            def step(attention: Attention = attention) -> list[torch.Tensor]:
+                out = attention(*inputs)
+                return [out, *torch.autograd.grad(out, inputs, grad)]
+
+            got = [each.detach().float().cpu() for each in step()]
+            finish()
+            before = start_memory(device)
+            step()
+            finish()
+            peak = peak_memory(device) - before
+        # Whatever an implementation refuses a case with, the others are to be measured.
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+            rows[name] = {"not": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"}
+            continue
+        if expected is None:
+            expected = got
+        # Ours is the first: how far another's results are from it, relative to the largest.
+        difference = max(float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
+        rows[name] = {"peak_bytes_above_inputs": peak, "difference": difference}
+        steps[name] = step
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    while not times or len(times["scattermoe"]) < 3 or time.perf_counter() - start < seconds:
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            finish()
+            times[name].append(time.perf_counter() - begin)
+        if len(times["scattermoe"]) >= 50:
+            break
+    for name, measured in times.items():
+        rows[name].update(ms=1000 * statistics.median(measured), runs=len(measured))
+    return rows
+
+
+def dense_rate(dtype: str, device: str) -> float:
+    """Floating-point operations a second of this device's matrix product."""
+    side = 8192 if device == "cuda" else 2048
+    a = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds, _ = median_seconds(lambda: a @ a, finish, repeats=15, budget=2.0)
+    return float(2 * side**3 / seconds)
+
+
+def show(name: str, case: Case, rows: dict[str, Any], rate: float) -> None:
+    print(f"\n{name}: {case}\n{'':<16}{'ms':>9}{'runs':>6}{'MB above inputs':>17}{'of dense rate':>15}")
+    for implementation, row in rows.items():
+        if "not" in row:
+            print(f"{implementation:<16}  {row['not']}")
+            continue
+        share = case.flops() / (row["ms"] / 1000) / rate
+        megabytes = row["peak_bytes_above_inputs"] / 1e6
+        print(f"{implementation:<16}{row['ms']:>9.2f}{row['runs']:>6}{megabytes:>17.0f}{share:>15.0%}")
+    mine = rows["scattermoe"]
+    others = {name: row for name, row in rows.items() if name != "scattermoe" and "ms" in row}
+    if "ms" in mine and others:
+        best = min(others, key=lambda name: others[name]["ms"])
+        memory = mine["peak_bytes_above_inputs"] / others[best]["peak_bytes_above_inputs"]
+        ratio = others[best]["ms"] / mine["ms"]
+        print(
+            f"{'':<16}{ratio:>8.2f}x the best of the others ({best}), with {memory:.0%} of its memory",
+            flush=True,
+        )
+
+
+@contextmanager
+def built_kernel() -> Iterator[Any]:
+    """The kernel as users load it, built for the while."""
+    from kernelpress.spec import load_spec
+    from kernelpress.variant import build
+    from kernels import get_kernel
+
+    with tempfile.TemporaryDirectory() as scratch:
+        built = build(load_spec(REPOSITORY), Path(scratch, "build")).directory
+        os.environ["LOCAL_KERNELS"] = f"org/scattermoe-lora={built}"
+        yield get_kernel("org/scattermoe-lora", version=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=CASES, default="cpu")
+    parser.add_argument(
+        "--cases", help="; ".join(f"{device}: {', '.join(cases)}" for device, cases in CASES.items())
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="for the timing of a case; default 2")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    cases = CASES[arguments.device]
+    names = arguments.cases.split(",") if arguments.cases else list(cases)
+    if unknown := set(names) - set(cases):
+        parser.error(f"--cases: {', '.join(sorted(unknown))}: none of {', '.join(cases)}")
+    rates: dict[str, float] = {}
+    results: dict[str, Any] = {}
+    with built_kernel() as kernel:
+        for name in names:
+            case = cases[name]
+            if case.dtype not in rates:
+                rates[case.dtype] = dense_rate(case.dtype, arguments.device)
+            results[name] = measure(kernel, case, arguments.device, arguments.seconds)
+            show(name, case, results[name], rates[case.dtype])
+    if arguments.output:
+        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor()
+        described = {"device": device, "threads": torch.get_num_threads(), "dense_flops": rates}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(
+            json.dumps({**provenance(), **described, "results": results}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Attention's benchmarks run: under the runner of ``kernels benchmark``, and as the comparison that prints a table."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from kernels.cli.benchmark import discover_benchmark_classes, run_benchmark_class
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORKLOADS = ["GlobalDecode", "GlobalPrefill", "GlobalTraining", "PackedTraining", "SlidingTraining"]
+
+
+@pytest.fixture(scope="module")
+def classes():
+    script = REPOSITORY / "benchmarks" / "benchmark_attention.py"
+    return {each.__name__: each for each in discover_benchmark_classes(script, REPOSITORY)}
+
+
+@pytest.fixture
+def run(kernel):
+    """``run(cls)``: one timed iteration of a benchmark on the built kernel."""
+    directory = os.environ["LOCAL_KERNELS"].partition("=")[2]
+    return lambda cls: run_benchmark_class(cls, 1, 0, str(Path(directory).parent), True, "local")[0]
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_kernels_benchmark_runs_and_verifies_every_workload(classes, run, name: str) -> None:
+    assert sorted(classes) == WORKLOADS
+    (timing,) = run(classes[name]).values()
+    assert timing.verified is True
+    assert timing.mean_ms > 0
+    assert timing.ref_mean_ms > 0
+
+
+def test_a_kernel_that_does_not_see_the_window_does_not_verify(classes, run) -> None:
+    class Wrong(classes["SlidingTraining"]):
+        def forward(self):
+            return self.kernel.flash_attn_func(self.q, self.k, self.v, causal=True)
+
+    with pytest.raises(RuntimeError, match="Verification failed for step"):
+        run(Wrong)
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("compare_attention")
+
+
+@pytest.mark.parametrize(("window", "sequences"), [(0, 1), (5, 1), (0, 3), (5, 3)])
+def test_the_comparison_compares_the_same_thing(kernel, compare, window: int, sequences: int) -> None:
+    case = compare.Case(20, 32, "float32", window, sequences)
+    rows = compare.measure(kernel, case, "cpu", 0.0)
+    assert list(rows) == ["scattermoe", "sdpa", "eager"]
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["runs"] == 3
+        assert row["difference"] < 1e-5
+    assert case.pairs() == compare.visible(case, "cpu").sum()
+
+
+def test_what_an_implementation_refuses_is_named_and_the_others_measured(
+    kernel, compare, monkeypatch
+) -> None:
+    def refusing(case: object, device: str) -> None:
+        raise RuntimeError("no such head size\nat line 3")
+
+    monkeypatch.setattr(compare, "sdpa", refusing)
+    rows = compare.measure(kernel, compare.Case(8, 16, "float32"), "cpu", 0.0)
+    assert rows["sdpa"] == {"not": "RuntimeError: no such head size"}
+    assert rows["eager"]["ms"] > 0
+
+
+def test_an_unknown_case_is_refused_before_anything_is_measured(compare, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["compare_attention.py", "--cases", "global-1k,tiny"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "--cases: tiny: none of global-1k, " in capsys.readouterr().err
+
+
+def test_seen_pairs_are_those_of_a_causal_window(compare) -> None:
+    seen = compare.visible(compare.Case(4, 16, "float32", window=2, sequences=2), "cpu")[0, 0]
+    block = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(seen, torch.block_diag(block, block).bool())
