@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +89,14 @@ def scale(x, by: float = common.DEFAULT):
     """``x`` scaled."""
     return getattr(torch.ops, "demo_kernel").scale(x, by)
 '''
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _memory_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the user's cache alone, and find nothing in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

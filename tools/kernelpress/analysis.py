@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
-from multiprocessing import get_context
+from typing import Any
 
 from kernelpress.files import SourceFile
 from kernelpress.imports import Import, Imports, find_imports
 from kernelpress.layout import Layout
+from kernelpress.memory import Memory, key
 from kernelpress.sites import Problem, Site, Sites, find_sites, library_names
 from kernelpress.text import Edit, Text, parse
 
@@ -33,14 +34,29 @@ class Analysis:
     unread: tuple[int, ...] = ()
 
 
-def analyse(files: Sequence[SourceFile], layout: Layout) -> list[Analysis]:
-    """Look at every file of a package, in the order given."""
+def analyse(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> list[Analysis]:
+    """Look at every file of a package, in the order given, as far as it is not in memory."""
     libraries = library_names(files)
+    around = json.dumps(
+        [layout.package, sorted(layout.vendored), layout.named_whole, sorted(libraries)]
+    ).encode()
+    keys = [key("analysis", around, file.path.encode("utf-8"), file.data) for file in files]
+    found = {each: _from_json(kept) for each in keys if (kept := memory.get(each)) is not None}
+    new = {each: file for each, file in zip(keys, files, strict=True) if each not in found}
     look = partial(_analyse, layout=layout, libraries=libraries)
-    if sum(len(file.data) for file in files) < _WORTH_PROCESSES:
-        return [look(file) for file in files]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(look, files, chunksize=16))
+    if sum(len(file.data) for file in new.values()) < _WORTH_PROCESSES:
+        looked = [look(file) for file in new.values()]
+    else:
+        # Imported here: an unchanged build has no use for it, and it takes longer than all of such a build's reading.
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            looked = list(pool.map(look, new.values(), chunksize=16))
+    for each, analysis in zip(new, looked, strict=True):
+        memory.put(each, _to_json(analysis))
+        found[each] = analysis
+    return [found[each] for each in keys]
 
 
 def _analyse(file: SourceFile, layout: Layout, libraries: frozenset[str]) -> Analysis:
@@ -58,4 +74,31 @@ def _analyse(file: SourceFile, layout: Layout, libraries: frozenset[str]) -> Ana
         imports.outside,
         imports.unknown,
         imports.unread,
+    )
+
+
+def _to_json(analysis: Analysis) -> list[Any]:
+    return [
+        [astuple(site) for site in analysis.sites],
+        analysis.escapes,
+        [astuple(problem) for problem in analysis.problems],
+        [[edit.start, edit.end, edit.text and edit.text.decode("utf-8")] for edit in analysis.edits],
+        [astuple(each) for each in analysis.missing],
+        [astuple(each) for each in analysis.outside],
+        analysis.unknown,
+        analysis.unread,
+    ]
+
+
+def _from_json(kept: list[Any]) -> Analysis:
+    sites, escapes, problems, edits, missing, outside, unknown, unread = kept
+    return Analysis(
+        tuple(Site(*each) for each in sites),
+        tuple(escapes),
+        tuple(Problem(*each) for each in problems),
+        tuple(Edit(start, end, None if text is None else text.encode("utf-8")) for start, end, text in edits),
+        tuple(Import(*each) for each in missing),
+        tuple(Import(*each) for each in outside),
+        tuple(unknown),
+        tuple(unread),
     )

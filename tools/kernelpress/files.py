@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernelpress.errors import SourceError
+from kernelpress.memory import Memory, key
 from kernelpress.text import parse
 
 
@@ -18,14 +19,17 @@ class SourceFile:
     origin: Path | None = None
 
 
-def read_python(path: Path) -> bytes:
-    """Read a Python source.
+def read_python(path: Path, memory: Memory) -> bytes:
+    """Read a Python source; one of the same content as before is not parsed again.
 
     Raises:
         SourceError: It cannot be read, is not UTF-8 or is no Python; with the line.
     """
     data = read_bytes(path)
-    _check_syntax(path, data)
+    known = key("syntax", data)
+    if not memory.get(known):
+        _check_syntax(path, data)
+        memory.put(known, True)
     return data
 
 

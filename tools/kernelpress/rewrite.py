@@ -15,6 +15,7 @@ from kernelpress.files import SourceFile
 from kernelpress.findings import Finding, FindingsError
 from kernelpress.imports import Import
 from kernelpress.layout import Layout
+from kernelpress.memory import Memory
 from kernelpress.text import Edit, Text
 
 # PyTorch's own: a package may extend them, but they are never its own to rename.
@@ -62,31 +63,36 @@ class Rewritten:
     outside: tuple[tuple[Path, Import], ...] = ()
 
 
-def rewrite(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
+def rewrite(
+    files: Sequence[SourceFile], package: str | Layout, package_dir: Path, memory: Memory | None = None
+) -> Rewritten:
     """Leave the op namespace open and make imports of the package by its own name relative.
 
     Args:
         files: The package's files.
         package: The name under which the package imports itself in place, or what ships beside it as well.
         package_dir: Where the files stand, for messages.
+        memory: What is known of sources; without it, each is looked at.
 
     Raises:
         FindingsError: A namespace that is only known when the code runs, two operators of one name that would
             come to stand in the same namespace, or an import of a module that does not ship; all of them.
     """
-    rewritten = examine(files, package, package_dir)
+    rewritten = examine(files, package, package_dir, memory)
     errors = [each for each in rewritten.findings if each.severity == "error"]
     if errors:
         raise FindingsError(errors)
     return rewritten
 
 
-def examine(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
+def examine(
+    files: Sequence[SourceFile], package: str | Layout, package_dir: Path, memory: Memory | None = None
+) -> Rewritten:
     """The same, with what stands in the way as findings."""
     layout = Layout(package) if isinstance(package, str) else package
     looked = [
         (replace(file, origin=file.origin or package_dir / file.path), each)
-        for file, each in zip(files, analyse(files, layout), strict=True)
+        for file, each in zip(files, analyse(files, layout, memory or Memory()), strict=True)
     ]
     own = {site.namespace for _, each in looked for site in each.sites if site.creates} - _FOREIGN
     findings = [

@@ -15,6 +15,7 @@ from kernelpress.files import SourceFile
 from kernelpress.findings import Finding
 from kernelpress.imports import Import, imported_modules
 from kernelpress.layout import Layout
+from kernelpress.memory import Memory
 from kernelpress.rewrite import examine
 from kernelpress.source import Source, read_source
 from kernelpress.spec import Spec
@@ -36,11 +37,13 @@ def check_sources(spec: Spec) -> list[Finding]:
     Returns:
         What was found, by file and line.
     """
+    memory = Memory.of(spec.package_dir)
     try:
-        source = read_source(spec)
+        source = read_source(spec, memory)
     except KernelpressError as error:
         return [as_finding(error)]
-    rewritten = examine(source.files, source.layout, source.package_dir)
+    rewritten = examine(source.files, source.layout, source.package_dir, memory)
+    memory.save()
     found = [
         *rewritten.findings,
         *_undeclared(rewritten.outside, spec),

@@ -7,16 +7,18 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kernelpress.errors import BuildError
 from kernelpress.imports import Import
+from kernelpress.memory import Memory
 from kernelpress.provenance import GitState
 from kernelpress.rewrite import Rewritten, rewrite
 from kernelpress.source import OPS_MODULE, Source, read_source
@@ -102,8 +104,10 @@ def prepare(spec: Spec, out: Path | None = None) -> Build:
         SourceError: The sources cannot ship as they are.
     """
     directory = (spec.root / "build" if out is None else out).resolve()
-    source = read_source(spec)
-    rewritten = rewrite(source.files, source.layout, source.package_dir)
+    memory = Memory.of(spec.package_dir)
+    source = read_source(spec, memory)
+    rewritten = rewrite(source.files, source.layout, source.package_dir, memory)
+    memory.save()
     content_hash = _content_hash(spec, rewritten)
     variants = tuple(_variants(spec, source, rewritten, content_hash))
     return Build(spec, source, directory, variants, content_hash, _tree_hash(variants), rewritten.outside)
@@ -247,13 +251,15 @@ def _tree_hash(variants: Iterable[Variant]) -> str:
     return _hash(parts)
 
 
-def _replace(directory: Path, variants: Iterable[Variant]) -> None:
+def _replace(directory: Path, variants: Sequence[Variant]) -> None:
     """Write aside, then swap two names, so that no moment shows half a build."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.exists() and not directory.is_dir():
         raise BuildError("this is in the way of the build directory; move it", path=directory)
     with _locked(directory.parent):
         _recover(directory)
+        if _stands(directory, variants):
+            return
         fresh = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
         try:
             fresh.chmod(0o755)
@@ -263,6 +269,31 @@ def _replace(directory: Path, variants: Iterable[Variant]) -> None:
             _swap(directory, fresh)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _stands(directory: Path, variants: Sequence[Variant]) -> bool:
+    """Whether a directory holds just these variants, byte for byte and with the modes that they are written with."""
+    expected = {f"{each.name}/{file.path}": file.data for each in variants for file in each.files}
+    folders = {str(parent) for name in expected for parent in PurePosixPath(name).parents} - {"."}
+    pending = [each.name for each in variants]
+    if not directory.is_dir() or {
+        path.name for path in directory.iterdir() if path.name.startswith(VARIANT_PREFIX)
+    } != set(pending):
+        return False
+    while pending:
+        folder = pending.pop()
+        with os.scandir(directory / folder) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}"
+                mode = entry.stat(follow_symlinks=False).st_mode
+                if mode == stat.S_IFDIR | 0o755 and name in folders:
+                    pending.append(name)
+                    folders.discard(name)
+                elif mode != stat.S_IFREG | 0o644 or Path(entry.path).read_bytes() != expected.pop(
+                    name, None
+                ):
+                    return False
+    return not expected
 
 
 def _write(root: Path, files: Iterable[VariantFile]) -> None:

@@ -10,6 +10,7 @@ from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile, read_python
 from kernelpress.imports import imported_modules
 from kernelpress.layout import VENDOR, Layout, module_file
+from kernelpress.memory import Memory
 from kernelpress.text import parse
 
 _EMPTY = b""
@@ -22,7 +23,11 @@ _PARENT = """def __getattr__(name):
 
 
 def vendor(
-    include: Iterable[str], package: str, roots: tuple[Path, ...], own_files: Iterable[SourceFile]
+    include: Iterable[str],
+    package: str,
+    roots: tuple[Path, ...],
+    own_files: Iterable[SourceFile],
+    memory: Memory | None = None,
 ) -> tuple[Layout, list[SourceFile]]:
     """Collect what ships beside the package.
 
@@ -31,6 +36,7 @@ def vendor(
         package: The package's dotted name.
         roots: First the directory that the project's modules are imported from, then the project's own.
         own_files: The package's own files.
+        memory: What is known of sources; without it, each is parsed.
 
     Returns:
         The layout of the kernel, and the files to add to the package's own.
@@ -38,6 +44,7 @@ def vendor(
     Raises:
         SourceError: Something listed is not there, belongs to the package anyway, or cannot ship.
     """
+    memory = memory or Memory()
     own = Layout(package)
     tops = {package.partition(".")[0]}
     found: dict[str, SourceFile] = {}
@@ -55,7 +62,7 @@ def vendor(
         path = next((file for root in roots if (file := module_file(root, module)) is not None), None)
         if path is None:
             continue
-        data = read_python(path)
+        data = read_python(path, memory)
         stem = "/".join((VENDOR, *module.split(".")))
         place = f"{stem}/__init__.py" if path.name == "__init__.py" else f"{stem}.py"
         found[module] = SourceFile(place, data, path)
