@@ -12,7 +12,8 @@ from kernelpress.spec import load_spec
 from kernelpress.variant import build
 from typer.testing import CliRunner
 
-TWICE = "torch-ext/demo_kernel/twice.py"
+PACKAGE = "torch-ext/demo_kernel"
+TWICE = f"{PACKAGE}/twice.py"
 
 
 def run(*arguments: str, code: int = 0, **environment: str) -> str:
@@ -48,6 +49,15 @@ def test_api_says_that_an_addition_keeps_the_version(make_kernel):
     output = run("api", str(root), "--against", str(before / "torch-universal"))
     assert "adds twice: optional parameter 'by' added" in output
     assert "keeps its version" in output
+
+
+def test_api_reads_a_package_inside_a_project(make_kernel, tmp_path):
+    root = make_kernel()
+    before = build(load_spec(root)).directory
+    break_twice(root)
+    options = ("--source-dir", str(root / PACKAGE), "--package", "demo_kernel", "--license", "MIT")
+    output = run("api", str(tmp_path), *options, "--against", str(before), code=1)
+    assert "breaks twice: required parameter 'by' added (twice.py:18)" in output
 
 
 def test_a_version_on_the_hub_is_compared_with(make_kernel, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from kernelpress.check import check
 from kernelpress.errors import BuildError, SpecError
 from kernelpress.localhub import running_hub
@@ -45,3 +48,35 @@ def test_what_is_there_already_is_kept(tmp_path):
     with pytest.raises(BuildError, match="there already"):
         scaffold("new-kernel", "org", tmp_path / "new-kernel")
     assert (tmp_path / "new-kernel").read_text() == "mine"
+
+
+def test_the_workflow_is_sound_and_installs_kernelpress_from_where_it_is_told(tmp_path):
+    workflow = scaffold("new-kernel", "org", tmp_path / "new-kernel") / ".github" / "workflows" / "kernel.yml"
+    tools = Path(sys.executable).parent
+    for command in (
+        [tools / "zizmor", "--quiet", "--offline", workflow],
+        [tools / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", workflow],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    steps = yaml.safe_load(workflow.read_text())["jobs"]["kernel"]["steps"]
+    (install,) = [step["run"] for step in steps if step.get("name") == "Install"]
+    assert not any("pip install" in step.get("run", "") for step in steps if step.get("name") != "Install")
+    # A stand-in for pip that tells what it was asked for.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pip").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "bin" / "pip").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    without = subprocess.run(
+        ["bash", "-e", "-c", install], capture_output=True, text=True, env={"PATH": path}
+    )
+    assert without.returncode != 0
+    assert "set the variable KERNELPRESS" in without.stderr
+    source = "kernelpress @ git+https://example.org/tools@0123abc"
+    done = subprocess.run(
+        ["bash", "-e", "-c", install],
+        capture_output=True,
+        text=True,
+        env={"PATH": path, "KERNELPRESS": source},
+    )
+    assert done.stdout.splitlines() == ["install", "torch", "pytest", "numpy", source]

@@ -151,6 +151,11 @@ def explain(code: Annotated[str, typer.Argument(help="A rule's code, such as KP1
 @app.command()
 def api(
     directory: Directory = Path(),
+    source_dir: SourceDir = None,
+    package: Package = None,
+    name: Name = None,
+    license: License = None,
+    include: Include = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -161,10 +166,9 @@ def api(
     """Compare what __all__ holds with a published build: what breaks, and what is added."""
     from kernelpress.contract import compare
     from kernelpress.published import published_files
-    from kernelpress.spec import load_spec
     from kernelpress.variant import prepare
 
-    made = prepare(load_spec(directory))
+    made = prepare(_spec(directory, source_dir, package, name, license, include))
     old = published_files(against) if against is not None else directory / "build"
     changes = compare(old, made)
     out = console()
