@@ -6,7 +6,6 @@ import functools
 import inspect
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -146,19 +145,6 @@ def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
     )
 
 
-def _warn_of_lost_gradients(layer: Any, hidden_states: torch.Tensor) -> None:
-    """Reentrant checkpointing runs this layer without a graph, so what later layers read from it has none.
-
-    That is so with and without :func:`apply_to`, and can be mended only by whoever chose the checkpointing.
-    """
-    if layer.training and hidden_states.requires_grad and not torch.is_grad_enabled():
-        warnings.warn(
-            "Reentrant gradient checkpointing loses the gradient that layers with shared keys and values send back to "
-            "the layer that computed them. Use gradient_checkpointing_kwargs={'use_reentrant': False}.",
-            stacklevel=3,
-        )
-
-
 @functools.cache
 def _fused_forward(family: _Family) -> Callable[..., Any]:
     """The forward for a family's attention; the same object for the same family."""
@@ -211,8 +197,6 @@ def _fused_forward(family: _Family) -> Callable[..., Any]:
                 shared_kv_states[self.layer_type] = key, value
             else:
                 shared_kv.store(shared_kv_states, self.layer_type, key, value)
-                if self.layer_type in later:
-                    _warn_of_lost_gradients(self, hidden_states)
         if not plain and self.layer_type not in later:
             shared_kv.forget(shared_kv_states, self.layer_type)
 

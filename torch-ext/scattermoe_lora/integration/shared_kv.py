@@ -12,6 +12,7 @@ backward is done.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import MutableMapping
 from typing import Any
@@ -21,6 +22,10 @@ import torch
 
 class _Pair(list[torch.Tensor]):
     """``[key, value]`` as a layer stored them. A list's subclass, because a tuple takes no weak reference."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().__init__((key, value))
+        self.recorded = torch.is_grad_enabled()
 
 
 class _Forgotten:
@@ -49,7 +54,7 @@ def store(shared: MutableMapping[str, Any], layer_type: str, key: torch.Tensor, 
     In a checkpoint's second run, when all readers have read, there is nothing to do.
     """
     if not isinstance(shared.get(layer_type), _Forgotten):
-        shared[layer_type] = _Pair([key, value])
+        shared[layer_type] = _Pair(key, value)
 
 
 def read(
@@ -63,7 +68,14 @@ def read(
             "the keys and values that this layer shares are gone: the graph that held them was run backward already; "
             "pass retain_graph=True the first time"
         )
-    if isinstance(pair, _Pair) and pair[0].requires_grad and query.requires_grad:
+    if isinstance(pair, _Pair) and query.requires_grad and not pair.recorded:
+        # So it is without this module, too, and only who chose the checkpointing can mend it.
+        warnings.warn(
+            "Reentrant gradient checkpointing loses the gradient that layers with shared keys and values send back to "
+            "the layer that computed them. Use gradient_checkpointing_kwargs={'use_reentrant': False}.",
+            stacklevel=2,
+        )
+    if isinstance(pair, _Pair) and query.requires_grad and pair[0].requires_grad:
         # A checkpoint drops what is saved and computes it again, unless inner hooks say what to save: here, the pair in
         # the place of the query. As anything saved it lives while the graph can be run backward, and no longer.
         with torch.autograd.graph.saved_tensors_hooks(lambda _: pair, lambda kept: kept[0]):
