@@ -97,7 +97,7 @@ def measure(implementation: str, kind: str, dtype: str, device: str) -> dict[str
             torch.cuda.synchronize()
 
     def seconds(step: Callable[[], Any]) -> float:
-        return median_seconds(step, finish, repeats=9, budget=3.0)[0]
+        return median_seconds(step, finish, repeats=7, budget=1.5)[0]
 
     with torch.no_grad():
         forward = seconds(run)

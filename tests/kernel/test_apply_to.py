@@ -160,6 +160,18 @@ def test_only_text_attention_of_a_multimodal_model_changes(kernel, tower) -> Non
     assert distance(fused, plain) < 1e-5
 
 
+def test_the_unified_model_has_the_same_attention(kernel) -> None:
+    unified = pytest.importorskip("transformers.models.gemma4_unified")
+    settings = {key: value for key, value in TEXT.items() if key != "hidden_size_per_layer_input"}
+    model = unified.Gemma4UnifiedForCausalLM(unified.Gemma4UnifiedTextConfig(**settings)).train()
+    plain = step(model)
+    assert kernel.apply_to(model) == 4
+    got = step(model)
+    assert torch.equal(got[0], plain[0])
+    assert distance(got, plain) < 1e-5
+    assert kernel.remove_from(model) == 4
+
+
 def test_autocast(kernel) -> None:
     model = build()
     kernel.apply_to(model)
