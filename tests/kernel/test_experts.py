@@ -225,21 +225,36 @@ def test_experts_taken_a_few_at_a_time_match_the_reference(
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the Triton kernels")
 @pytest.mark.parametrize("shape", AWKWARD)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("elements", [200, 1 << 18])
 def test_products_of_any_size_through_onednn_match_the_reference(
-    kernel, submodule, monkeypatch: pytest.MonkeyPatch, shape: Shape, elements: int
+    kernel,
+    submodule,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: Shape,
+    dtype: torch.dtype,
+    tolerance: float,
+    elements: int,
 ) -> None:
-    # At these sizes every product would be left to torch.mm.
+    # At these sizes every float32 product would be left to torch.mm.
     products = submodule("ops.products")
     monkeypatch.setattr(products, "_LARGE", 1)
     monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
-    by_onednn = []
-    onednn = products._onednn
-    monkeypatch.setattr(products, "_onednn", lambda *args: by_onednn.append(onednn(*args)) or by_onednn[-1])
-    arguments = problem(shape, "silu", torch.float32, targets=BOTH, train_base=False, sentinels=True)
-    assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), 2e-5)
-    if torch.backends.mkldnn.is_available():
-        assert by_onednn and all(result is not None for result in by_onednn)
+    asked = []
+    widened = products._widened
+
+    def watched(x: torch.Tensor, rows: int) -> torch.Tensor | None:
+        result = widened(x, rows)
+        if result is not None:
+            asked.append(result.shape[0])
+        return result
+
+    monkeypatch.setattr(products, "_widened", watched)
+    arguments = problem(shape, "silu", dtype, targets=BOTH, train_base=False, sentinels=True)
+    assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), tolerance)
+    if products._serves(dtype, 1):
+        assert asked
+        assert all(rows % 16 == 0 for rows in asked)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the Triton kernels")

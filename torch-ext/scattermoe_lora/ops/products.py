@@ -1,54 +1,71 @@
-"""The base weights' products on a CPU, through the library that computes them fastest."""
+"""Products of an expert's rows on a CPU, through the library that computes them fastest.
+
+``torch.mm`` hands float32 to MKL, which with the few dozen rows of an expert spends as much on packing the weight as on
+the product, and on some processors leaves half of the vector width unused. bfloat16 it hands to oneDNN, which generates
+code for every shape it meets, half a megabyte and a third of a millisecond each; and a router gives an expert another
+number of rows each time. Both are mended by asking oneDNN for a few more rows than there are: numbers of rows repeat,
+and the result's surplus is dropped. The surplus rows are whatever the caller's buffer holds behind ``x``.
+
+No public function reaches oneDNN with float32 without first copying the weight. The one called here is what
+torch.compile emits on a CPU.
+"""
 
 from __future__ import annotations
 
 import torch
 
-# Multiplications from which oneDNN's set-up is worth its while.
+# Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
 _ROWS = 16
 
 
 def rounded(rows: int) -> int:
-    """The least number of rows ``>= rows`` for which oneDNN is asked: one of eight an octave."""
+    """The number of rows that oneDNN is asked for: the next multiple of 16, from 128 on the next of eight an octave."""
     step = max(_ROWS, (1 << max(rows - 1, 0).bit_length()) // 16)
     return -(-rows // step) * step
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """``x W^T`` by oneDNN, or None where ``torch.mm`` serves as well.
+def _serves(dtype: torch.dtype, multiplications: int) -> bool:
+    if dtype == torch.float32:
+        return (
+            multiplications >= _LARGE
+            and torch.backends.mkldnn.enabled
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        )
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return False
 
-    ``torch.mm`` takes oneDNN for bfloat16 and float16 by itself, but MKL for float32. With the few dozen rows of an
-    expert MKL spends as much on packing the weight as on the product, and on some processors it leaves half of the
-    vector width unused. No public function reaches oneDNN without first copying the weight; the one here is what
-    torch.compile emits on a CPU.
 
-    oneDNN generates code for every shape, half a megabyte each, and a router gives an expert another number of rows
-    each time. So a few more rows are read than are asked for, whatever they hold: the caller's buffer has them.
-    """
-    rows, width = x.shape
-    if x.dtype != torch.float32 or rows * weight.numel() < _LARGE:
+def _widened(x: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """``x`` with the rows behind it in its buffer, ``rows`` in all; None where the buffer ends before."""
+    if x.shape[0] == rows:
+        return x
+    end = (x.storage_offset() + rows * x.shape[1]) * x.element_size()
+    if not x.is_contiguous() or x.untyped_storage().nbytes() < end:
         return None
-    if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return None
-    wanted = rounded(rows)
-    if wanted != rows:
-        if not x.is_contiguous() or (
-            x.untyped_storage().nbytes() < (x.storage_offset() + wanted * width) * x.element_size()
-        ):
-            return None
-        x = x.as_strided((wanted, width), x.stride())
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return result if wanted == rows else result[:rows]
+    return x.as_strided((rows, x.shape[1]), x.stride())
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``x W^T`` into ``out``: ``x`` ``[m, k]``, ``weight`` ``[n, k]``, contiguous or transposed, ``out`` ``[m, n]``."""
-    fast = _onednn(x, weight)
-    return torch.mm(x, weight.t(), out=out) if fast is None else out.copy_(fast)
+    rows = x.shape[0]
+    if _serves(x.dtype, rows * weight.numel()):
+        wide = _widened(x, rounded(rows))
+        if wide is not None:
+            result = torch.ops.mkldnn._linear_pointwise(wide, weight, None, "none", [], "")
+            return out.copy_(result[:rows])
+    return torch.mm(x, weight.t(), out=out)
 
 
 def add_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out += x W^T``, shapes as for :func:`product`."""
-    fast = _onednn(x, weight)
-    return out.addmm_(x, weight.t()) if fast is None else out.add_(fast)
+    """``out += x W^T``, rounded once; shapes as for :func:`product`."""
+    rows = x.shape[0]
+    if _serves(x.dtype, rows * weight.numel()):
+        wide, sums = _widened(x, rounded(rows)), _widened(out, rounded(rows))
+        if wide is not None and x.dtype == torch.float32:
+            return out.add_(torch.ops.mkldnn._linear_pointwise(wide, weight, None, "none", [], "")[:rows])
+        if wide is not None and sums is not None:
+            result = torch.ops.mkldnn._linear_pointwise.binary(wide, sums, weight, None, "add")
+            return out.copy_(result[:rows])
+    return out.addmm_(x, weight.t())

@@ -43,6 +43,10 @@ def _unbind(stack: torch.Tensor | None) -> Views:
     return None if stack is None else stack.unbind()
 
 
+def _unbind_t(stack: torch.Tensor | None) -> Views:
+    return None if stack is None else stack.mT.unbind()
+
+
 def _most_rows(chunks: list[list[Part]]) -> int:
     """Rows of a buffer for the fullest chunk, with as many more as a product of one of its experts may read."""
     ends = (start - chunk[0][1] + rounded(end - start) for chunk in chunks for _, start, end in chunk)
@@ -84,6 +88,8 @@ def forward(
     h_buffer = x.new_empty((0 if keep else most, 2 * intermediate))
     a_buffer = x.new_empty((most, intermediate))
     y_buffer = x_buffer if out.dtype == x.dtype else out.new_empty((most, x.shape[1]))
+    u1_buffer = x.new_empty((0 if keep else most, 0 if gate_up_a is None else gate_up_a.shape[1]))
+    u2_buffer = x.new_empty((0 if keep else most, 0 if down_a is None else down_a.shape[1]))
     # Views are made for all experts at once: one by one they would cost as much as the smaller products.
     gate_ups, downs = gate_up.unbind(), down.unbind()
     a1s, b1s, bias1s = _unbind(gate_up_a), _unbind(gate_up_b), _unbind(gate_up_bias)
@@ -95,19 +101,19 @@ def forward(
         h = hidden[first:last] if keep else h_buffer[:n]
         rows = torch.index_select(x, 0, tokens[first:last], out=x_buffer[:n])
         row_parts = rows.split(sizes)
-        u1s = low1[first:last].split(sizes) if keep else [None] * len(chunk)
+        u1s = (low1[first:last] if keep else u1_buffer[:n]).split(sizes)
         for (e, _, _), x_e, h_e, u_e in zip(chunk, row_parts, h.split(sizes), u1s, strict=True):
             if a1s is not None and b1s is not None:
-                low = torch.mm(x_e, a1s[e].t(), out=u_e)
+                low = product(x_e, a1s[e], u_e)
                 linear(x_e, gate_ups[e], h_e, None if bias1s is None else bias1s[e], low, b1s[e])
             else:
                 linear(x_e, gate_ups[e], h_e, None if bias1s is None else bias1s[e])
         a = activation.forward(gate, h, out=a_buffer[:n])
-        u2s = low2[first:last].split(sizes) if keep else [None] * len(chunk)
+        u2s = (low2[first:last] if keep else u2_buffer[:n]).split(sizes)
         # The output takes the place of the rows, which have served.
         for (e, _, _), a_e, y_e, u_e in zip(chunk, a.split(sizes), row_parts, u2s, strict=True):
             if a2s is not None and b2s is not None:
-                low = torch.mm(a_e, a2s[e].t(), out=u_e)
+                low = product(a_e, a2s[e], u_e)
                 linear(a_e, downs[e], y_e, None if bias2s is None else bias2s[e], low, b2s[e])
             else:
                 linear(a_e, downs[e], y_e, None if bias2s is None else bias2s[e])
@@ -172,9 +178,10 @@ def backward(
     sum_buffer = row_buffer if dx is None or dx.dtype == x.dtype else dx.new_empty((most, x.shape[1]))
     value_buffer, a_buffer, da_buffer = (x.new_empty((most, intermediate)) for _ in range(3))
     dh_buffer = x.new_empty((most, 2 * intermediate))
-    low_buffer = x.new_empty((most, 0 if down_a is None else down_a.shape[1]))
+    du1_buffer = x.new_empty((most, 0 if gate_up_a is None else gate_up_a.shape[1]))
+    du2_buffer = x.new_empty((most, 0 if down_a is None else down_a.shape[1]))
     gate_ups_t, downs_t = gate_up.mT.unbind(), down.mT.unbind()
-    a1s, b1s, a2s, b2s = _unbind(gate_up_a), _unbind(gate_up_b), _unbind(down_a), _unbind(down_b)
+    a1s_t, b1s_t, a2s_t, b2s_t = (_unbind_t(t) for t in (gate_up_a, gate_up_b, down_a, down_b))
     da1s, db1s, da2s, db2s = _unbind(da1), _unbind(db1), _unbind(da2), _unbind(db2)
     for chunk in chunks:
         first, last = chunk[0][1], chunk[-1][2]
@@ -185,14 +192,14 @@ def backward(
         h = hidden[first:last]
         dy = torch.index_select(grad_out, 0, tokens[first:last], out=row_buffer[:n])
         a, value = activation.recompute(gate, h, out=a_buffer[:n], value=value_buffer[:n])
-        da, du2 = da_buffer[:n], low_buffer[:n]
+        da, du2 = da_buffer[:n], du2_buffer[:n]
         dy_parts, a_parts, du2_parts = dy.split(sizes), a.split(sizes), du2.split(sizes)
 
         # The gradient before the routing weight comes first: <dy, down(a)> = <da, a> + <dy, bias> is then the routing
         # weight's own gradient, without keeping down(a).
         for e, dy_e, da_e, du_e in zip(experts, dy_parts, da.split(sizes), du2_parts, strict=True):
-            if a2s is not None and b2s is not None:
-                torch.mm(torch.mm(dy_e, b2s[e], out=du_e), a2s[e], out=da_e)
+            if a2s_t is not None and b2s_t is not None:
+                product(product(dy_e, b2s_t[e], du_e), a2s_t[e], da_e)
                 add_product(dy_e, downs_t[e], da_e)
             else:
                 product(dy_e, downs_t[e], da_e)
@@ -222,20 +229,21 @@ def backward(
         if d_gate_up is not None or da1 is not None:
             torch.index_select(x, 0, tokens[first:last], out=rows)
         u1_parts = low1[first:last].split(sizes)
-        for e, x_e, dh_e, u_e in zip(experts, rows.split(sizes), dh.split(sizes), u1_parts, strict=True):
+        row_parts, dh_parts, du1_parts = rows.split(sizes), dh.split(sizes), du1_buffer[:n].split(sizes)
+        for e, x_e, dh_e, u_e, du_e in zip(experts, row_parts, dh_parts, u1_parts, du1_parts, strict=True):
             if d_bias1 is not None:
                 sum_rows(dh_e, d_bias1[e])
             if d_gate_up is not None:
                 outer(dh_e, x_e, d_gate_up[e])
             if db1s is not None:
                 torch.mm(dh_e.t(), u_e, out=db1s[e])
-            if a1s is not None and b1s is not None:
-                du1 = torch.mm(dh_e, b1s[e])
+            if a1s_t is not None and b1s_t is not None:
+                du1 = product(dh_e, b1s_t[e], du_e)
                 if da1s is not None:
                     torch.mm(du1.t(), x_e, out=da1s[e])
                 if dx is not None:
                     # The gradient takes the place of the rows, which have served.
-                    torch.mm(du1, a1s[e], out=x_e)
+                    product(du1, a1s_t[e], x_e)
                     add_product(dh_e, gate_ups_t[e], x_e)
             elif dx is not None:
                 product(dh_e, gate_ups_t[e], x_e)

@@ -54,7 +54,7 @@ def linear(
     if low is None or b is None:
         return product(x, weight, out) if bias is None else add_product(x, weight, out.copy_(bias))
     # The small terms first: the sum is then rounded once, after the large one.
-    small = torch.mm(low, b.t(), out=out) if bias is None else torch.addmm(bias, low, b.t(), out=out)
+    small = product(low, b, out) if bias is None else add_product(low, b, out.copy_(bias))
     return add_product(x, weight, small)
 
 
@@ -99,7 +99,7 @@ def forward(
         torch.index_select(x, 0, rows_of[start:end], out=x_e)
         bias_e = None if bias is None else bias[e]
         if a is not None and b is not None:
-            u_e = torch.mm(x_e, a[e].t(), out=low[start:end])
+            u_e = product(x_e, a[e], low[start:end])
             linear(x_e, weight[e], y_e, bias_e, u_e, b[e])
         else:
             linear(x_e, weight[e], y_e, bias_e)
@@ -132,11 +132,12 @@ def backward(
     d_bias = per_expert(bias, parts) if need_bias and bias is not None else None
     dy_buffer = dy.new_empty((most, dy.shape[1]))
     x_buffer = x.new_empty((most, x.shape[1]))
+    du_buffer = dy.new_empty((most, 0 if b is None else b.shape[2]))
     for e, start, end in parts:
         rows = rows_of[start:end]
         dy_e, x_e = dy_buffer[: end - start], x_buffer[: end - start]
         torch.index_select(dy, 0, order[start:end], out=dy_e)
-        du = None if a is None or b is None else torch.mm(dy_e, b[e])
+        du = None if a is None or b is None else product(dy_e, b[e].t(), du_buffer[: end - start])
         if d_weight is not None or da is not None:
             torch.index_select(x, 0, rows, out=x_e)
             if d_weight is not None:
@@ -149,7 +150,7 @@ def backward(
             sum_rows(dy_e, d_bias[e])
         if dx is not None:
             if a is not None and du is not None:
-                dx_e = add_product(dy_e, weight[e].t(), torch.mm(du, a[e], out=x_e))
+                dx_e = add_product(dy_e, weight[e].t(), product(du, a[e].t(), x_e))
             else:
                 dx_e = product(dy_e, weight[e].t(), x_e)
             dx.index_add_(0, rows, dx_e.to(dx.dtype))
