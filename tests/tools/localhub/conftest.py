@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from huggingface_hub import HfApi
 from kernelpress.localhub import RunningHub, running_hub
+from kernelpress.localhub.app import create_app
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, request_response
 
 _numbers = itertools.count()
 
@@ -36,6 +43,32 @@ def new_repo(api: HfApi) -> Callable[..., str]:
         return repo
 
     return create
+
+
+@pytest.fixture
+def broken_hub(tmp_path: Path) -> Iterator[str]:
+    """The address of a Hub whose commits fail as code fails that has a mistake in it."""
+    app = create_app(tmp_path / "broken", open_writes=True)
+    (commit,) = [
+        route
+        for route in app.routes
+        if isinstance(route, Route)
+        and "POST" in (route.methods or ())
+        and route.path.endswith("/commit/{ref}")
+    ]
+
+    def mistaken(request: Request) -> Response:
+        raise KeyError("a mistake")
+
+    commit.app = request_response(mistaken)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from kernelpress.localhub import RunningHub, fsck
 
@@ -66,13 +66,7 @@ def surface(hub: RunningHub, api: HfApi) -> list[tuple[str, str, list[str]]]:
     files = [CommitOperationAdd("README.md", b"# x"), CommitOperationAdd("build/torch-cpu/x.py", b"x")]
     api.create_commit("org/fuzz", files, commit_message="x", repo_type="kernel")
     api.create_branch("org/fuzz", branch="v1", repo_type="kernel")
-    described: dict[str, Any] = httpx2.get(f"{hub.endpoint}/api/openapi.json").json()
-    assert described["openapi"].startswith("3.1")
-    return [
-        (method.upper(), path, [parameter["name"] for parameter in operation["parameters"]])
-        for path, item in described["paths"].items()
-        for method, operation in item.items()
-    ]
+    return described(hub.endpoint)
 
 
 def test_the_description_names_the_whole_surface(surface: list[tuple[str, str, list[str]]]) -> None:
@@ -84,11 +78,17 @@ def test_the_description_names_the_whole_surface(surface: list[tuple[str, str, l
     assert len(surface) > 60
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_every_answer_is_a_success_a_redirect_or_a_reason(
-    hub: RunningHub, surface: list[tuple[str, str, list[str]]], data: st.DataObject
-) -> None:
+def described(endpoint: str) -> list[tuple[str, str, list[str]]]:
+    found: dict[str, Any] = httpx2.get(f"{endpoint}/api/openapi.json").json()
+    assert found["openapi"].startswith("3.1")
+    return [
+        (method.upper(), path, [parameter["name"] for parameter in operation["parameters"]])
+        for path, item in found["paths"].items()
+        for method, operation in item.items()
+    ]
+
+
+def send_any(endpoint: str, surface: list[tuple[str, str, list[str]]], data: st.DataObject) -> None:
     method, path, names = data.draw(st.sampled_from(surface))
     likely = {"kind": "kernels", "namespace": "org", "name": "fuzz", "ref": "main"}
     for name in names:
@@ -96,10 +96,35 @@ def test_every_answer_is_a_success_a_redirect_or_a_reason(
         path = path.replace(f"{{{name}}}", quote(text.encode("utf-8", "surrogatepass"), safe=""))
     body = data.draw(bodies) if method in ("POST", "PUT", "DELETE") else b""
     answer = httpx2.request(
-        method, f"{hub.endpoint}{path}", content=body, headers=data.draw(headers), params=data.draw(queries),
+        method,
+        f"{endpoint}{path}",
+        content=body,
+        headers=data.draw(headers),
+        params=data.draw(queries),
         timeout=20,
-    )  # fmt: skip
+    )
     assert answer.status_code < 500, (method, path, body, answer.text)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_every_answer_is_a_success_a_redirect_or_a_reason(
+    hub: RunningHub, surface: list[tuple[str, str, list[str]]], data: st.DataObject
+) -> None:
+    send_any(hub.endpoint, surface, data)
+
+
+def test_a_mistake_in_the_hub_would_be_seen(broken_hub: str) -> None:
+    surface = [each for each in described(broken_hub) if each[0] == "POST"]
+
+    @seed(20261121)
+    @settings(max_examples=100, deadline=None, database=None, phases=[Phase.generate])
+    @given(st.data())
+    def one(data: st.DataObject) -> None:
+        send_any(broken_hub, surface, data)
+
+    with pytest.raises(AssertionError, match="/commit/"):
+        one()
 
 
 def test_afterwards_the_hub_runs_and_is_whole(hub: RunningHub, surface: object) -> None:

@@ -64,6 +64,10 @@ def page(hub: RunningHub, path: str) -> str:
     return answer.text
 
 
+def test_a_repository_without_a_version_has_a_page(hub: RunningHub, new_repo: NewRepo) -> None:
+    assert "main" in page(hub, f"/kernels/{new_repo()}")
+
+
 def published(api: HfApi, repo: str) -> None:
     for version, text in ((1, b"old line\n"), (2, b"new <b>line</b>\n")):
         operations = [

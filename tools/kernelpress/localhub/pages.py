@@ -96,7 +96,7 @@ def repository(request: Request) -> Response:
     names = sorted((name for name in branches if re.fullmatch(r"v\d+", name)), key=lambda name: int(name[1:]))
     versions = [
         _version(git, name, branches[name], before)
-        for name, before in zip(names, ["", *names[:-1]], strict=True)
+        for name, before in zip(names, ["", *names][: len(names)], strict=True)
     ]
     pulls = sorted((int(name) for name in git.pulls() if name.isdigit()), reverse=True)[:_LISTED]
     card = _text(git, git.resolve(DEFAULT_BRANCH), "README.md", _MAX_CARD)
