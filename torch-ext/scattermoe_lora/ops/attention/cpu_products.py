@@ -1,0 +1,52 @@
+"""Products of stacks of matrices on a CPU, through the library that computes them fastest.
+
+``torch.bmm`` hands float32 to MKL, which on some processors leaves half of the vector width unused; oneDNN does not,
+and is reached as torch.compile's code reaches it. bfloat16 goes to oneDNN by itself, which sums in float32 but rounds
+what it returns: two products give it back in full, and where a processor multiplies bfloat16 they are still fastest.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Multiplications from which oneDNN's set-up is worth its while in float32.
+_LARGE = 1 << 20
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of ``dtype`` are multiplied in."""
+    if dtype == torch.bfloat16 and not (
+        torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return torch.float32
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a b^T`` of each pair of matrices, in their dtype.
+
+    Args:
+        a: ``[H, m, k]``.
+        b: ``[H, n, k]``, each matrix contiguous or transposed.
+    """
+    is_large = a.shape[1] * b.shape[1] * b.shape[2] >= _LARGE
+    if (
+        a.dtype == torch.float32
+        and is_large
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        by_head = [
+            torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+            for x, y in zip(a.unbind(), b.unbind(), strict=True)
+        ]
+        return torch.stack(by_head) if len(by_head) > 1 else by_head[0].unsqueeze(0)
+    return torch.bmm(a, b.mT)
+
+
+def exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """:func:`product` in float32 (float64 for float64): in bfloat16 the product, and what rounding took from it."""
+    rounded = product(a, b)
+    if a.dtype != torch.bfloat16:
+        return rounded
+    return rounded.float().sub_(torch.baddbmm(rounded, a, b.mT, alpha=-1))
