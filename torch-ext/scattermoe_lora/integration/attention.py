@@ -47,6 +47,7 @@ def register_attention(name: str = "scattermoe_flash", hybrid: str | None = None
     current = _registered.get(name)
     if current is None or getattr(current, "keywords", {}).get("hybrid") != hybrid:
         current = functools.partial(attention_forward, hybrid=hybrid)
+    masks.know_functions()
     _registered[name] = current
     AttentionInterface.register(name, current)
     AttentionMaskInterface.register(name, masks.mask)
@@ -179,10 +180,10 @@ def attention_forward(
     if plan.sequences is None and kwargs.get("cu_seq_lens_q") is not None:
         plan, segments = with_given_sequences(plan, kwargs), None
 
-    reason = paths.obstacle(call)
+    reason = paths.obstacle(call, plan)
     if reason is not None:
         segments = segments_of(plan, key) if segments is None else segments
         return paths.transformers_own(call, segments, reason, plan)
     if hybrid is not None and paths.fits_hybrid(call, plan, hybrid):
         return paths.hybrid(call, plan, segments, hybrid)
-    return paths.kernel(call, plan)
+    return paths.kernel(call, plan, segments)

@@ -6,16 +6,17 @@ attention takes. Ours reads the description; what the kernels cannot express bec
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 
+from . import attention_traced
 from .attention_plans import make_plan, with_plan
 
 _REASON = "_scattermoe_reason"
+_kinds: list[tuple[CodeType, str]] = []
 _supported: dict[tuple[type, str], bool] = {}
 
 
@@ -56,10 +57,7 @@ def mask(
 
     mask_function = mask_function or masking_utils.causal_mask_function
     found: torch.Tensor | str
-    if torch.compiler.is_compiling():
-        # Where sequences begin is data, which a graph would have to wait for.
-        found = "a graph is being traced"
-    elif not supports(config, "_supports_flash_attn"):
+    if not supports(config, "_supports_flash_attn"):
         found = "transformers gives this model no flash attention"
     elif (
         q_length == 1
@@ -68,6 +66,18 @@ def mask(
     ):
         # transformers' sign for a step of decoding that it may compile: shapes have to stay what they are.
         found = "a step of decoding with a static cache"
+    elif torch.compiler.is_compiling():
+        found = attention_traced.segments(
+            batch_size,
+            q_length,
+            kv_length,
+            (q_offset, kv_offset),
+            mask_function,
+            attention_mask,
+            _kind(mask_function),
+            config,
+            kwargs,
+        )
     else:
         offsets, device = (int(q_offset), kv_offset), kwargs.get("device", "cpu")
         found = _segments(batch_size, q_length, kv_length, offsets, mask_function, attention_mask, device)
@@ -148,14 +158,9 @@ def read(function: Callable[..., Any], length: int) -> Pattern | str:
 
     Functions are known by their code, which is that of transformers' own; the numbers in them come from their closures.
     """
-    from transformers import masking_utils
-
-    if function is masking_utils.causal_mask_function:
-        return Pattern(causal=True)
-    if function is masking_utils.bidirectional_mask_function:
-        return Pattern()
-    known = _known_functions()
-    kind = known.get(getattr(function, "__code__", None))
+    kind = _kind(function)
+    if kind in ("causal", "bidirectional"):
+        return Pattern(causal=kind == "causal")
     inside = {} if kind is None else _closure(function)
     if kind == "and":
         return _all_of([read(each, length) for each in inside["mask_functions"]])
@@ -195,13 +200,11 @@ def _narrower(a: int, b: int) -> int:
 
 
 def _any_of(functions: tuple[Callable[..., Any], ...], length: int) -> Pattern | str:
-    known = _known_functions()
     # Blocks come with every batch of a model for images, of text alone, too.
     kept = [
         each
         for each in functions
-        if known.get(getattr(each, "__code__", None)) != "blocks"
-        or bool((_closure(each)["block_sequence_ids"] >= 0).any())
+        if _kind(each) != "blocks" or bool((_closure(each)["block_sequence_ids"] >= 0).any())
     ]
     if len(kept) == 1:
         return read(kept[0], length)
@@ -209,10 +212,19 @@ def _any_of(functions: tuple[Callable[..., Any], ...], length: int) -> Pattern |
     return reasons[0] if reasons else "a union of masks"
 
 
-@functools.cache
-def _known_functions() -> dict[CodeType | None, str]:
+def _kind(function: Any) -> str | None:
+    code = getattr(function, "__code__", None)
+    for known, kind in _kinds:
+        if code is known:
+            return kind
+    return None
+
+
+def know_functions() -> None:
+    """Learns the code of transformers' mask functions, which a traced graph could not."""
     from transformers import masking_utils
 
+    _kinds.clear()
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     made = {
         "and": ("and_masks", (masking_utils.causal_mask_function,)),
@@ -223,12 +235,12 @@ def _known_functions() -> dict[CodeType | None, str]:
         "chunks": ("chunked_overlay", (1, nothing)),
         "blocks": ("blockwise_overlay", (nothing,)),
     }
-    # What a version of transformers does not have, no mask of its holds.
-    return {
-        getattr(masking_utils, name)(*arguments).__code__: kind
-        for kind, (name, arguments) in made.items()
-        if hasattr(masking_utils, name)
-    }
+    for kind, (name, arguments) in made.items():
+        # What a version of transformers does not have, no mask of its holds.
+        if hasattr(masking_utils, name):
+            _kinds.append((getattr(masking_utils, name)(*arguments).__code__, kind))
+    _kinds.append((masking_utils.causal_mask_function.__code__, "causal"))
+    _kinds.append((masking_utils.bidirectional_mask_function.__code__, "bidirectional"))
 
 
 def _closure(function: Any) -> dict[str, Any]:
@@ -236,6 +248,7 @@ def _closure(function: Any) -> dict[str, Any]:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
+@torch.compiler.assume_constant_result
 def supports(config: Any, flag: str) -> bool:
     """Whether every model class for configs of this class has ``flag`` set.
 

@@ -12,6 +12,7 @@ import torch
 from ..ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .attention_masks import supports
 from .attention_plans import Plan, dense
+from .attention_traced import segments_forward
 
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,10 +40,12 @@ class Call(NamedTuple):
     others: dict[str, Any]
 
 
-def obstacle(call: Call) -> str | None:
+def obstacle(call: Call, plan: Plan) -> str | None:
     """Why the kernel cannot run a call whose mask it can express, or None where it can."""
     query, key, value = call.query, call.key, call.value
     head_dim = query.shape[-1]
+    if plan.deferred and call.s_aux is not None:
+        return "sinks in a traced graph"
     if call.dropout:
         return f"dropout {call.dropout}"
     for name in _EAGER_ALONE:
@@ -63,7 +66,7 @@ def obstacle(call: Call) -> str | None:
     return None
 
 
-def kernel(call: Call, plan: Plan) -> Result:
+def kernel(call: Call, plan: Plan, segments: torch.Tensor | None) -> Result:
     """Runs our kernel."""
     _say(call, "the kernel", None)
     query, key = call.query.transpose(1, 2), call.key.transpose(1, 2)
@@ -76,6 +79,11 @@ def kernel(call: Call, plan: Plan) -> Result:
         "s_aux": call.s_aux,
     }
     sequences = plan.sequences
+    if plan.deferred:
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        numbers = (plan.causal, plan.packed, scale, *plan.window, call.softcap or 0.0)
+        out, _ = segments_forward(query, key, None if value is key else value, segments, *numbers)
+        return out, None
     if sequences is None:
         return flash_attn_func(query, key, value, **options), None
     q, k = _tokens(query, sequences.query_index), _tokens(key, sequences.key_index)
@@ -105,6 +113,8 @@ def fits_hybrid(call: Call, plan: Plan, implementation: str) -> bool:
     ):
         return False
     # It takes a padding mask's rows for the queries, too, which is right where they are the same tokens.
+    if plan.deferred:
+        return False
     own_tokens = plan.sequences is None or plan.packed or plan.sequences.query_index is not None
     return call.query.shape[-1] <= 256 and own_tokens and call.s_aux is None
 
@@ -174,7 +184,7 @@ def transformers_own(
     is_causal = call.is_causal
     if plan is not None and mask is not None:
         queries, keys = call.query.shape[2], call.key.shape[2]
-        plain = plan.sequences is None and plan.window == (-1, -1)
+        plain = plan.sequences is None and not plan.deferred and plan.window == (-1, -1)
         is_causal = plan.causal
         if plain and (queries == 1 or not plan.causal or (where == "sdpa" and queries == keys)):
             mask = None

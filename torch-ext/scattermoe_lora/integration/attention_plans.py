@@ -36,12 +36,14 @@ class Plan(NamedTuple):
         window: Keys to the left and to the right of its own that a query sees, -1 for all.
         sequences: None where every row of the batch is one sequence.
         packed: Whether a row holds several sequences, so that no query sees another sequence's keys.
+        deferred: Whether the sequences are still to be found, when a traced graph runs.
     """
 
     causal: bool
     window: tuple[int, int]
     sequences: Sequences | None
     packed: bool = False
+    deferred: bool = False
 
 
 def with_plan(segments: torch.Tensor, plan: Plan) -> torch.Tensor:
