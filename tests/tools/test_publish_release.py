@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress.bundle import bundle, unbundle, upload
 from kernelpress.errors import PublishError
-from kernelpress.history import info, redirect, rollback, yank
+from kernelpress.history import info, redirect, restore, rollback, yank
 from kernelpress.hubs import RefusedError, heads, tree
 from kernelpress.hubs import hub as client
 from kernelpress.localhub import RunningHub, running_hub
@@ -369,3 +369,17 @@ def test_the_loaders_verifier_tells_missing_and_broken_bundles_apart(make_kernel
     assert isinstance(verify_variant(variant), VerificationResult.SignatureBundleMissing)
     (variant / SIGNATURE).write_text("{not a bundle")
     assert isinstance(verify_variant(variant), VerificationResult.SignatureBundleInvalid)
+
+
+def test_restoring_never_overwrites_what_somebody_published_in_that_moment(make_kernel, api, repo):
+    root = make_kernel()
+    publish(make(root), repo, api)
+    before = heads(api, repo)["v1"]
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
+    mine = publish(make(root), repo, api).branches
+    (own,) = [branch.commit for branch in mine if branch.name == "v1"]
+    note = [CommitOperationAdd("note.txt", b"theirs")]
+    theirs = api.create_commit(repo, note, commit_message="x", repo_type="kernel", revision="v1")
+    with pytest.raises(PublishError):
+        restore(api, repo, "v1", before, "back", since=own)
+    assert heads(api, repo)["v1"] == theirs.oid

@@ -112,14 +112,16 @@ def rollback(api: HfApi, repo_id: str, branch: str, to: str) -> str:
     return restore(api, repo_id, branch, to, f"Roll {branch} back to {to}")
 
 
-def restore(api: HfApi, repo_id: str, branch: str, to: str, message: str) -> str:
+def restore(api: HfApi, repo_id: str, branch: str, to: str, message: str, *, since: str | None = None) -> str:
     """Make a commit on ``branch`` that gives it exactly the files of ``to``; returns the branch's commit.
+
+    ``since`` is the commit that the branch must still be at; by default whichever it is at.
 
     Raises:
         PublishError: The Hub does not know one of them, refuses, or does not answer.
     """
     with explained(api, repo_id):
-        head = _head(api, repo_id, branch)
+        head = since or _head(api, repo_id, branch)
         wanted, there = tree(api, repo_id, to), tree(api, repo_id, head)
         operations: list[_Operation] = [
             CommitOperationCopy(path, path, src_revision=to)

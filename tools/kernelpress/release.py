@@ -62,7 +62,8 @@ def _put_back(branch: PublishedBranch, repo_id: str, api: HfApi) -> str:
             if branch.before is None:
                 api.delete_branch(repo_id, branch=branch.name, repo_type=TYPE)
                 return f"{branch.name}, which was new, is removed again"
-        restore(api, repo_id, branch.name, branch.before, "Restored: the commit before did not load")
+        message = "Restored: the commit before did not load"
+        restore(api, repo_id, branch.name, branch.before, message, since=branch.commit)
     except PublishError as error:
         return f"{branch.name} could NOT be restored to {branch.before}: {error.message}"
     return f"{branch.name} holds what {branch.before[:12]} held again"

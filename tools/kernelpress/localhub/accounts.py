@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .context import AsciiJSONResponse, Caller, Hub, hub_of, iso_time, segment
+from .context import Caller, Hub, hub_of
+from .messages import AsciiJSONResponse, iso_time, segment
 from .paths import printable
 from .problems import Problem
 

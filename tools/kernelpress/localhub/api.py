@@ -13,19 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .contents import PathInfo
-from .context import (
-    AsciiJSONResponse,
-    Caller,
-    Target,
-    endpoint,
-    flag,
-    hub_of,
-    iso_time,
-    json_object,
-    number,
-    revision_of,
-    string,
-)
+from .context import Caller, Target, hub_of, revision_of
+from .messages import AsciiJSONResponse, endpoint, flag, iso_time, json_object, number, string
 from .paths import KINDS, RepoId, RepoKind, printable, repo_id
 from .problems import Problem, bad_request, conflict
 from .repository import DEFAULT_BRANCH

@@ -31,7 +31,8 @@ from . import (
     trees_api,
     uploads,
 )
-from .context import AsciiJSONResponse, Caller, Hub, hub_of, named_repo, problem_response
+from .context import Hub, repository_gone
+from .messages import AsciiJSONResponse, problem_response
 from .paths import printable
 from .problems import Problem
 from .store import Store
@@ -117,7 +118,7 @@ async def _on_unknown(request: Request, error: Exception) -> Response:
 
 async def _on_deleted(request: Request, error: Exception) -> Response:
     # The repository went away while the request was reading it.
-    return problem_response(hub_of(request).repo_not_found(named_repo(request), Caller(None)))
+    return repository_gone(request)
 
 
 async def _on_unusable(request: Request, error: Exception) -> Response:

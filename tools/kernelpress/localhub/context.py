@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-import re
 import secrets
-import tempfile
-from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from typing import IO
-from urllib.parse import unquote
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from .paths import KINDS, RepoId, printable, repo_id
-from .problems import Problem, bad_request, too_large
+from .messages import problem_response, segment
+from .paths import KINDS, RepoId, repo_id
+from .problems import Problem
 from .repository import DEFAULT_BRANCH, Repository
 from .store import Settings, Store
 from .tokens import Token, Tokens
-
-MAX_JSON_BYTES = 8 << 20
-_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ class Hub:
         if target is None and repo.kind == "model":
             target = self._visible_target(RepoId("kernel", repo.namespace, repo.name), caller)
         if target is None:
-            raise self.repo_not_found(repo, caller)
+            raise self.missing(request, repo, caller)
         if content:
             self._require_admission(target)
         return target
@@ -144,7 +135,7 @@ class Hub:
         caller, repo = self.caller(request), named_repo(request)
         target = self._visible_target(repo, caller)
         if target is None:
-            raise self.repo_not_found(repo, caller)
+            raise self.missing(request, repo, caller)
         self.require_write(caller, repo.namespace)
         return target
 
@@ -180,6 +171,16 @@ class Hub:
             code="GatedRepo",
         )
 
+    def missing(self, request: Request, repo: RepoId, caller: Caller) -> Problem:
+        """The answer for a repository that is not where the request's path says: its new place, or ``RepoNotFound``."""
+        moved = self.store.moved(repo)
+        if moved is None or self._visible_target(moved, caller) is None:
+            return self.repo_not_found(repo, caller)
+        # Relative, because the client follows no other redirect of a file; the same method and body are sent again.
+        return Problem(
+            307, f"{repo} is {moved} now", headers={"Location": _under_its_new_name(request, moved)}
+        )
+
     def repo_not_found(self, repo: RepoId, caller: Caller) -> Problem:
         """The answer for a repository that is not there, or not for this caller."""
         if caller.token is None and self.tokens.any_exist():
@@ -200,13 +201,6 @@ class Hub:
             return False
 
 
-class AsciiJSONResponse(JSONResponse):
-    """JSON that stays valid for text that is no valid Unicode (a file name pushed from elsewhere)."""
-
-    def render(self, content: object) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode("ascii")
-
-
 def hub_of(request: Request) -> Hub:
     hub: Hub = request.app.state.hub
     return hub
@@ -224,137 +218,25 @@ def named_repo(request: Request) -> RepoId:
     return repo_id(kind, segment(request, "namespace"), segment(request, "name"))
 
 
-def segment(request: Request, name: str) -> str:
-    """A path parameter, decoded.
-
-    Raises:
-        Problem: 400 when it is not UTF-8.
-    """
-    return decoded(request.path_params[name])
-
-
-def decoded(text: str) -> str:
-    """Undo percent-encoding.
-
-    Raises:
-        Problem: 400 when the result is not UTF-8.
-    """
-    try:
-        return unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        raise bad_request("the address is not valid UTF-8") from None
-
-
-def endpoint(request: Request) -> str:
-    """The Hub's address as the caller wrote it, without a trailing slash."""
-    host = request.headers.get("host", "")
-    if _HOST.fullmatch(host) is None:
-        address = request.scope.get("server") or ("localhost", None)
-        host = f"{address[0]}:{address[1]}"
-    return f"{request.scope['scheme']}://{host}"
-
-
-def iso_time(seconds: int) -> str:
-    """A point in time as the API writes it."""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-
-
-async def body_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The request's body piece by piece.
-
-    Raises:
-        Problem: 413 as soon as it is longer than ``limit`` bytes.
-    """
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > limit:
-            raise too_large(f"the request is larger than the {limit >> 20} MiB this Hub takes")
-        yield chunk
-
-
-async def json_object(request: Request) -> dict[str, object]:
-    """The request's body as a JSON object; an empty body is an empty object.
-
-    Raises:
-        Problem: 400 when it is something else, 413 when it is too large.
-    """
-    body = b"".join([chunk async for chunk in body_chunks(request, MAX_JSON_BYTES)])
-    if not body.strip():
-        return {}
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise bad_request("the request's body is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise bad_request("the request's body must be a JSON object")
-    return value
-
-
-async def spooled_body(request: Request, limit: int) -> IO[bytes]:
-    """The request's body in a temporary file (in memory while small), rewound; the caller closes it."""
-    file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
-    try:
-        async for chunk in body_chunks(request, limit):
-            file.write(chunk)
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def string(body: Mapping[str, object], key: str, default: str | None = None) -> str:
-    """A string member of a JSON body.
-
-    Raises:
-        Problem: 400 when it is missing without a default, or no string.
-    """
-    value = body.get(key)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise bad_request(f'"{key}" must be a string')
-    return value
-
-
 def revision_of(request: Request) -> str:
     """The revision in the request's path, ``main`` by default."""
     return segment(request, "ref") if "ref" in request.path_params else DEFAULT_BRANCH
 
 
-def flag(request: Request, name: str) -> bool:
-    """Whether a query parameter says yes."""
-    return request.query_params.get(name, "").lower() in ("1", "true")
-
-
-def number(request: Request, name: str, default: int, *, lowest: int) -> int:
-    """A query parameter as a whole number.
-
-    Raises:
-        Problem: 400 when it is none, or below ``lowest``.
-    """
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= lowest):
-        raise bad_request(f"{name!r} must be a whole number of at least {lowest}")
-    return int(text)
-
-
-def problem_response(problem: Problem) -> Response:
-    """A problem as the Hub answers it: JSON for people and scripts, headers for the client."""
-    # A header holds Latin-1 only, and no line breaks.
-    message = printable(problem.message.replace("\n", " ")).encode("ascii", "replace").decode("ascii")
-    headers = {"X-Error-Message": message, **problem.headers}
-    if problem.code is not None:
-        headers["X-Error-Code"] = problem.code
-    return AsciiJSONResponse({"error": problem.message, **problem.extra}, problem.status, headers)
-
-
 def repository_gone(request: Request) -> Response:
-    """The answer when a repository was deleted while a request was reading it."""
-    return problem_response(hub_of(request).repo_not_found(named_repo(request), Caller(None)))
+    """The answer when a repository was deleted or moved while a request was reading it."""
+    return problem_response(hub_of(request).missing(request, named_repo(request), Caller(None)))
+
+
+def _under_its_new_name(request: Request, repo: RepoId) -> str:
+    """The address of a request with another repository in it."""
+    parts = str(request.scope["path"]).split("/")
+    # What comes before is `api` and a kind, neither of which a namespace can be called.
+    at = parts.index(request.path_params["namespace"])
+    parts[at] = repo.namespace
+    parts[at + 1] = repo.name + ".git" * parts[at + 1].endswith(".git")
+    query = request.url.query
+    return "/".join(parts) + f"?{query}" * bool(query)
 
 
 def _secret(header: str) -> str | None:

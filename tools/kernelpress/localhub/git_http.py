@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from .context import body_chunks, hub_of
+from .context import hub_of
+from .messages import body_chunks
 from .problems import bad_request, too_large
 
 _MAX_REQUEST = 16 << 20

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from .context import AsciiJSONResponse, Hub, Target, body_chunks, endpoint, hub_of, json_object, named_repo
+from .context import Hub, Target, hub_of, named_repo
 from .large import LargeFile
+from .messages import AsciiJSONResponse, body_chunks, endpoint, json_object
 from .paths import RepoId
 from .problems import Problem, bad_request, too_large
 from .resolve import large_response

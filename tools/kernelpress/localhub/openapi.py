@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from .context import AsciiJSONResponse
+from .messages import AsciiJSONResponse
 
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _BODIES = {

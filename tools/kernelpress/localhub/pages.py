@@ -19,7 +19,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from .context import Target, hub_of, iso_time, number, segment
+from .context import Target, hub_of
+from .messages import iso_time, number, segment
 from .paths import KINDS, RESERVED_NAMESPACES, RepoId, file_path
 from .problems import Problem, entry_not_found
 from .pulls import load

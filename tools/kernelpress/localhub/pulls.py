@@ -17,17 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .context import (
-    AsciiJSONResponse,
-    Target,
-    endpoint,
-    hub_of,
-    iso_time,
-    json_object,
-    number,
-    segment,
-    string,
-)
+from .context import Target, hub_of
+from .messages import AsciiJSONResponse, endpoint, iso_time, json_object, number, segment, string
 from .objects import sync
 from .problems import Problem, bad_request, conflict
 from .refs import PULLS

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .context import AsciiJSONResponse, flag, hub_of, json_object, segment, string
+from .context import hub_of
+from .messages import AsciiJSONResponse, flag, json_object, segment, string
 from .paths import ref_name
 from .problems import bad_request
 from .refs import BRANCHES, PULLS, TAGS

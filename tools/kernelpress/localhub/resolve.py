@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from .context import decoded, hub_of
+from .context import hub_of
 from .large import LargeFile
+from .messages import decoded
 from .paths import file_path, printable
 from .problems import Problem, entry_not_found
 from .repository import Repository

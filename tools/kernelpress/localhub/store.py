@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dulwich.errors import NotGitRepository
@@ -42,11 +42,13 @@ class Settings:
         private: Visible only with a token.
         created: Seconds since the epoch.
         gated: Whose content needs a token: any (``"auto"``), or one of its organization (``"manual"``).
+        former: Ids under which it was known before it was moved, ``namespace/name``, oldest first.
     """
 
     private: bool
     created: int
     gated: str | None = None
+    former: tuple[str, ...] = ()
 
 
 class Store:
@@ -71,6 +73,14 @@ class Store:
             self._scratch.mkdir(parents=True, exist_ok=True)
             self._repos.mkdir(exist_ok=True)
             _remove_stale_locks(self._repos)
+            # Where repositories went that were moved. What each one was called travels with it, so this can be
+            # made again, and a repository that is gone takes its former names with it.
+            self._moved = {
+                RepoId(repo.kind, *name.split("/")): repo
+                for kind in KINDS.values()
+                for repo in self.repositories(kind)
+                for name in _former(self._place(repo))
+            }
         except OSError as error:
             raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
 
@@ -132,9 +142,15 @@ class Store:
             with git.exclusive(), self._lock:
                 if place.exists():
                     raise _exists(new)
+                # Written before the one rename that moves all: a former name that is the present one harms nobody.
+                settings = self.settings(old)
+                kept = [each for each in settings.former if each not in (str(old), str(new))]
+                settings = replace(settings, former=(*kept, str(old)))
+                _write_settings(git.path, settings)
                 os.rename(git.path, place)
                 git.retire()
                 del self._open[old]
+                self._moved |= {RepoId(new.kind, *name.split("/")): new for name in settings.former}
         except NotGitRepository:
             return False
         for folder in {git.path.parent, place.parent, place.parent.parent}:
@@ -152,9 +168,15 @@ class Store:
             except NotGitRepository:
                 return None
 
+    def moved(self, repo: RepoId) -> RepoId | None:
+        """What a repository is called now that had this id once; None when there is none, or it is gone."""
+        new = self._moved.get(repo)
+        return new if new is not None and self.get(new) is not None else None
+
     def settings(self, repo: RepoId) -> Settings:
         """Settings of an existing repository."""
-        return Settings(**json.loads((self._place(repo) / _SETTINGS).read_text(encoding="utf-8")))
+        fields = json.loads((self._place(repo) / _SETTINGS).read_text(encoding="utf-8"))
+        return Settings(**fields | {"former": tuple(fields.get("former", ()))})
 
     def update(self, repo: RepoId, settings: Settings) -> None:
         """Replace the settings of an existing repository."""
@@ -184,6 +206,15 @@ class Store:
 
 def _exists(repo: RepoId) -> Exception:
     return conflict(f"You already created this {repo.kind} repo: {repo}")
+
+
+def _former(place: Path) -> list[str]:
+    """Former names of a repository, as far as they can be read: a damaged one is fsck's business."""
+    try:
+        names = json.loads((place / _SETTINGS).read_text(encoding="utf-8")).get("former", [])
+        return [name for name in names if name.count("/") == 1]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
 
 
 def _write_settings(folder: Path, settings: Settings) -> None:

@@ -12,18 +12,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .contents import CommitInfo, PathInfo
-from .context import (
-    AsciiJSONResponse,
-    body_chunks,
-    endpoint,
-    flag,
-    hub_of,
-    iso_time,
-    number,
-    revision_of,
-    segment,
-)
+from .context import hub_of, revision_of
 from .large import LargeFile
+from .messages import AsciiJSONResponse, body_chunks, endpoint, flag, iso_time, number, segment
 from .paths import file_path, printable
 from .problems import bad_request, entry_not_found
 

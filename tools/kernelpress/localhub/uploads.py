@@ -14,8 +14,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .commits import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
-from .context import AsciiJSONResponse, endpoint, flag, hub_of, json_object, segment, spooled_body, string
+from .context import hub_of
 from .large import LargeFile
+from .messages import AsciiJSONResponse, endpoint, flag, json_object, segment, spooled_body, string
 from .paths import file_path, printable
 from .problems import bad_request
 from .pulls import address, described, store
