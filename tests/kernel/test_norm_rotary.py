@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 # Triton's interpreter cannot do bfloat16, and the kernels do not take float64.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3}
 if not INTERPRETED:
@@ -284,6 +287,28 @@ if not INTERPRETED:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
             counts.append(len(graphs))
         assert counts == counts[:1] * 3
+
+    @pytest.mark.parametrize("target", ["sm_120", "gfx942"])
+    def test_largest_heads_compile_and_keep_their_values_in_registers(submodule, target) -> None:
+        from kernelpress import aot
+
+        specs = [s for s in submodule("ops.norm_rotary.specs").COMPILE_SPECS if "512 rotated 512" in s.label]
+        assert len(specs) == 6
+        for compiled in (aot.compile_one(spec, target) for spec in specs):
+            assert compiled.error is None
+            assert compiled.spilled == 0
+            assert compiled.registers > 0
+
+    @pytest.mark.parametrize("name", ["Forward", "Training"])
+    def test_kernels_benchmark_runs_and_verifies_the_workload(kernel, name) -> None:
+        from kernels.cli.benchmark import discover_benchmark_classes, run_benchmark_class
+
+        script = REPOSITORY / "benchmarks" / "benchmark_norm_rotary.py"
+        classes = {each.__name__: each for each in discover_benchmark_classes(script, REPOSITORY)}
+        assert set(classes) == {"Forward", "Training"}
+        built = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
+        (timing,) = run_benchmark_class(classes[name], 1, 0, str(built.parent), True, "local")[0].values()
+        assert timing.verified is True
 
 
 X, WEIGHT, COS = torch.zeros(2, 5, 3, 8), torch.zeros(8), torch.zeros(2, 5, 8)
