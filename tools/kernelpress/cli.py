@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kernelpress import cli_hub
+from kernelpress import cli_hub, cli_localhub, cli_publish
 from kernelpress.cli_shared import Directory, console
 from kernelpress.errors import KernelpressError, SpecError
 from kernelpress.output import Form
@@ -254,7 +254,8 @@ def _spec(
     )
 
 
-app.add_typer(cli_hub.commands)
+for part in (cli_publish, cli_hub, cli_localhub):
+    app.add_typer(part.commands)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """The embedded Hub: enough of the Hugging Face Hub's HTTP API for its own clients, on plain git repositories.
 
 ``running_hub`` starts one in a separate process and stops it again; ``serve`` runs one in this process;
-``fsck`` examines one.
+``fsck`` examines one, and ``clean`` removes what nothing in it refers to.
 """
 
+from .clean import Cleaned, clean
 from .fsck import Checked, fsck
 from .running import RunningHub, running_hub
 from .server import serve
@@ -11,8 +12,10 @@ from .tokens import Token, create_token, list_tokens, revoke_tokens
 
 __all__ = [
     "Checked",
+    "Cleaned",
     "RunningHub",
     "Token",
+    "clean",
     "create_token",
     "fsck",
     "list_tokens",

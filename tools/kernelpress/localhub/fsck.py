@@ -48,11 +48,11 @@ def fsck(root: Path) -> Checked:
     except HubError as error:
         faults.append(str(error))
     repositories = objects = large = 0
-    for place in sorted((root / "repos").glob("*/*/*.git")):
+    for name, place in repositories_below(root):
         repositories += 1
-        name = place.relative_to(root / "repos").as_posix().removesuffix(".git")
-        seen, found = _check(place)
-        objects += seen
+        reached = examine(place)
+        found = list(reached.faults)
+        objects += len(reached.objects)
         files = LargeFiles(place / "lfs")
         for digest, path in files.all():
             large += 1
@@ -62,7 +62,23 @@ def fsck(root: Path) -> Checked:
     return Checked(repositories, objects, large, tuple(faults))
 
 
-def _check(place: Path) -> tuple[int, list[str]]:
+@dataclass(frozen=True)
+class Reached:
+    """What the refs of a repository lead to: ids of objects, digests of large files; and what is wrong with it."""
+
+    objects: frozenset[bytes]
+    large_files: frozenset[str]
+    faults: tuple[str, ...]
+
+
+def repositories_below(root: Path) -> Iterator[tuple[str, Path]]:
+    """Every repository of a Hub: its kind and id, and its directory."""
+    for place in sorted((root / "repos").glob("*/*/*.git")):
+        yield place.relative_to(root / "repos").as_posix().removesuffix(".git"), place
+
+
+def examine(place: Path) -> Reached:
+    """Read everything of a repository that its branches, tags and pull requests lead to, and its settings."""
     faults: list[str] = []
     try:
         Settings(**json.loads((place / "hub.json").read_text("utf-8")))
@@ -71,18 +87,21 @@ def _check(place: Path) -> tuple[int, list[str]]:
     try:
         git = Repo(str(place))
     except NotGitRepository:
-        return 0, [*faults, "it is no git repository"]
+        return Reached(frozenset(), frozenset(), (*faults, "it is no git repository"))
     with git:
         seen: set[bytes] = set()
+        large: set[str] = set()
         for ref, oid in sorted(git.get_refs().items()):
             shown = ref.decode("utf-8", "replace")
-            faults += [f"{shown}: {fault}" for fault in _walk(git, oid, seen, LargeFiles(place / "lfs"))]
+            faults += [
+                f"{shown}: {fault}" for fault in _walk(git, oid, seen, large, LargeFiles(place / "lfs"))
+            ]
         if b"refs/heads/main" not in git.get_refs():
             faults.append("it has no branch main")
-    return len(seen), faults
+    return Reached(frozenset(seen), frozenset(large), tuple(faults))
 
 
-def _walk(git: Repo, start: bytes, seen: set[bytes], large: LargeFiles) -> Iterator[str]:
+def _walk(git: Repo, start: bytes, seen: set[bytes], named: set[str], large: LargeFiles) -> Iterator[str]:
     """Faults of everything that an object leads to."""
     pending = [start]
     while pending:
@@ -115,8 +134,11 @@ def _walk(git: Repo, start: bytes, seen: set[bytes], large: LargeFiles) -> Itera
             pending.append(obj.object[1])
         elif isinstance(obj, Blob) and obj.raw_length() <= MAX_POINTER:
             file = parse_pointer(obj.data)
-            size = None if file is None else large.size(file.sha256)
-            if file is not None and size is not None and size != file.size:
+            if file is None:
+                continue
+            named.add(file.sha256)
+            size = large.size(file.sha256)
+            if size is not None and size != file.size:
                 yield f"large file {file.sha256} has {size} bytes instead of {file.size}"
 
 

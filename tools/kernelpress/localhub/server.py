@@ -55,7 +55,7 @@ def serve(
     for name in organizations:
         if not is_name(name):
             raise HubError(f"{name!r} cannot be the name of an organization (--trust)")
-    with _locked(root), _listening(host, port) as listener:
+    with locked(root), _listening(host, port) as listener:
         address, bound_port = listener.getsockname()[:2]
         if open_writes and not ipaddress.ip_address(address).is_loopback:
             raise HubError(
@@ -106,7 +106,12 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
+    """Be the one process that writes below a Hub's root.
+
+    Raises:
+        HubError: Another one is, or the root cannot be used.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         file = open(root / "hub.lock", "a+", encoding="ascii")  # noqa: SIM115
