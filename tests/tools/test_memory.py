@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,14 @@ def test_what_is_remembered_is_what_would_be_found(tmp_path_factory, lines, pack
     # Under another name, the same file is another case.
     other = Layout("another")
     assert examine(given, other, Path("here"), Memory(path)) == examine(given, other, Path("here"))
+
+
+def test_a_change_of_any_code_that_looks_at_sources_forgets_what_it_found():
+    code = (
+        "import sys, kernelpress.analysis; from kernelpress.memory import _CODE\n"
+        "used = {name.removeprefix('kernelpress.') for name in sys.modules if name.startswith('kernelpress.')}\n"
+        "print(*sorted(used - set(_CODE)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Messages about files that cannot be read are made anew each time.
+    assert done.stdout.split() == ["errors"]

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from kernelpress.expressions import constants, first_literal, is_text, naming_argument, varying, words
 from kernelpress.files import SourceFile
 from kernelpress.names import ScopedVisitor
-from kernelpress.text import Text, statements
+from kernelpress.text import Text
 
 # Functions whose first argument names an operator: those that bring it into being, and those that take one
 # that exists (and then also accept the operator itself).
@@ -32,7 +33,6 @@ _ATTACH = frozenset(
 )
 _LIBRARIES = frozenset(("torch.library.Library", "torch.library._scoped_library"))
 _LIBRARY_METHODS = ("define", "impl", "fallback", "_register_fake", "_register_torch_dispatch_rule")
-_NAME_KEYWORDS = ("qualname", "name", "op", "opname", "ns")
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
 _OPS = "torch.ops"
 _MENTIONS = re.compile(rb"\b(ops|library|_C)\b")
@@ -121,13 +121,13 @@ class _Finder(ScopedVisitor):
         self.problems: list[Problem] = []
         self.accounted: set[int] = set()
         self.tree = tree
-        self.constants = _constants(tree)
-        self.words = _words(tree, libraries)
+        self.constants = constants(tree)
+        self.words = words(tree, libraries)
 
     @cached_property
     def varying(self) -> frozenset[str]:
         """Names of the file that stand for something else each time."""
-        return frozenset(name for node in ast.walk(self.tree) for name in _varying(node))
+        return frozenset(name for node in ast.walk(self.tree) for name in varying(node))
 
     def visit(self, node: ast.AST) -> None:
         """Leave out statements without any word that could matter: most of a file, and most of the time."""
@@ -155,7 +155,7 @@ class _Finder(ScopedVisitor):
             and node.func.value.id in self.libraries
         ):
             # A method of a `Library` takes names without a namespace, but also with its own.
-            argument = _argument(node)
+            argument = naming_argument(node)
             if argument is not None:
                 self.literal_operator(self.resolved(argument), creates=False)
         elif called & _GETATTR and len(node.args) >= 2 and _OPS in self.names(node.args[0]):
@@ -184,7 +184,7 @@ class _Finder(ScopedVisitor):
             self.refuse(node, _HIDDEN)
 
     def operator_argument(self, call: ast.Call, *, creates: bool) -> None:
-        argument = _argument(call)
+        argument = naming_argument(call)
         if argument is not None:
             self.operator(argument, creates=creates)
 
@@ -195,7 +195,7 @@ class _Finder(ScopedVisitor):
 
     def literal_operator(self, node: ast.expr, *, creates: bool) -> bool:
         """Note an expression whose value begins with ``namespace::``; false where it is something else."""
-        leading = _leading(node)
+        leading = first_literal(node)
         if leading is None:
             return False
         literal, text = leading
@@ -223,18 +223,14 @@ class _Finder(ScopedVisitor):
         if isinstance(node, ast.Name) and node.id in self.libraries:
             return
         # An operator itself may be handed on, but not something that may as well be its name.
-        if (
-            not creates
-            and not _is_text(node)
-            and not (isinstance(node, ast.Name) and node.id in self.varying)
-        ):
+        if not creates and not is_text(node) and not (isinstance(node, ast.Name) and node.id in self.varying):
             return
         self.refuse(node, _RUN_TIME_OPERATOR)
 
     def library_argument(self, call: ast.Call) -> None:
         kinds = [*call.args[1:2], *(each.value for each in call.keywords if each.arg == "kind")]
         implements = bool(kinds) and isinstance(kinds[0], ast.Constant) and kinds[0].value == "IMPL"
-        argument = _argument(call)
+        argument = naming_argument(call)
         if argument is not None:
             self.whole(argument, creates=not implements)
 
@@ -249,79 +245,3 @@ class _Finder(ScopedVisitor):
     def from_helper(self, call: ast.Call) -> bool:
         """Whether a name is made by the helper in the generated ``_ops``."""
         return any(name.endswith("_ops.add_op_namespace_prefix") for name in self.names(call.func))
-
-
-def _words(tree: ast.Module, libraries: frozenset[str]) -> re.Pattern[bytes]:
-    """What a statement must mention to be of interest: parts of torch, or names that stand for them."""
-    words = {"ops", "library", "_C", *libraries}
-    for node in statements(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("torch")):
-            words |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            words |= {
-                alias.asname for alias in node.names if alias.asname and alias.name.startswith("torch.")
-            }
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute | ast.Name):
-            words |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return re.compile(rb"\b(?:%s)\b" % b"|".join(re.escape(word.encode()) for word in sorted(words)))
-
-
-def _constants(tree: ast.Module) -> dict[str, ast.expr]:
-    """Names of the module that are bound once, to something whose text is known."""
-    bound: dict[str, list[ast.expr | None]] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                if isinstance(target, ast.Name):
-                    bound.setdefault(target.id, []).append(node.value)
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign) and isinstance(node.target, ast.Name):
-            value = node.value if isinstance(node, ast.AnnAssign) else None
-            bound.setdefault(node.target.id, []).append(value)
-    return {name: values[0] for name, values in bound.items() if len(values) == 1 and values[0] is not None}
-
-
-def _varying(node: ast.AST) -> list[str]:
-    """Names that stand for something else each time: parameters and variables of loops."""
-    if isinstance(node, ast.arg):
-        return [node.arg]
-    if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
-        return [each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)]
-    return []
-
-
-def _argument(call: ast.Call) -> ast.expr | None:
-    """The argument that names the operator or the namespace: the first one, or that of its keyword."""
-    if call.args:
-        return None if isinstance(call.args[0], ast.Starred) else call.args[0]
-    return next((each.value for each in call.keywords if each.arg in _NAME_KEYWORDS), None)
-
-
-def _leading(node: ast.expr) -> tuple[ast.expr, str] | None:
-    """The literal that an expression's value begins with, and the text it has there."""
-    while True:
-        if isinstance(node, ast.BinOp):
-            node = node.left
-        elif (
-            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format"
-        ):
-            node = node.func.value
-        else:
-            break
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node, node.value
-    if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
-        return node, str(node.values[0].value)
-    return None
-
-
-def _is_text(node: ast.expr) -> bool:
-    """Whether an expression is a string, or puts one together."""
-    if isinstance(node, ast.JoinedStr | ast.BinOp) or (
-        isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ):
-        return True
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("format", "join", "replace")
-    )

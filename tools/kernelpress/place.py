@@ -1,0 +1,135 @@
+"""Puts a build in the place of the one before: written aside, then swapped, so that no moment shows half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from kernelpress.errors import BuildError
+
+if TYPE_CHECKING:
+    from kernelpress.variant import Variant, VariantFile
+
+VARIANT_PREFIX = "torch-"
+
+
+def replace(directory: Path, variants: Sequence[Variant]) -> None:
+    """Write aside, then swap two names, so that no moment shows half a build."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.exists() and not directory.is_dir():
+        raise BuildError("this is in the way of the build directory; move it", path=directory)
+    with _locked(directory.parent):
+        _recover(directory)
+        if _stands(directory, variants):
+            return
+        fresh = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
+        try:
+            fresh.chmod(0o755)
+            for variant in variants:
+                _write(fresh / variant.name, variant.files)
+            _keep_foreign(directory, fresh)
+            _swap(directory, fresh)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _stands(directory: Path, variants: Sequence[Variant]) -> bool:
+    """Whether a directory holds just these variants, byte for byte and with the modes that they are written with."""
+    expected = {f"{each.name}/{file.path}": file.data for each in variants for file in each.files}
+    folders = {str(parent) for name in expected for parent in PurePosixPath(name).parents} - {"."}
+    pending = [each.name for each in variants]
+    if not directory.is_dir() or {
+        path.name for path in directory.iterdir() if path.name.startswith(VARIANT_PREFIX)
+    } != set(pending):
+        return False
+    while pending:
+        folder = pending.pop()
+        with os.scandir(directory / folder) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}"
+                mode = entry.stat(follow_symlinks=False).st_mode
+                if mode == stat.S_IFDIR | 0o755 and name in folders:
+                    pending.append(name)
+                    folders.discard(name)
+                elif mode != stat.S_IFREG | 0o644 or Path(entry.path).read_bytes() != expected.pop(
+                    name, None
+                ):
+                    return False
+    return not expected
+
+
+def _write(root: Path, files: Iterable[VariantFile]) -> None:
+    # Modes are set and not left to the umask: they are part of what must come out the same everywhere.
+    made = set()
+    for file in files:
+        path = root / file.path
+        for folder in [*reversed(path.parent.relative_to(root).parents), path.parent.relative_to(root)]:
+            if folder not in made:
+                made.add(folder)
+                (root / folder).mkdir(exist_ok=True)
+                (root / folder).chmod(0o755)
+        path.write_bytes(file.data)
+        path.chmod(0o644)
+
+
+def _keep_foreign(directory: Path, fresh: Path) -> None:
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.name.startswith(VARIANT_PREFIX) and path.is_dir() and not path.is_symlink():
+            continue
+        if (fresh / path.name).exists():
+            raise BuildError("this is in the way of a variant of that name; move it", path=path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, fresh / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+
+
+def _swap(directory: Path, fresh: Path) -> None:
+    old = _old(directory)
+    if directory.exists():
+        directory.rename(old)
+    try:
+        fresh.rename(directory)
+    except BaseException:
+        if old.exists():
+            old.rename(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(directory: Path) -> None:
+    """Finish what a build that was killed left behind; the lock says that none is running."""
+    old = _old(directory)
+    if old.exists():
+        if directory.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(directory)
+    for left in directory.parent.glob(f"{directory.name}.tmp-*"):
+        shutil.rmtree(left)
+
+
+def _old(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.old")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one build at a time write into a folder; a lock on the folder itself leaves no file behind."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where builds in one place must take turns by themselves
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
