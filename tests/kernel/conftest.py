@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -51,3 +52,19 @@ def submodule(kernel: ModuleType):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def attention(kernel: ModuleType) -> Iterator[ModuleType]:
+    """The kernel, its attention registered while the test runs."""
+    kernel.register_attention()
+    yield kernel
+    kernel.unregister_attention()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, submodule: Callable[[str], ModuleType]) -> Callable[[], list[str]]:
+    """``said()``: which attention ran where, by the lines of the log."""
+    logger = submodule("integration.attention_paths").__name__
+    caplog.set_level(logging.INFO, logger)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == logger]
