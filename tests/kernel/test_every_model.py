@@ -130,6 +130,45 @@ def test_a_gate_that_only_looks_like_gpt_oss_is_not_taken_for_it(submodule: Any)
     assert fused_gate(module) is None
 
 
+def test_two_modules_of_a_class_may_differ_in_their_gate(submodule: Any) -> None:
+    class Shifted(CLASSES["Qwen3MoeExperts"]):  # type: ignore[misc]
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            gate, up = gate_up.chunk(2, -1)
+            return self.act_fn(gate) * (up + self.up_shift)
+
+    fused_gate = submodule("integration.layout").fused_gate
+    for shift, known in ((1.0, True), (0.25, False), (0.0, True)):
+        module = build(CLASSES["Qwen3MoeExperts"])
+        module.__class__, module.up_shift = Shifted, shift
+        gate = fused_gate(module)
+        assert (gate is not None) == known
+        assert gate is None or gate.shift == shift
+
+
+@pytest.mark.parametrize(("limit", "plain"), [(0.0, True), (10.0, False), (1e3, False)])
+def test_a_clamp_is_seen_wherever_it_is_and_whatever_it_is_called(
+    submodule: Any, limit: float, plain: bool
+) -> None:
+    class Clipped(CLASSES["Qwen3MoeExperts"]):  # type: ignore[misc]
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            gate, up = gate_up.chunk(2, -1)
+            return self.act_fn(gate.clamp(max=self.largest) if self.largest else gate) * up
+
+    module = build(CLASSES["Qwen3MoeExperts"])
+    module.__class__, module.largest = Clipped, limit
+    assert (submodule("integration.layout").fused_gate(module) is not None) == plain
+
+
+@pytest.mark.parametrize("name", ["DeepseekV4Experts", "GptOssExperts"])
+def test_a_limit_of_zero_is_what_the_class_makes_of_it(submodule: Any, name: str) -> None:
+    module = build(CLASSES[name])
+    module.limit = 0.0
+    gate = submodule("integration.layout").fused_gate(module)
+    h = 3 * torch.randn(4, 32, dtype=torch.float64)
+    if gate is not None:
+        assert_close([submodule("ops.activation").apply(gate, h)], [module._apply_gate(h)], 1e-9)
+
+
 LAYOUTS = [
     "AriaExperts",
     "BeamExperts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from walk import build, experts_classes
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = Shape(tokens=9, experts=4, top_k=2, hidden=32, intermediate=24, rank=3)
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -50,7 +52,6 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 
 def run(model: Any, implementation: str, arguments: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """Output and the gradients of inputs and trainable parameters."""
-    model.get_base_model().experts.get_submodule("")  # the outermost wrapper, whatever is nested in it
     base = next(m for m in model.modules() if type(m).__name__ == "Gemma4TextExperts")
     base.config._experts_implementation = implementation
     out = model(*arguments)
@@ -314,6 +315,60 @@ def test_without_registration_peft_is_untouched(kernel: ModuleType) -> None:
     assert ParamWrapper.forward is not before
     kernel.unregister()
     assert ParamWrapper.forward is before
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_builds_leave_peft_untouched_whichever_goes_first(
+    kernel: ModuleType, tmp_path: Path, first: int
+) -> None:
+    from kernelpress.spec import load_spec
+    from kernelpress.variant import build as build_package
+    from kernels import get_local_kernel
+    from peft.tuners.lora.layer import ParamWrapper
+
+    shutil.copytree(
+        REPOSITORY / "torch-ext", tmp_path / "torch-ext", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("build.toml", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    with (tmp_path / "torch-ext/scattermoe_lora/ops/routing.py").open("a") as source:
+        source.write("# another build\n")
+    build_package(load_spec(tmp_path), tmp_path / "build")
+    other = get_local_kernel(tmp_path / "build")
+    assert other.__name__ != kernel.__name__
+
+    before = ParamWrapper.forward
+    kernel.register("one")
+    other.register("two")
+    model, arguments = adapted(lora()), inputs()
+    exact = run(model, "eager", arguments)
+    for name in ("one", "two"):
+        assert_close(run(model, name, arguments), exact, 2e-5)
+    left = (kernel, other)[first]
+    (other, kernel)[first].unregister()
+    assert ParamWrapper.forward is not before
+    assert_close(run(model, ("one", "two")[first], arguments), exact, 2e-5)
+    left.unregister()
+    assert ParamWrapper.forward is before
+
+
+def test_no_tokens_at_all(registered: ModuleType) -> None:
+    model = adapted(lora())
+    base = next(m for m in model.modules() if type(m).__name__ == "Gemma4TextExperts")
+    base.config._experts_implementation = "scattermoe"
+    with torch.no_grad():
+        out = model(torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert out.shape == (0, 32)
+
+
+def test_adapters_by_sample_are_refused_and_none_is_no_such_thing(registered: ModuleType) -> None:
+    model, arguments = adapted(lora()), inputs()
+    base = next(m for m in model.modules() if type(m).__name__ == "Gemma4TextExperts")
+    base.config._experts_implementation = "scattermoe"
+    experts = model.get_base_model().experts
+    assert torch.equal(experts(*arguments, adapter_names=None), experts(*arguments))
+    with pytest.raises(ValueError, match="adapter"):
+        experts(*arguments, adapter_names=["default"] * 9)
 
 
 def test_other_implementations_take_pefts_own_path(

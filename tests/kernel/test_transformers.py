@@ -111,6 +111,34 @@ def test_a_module_without_the_parameters_of_its_layout_is_named(kernel: ModuleTy
         kernel.experts_forward(module, torch.randn(7, 33), route(AWKWARD[1]), torch.rand(7, 3))
 
 
+@pytest.mark.parametrize(
+    ("name", "parameter", "error", "message"),
+    [
+        (
+            "down_proj",
+            torch.zeros(5, 33, 16),
+            ValueError,
+            r"down_proj: expected shape \[E, H, I\] \(5, 33, 20\), got \(5",
+        ),
+        ("down_proj", torch.zeros(6, 33, 20), ValueError, r"\(5, 33, 20\), got \(6, 33, 20\)"),
+        ("down_proj", torch.zeros(5, 40, 20), ValueError, r"\(5, 33, 20\), got \(5, 40, 20\)"),
+        (
+            "gate_up_proj",
+            torch.zeros(5, 40, 33, dtype=torch.float8_e4m3fn),
+            NotImplementedError,
+            "got torch.float8",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_each_other_are_refused(
+    kernel: ModuleType, name: str, parameter: torch.Tensor, error: type[Exception], message: str
+) -> None:
+    module = experts_module(AWKWARD[1])
+    setattr(module, name, torch.nn.Parameter(parameter, requires_grad=False))
+    with pytest.raises(error, match=message):
+        kernel.experts_forward(module, torch.randn(7, 33), route(AWKWARD[1]), torch.rand(7, 3))
+
+
 HIDDEN, INDEX, WEIGHTS = torch.zeros(7, 33), torch.zeros(7, 3, dtype=torch.long), torch.ones(7, 3)
 A, B = torch.zeros(5, 2, 33), torch.zeros(5, 40, 2)
 

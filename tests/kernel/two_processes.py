@@ -1,6 +1,6 @@
-"""One of three parallel set-ups on two real processes, each held to the gradients of one process.
+"""Three parallel set-ups on two real processes, each held to the gradients of one process.
 
-python two_processes.py ddp|fsdp|expert_parallel FOLDER      (LOCAL_KERNELS names the built kernel)
+python two_processes.py FOLDER      (LOCAL_KERNELS names the built kernel)
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ import torch
 
 from .layout import Weights
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights may be of."""
+
 LowRank = tuple[torch.Tensor, torch.Tensor]
 """Low-rank factors of one parameter: ``A`` ``[E, r, N_in]`` and ``B`` ``[E, N_out, r]``, the scaling in ``B``."""
 
@@ -19,9 +22,23 @@ def check_inputs(
     top_k_weights: torch.Tensor,
     lora: Mapping[str, LowRank],
 ) -> None:
-    """Raises ValueError where the arguments of ``experts_forward`` do not fit the weights or each other."""
+    """Raises ValueError where the arguments of ``experts_forward`` do not fit the weights or each other, and
+    NotImplementedError for weights of a dtype that the kernels do not compute in."""
     up, down = weights.up, weights.down
+    if up.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"experts_forward: {weights.up_name}: expected one of {', '.join(map(str, DTYPES))}, got {up.dtype}"
+        )
     _expect("down_proj", "dtype of the first projection,", up.dtype, down.dtype)
+    experts, width, hidden = up.shape
+    intermediate = width // 2 if weights.up_name == "gate_up_proj" else width
+    _expect("down_proj", "shape [E, H, I]", (experts, hidden, intermediate), tuple(down.shape))
+    for name, bias, features in (
+        (f"{weights.up_name}_bias", weights.up_bias, width),
+        ("down_proj_bias", weights.down_bias, hidden),
+    ):
+        if bias is not None:
+            _expect(name, "shape", (experts, features), tuple(bias.shape))
     if top_k_index.dim() != 2 or top_k_index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "experts_forward: top_k_index: expected [T, K] of int32 or int64, "

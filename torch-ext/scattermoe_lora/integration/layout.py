@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,10 @@ def _activation_name(act_fn: Any) -> str | None:
     return None
 
 
-_recognised: dict[tuple[object, ...], Gate | None] = {}
+# Of each module what its gate depends on and which gate that is; by module, for two of one class may differ.
+_recognised: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[object, ...], Gate | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @torch.compiler.assume_constant_result
@@ -96,20 +100,23 @@ def _recognised_gate(module: Any) -> Gate | None:
     """The gate that computes what the module's own ``_apply_gate`` computes, found by trying; None if there is none.
 
     The class is not asked what it is called: the parameters of the clamped gates (gpt-oss's and DeepSeek's among them)
-    are read where classes keep them, and the result is compared on numbers on both sides of the limit.
+    are read where classes keep them, and the result is compared on numbers of every size, on both sides of the limit.
     """
     act_fn = getattr(module, "act_fn", None)
     name = "silu" if act_fn is None else _activation_name(act_fn)
+    if name is None:
+        return None
     limit = _number(module, "limit", "swiglu_limit", default=math.inf)
     alpha = _number(module, "alpha", "swiglu_alpha", default=1.0) if name == "silu" else 1.0
     key = (type(module), name, module.is_concatenated, limit, alpha)
-    if name is not None and key not in _recognised:
+    if module not in _recognised or _recognised[module][0] != key:
         candidates = [
             Gate(name, not module.is_concatenated, alpha, limit, shift=1.0),
             Gate(name, not module.is_concatenated, alpha, limit),
+            Gate(name, not module.is_concatenated),
         ]
-        _recognised[key] = next((gate for gate in candidates if _agrees(module, gate)), None)
-    return _recognised.get(key)
+        _recognised[module] = key, next((gate for gate in candidates if _agrees(module, gate)), None)
+    return _recognised[module][1]
 
 
 def _number(module: Any, *names: str, default: float) -> float:
@@ -119,9 +126,10 @@ def _number(module: Any, *names: str, default: float) -> float:
 
 @torch.no_grad()
 def _agrees(module: Any, gate: Gate) -> bool:
-    reach = 2.0 * (gate.limit if gate.limit != math.inf else 4.0)
+    reaches = [1e-2, 8.0, 1e2, 1e4] + ([2.0 * gate.limit] if gate.limit != math.inf else [])
     # Steps of 37 in 128 put values of every sign and size beside each other. In float64 a gate that rounds to float32
     # on its way is seen, and kept.
-    steps = (torch.arange(128) * 37 % 128).to(module.down_proj.device, torch.float64)
-    probe = ((steps / 64 - 1) * reach).view(1, 128)
+    device = module.down_proj.device
+    steps = (torch.arange(128, device=device) * 37 % 128).to(torch.float64)
+    probe = (steps / 64 - 1) * torch.tensor(reaches, device=device, dtype=torch.float64).unsqueeze(-1)
     return torch.allclose(module._apply_gate(probe), activation.apply(gate, probe), rtol=1e-10, atol=1e-10)

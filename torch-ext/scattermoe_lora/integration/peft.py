@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-_original: Callable[..., torch.Tensor] | None = None
-_hooked: Callable[..., torch.Tensor] | None = None
+_hooked: Any = None
 _warned: set[str] = set()
 
 
@@ -24,46 +23,59 @@ def hook(names: Collection[str]) -> None:
 
     Does nothing where PEFT is not installed, or where the hook is in place.
     """
-    global _original, _hooked
+    global _hooked
     try:
         from peft.tuners.lora.layer import ParamWrapper
     except ImportError:
         return
     if _hooked is not None:
         return
-    original = ParamWrapper.forward
+    # A list, so that another build, which hooked in before and leaves first, can take itself out of the chain.
+    inner: list[Callable[..., torch.Tensor]] = [ParamWrapper.forward]
 
-    @functools.wraps(original)
+    @functools.wraps(inner[0])
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or not _runs_here(self, names):
-            return original(self, x, *args, **kwargs)
+            return inner[0](self, x, *args, **kwargs)
         obstacle = _obstacle(self)
         if obstacle is not None:
             _warn_once(obstacle)
-            return original(self, x, *args, **kwargs)
+            return inner[0](self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "scattermoe: LoRA on experts takes one set of adapters for all samples of a batch"
+            )
         index = args[0] if args else kwargs.get("top_k_index")
         factors = active_factors(self, _few_experts(index, self.num_experts))
         if factors is not None:
             kwargs["lora"] = {**kwargs.get("lora", {}), self.parameter_name: factors}
         return self.base_layer(x, *args, **kwargs)
 
+    _hooked = forward
+    _hooked.scattermoe_inner = inner
     ParamWrapper.forward = forward
-    _original, _hooked = original, forward
 
 
 def unhook() -> None:
-    """Puts ``ParamWrapper`` back as it was before :func:`hook`."""
-    global _original, _hooked
+    """Puts ``ParamWrapper`` back as it was before :func:`hook`, but for what other builds hooked in since."""
+    global _hooked
     if _hooked is None:
         return
     from peft.tuners.lora.layer import ParamWrapper
 
-    # Where another build hooked in after this one, its wrapper holds ours, which passes everything on from now on
-    # because no name is registered any more.
     if ParamWrapper.forward is _hooked:
-        ParamWrapper.forward = _original
-    _original = _hooked = None
+        ParamWrapper.forward = _hooked.scattermoe_inner[0]
+    else:
+        # Another build hooked in after this one. A wrapper that is not a build's stays around ours, which passes
+        # everything on from now on because no name is registered any more.
+        outer = ParamWrapper.forward
+        while hasattr(outer, "scattermoe_inner"):
+            if outer.scattermoe_inner[0] is _hooked:
+                outer.scattermoe_inner[0] = _hooked.scattermoe_inner[0]
+                break
+            outer = outer.scattermoe_inner[0]
+    _hooked = None
     _warned.clear()
 
 
@@ -142,7 +154,7 @@ def active_factors(
         if only is not None:
             a, columns = a.index_select(0, only), columns.index_select(1, only)
         columns = (columns * scaling).to(dtype)
-        a, b = a.to(dtype), columns.t().contiguous().view(a.shape[0], b.shape[0], -1)
+        a, b = a.to(dtype), columns.t().contiguous().view(a.shape[0], b.shape[0], a.shape[1])
         a_s.append(b.mT if turned else a)
         b_s.append(a.mT if turned else b)
     if not a_s:

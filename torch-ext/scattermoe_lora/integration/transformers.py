@@ -78,18 +78,20 @@ def experts_forward(
         ``[T, H]``, dtype of ``hidden_states``.
 
     Raises:
-        NotImplementedError: The module has not the parameters that its layout flags promise.
+        NotImplementedError: The module has not the parameters that its layout flags promise, or the kernels do not
+            compute in their dtype.
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
     """
     experts: Any = module
     weights = read_weights(experts)
     lora = lora or {}
     check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
-    a1, b1 = lora.get(weights.up_name, (None, None))
-    a2, b2 = lora.get("down_proj", (None, None))
+    a1, b1 = _contiguous(lora.get(weights.up_name))
+    a2, b2 = _contiguous(lora.get("down_proj"))
     up, down = weights.up, weights.down
     order, offsets = sort_by_expert(top_k_index, down.shape[0])
-    sentinels = experts._is_expert_parallel
+    # Before transformers 5.18 no module says so, and sentinels may come to any.
+    sentinels = getattr(experts, "_is_expert_parallel", True)
     # Under autocast the hidden states can come in float32 to weights in bfloat16; the weights' dtype decides, as in
     # transformers' own grouped_mm.
     x = hidden_states.to(up.dtype).contiguous()
@@ -109,3 +111,7 @@ def experts_forward(
         y = experts.post_expert_norm(y)
     weighted = y.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def _contiguous(factors: LowRank | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if factors is None else (factors[0].contiguous(), factors[1].contiguous())

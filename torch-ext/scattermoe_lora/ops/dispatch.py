@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -28,7 +29,14 @@ def use_triton(x: torch.Tensor) -> bool:
     return True
 
 
-def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
-    """The context in which an operator on ``x`` computes: autocast reaches into it, and would cast half of a sum."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+@contextmanager
+def undisturbed(x: torch.Tensor) -> Iterator[None]:
+    """The context in which an operator on ``x`` computes: without autocast, which reaches into operators and would cast
+    half of a sum; and with the device of ``x`` as the current one, on which alone Triton launches."""
+    device = x.device
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type != "cpu":
+            stack.enter_context(torch.accelerator.device_index(device.index))
+        yield

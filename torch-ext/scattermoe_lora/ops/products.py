@@ -27,14 +27,14 @@ def rounded(rows: int) -> int:
 
 def _serves(dtype: torch.dtype, multiplications: int) -> bool:
     if dtype == torch.float32:
-        return (
-            multiplications >= _LARGE
-            and torch.backends.mkldnn.enabled
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        )
-    if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return False
+        return multiplications >= _LARGE and _has_onednn()
+    return dtype == torch.bfloat16 and _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _has_onednn() -> bool:
+    # The first says whether it was built in, the second whether the user wants it.
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and bool(mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _widened(x: torch.Tensor, rows: int) -> torch.Tensor | None:

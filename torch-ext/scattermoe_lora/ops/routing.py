@@ -28,12 +28,16 @@ def sort_by_expert(expert_index: torch.Tensor, num_experts: int) -> Routing:
     """Sorts the pairs of ``expert_index`` by expert.
 
     Args:
-        expert_index: ``[T, K]`` integers; values ``>= num_experts`` are sentinels that no expert here handles.
+        expert_index: ``[T, K]`` integers; values ``>= num_experts`` are sentinels that no expert here handles. Negative
+            ones are an error, which :func:`refuse_index_outside` sees on the CPU; a GPU takes them for sentinels.
         num_experts: E.
 
     Returns:
         The :class:`Routing`. Its shapes depend on ``T``, ``K`` and ``E`` alone, so nothing waits for the device.
     """
+    if expert_index.device.type != "cpu":
+        # Nobody would see them there, and what no kernel writes would be returned as it was found.
+        expert_index = torch.where(expert_index < 0, num_experts, expert_index)
     sorted_index, order = torch.sort(expert_index.reshape(-1), stable=True)
     experts = torch.arange(num_experts + 1, device=expert_index.device, dtype=sorted_index.dtype)
     return Routing(order, torch.searchsorted(sorted_index, experts))

@@ -45,12 +45,12 @@ def attention_forward(
         refuse_bad_boundaries("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         refuse_bad_boundaries("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     window = Window(left, right).within(max_seqlen_q, max_seqlen_k)
-    if dispatch.use_triton(q):
-        from . import gpu
+    with dispatch.undisturbed(q):
+        if dispatch.use_triton(q):
+            from . import gpu
 
-        longest = (max_seqlen_q, max_seqlen_k)
-        return gpu.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, window, softcap)
-    with dispatch.without_autocast(q):
+            longest = (max_seqlen_q, max_seqlen_k)
+            return gpu.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, window, softcap)
         return cpu.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window, softcap)
 
 
@@ -104,11 +104,11 @@ def attention_backward(
     """
     window = Window(left, right).within(max_seqlen_q, max_seqlen_k)
     saved = (grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
-    if dispatch.use_triton(q):
-        from . import gpu
+    with dispatch.undisturbed(q):
+        if dispatch.use_triton(q):
+            from . import gpu
 
-        return gpu.backward(*saved, (max_seqlen_q, max_seqlen_k), scale, window, softcap)
-    with dispatch.without_autocast(q):
+            return gpu.backward(*saved, (max_seqlen_q, max_seqlen_k), scale, window, softcap)
         return cpu.backward(*saved, scale, window, softcap)
 
 

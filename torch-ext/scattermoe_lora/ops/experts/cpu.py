@@ -71,15 +71,19 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
     intermediate = down.shape[2]
-    chunks = _chunks(segments(offsets), max(x.shape[1], 2 * intermediate))
+    parts = segments(offsets)
+    chunks = _chunks(parts, max(x.shape[1], 2 * intermediate))
     most = _most_rows(chunks)
     tokens = order // routing_weights.shape[1]
     out = accumulator(x.shape, x)
     pair_weights = routing_weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
     kept = order.shape[0] if keep else 0
-    hidden = x.new_empty((kept, 2 * intermediate))
-    low1 = x.new_empty((kept, 0 if gate_up_a is None else gate_up_a.shape[1]))
-    low2 = x.new_empty((kept, 0 if down_a is None else down_a.shape[1]))
+    # With the rows that a product may read behind an expert's own: products with and without keeping are then the same
+    # to the bit, which checkpointing relies on.
+    slack = max((rounded(end - start) - (end - start) for _, start, end in parts), default=0) if keep else 0
+    hidden = x.new_empty((kept + slack, 2 * intermediate))[:kept]
+    low1 = x.new_empty((kept + slack, 0 if gate_up_a is None else gate_up_a.shape[1]))[:kept]
+    low2 = x.new_empty((kept + slack, 0 if down_a is None else down_a.shape[1]))[:kept]
     # Rows of pairs without an expert here are never read again, but equal calls must return equal bits.
     for saved in (hidden, low1, low2):
         saved[offsets[-1] :].zero_()

@@ -57,11 +57,11 @@ def experts_forward(
     arguments = (x, gate_up, down, routing_weights, order, offsets)
     optional = (gate_up_a, gate_up_b, down_a, down_b, gate_up_bias, down_bias)
     gate = Gate(activation, interleaved, alpha, limit, shift)
-    if dispatch.use_triton(x):
-        from . import gpu
+    with dispatch.undisturbed(x):
+        if dispatch.use_triton(x):
+            from . import gpu
 
-        return gpu.forward(*arguments, *optional, gate, keep)
-    with dispatch.without_autocast(x):
+            return gpu.forward(*arguments, *optional, gate, keep)
         return cpu.forward(*arguments, *optional, gate, keep)
 
 
@@ -135,12 +135,12 @@ def experts_backward(
     arguments = (grad_out, x, hidden, low1, low2, gate_up, down, routing_weights, order, offsets)
     optional = (gate_up_a, gate_up_b, down_a, down_b, gate_up_bias, down_bias)
     gate = Gate(activation, interleaved, alpha, limit, shift)
-    if dispatch.use_triton(x):
-        from . import gpu
+    with dispatch.undisturbed(x):
+        if dispatch.use_triton(x):
+            from . import gpu
 
-        gradients = gpu.backward(*arguments, *optional, gate, needs)
-    else:
-        with dispatch.without_autocast(x):
+            gradients = gpu.backward(*arguments, *optional, gate, needs)
+        else:
             gradients = cpu.backward(*arguments, *optional, gate, needs)
     return [g for g in gradients if g is not None]
 

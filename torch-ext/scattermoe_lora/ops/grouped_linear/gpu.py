@@ -10,12 +10,10 @@ from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 
 
 def float32_precision(x: torch.Tensor) -> str:
-    """Full float32 unless the user allowed TF32, with the switch that torch's own matmul follows. AMD's matrix cores
-    multiply float32 as it is."""
-    is_full = (
-        x.dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest"
-    )
-    return "ieee" if is_full else "tf32"
+    """Full float32 unless the user allowed TF32, by the switch that torch's own matmul follows and that all others set.
+    AMD's matrix cores multiply float32 as it is."""
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if is_tf32 and x.dtype == torch.float32 and not torch.version.hip else "ieee"
 
 
 def grouped_matmul(

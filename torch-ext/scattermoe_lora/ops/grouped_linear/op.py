@@ -40,11 +40,11 @@ def grouped_linear_forward(
     """
     refuse_index_outside(order, offsets, sentinels)
     arguments = (x, weight, order, offsets, a, b, bias, top_k)
-    if dispatch.use_triton(x):
-        from . import gpu
+    with dispatch.undisturbed(x):
+        if dispatch.use_triton(x):
+            from . import gpu
 
-        return gpu.forward(*arguments)
-    with dispatch.without_autocast(x):
+            return gpu.forward(*arguments)
         return cpu.forward(*arguments)
 
 
@@ -89,12 +89,12 @@ def grouped_linear_backward(
         The gradients that ``needs`` asks for, in that order. With ``weight`` frozen nothing of its size is allocated.
     """
     arguments = (dy, x, weight, order, offsets, a, b, bias, low, top_k, needs)
-    if dispatch.use_triton(x):
-        from . import gpu
+    with dispatch.undisturbed(x):
+        if dispatch.use_triton(x):
+            from . import gpu
 
-        gradients = gpu.backward(*arguments)
-    else:
-        with dispatch.without_autocast(x):
+            gradients = gpu.backward(*arguments)
+        else:
             gradients = cpu.backward(*arguments)
     return [g for g in gradients if g is not None]
 

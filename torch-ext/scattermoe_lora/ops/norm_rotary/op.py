@@ -34,11 +34,11 @@ def norm_rotary_forward(
         ``[B, S, H, D]``, contiguous, of the dtype that ``x`` and ``cos`` promote to.
     """
     arguments = (x, weight, cos, sin, eps, _out_dtype(x, cos))
-    if dispatch.use_triton(x):
-        from . import gpu
+    with dispatch.undisturbed(x):
+        if dispatch.use_triton(x):
+            from . import gpu
 
-        return gpu.forward(*arguments)
-    with dispatch.without_autocast(x):
+            return gpu.forward(*arguments)
         return cpu.forward(*arguments)
 
 
@@ -75,12 +75,12 @@ def norm_rotary_backward(
         weight's is summed in a fixed order: the same input gives the same bits.
     """
     arguments = (dy, x, weight, cos, sin, eps, need_x, need_weight)
-    if dispatch.use_triton(x):
-        from . import gpu
+    with dispatch.undisturbed(x):
+        if dispatch.use_triton(x):
+            from . import gpu
 
-        gradients = gpu.backward(*arguments)
-    else:
-        with dispatch.without_autocast(x):
+            gradients = gpu.backward(*arguments)
+        else:
             gradients = cpu.backward(*arguments)
     return [gradient for gradient in gradients if gradient is not None]
 

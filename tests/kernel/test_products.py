@@ -1,0 +1,106 @@
+"""The CPU's products through oneDNN, which the other tests' sizes are too small for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import AWKWARD, Shape, assert_close, low_rank
+from test_experts import BOTH, exact, problem, run
+
+# Three experts of dozens of rows, wide enough for oneDNN in every product.
+WIDE = Shape(tokens=60, experts=3, top_k=2, hidden=256, intermediate=256, rank=70)
+
+
+@pytest.mark.parametrize("shape", AWKWARD)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("elements", [200, 1 << 18])
+def test_products_of_any_size_through_onednn_match_the_reference(
+    kernel,
+    submodule,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: Shape,
+    dtype: torch.dtype,
+    tolerance: float,
+    elements: int,
+) -> None:
+    # At these sizes every float32 product would be left to torch.mm.
+    products = submodule("ops.products")
+    monkeypatch.setattr(products, "_LARGE", 1)
+    monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
+    asked = []
+    widened = products._widened
+
+    def watched(x: torch.Tensor, rows: int) -> torch.Tensor | None:
+        result = widened(x, rows)
+        if result is not None:
+            asked.append(result.shape[0])
+        return result
+
+    monkeypatch.setattr(products, "_widened", watched)
+    arguments = problem(shape, "silu", dtype, targets=BOTH, train_base=False, sentinels=True)
+    assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), tolerance)
+    if products._serves(dtype, 1):
+        assert asked
+        assert all(rows % 16 == 0 for rows in asked)
+
+
+def test_number_of_shapes_asked_of_onednn_stays_small(submodule) -> None:
+    rounded = submodule("ops.products").rounded
+    assert all(rows <= rounded(rows) <= max(rows + 15, rows * 9 / 8) for rows in range(5000))
+    assert len({rounded(rows) for rows in range(1, 8193)}) <= 56
+
+
+def test_equal_calls_give_equal_bits(kernel) -> None:
+    arguments = problem(WIDE, "silu", torch.float32, targets=BOTH, train_base=True, sentinels=True)
+    for first, second in zip(run(kernel, *arguments), run(kernel, *arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_and_without_gradients_the_output_has_the_same_bits(
+    kernel, submodule, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    # Checkpointing runs the forward without, and again with.
+    monkeypatch.setattr(submodule("ops.products"), "_LARGE", 1)
+    arguments = problem(WIDE, "silu", dtype, targets=BOTH, train_base=False, sentinels=True)
+    with torch.no_grad():
+        without = kernel.experts_forward(*arguments[:4], lora=arguments[4])
+    assert torch.equal(kernel.experts_forward(*arguments[:4], lora=arguments[4]), without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_behind_an_experts_own_do_not_reach_its_results(submodule, dtype: torch.dtype) -> None:
+    products = submodule("ops.products")
+    buffer, weight = torch.full((32, 300), float("nan")).to(dtype), torch.randn(200, 300).to(dtype)
+    x = buffer[:19].normal_()
+    sums = torch.full((32, 200), float("nan")).to(dtype)
+    before = torch.randn(19, 200).to(dtype)
+    sums[:19] = before
+    exact_product = x.double() @ weight.double().T
+    got = products.product(x, weight, torch.empty(19, 200).to(dtype))
+    added = products.add_product(x, weight, sums[:19])
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_close([got, added], [exact_product, exact_product + before.double()], rounding)
+    assert sums[19:].isnan().all()
+
+
+@pytest.mark.parametrize("switch", ["is_available", "enabled"])
+def test_without_onednn_torch_mm_serves(
+    kernel, submodule, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    def absent(*_: Any) -> None:
+        raise AssertionError("oneDNN was called")
+
+    monkeypatch.setattr(submodule("ops.products"), "_LARGE", 1)
+    monkeypatch.setattr(submodule("ops.products"), "_widened", absent)
+    with torch.backends.mkldnn.flags(enabled=switch != "enabled"):
+        if switch == "is_available":
+            monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        arguments = problem(AWKWARD[1], "silu", torch.float32, targets=BOTH, train_base=False, sentinels=True)
+        assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), 2e-5)
+        # A module, x, ... in bfloat16 take the same way.
+        a, b = (f.bfloat16() for f in low_rank(5, 40, 33, 3))
+        x, weight = torch.randn(7, 33).bfloat16(), torch.randn(5, 40, 33).bfloat16()
+        assert kernel.grouped_linear(x, weight, torch.zeros(7, 1, dtype=torch.long), a, b).isfinite().all()
