@@ -17,6 +17,7 @@ from transformers import (
 @given(data=st.data())
 def test_a_mask_says_what_transformers_own_says(kernel, submodule, data: st.DataObject) -> None:
     plans, masks = submodule("integration.attention_plans"), submodule("integration.attention_masks")
+    masks.know_functions()
     draw = data.draw
     batch, queries, earlier = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(0, 6))
     dropped, spare = draw(st.integers(0, earlier)), draw(st.integers(0, 4))
