@@ -47,9 +47,9 @@ CASES = {
     "more queries in a window": Case((50,), (18,), window=(6, 5)),
     "softcap": Case((34,), (34,), head_dim=24, causal=True, softcap=2.0, scale=0.7),
     "softcap in a window": Case((34,), (34,), causal=True, window=(12, 0), softcap=5.0),
-    "head of 256": Case((40,), (40,), heads=2, kv_heads=1, head_dim=256, causal=True, window=(20, 0)),
-    "head of 512": Case((35,), (35,), heads=2, kv_heads=1, head_dim=512, causal=True),
-    "head of 320": Case((20,), (33,), heads=2, kv_heads=2, head_dim=320, causal=True),
+    "head of 256": Case((35,), (35,), heads=2, kv_heads=1, head_dim=256, causal=True, window=(17, 0)),
+    "head of 512": Case((19,), (19,), heads=2, kv_heads=1, head_dim=512, causal=True),
+    "head of 320": Case((17,), (33,), heads=1, kv_heads=1, head_dim=320, causal=True),
     "packed": Case((5, 1, 33, 12), (5, 1, 33, 12), heads=4, kv_heads=2, causal=True),
     "packed in a window": Case((20, 3, 41), (20, 3, 41), causal=True, window=(8, 8), head_dim=40),
     "packed, no queries or no keys": Case((4, 0, 9, 3), (4, 7, 0, 5), causal=True),
@@ -144,7 +144,7 @@ def test_every_dtype_is_summed_in_float32(kernel, expected, name, dtype) -> None
     check(kernel, expected, CASES[name], dtype)
 
 
-@pytest.mark.parametrize("name", ["causal", "softcap in a window", "packed", "head of 256", "head of 512"])
+@pytest.mark.parametrize("name", ["softcap in a window", "packed", "head of 512"])
 def test_values_that_are_the_keys_get_the_sum_of_both_gradients(kernel, expected, name) -> None:
     check(kernel, expected, CASES[name], EXACT, shared=True)
 
@@ -165,7 +165,7 @@ def test_query_that_sees_nothing_gets_zeros_and_gives_none(kernel) -> None:
     assert torch.equal(dv, dv2)
 
 
-@pytest.mark.parametrize("name", ["causal", "packed in a window"])
+@pytest.mark.parametrize("name", ["decoding", "packed, lengths that differ"])
 def test_equal_calls_return_equal_bits(kernel, name) -> None:
     case = CASES[name]
     *tensors, do = inputs(case, torch.float32)

@@ -13,6 +13,23 @@ from .geometry import Window
 from .kernels import attention_delta_kernel, attention_forward_kernel
 from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
 
+# Strides are passed in units of as many elements, so that the compiler knows a row to start at a multiple of 16 bytes.
+_UNIT = 8
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy where its rows do not start at multiples of ``_UNIT`` elements."""
+    is_aligned = all(n == 1 or s % _UNIT == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    return x if is_aligned else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of batch, rows and heads; 0 where there is one of them, or no batch."""
+    *batch, rows, heads = (
+        0 if n == 1 else s // _UNIT for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
+    return (batch[0] if batch else 0, rows, heads)
+
 
 class _Problem:
     """What all launches of one call have in common."""
@@ -39,7 +56,7 @@ class _Problem:
         # A packed batch is told apart by cu_seqlens alone.
         self.batch_stride = 0 if self.is_packed else q.shape[1] * self.heads * self.head_dim
         self.kv_batch_stride = 0 if self.is_packed else k.shape[1] * self.kv_heads * self.head_dim
-        self.strides = [s for x in (q, k, k if v is None else v) for s in self._strides(x)]
+        self.strides = [s for x in (q, k, k if v is None else v) for s in _strides(x)]
         self.lse_strides = (
             0 if self.is_packed else self.heads * q.shape[1],
             q.shape[-3],
@@ -60,10 +77,6 @@ class _Problem:
             "WIDTH": triton.next_power_of_2(self.head_dim),
         }
 
-    def _strides(self, x: torch.Tensor) -> tuple[int, int, int]:
-        *batch, rows, heads, _ = x.stride()
-        return (batch[0] if batch else 0, rows, heads)
-
     def launch(self, kernel: str) -> dict[str, int]:
         """Block sizes and options; a head that is smaller than a chunk is one."""
         found = dict(tiles.launch(kernel, self.like, self.head_dim, self.same_kv))
@@ -83,6 +96,7 @@ def forward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.attention.op.attention_forward`; ``longest`` are the two longest lengths."""
+    q, k, v = _readable(q), _readable(k), None if v is None else _readable(v)
     of = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, window, softcap)
     out = q.new_empty(q.shape)
     lse = q.new_empty((*q.shape[:-3], of.heads, q.shape[-3]), dtype=torch.float32)
@@ -128,6 +142,7 @@ def backward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.attention.op.attention_backward`."""
+    q, k, v = _readable(q), _readable(k), None if v is None else _readable(v)
     of = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, window, softcap)
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv = k.new_empty((0,) if v is None else k.shape)
@@ -183,8 +198,9 @@ def backward(
     return dq, dk, dv
 
 
-# Elements of a block of the delta kernel.
-_DELTA_ELEMENTS = 4096
+def delta_block(width: int) -> int:
+    """Rows of a block of the delta kernel: 4096 elements."""
+    return 4096 // width
 
 
 def _delta(
@@ -195,7 +211,7 @@ def _delta(
     rows, heads, head_dim = out.shape[-3:]
     batch = out.shape[0] if out.dim() == 4 else 1
     width = triton.next_power_of_2(head_dim)
-    block = _DELTA_ELEMENTS // width
+    block = delta_block(width)
     tiles_q = triton.cdiv(rows, block)
     if tiles_q * batch:
         attention_delta_kernel[(tiles_q * heads * batch,)](

@@ -169,16 +169,16 @@ def attention_forward_kernel(
     first = (tiles - 1 - pid % tiles) * BLOCK_M
     if first >= queries:
         return
-    q_base = q_ptr + batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh
-    k_base = k_ptr + batch * stride_kb + k_start.to(tl.int64) * stride_ks + head // group * stride_kh
-    v_base = v_ptr + batch * stride_vb + k_start.to(tl.int64) * stride_vs + head // group * stride_vh
+    q_base = q_ptr + 8 * (batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh)
+    k_base = k_ptr + 8 * (batch * stride_kb + k_start.to(tl.int64) * stride_ks + head // group * stride_kh)
+    v_base = v_ptr + 8 * (batch * stride_vb + k_start.to(tl.int64) * stride_vs + head // group * stride_vh)
     query = first + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     q = 0.0
     if CHUNK == WIDTH:
-        q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, True)
+        q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, True)
 
     last = min(first + BLOCK_M, queries)
     begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N)
@@ -188,17 +188,17 @@ def attention_forward_kernel(
             block = tl.where(i < lead, i, i - lead + full) if MASK else i
             key = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
             if CHUNK == WIDTH:
-                k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, MASK)
+                k = rows_of(k_base, key, stride_ks * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             else:
                 s = product(
                     q_base,
                     query,
-                    stride_qs,
+                    stride_qs * 8,
                     queries,
                     k_base,
                     key,
-                    stride_ks,
+                    stride_ks * 8,
                     keys,
                     HEAD_DIM,
                     CHUNK,
@@ -219,7 +219,7 @@ def attention_forward_kernel(
             v = (
                 k
                 if SAME_KV and CHUNK == WIDTH
-                else rows_of(v_base, key, stride_vs, keys, 0, HEAD_DIM, WIDTH, MASK)
+                else rows_of(v_base, key, stride_vs * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
             )
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 

@@ -67,27 +67,27 @@ def attention_dkdv_kernel(
     first = pid % tiles * BLOCK_N
     if first >= keys:
         return
-    k_base = k_ptr + batch * stride_kb + k_start.to(tl.int64) * stride_ks + kv_head * stride_kh
-    v_base = v_ptr + batch * stride_vb + k_start.to(tl.int64) * stride_vs + kv_head * stride_vh
+    k_base = k_ptr + 8 * (batch * stride_kb + k_start.to(tl.int64) * stride_ks + kv_head * stride_kh)
+    v_base = v_ptr + 8 * (batch * stride_vb + k_start.to(tl.int64) * stride_vs + kv_head * stride_vh)
     key = first + tl.arange(0, BLOCK_N)
     dk = tl.zeros((BLOCK_N, WIDTH), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, WIDTH), dtype=tl.float32)
     k = 0.0
     v = 0.0
     if CHUNK == WIDTH:
-        k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, True)
+        k = rows_of(k_base, key, stride_ks * 8, keys, 0, HEAD_DIM, WIDTH, True)
         if SAME_KV:
             v = k
         else:
             if WANT_K:
-                v = rows_of(v_base, key, stride_vs, keys, 0, HEAD_DIM, WIDTH, True)
+                v = rows_of(v_base, key, stride_vs * 8, keys, 0, HEAD_DIM, WIDTH, True)
 
     last = min(first + BLOCK_N, keys)
     # The window seen from the keys: what was left of a query is to the right of a key.
     begin, lead, full, blocks = spans(first, last, keys, queries, right, left, RIGHT, LEFT, BLOCK_M)
     for g in range(group):
         head = kv_head * group + g
-        q_base = q_ptr + batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh
+        q_base = q_ptr + 8 * (batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh)
         stride_dos = kv_heads * group * HEAD_DIM
         do_base = grad_out_ptr + batch * stride_ob + q_start.to(tl.int64) * stride_dos + head * HEAD_DIM
         lse_base = lse_ptr + batch * stride_lb + head * stride_lh + q_start
@@ -97,17 +97,17 @@ def attention_dkdv_kernel(
                 block = tl.where(i < lead, i, i - lead + full) if MASK else i
                 query = begin + block * BLOCK_M + tl.arange(0, BLOCK_M)
                 if CHUNK == WIDTH:
-                    q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, MASK)
+                    q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, MASK)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 else:
                     s = product(
                         k_base,
                         key,
-                        stride_ks,
+                        stride_ks * 8,
                         keys,
                         q_base,
                         query,
-                        stride_qs,
+                        stride_qs * 8,
                         queries,
                         HEAD_DIM,
                         CHUNK,
@@ -134,7 +134,7 @@ def attention_dkdv_kernel(
                         dp = product(
                             v_base,
                             key,
-                            stride_vs,
+                            stride_vs * 8,
                             keys,
                             do_base,
                             query,
@@ -145,7 +145,7 @@ def attention_dkdv_kernel(
                             PRECISION,
                             MASK,
                         )
-                        q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, MASK)
+                        q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, MASK)
                     delta = tl.load(delta_base + query, mask=query < queries, other=0.0)
                     ds = p * (dp - delta[None, :]) * (slope * scale)
                     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -212,9 +212,9 @@ def attention_dq_kernel(
         return
     stride_dos = heads * HEAD_DIM
     at = batch * stride_ob + (q_start.to(tl.int64) * heads + head) * HEAD_DIM
-    q_base = q_ptr + batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh
-    k_base = k_ptr + batch * stride_kb + k_start.to(tl.int64) * stride_ks + head // group * stride_kh
-    v_base = v_ptr + batch * stride_vb + k_start.to(tl.int64) * stride_vs + head // group * stride_vh
+    q_base = q_ptr + 8 * (batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh)
+    k_base = k_ptr + 8 * (batch * stride_kb + k_start.to(tl.int64) * stride_ks + head // group * stride_kh)
+    v_base = v_ptr + 8 * (batch * stride_vb + k_start.to(tl.int64) * stride_vs + head // group * stride_vh)
     query = first + tl.arange(0, BLOCK_M)
     at_row = batch * stride_lb + head * stride_lh + q_start + query
     lse = tl.load(lse_ptr + at_row, mask=query < queries, other=0.0) * 1.4426950408889634
@@ -223,7 +223,7 @@ def attention_dq_kernel(
     q = 0.0
     do = 0.0
     if CHUNK == WIDTH:
-        q = rows_of(q_base, query, stride_qs, queries, 0, HEAD_DIM, WIDTH, True)
+        q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, True)
         do = rows_of(grad_out_ptr + at, query, stride_dos, queries, 0, HEAD_DIM, WIDTH, True)
 
     last = min(first + BLOCK_M, queries)
@@ -233,19 +233,19 @@ def attention_dq_kernel(
             block = tl.where(i < lead, i, i - lead + full) if MASK else i
             key = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
             if CHUNK == WIDTH:
-                k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, MASK)
-                v = k if SAME_KV else rows_of(v_base, key, stride_vs, keys, 0, HEAD_DIM, WIDTH, MASK)
+                k = rows_of(k_base, key, stride_ks * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
+                v = k if SAME_KV else rows_of(v_base, key, stride_vs * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             else:
                 s = product(
                     q_base,
                     query,
-                    stride_qs,
+                    stride_qs * 8,
                     queries,
                     k_base,
                     key,
-                    stride_ks,
+                    stride_ks * 8,
                     keys,
                     HEAD_DIM,
                     CHUNK,
@@ -259,14 +259,14 @@ def attention_dq_kernel(
                     queries,
                     v_base,
                     key,
-                    stride_vs,
+                    stride_vs * 8,
                     keys,
                     HEAD_DIM,
                     CHUNK,
                     PRECISION,
                     MASK,
                 )
-                k = rows_of(k_base, key, stride_ks, keys, 0, HEAD_DIM, WIDTH, MASK)
+                k = rows_of(k_base, key, stride_ks * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
             s, slope = capped(s, scale, softcap, SOFTCAP)
             p = tl.exp2(s - lse[:, None])
             if MASK:

@@ -1,0 +1,104 @@
+"""What ships of attention, for compiling ahead of time: every tile configuration, in the way that needs most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .. import tiles as devices
+from ..compile_spec import TARGETS, CompileSpec
+from . import tiles
+from .gpu import delta_block
+from .kernels import attention_delta_kernel, attention_forward_kernel
+from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
+
+_KERNELS = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "dq": attention_dq_kernel}
+_POINTERS = {"cu_seqlens_q_ptr": "*i32:16", "cu_seqlens_k_ptr": "*i32:16"}
+_STATISTICS = ("lse_ptr", "delta_ptr", "grad_lse_ptr")
+# The default serves no architecture that is compiled for; these two have the least shared memory.
+_LEAST = ("sm_86", "gfx90a")
+
+# A window over packed sequences needs most registers; then what training a decoder takes, and a soft cap.
+_WINDOW = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": False}
+_CAUSAL = {"VARLEN": False, "LEFT": False, "RIGHT": True, "SOFTCAP": False}
+_CAPPED = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": True}
+
+
+def _type(name: str, dtype: str, head_dim: int) -> str:
+    if name.endswith("_ptr"):
+        return _POINTERS.get(name, "*fp32:16" if name in _STATISTICS else f"*{dtype}:16")
+    if name in ("scale", "softcap"):
+        return "fp32"
+    # Strides of q, k and v are passed in units of 8 elements, and those of heads are the smallest.
+    return "i32:16" if name.startswith("stride_") and head_dim % 128 == 0 else "i32"
+
+
+def _spec(
+    kernel: Any,
+    label: str,
+    dtype: str,
+    constants: dict[str, Any],
+    options: dict[str, int],
+    targets: tuple[str, ...],
+) -> CompileSpec:
+    arguments = {
+        name: _type(name, dtype, constants["HEAD_DIM"]) for name in kernel.arg_names if name not in constants
+    }
+    return CompileSpec(kernel, label, arguments, constants, options, targets)
+
+
+def _specs_of(
+    name: str,
+    rule: tiles.Rule,
+    dtype: str,
+    precision: str,
+    targets: tuple[str, ...],
+    use: str,
+    mask: dict[str, bool],
+    head_dim: int,
+) -> Iterator[CompileSpec]:
+    blocks = {key: value for key, value in rule.launch.items() if not key.startswith("num_")}
+    options = {key: value for key, value in rule.launch.items() if key.startswith("num_")}
+    is_split = blocks.pop("SPLIT", 0) and not rule.same_kv
+    width = 1 << (head_dim - 1).bit_length()
+    constants = {
+        **mask,
+        **blocks,
+        "SAME_KV": rule.same_kv,
+        "PRECISION": precision,
+        "HEAD_DIM": head_dim,
+        "WIDTH": width,
+        "CHUNK": min(blocks["CHUNK"], width),
+    }
+    label = f"{use} {head_dim}{' K=V' if rule.same_kv else ''} {dtype} {precision}"
+    if name != "dkdv":
+        yield _spec(_KERNELS[name], label, dtype, constants, options, targets)
+        return
+    for want_k, want_v in ((True, False), (False, True)) if is_split else ((True, True),):
+        wanted = {"WANT_K": want_k, "WANT_V": want_v}
+        of = "" if want_k and want_v else " dk" if want_k else " dv"
+        yield _spec(_KERNELS[name], label + of, dtype, {**constants, **wanted}, options, targets)
+
+
+def _specs() -> Iterator[CompileSpec]:
+    for device in devices.available():
+        targets = _LEAST if device == devices.DEFAULT else (device,)
+        for name, rules in tiles.load(device).items():
+            for rule in rules:
+                dtype = "bf16" if rule.bytes == 2 else "fp32"
+                yield from _specs_of(name, rule, dtype, "ieee", targets, "window", _WINDOW, rule.head_dim)
+    # What the instructions' names, another mask or a head that fills no power of two change, on one of each generation.
+    for device in ("sm_80", "sm_90", "gfx942"):
+        for name, rules in tiles.load(device).items():
+            for rule in rules:
+                if rule.bytes == 2 and rule.head_dim == 512 and not rule.same_kv:
+                    yield from _specs_of(name, rule, "bf16", "ieee", (device,), "causal", _CAUSAL, 512)
+                    yield from _specs_of(name, rule, "fp16", "ieee", (device,), "soft cap", _CAPPED, 320)
+                if rule.bytes == 4 and rule.head_dim == 512 and device != "gfx942":
+                    yield from _specs_of(name, rule, "fp32", "tf32", (device,), "window", _WINDOW, 512)
+    for dtype in ("bf16", "fp32"):
+        constants = {"GRAD_LSE": True, "HEAD_DIM": 512, "WIDTH": 512, "BLOCK": delta_block(512)}
+        yield _spec(attention_delta_kernel, f"512 {dtype}", dtype, constants, {"num_warps": 4}, TARGETS)
+
+
+COMPILE_SPECS = list(_specs())
