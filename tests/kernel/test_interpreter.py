@@ -16,7 +16,14 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "module", ["test_experts.py", "test_grouped_linear.py", "test_layouts.py", "test_norm_rotary.py"]
+    "module",
+    [
+        "test_experts.py",
+        "test_grouped_linear.py",
+        "test_layouts.py",
+        "test_norm_rotary.py",
+        "test_attention.py",
+    ],
 )
 def test_triton_passes_the_same_tests(module: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)]
