@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -14,10 +15,12 @@ from kernelpress.imports import Import, Imports, find_imports
 from kernelpress.layout import Layout
 from kernelpress.memory import Memory, key
 from kernelpress.sites import Problem, Site, Sites, find_sites, library_names
-from kernelpress.text import Edit, Text, parse
+from kernelpress.text import MOST_NESTED, Edit, Text, parse
 
 # Bytes of sources from which on it is faster to start further processes than to do without.
 _WORTH_PROCESSES = 3_000_000
+# Calls of a visitor for each level of a syntax tree, at most.
+_FRAMES = 6
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,13 @@ def _analyse(file: SourceFile, layout: Layout, libraries: frozenset[str]) -> Ana
     if not file.path.endswith((".py", ".pyi")):
         return Analysis()
     tree, text = parse(file.data), Text(file.data)
-    sites: Sites = find_sites(tree, text, libraries)
-    imports: Imports = find_imports(tree, text, file.path, layout.module_at(file.path), layout)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, _FRAMES * MOST_NESTED + limit))
+    try:
+        sites: Sites = find_sites(tree, text, libraries)
+        imports: Imports = find_imports(tree, text, file.path, layout.module_at(file.path), layout)
+    finally:
+        sys.setrecursionlimit(limit)
     return Analysis(
         sites.sites,
         sites.escapes,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernelpress.errors import SourceError
 from kernelpress.memory import Memory, key
-from kernelpress.text import parse
+from kernelpress.text import MOST_NESTED, nesting, parse
+
+# In these, offsets in bytes of a file and in UTF-8, which Python counts in, are the same.
+_ENCODINGS = ("utf-8", "utf-8-sig", "ascii")
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ def read_python(path: Path, memory: Memory) -> bytes:
     """Read a Python source; one of the same content as before is not parsed again.
 
     Raises:
-        SourceError: It cannot be read, is not UTF-8 or is no Python; with the line.
+        SourceError: It cannot be read, is not UTF-8, is no Python, or is nested more deeply than ``MOST_NESTED``;
+            with the line.
     """
     data = read_bytes(path)
     known = key("syntax", data)
@@ -52,8 +59,22 @@ def _check_syntax(path: Path, data: bytes) -> None:
         line = data.count(b"\n", 0, error.start) + 1
         raise SourceError("not UTF-8; save the file in that encoding", path=path, line=line) from None
     try:
-        parse(data, str(path))
+        encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
+        if codecs.lookup(encoding).name not in _ENCODINGS:
+            raise SourceError(
+                f"its first lines say that it is {encoding}; save it as UTF-8 and take that comment out", path=path
+            )
+        line, deepest = nesting(parse(data, str(path)))
     except SyntaxError as error:
         raise SourceError(f"syntax error: {error.msg}", path=path, line=error.lineno) from None
     except ValueError as error:
         raise SourceError(f"not Python source: {error}", path=path) from None
+    except (MemoryError, RecursionError):
+        raise SourceError("nested too deeply for Python's own parser; take it apart", path=path) from None
+    if deepest > MOST_NESTED:
+        raise SourceError(
+            f"nested {deepest} deep, and more than {MOST_NESTED} cannot be followed; take the expression or the "
+            "chain of branches apart",
+            path=path,
+            line=line,
+        )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,39 +28,46 @@ def main(listed: Path) -> None:
     import kernels  # type: ignore[import-untyped]  # noqa: F401
     import torch  # noqa: F401
 
-    jobs: list[dict[str, Any]] = json.loads(listed.read_text("utf-8"))
-    answers = _all([job | {"do": "load"} for job in jobs])
-    modules: dict[str, dict[str, Any]] = {}
-    further: dict[int, dict[str, Any]] = {}
-    for number, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
-        if "crashed" in answer:
-            continue
-        answer |= {"without_triton": None, "brought_along": []}
+    todo = [job | {"do": "load"} for job in json.loads(listed.read_text("utf-8"))]
+    number_of_jobs = len(todo)
+    modules: dict[str, int] = {}
+    alone: dict[int, int] = {}
+
+    def follow(number: int, answer: dict[str, Any]) -> None:
+        job = todo[number]
+        if job["do"] != "load" or "crashed" in answer:
+            return
         if any(op.partition("::")[0] != job["id"] for op in answer["ops"]):
             # The variants of a kernel import the same modules, as a rule.
             key = "\n".join(answer["modules"])
-            modules.setdefault(key, job | {"do": "modules", "modules": answer["modules"]})
+            if key not in modules:
+                modules[key] = len(todo)
+                todo.append(job | {"do": "modules", "modules": answer["modules"]})
         if answer["error"] is None and answer["triton"] and job["cpu"]:
-            further[number] = job | {"do": "load without triton"}
-    rest = _all([*modules.values(), *further.values()])
-    brought = dict(zip(modules, rest[: len(modules)], strict=True))
-    for number, alone in zip(further, rest[len(modules) :], strict=True):
-        answers[number]["without_triton"] = alone.get("crashed") or alone["error"]
-    for answer in answers:
-        if "crashed" not in answer:
-            answer["brought_along"] = brought.get("\n".join(answer["modules"]), {}).get("ops", [])
-    _beside("loading").write(listed.with_name("answers.json"), answers)
+            alone[number] = len(todo)
+            todo.append(job | {"do": "load without triton"})
+
+    done = _all(todo, follow)
+    for number, answer in enumerate(done[:number_of_jobs]):
+        if "crashed" in answer:
+            continue
+        without = done[alone[number]] if number in alone else {"error": None}
+        answer["without_triton"] = without.get("crashed") or without["error"]
+        brought = modules.get("\n".join(answer["modules"]))
+        answer["brought_along"] = [] if brought is None else done[brought].get("ops", [])
+    _beside("loading").write(listed.with_name("answers.json"), done[:number_of_jobs])
 
 
-def _all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Do jobs, each in a process of its own."""
-    answers: list[dict[str, Any]] = [{} for _ in jobs]
-    waiting = list(enumerate(jobs))
+def _all(todo: list[dict[str, Any]], follow: Callable[[int, dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """Do jobs, each in a process of its own; ``follow`` may add some when one is done."""
+    answers: list[dict[str, Any]] = []
     running: dict[int, tuple[_Process, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < _PARALLEL:
-            number, job = waiting.pop(0)
-            running[number] = _Process(Path(job["folder"], job["do"]), job), time.monotonic() + _TIMEOUT
+    while len(answers) < len(todo) or running:
+        while len(answers) < len(todo) and len(running) < _PARALLEL:
+            job = todo[len(answers)]
+            process = _Process(Path(job["folder"], job["do"]), job)
+            running[len(answers)] = process, time.monotonic() + _TIMEOUT
+            answers.append({})
         for number, (process, end) in list(running.items()):
             over = time.monotonic() > end
             status = process.stop() if over else process.poll()
@@ -67,6 +75,7 @@ def _all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             answers[number] = _answer(process.folder, f"not done after {_TIMEOUT:.0f} s" if over else status)
             del running[number]
+            follow(number, answers[number])
         time.sleep(0.01)
     return answers
 

@@ -24,8 +24,9 @@ _TORCHS_OWN = ("environment variable TORCHINDUCTOR_CACHE_DIR", "environment vari
 def do(report: Path, job: dict[str, Any]) -> None:
     """Do one job and write its report.
 
-    ``"load"`` loads the variant and its twin and calls the operators, ``"load without triton"`` loads it where Triton
-    cannot be imported, and ``"modules"`` imports modules without the kernel, to see what operators they bring.
+    ``"load"`` loads the variant and its twin and calls the operators if it shall, ``"load without triton"`` loads it
+    where Triton cannot be imported, and ``"modules"`` imports modules without the kernel, to see what operators they
+    bring.
     """
     import torch
 
@@ -57,7 +58,10 @@ def do(report: Path, job: dict[str, Any]) -> None:
     answer["all_ops"] = sorted(torch._C._dispatch_get_all_op_names())
     answer |= {"calls": None, "mixed": None}
     write(report, answer)
-    if answer["error"] is None:
+    if answer["error"] is None and not job["call"]:
+        answer["calls"] = {}
+        write(report, answer)
+    elif answer["error"] is None:
         _call(answer, (job["id"], f"{variant}{os.sep}"), (job["twin_id"], f"{twin}{os.sep}"))
         write(report, answer)
 

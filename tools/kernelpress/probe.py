@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import importlib.util
 import json
@@ -37,9 +38,9 @@ class Probed:
     ``unmet`` the declared dependencies this machine has not. ``public`` is ``__all__``, ``absent`` those of
     its names that cannot be had, ``undocumented`` those without a docstring, ``foreign_ops`` operators that
     came into being outside ``namespace``, ``untraceable`` those in it without an implementation for fake tensors,
-    ``calls`` what came of calling each of the others, ``effects`` what importing did to its surroundings,
-    ``without_triton`` why it fails where there is none, and ``twin_error`` what goes wrong beside another build of it
-    in one process.
+    ``calls`` what came of calling each of the others (in the first of the variants that hold the same code),
+    ``effects`` what importing did to its surroundings, ``without_triton`` why it fails where there is none, and
+    ``twin_error`` what goes wrong beside another build of it in one process.
     """
 
     namespace: str
@@ -69,6 +70,7 @@ def probe(variants: Sequence[Path]) -> list[Probed]:
     metadata = [Metadata.read_from_file(variant / "metadata.json") for variant in variants]
     with tempfile.TemporaryDirectory(prefix="kernelpress-probe-") as scratch:
         jobs = []
+        called: set[bytes] = set()
         for number, (variant, each) in enumerate(zip(variants, metadata, strict=True)):
             folder = Path(scratch, str(number))
             jobs.append(
@@ -78,9 +80,12 @@ def probe(variants: Sequence[Path]) -> list[Probed]:
                     "twin": str(_twin(variant, each.id, folder)),
                     "id": each.id,
                     "twin_id": _again(each.id),
+                    # Where variants differ in their ids alone, to call the same code again shows nothing new.
+                    "call": (code := _code(variant, each.id)) not in called,
                     "cpu": str(each.backend.backend_type).lower() == "cpu",
                 }
             )
+            called.add(code)
         answers = _run(Path(scratch), jobs)
     return [
         _probed(each.id, each.python_depends, answer) for each, answer in zip(metadata, answers, strict=True)
@@ -122,6 +127,16 @@ def _twin(variant: Path, id: str, folder: Path) -> Path:
             data = path.read_bytes().replace(id.encode(), _again(id).encode())
             target.write_bytes(data + b"\n# another build\n" if path.suffix == ".py" else data)
     return twin
+
+
+def _code(variant: Path, id: str) -> bytes:
+    """Stands for what a variant's modules hold, whatever its id is and wherever in it they stand."""
+    held = [
+        hashlib.sha256(path.read_bytes().replace(id.encode(), b"@")).digest()
+        for path in variant.rglob("*.py")
+        if path.is_file()
+    ]
+    return b"".join(sorted(held))
 
 
 def _again(id: str) -> str:

@@ -170,7 +170,7 @@ _ALL = (
         "the fake implementation fails for a reason that no other arguments would mend: an unknown name, another "
         "number of arguments than the schema's, a look at data. It is a note if nothing that was tried fits, so that "
         "the implementation was not run; if the operator itself was not; or if the two agree on no arguments that "
-        "both take, which may be the arguments' fault.",
+        "both take, which may be the arguments' fault. Where variants differ in their ids alone, the first is called.",
         "Mend the implementation by `torch.library.register_fake`, or add one. Where a note says that it was not run, "
         "call it in a test with `torch.library.opcheck` and real arguments.",
     ),

@@ -8,6 +8,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# How deeply syntax may be nested. Python's parser allows no more open brackets than this, either.
+MOST_NESTED = 200
+
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = re.compile(rb"\r\n|\r|\n")
 _QUOTE = re.compile(rb"[A-Za-z]*('''|\"\"\"|'|\")")
@@ -67,6 +70,20 @@ def parse(data: bytes, filename: str = "<source>") -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(data, filename)
+
+
+def nesting(tree: ast.Module) -> tuple[int | None, int]:
+    """The line at which syntax is nested the deepest, and how deep that is."""
+    depth, line = 0, None
+    level: list[tuple[ast.AST, int | None]] = [(tree, None)]
+    while level:
+        depth, line = depth + 1, level[0][1]
+        following: list[tuple[ast.AST, int | None]] = []
+        for node, at in level:
+            here = getattr(node, "lineno", at)
+            following += ((child, here) for child in ast.iter_child_nodes(node))
+        level = following
+    return line, depth
 
 
 def statements(tree: ast.AST) -> Iterator[ast.stmt]:
