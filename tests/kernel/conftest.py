@@ -50,8 +50,11 @@ def submodule(kernel: ModuleType):
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_device() -> Iterator[None]:
     torch.manual_seed(0)
+    # Set by test_gpu.py alone.
+    with torch.device(os.environ.get("KERNEL_TESTS_DEVICE", "cpu")):
+        yield
 
 
 @pytest.fixture
