@@ -7,6 +7,7 @@ import pytest
 from dulwich import porcelain
 from kernelpress.errors import SourceError
 from kernelpress.source import read_source
+from kernelpress.source_rules import check_sources
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
 
@@ -86,6 +87,44 @@ def test_a_file_in_another_encoding_is_refused_with_its_line(make_kernel):
     with pytest.raises(SourceError, match="not UTF-8") as caught:
         read(root)
     assert caught.value.line == 3
+
+
+@pytest.mark.parametrize("cookie", ["latin-1", "utf-16", "cp1252", "nowhere-1"])
+def test_a_file_that_says_it_is_in_another_encoding_is_refused(make_kernel, cookie):
+    root = make_kernel(**{f"{PACKAGE}/twice.py": f"# -*- coding: {cookie} -*-\ns = 'é'\n"})
+    with pytest.raises(SourceError, match=r"twice\.py") as caught:
+        read(root)
+    assert "UTF-8" in str(caught.value) or "unknown encoding" in str(caught.value)
+
+
+@pytest.mark.parametrize("cookie", ["utf-8", "utf8", "UTF_8", "ascii"])
+def test_an_encoding_that_shifts_nothing_may_be_named(make_kernel, cookie):
+    root = make_kernel(**{f"{PACKAGE}/ops/__init__.py": f"# -*- coding: {cookie} -*-\n"})
+    assert "ops/__init__.py" in paths(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("x = 0\ny = " + "1 + " * 1500 + "1\n", r"twice\.py:2: nested 1\d+ deep"),
+        ("x = " + "-" * 60_000 + "1\n", r"twice\.py: nested too deeply"),
+        ("if x: pass\n" + "elif x: pass\n" * 400, r"twice\.py:\d+: nested 40\d deep"),
+    ],
+    ids=["sum", "signs", "branches"],
+)
+def test_syntax_nested_too_deeply_is_refused_in_one_message(make_kernel, text, part):
+    root = make_kernel(**{f"{PACKAGE}/twice.py": text})
+    with pytest.raises(SourceError, match=part):
+        read(root)
+    (found,) = check_sources(load_spec(root))
+    assert (found.code, found.path.name) == ("KP002", "twice.py")
+
+
+def test_syntax_nested_as_deeply_as_allowed_builds(make_kernel):
+    deep = "(" * 191 + "torch.ops.demo_kernel.twice" + ")(x)" * 191
+    root = make_kernel(**{f"{PACKAGE}/more.py": f"import torch\ndef f(x):\n    return {deep}\n"})
+    assert [each.severity for each in check_sources(load_spec(root))] == []
+    build(load_spec(root))
 
 
 def test_a_source_named_like_the_metadata_is_refused(make_kernel):

@@ -56,13 +56,14 @@ def _check_syntax(path: Path, data: bytes) -> None:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SourceError("not UTF-8; save the file in that encoding", path=path, line=line) from None
+        bad = data.count(b"\n", 0, error.start) + 1
+        raise SourceError("not UTF-8; save the file in that encoding", path=path, line=bad) from None
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
         if codecs.lookup(encoding).name not in _ENCODINGS:
             raise SourceError(
-                f"its first lines say that it is {encoding}; save it as UTF-8 and take that comment out", path=path
+                f"its first lines say that it is {encoding}; save it as UTF-8 and take that comment out",
+                path=path,
             )
         line, deepest = nesting(parse(data, str(path)))
     except SyntaxError as error:
