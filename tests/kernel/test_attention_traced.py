@@ -25,6 +25,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_eager(
     monkeypatch.setattr(traced, "attention_forward", lambda *given: runs.append(given) or forward(*given))
     m = model(CONFIGS[name]())
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(m, backend="aot_eager", fullgraph=True, dynamic=True)
     # The second batch is neither packed nor padded, which the graph cannot know.
     for length, plain in ((sum(LENGTHS), False), (16, True)):
@@ -44,6 +45,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_eager(
         loss.backward()
         got = [loss.detach(), *(p.grad.clone() for p in m.parameters() if p.grad is not None)]
         assert_close(got, results(m, "eager", input_ids=ids, **given), 1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     # Boundaries of sequences for the first alone.
     assert [run[3] is None for run in runs] == [False] * len(m.model.layers) + [True] * len(m.model.layers)
 
