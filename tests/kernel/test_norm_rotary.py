@@ -133,6 +133,24 @@ def test_strided_and_expanded_inputs_are_read_in_place_or_copied(kernel) -> None
         assert torch.equal(shared, kernel.rms_norm_rotary(*plain))
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((2, 1, 1, 16), (1 << 31, 16, 16, 1)), ((1, 3, 1, 16), (0, 1 << 30, 16, 1))]
+)
+def test_rows_stand_beyond_two_to_the_31_elements(kernel, shape, strides) -> None:
+    # 4 GB of addresses, of which a few pages are ever touched.
+    far = torch.empty((1 << 31) + 64, dtype=torch.float16).as_strided(shape, strides).copy_(random(*shape))
+    far_grad = (
+        torch.empty((1 << 31) + 64, dtype=torch.float16).as_strided(shape, strides).copy_(random(*shape))
+    )
+    angles = random(1, shape[1], 16, dtype=torch.float16)
+    results = []
+    for x, grad in ((far, far_grad), (far.clone(), far_grad.clone())):
+        x = x.detach().requires_grad_()
+        y = kernel.rms_norm_rotary(x, None, angles, angles)
+        results.append([y, *torch.autograd.grad(y, x, grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def transformers_result(x: torch.Tensor, weight: Any, cos: Any, sin: Any, eps: float) -> torch.Tensor:
     from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, apply_rotary_pos_emb
 

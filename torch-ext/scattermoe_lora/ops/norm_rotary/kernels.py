@@ -10,9 +10,12 @@ import triton.language as tl
 
 @triton.jit
 def _place(block, blocks, rows, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """``(batch, token, head, valid)`` of the rows of a block; ``rows`` is the number of rows of one batch entry."""
-    batch = block // blocks
-    row = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
+    """``(batch, token, head, valid)`` of the rows of a block, 64-bit, as what is multiplied by them may pass 2^31.
+
+    ``rows`` is the number of rows of one batch entry, ``blocks`` that of its blocks.
+    """
+    batch = (block // blocks).to(tl.int64)
+    row = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return batch, row // HEADS, row % HEADS, row < rows
 
 
@@ -64,7 +67,7 @@ def rotary_forward_kernel(
     BLOCK: tl.constexpr,
 ):
     D: tl.constexpr = 2 * HALF + REST
-    batch, token, head, valid = _place(tl.program_id(0).to(tl.int64), blocks, rows, HEADS, BLOCK)
+    batch, token, head, valid = _place(tl.program_id(0), blocks, rows, HEADS, BLOCK)
     at = batch * stride_xb + token * stride_xs + head * stride_xh
     to = (batch * rows + token * HEADS + head) * D
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -149,9 +152,10 @@ def rotary_backward_kernel(
         dw2 = tl.zeros((BLOCK, HALF_WIDTH), tl.float32)
     if REST > 0:
         dw3 = tl.zeros((BLOCK, REST_WIDTH), tl.float32)
-    # 64-bit like its start.
     for block in range(program, all_blocks, tl.num_programs(0)):
-        batch, token, head, valid = _place(block, blocks, rows, HEADS, BLOCK)
+        # A division of 32 bits, not of the 64 that the loop counts in; the interpreter counts in Python's integers.
+        narrow = (block + tl.zeros((), tl.int64)).to(tl.int32)
+        batch, token, head, valid = _place(narrow, blocks, rows, HEADS, BLOCK)
         y_at = batch * stride_yb + token * stride_ys + head * stride_yh
         x_at = batch * stride_xb + token * stride_xs + head * stride_xh
         to = (batch * rows + token * HEADS + head) * D
