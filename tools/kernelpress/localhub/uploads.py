@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import IO
 
-from dulwich.ignore import IgnoreFilter
 from dulwich.objects import Blob
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from starlette.routing import Route
 
 from .commits import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
 from .context import hub_of
+from .ignore import MAX_BYTES, Ignore
 from .large import LargeFile
 from .messages import AsciiJSONResponse, endpoint, flag, json_object, segment, spooled_body, string
 from .paths import file_path, printable
@@ -51,7 +51,7 @@ def _preupload(request: Request, body: dict[str, object]) -> Response:
             {
                 "path": path,
                 "uploadMode": "regular" if size <= MAX_FILE_BYTES else "lfs",
-                "shouldIgnore": _is_ignored(ignored, path),
+                "shouldIgnore": ignored is not None and ignored.ignores(path),
                 # Lets the client leave out what has not changed.
                 "oid": entry.oid if entry is not None and entry.is_file else None,
             }
@@ -115,26 +115,15 @@ def _lines(body: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _gitignore(git: Repository, commit: str, body: dict[str, object]) -> IgnoreFilter | None:
+def _gitignore(git: Repository, commit: str, body: dict[str, object]) -> Ignore | None:
     text = body.get("gitIgnore")
     if isinstance(text, str):
-        data = text.encode("utf-8", "replace")
-    else:
-        entry = git.entry(commit, ".gitignore")
-        if entry is None or not entry.is_file:
-            return None
-        data = git.read(entry.oid)
-    lines = [line for line in data.splitlines() if line.strip() and not line.startswith(b"#")]
-    return IgnoreFilter(lines)
-
-
-def _is_ignored(ignored: IgnoreFilter | None, path: str) -> bool:
-    if ignored is None:
-        return False
-    elements = path.split("/")
-    folders = ["/".join(elements[:depth]) + "/" for depth in range(1, len(elements))]
-    # A file in an ignored folder is ignored, whatever later patterns say about it; git's rule too.
-    return any(ignored.is_ignored(candidate) for candidate in [*folders, path])
+        return Ignore(text)
+    entry = git.entry(commit, ".gitignore")
+    if entry is None or not entry.is_file:
+        return None
+    # One byte more is enough to see that it is too long.
+    return Ignore(git.read(entry.oid)[: MAX_BYTES + 1].decode("utf-8", "replace"))
 
 
 def routes() -> Iterable[Route]:
