@@ -135,12 +135,13 @@ def _child(folder: Path, job: dict[str, Any]) -> None:
 
 def _answer(folder: Path, end: str) -> dict[str, Any]:
     report = folder / "report.json"
+    said = (folder / "said").read_text("utf-8", "replace").strip().splitlines()
+    end += f": {said[-1] if said else 'no message'}"
     if report.is_file():
         # It is written once before the operators are called, which may end the process, and once after.
         answer: dict[str, Any] = json.loads(report.read_text("utf-8"))
         return answer | {"died": end}
-    said = (folder / "said").read_text("utf-8", "replace").strip().splitlines()
-    return {"crashed": f"{end}: {said[-1] if said else 'no message'}"}
+    return {"crashed": end}
 
 
 def _beside(name: str) -> ModuleType:

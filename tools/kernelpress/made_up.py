@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-# Tries for one operator, and seconds for them, as a made-up number may make it slow.
+# Tries for one operator, and seconds of the processor for them, as a made-up number may make it slow.
 _TRIES = 1000
 _SECONDS = 5.0
 # Most sizes are the same, so that arguments fit each other as soon as their numbers of dimensions are right.
@@ -42,14 +42,14 @@ class Search:
     def lists(self, start: list[Any] | None) -> Iterator[list[Any]]:
         """From ``start``, or from lists whose tensors all have the same number of dimensions."""
         self.best = None if start is None else (0, start)
-        end = time.monotonic() + _SECONDS
+        end = time.process_time() + _SECONDS
         if start is not None:
             yield start
         else:
             for rank in (2, 1, 3, 4, 0):
                 yield [_made_up(each, rank, None, self.words) for each in self.arguments]
         for _ in range(_TRIES if self.arguments else 0):
-            if time.monotonic() > end:
+            if time.process_time() > end:
                 return
             changes = self.random.choice((0.1, 0.3, 1.0))
             fresh = [_made_up(each, None, self.random, self.words) for each in self.arguments]

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from .made_up import Search, bound, shown, value, words
 
-# Seconds for one call and for all of a package's, as a loop over made-up numbers may never end.
+# Seconds of the processor for one call and for all of a package's, as a loop over made-up numbers may never end. One
+# that sleeps ends with the process.
 _ONE_CALL = 5.0
 _ALL = 30.0
 _BINDING = re.compile(r"\(\) (takes|missing|got) ")
@@ -57,11 +58,11 @@ def operators(namespace: str) -> dict[str, Any]:
 
 def call_all(namespace: str, own: str) -> dict[str, Any]:
     """Examine every operator of a namespace; see ``examine``."""
-    end = time.monotonic() + _ALL
+    end = time.process_time() + _ALL
     texts = words(namespace)
     return {
         name: examine(overload, own, texts)
-        if time.monotonic() < end
+        if time.process_time() < end
         else _NOTHING | {"fake_why": "no time was left"}
         for name, overload in operators(namespace).items()
     }
@@ -218,13 +219,13 @@ def _limited() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise _TooLongError(f"not done after {_ONE_CALL:.0f} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _ONE_CALL)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, _ONE_CALL)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 # Results -------------------------------------------------------------------------------------------------------
