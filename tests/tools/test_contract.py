@@ -6,6 +6,12 @@ from kernelpress.errors import CheckError
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
 
+OVERLOADS = (
+    "from typing import overload\n@overload\ndef f(a: int) -> int: ...\n@overload\ndef f(a: str) -> str: ...\n"
+    "def f(a): ...\n"
+)
+PROPERTY = "class C:\n    @property\n    def p(self): ...\n    @p.setter\n    def p(self, value): ...\n"
+
 
 def changes(old: str, new: str) -> list[tuple[str, str]]:
     def files(text: str) -> dict[str, bytes]:
@@ -38,6 +44,18 @@ def changes(old: str, new: str) -> list[tuple[str, str]]:
          "C.__init__: required parameter 'a' added"),
         ("class B: ...\nclass C(B): ...", "class B: ...\nclass C: ...", "C: no longer derives from B"),
         ("", "X: str = ''", "X: type changed from int to str"),
+        ("def f(): ...", "async def f(): ...", "f: is now awaited"),
+        ("async def f(): ...", "def f(): ...", "f: need no longer be awaited"),
+        ("class C:\n    @staticmethod\n    def m(a): ...", "class C:\n    def m(a): ...",
+         "C.m: is no longer a static method"),
+        ("class C:\n    def m(a): ...", "class C:\n    @classmethod\n    def m(a): ...", "C.m: is now a class method"),
+        (PROPERTY, PROPERTY.partition("    @p.setter")[0], "C.p: can no longer be set"),
+        ("class B:\n    def m(self, a): ...\nclass C(B): ...", "class B: ...\nclass C(B): ...", "C.m: removed"),
+        ("class C:\n    def m(self, a): ...", "class B:\n    def m(self): ...\nclass C(B): ...",
+         "C.m: parameter 'a' removed"),
+        (OVERLOADS, OVERLOADS.replace("@overload\ndef f(a: str) -> str: ...\n", ""), "f: overload (a: str) removed"),
+        (OVERLOADS, OVERLOADS.replace("a: str", "a: bytes"), "f: overload (a: str) removed"),
+        (OVERLOADS, "def f(a): ...", "f: overload (a: int) removed"),
     ],
 )  # fmt: skip
 def test_a_break_is_named(old, new, said):
@@ -55,6 +73,9 @@ def test_a_break_is_named(old, new, said):
         ("class C:\n    def m(self): ...", "class B:\n    def m(self): ...\nclass C(B): ..."),
         ("def f(): return 1", "def f(): return 2"),
         ("def hidden(): ...", ""),
+        (OVERLOADS, OVERLOADS.replace("@overload", "@overload\ndef f(a: bytes) -> int: ...\n@overload", 1)),
+        (OVERLOADS, OVERLOADS.replace("a: str", "a: str, b: int = 0")),
+        ("class C:\n    p = 1", PROPERTY),
     ],
 )
 def test_what_every_caller_survives_is_no_break(old, new):
@@ -65,6 +86,45 @@ def test_a_name_taken_from_all_breaks_and_one_put_in_adds():
     old = {"__init__.py": b"def a(): ...\ndef b(): ...\n__all__ = ['a']\n"}
     new = {"__init__.py": b"def a(): ...\ndef b(): ...\n__all__ = ['b']\n"}
     assert [(each.effect, each.name) for each in compare_files(old, new)] == [("breaks", "a"), ("adds", "b")]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("def f(a): ...", "from torch import add as f",
+         "f: is now taken from torch.add, where nothing can be compared"),
+        ("def f(a): ...", "from .m import f", "f: is now taken from torch.add, where nothing can be compared"),
+        ("from torch import add as f", "from torch import sub as f",
+         "f: is now taken from torch.sub, where nothing can be compared"),
+        ("def f(a): ...", "", "f: still in __all__ and no longer defined"),
+    ],
+)  # fmt: skip
+def test_a_name_that_no_longer_stands_for_code_of_the_package_breaks(before, after, said):
+    files = [
+        {"__init__.py": f"__all__ = ['f']\n{text}\n".encode(), "m.py": b"from torch import add as f\n"}
+        for text in (before, after)
+    ]
+    assert [(each.effect, str(each), each.path) for each in compare_files(*files)] == [
+        ("breaks", said, "__init__.py")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from torch import add as f", "from .m import f", "from torch import *", "def __getattr__(n): ..."],
+)
+def test_a_name_taken_from_elsewhere_all_along_is_no_break(text):
+    files = {"__init__.py": f"__all__ = ['f']\n{text}\n".encode(), "m.py": b"from torch import add as f\n"}
+    assert compare_files(files, files) == ()
+
+
+@pytest.mark.parametrize("grown", ["append('f')", "extend(['f'])", "insert(0, 'f')"])
+def test_names_put_into_all_by_a_call_are_public(grown):
+    old = {"__init__.py": f"__all__ = ['g']\n__all__.{grown}\ndef g(): ...\ndef f(a, b): ...\n".encode()}
+    new = {name: data.replace(b"a, b", b"a") for name, data in old.items()}
+    assert [str(each) for each in compare_files(old, new)] == ["f: parameter 'b' removed"]
+    new = {"__init__.py": b"__all__ = ['g', 'f']\n__all__.remove('f')\ndef g(): ...\ndef f(a, b): ...\n"}
+    assert [str(each) for each in compare_files(old, new)] == ["f: removed from __all__"]
 
 
 def test_an_addition_says_where_it_stands():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from typing import Literal
 import griffe
 
 from kernelpress.errors import CheckError
+from kernelpress.signatures import labels, overloads, signature
 from kernelpress.variant import UNIVERSAL, VARIANT_PREFIX, Build
 
 _PACKAGE = "kernel"
 _INIT = "__init__.py"
+# Imports from module to module that are followed for one name.
+_REDIRECTS = 20
 
 Effect = Literal["breaks", "adds"]
 
@@ -96,9 +100,16 @@ def _changes(old: griffe.Module, new: griffe.Module, scratch: Path) -> Iterator[
             yield ApiChange("breaks", name, "removed from __all__")
             continue
         before, after = _target(old, name), _target(new, name)
-        if before is None or after is None:
+        if before is not None and after is not None:
+            yield from _between(name, before, after, scratch)
             continue
-        yield from _between(name, before, after, scratch)
+        outside = _outside(new, name)
+        if outside is not None and outside != _outside(old, name):
+            yield ApiChange(
+                "breaks", name, f"is now taken from {outside}, where nothing can be compared", _INIT
+            )
+        elif outside is None and after is None and _defined(old, name) and not _defined(new, name):
+            yield ApiChange("breaks", name, "still in __all__ and no longer defined", _INIT)
     for name in now:
         if name not in names:
             added = _target(new, name)
@@ -107,8 +118,56 @@ def _changes(old: griffe.Module, new: griffe.Module, scratch: Path) -> Iterator[
 
 def _public(module: griffe.Module) -> list[str]:
     if module.exports is not None:
-        return [str(each) for each in module.exports]
+        listed = [str(each) for each in module.exports]
+        for change, names in _later(module):
+            listed = [each for each in listed if each not in names] + (names if change == "adds" else [])
+        return listed
     return [name for name, member in module.members.items() if member.is_public and not member.is_module]
+
+
+def _later(module: griffe.Module) -> Iterator[tuple[Effect | Literal["removes"], list[str]]]:
+    """Calls of ``append``, ``extend`` and ``remove`` on ``__all__``, of which Griffe knows nothing."""
+    for node in ast.parse(module.source).body:
+        call = node.value if isinstance(node, ast.Expr) else None
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and isinstance(call.func.value, ast.Name)
+            and call.func.value.id == "__all__"
+            and call.args
+        ):
+            names = [
+                each.value
+                for argument in call.args
+                for each in ast.walk(argument)
+                if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            ]
+            if call.func.attr in ("append", "extend", "insert"):
+                yield "adds", names
+            elif call.func.attr == "remove":
+                yield "removes", names
+
+
+def _outside(module: griffe.Module, name: str) -> str | None:
+    """The full name of what a public name is taken from, if that is outside of the package."""
+    member = module.members.get(name)
+    for _ in range(_REDIRECTS):
+        if not isinstance(member, griffe.Alias):
+            return None
+        path = member.target_path
+        if path.partition(".")[0] != _PACKAGE:
+            return path
+        try:
+            member = module.modules_collection[path]
+        except KeyError:
+            return None
+    return None
+
+
+def _defined(module: griffe.Module, name: str) -> bool:
+    """Whether a name is bound, as far as the source shows."""
+    stars = any(member.is_alias and member.wildcard for member in module.members.values())  # type: ignore[union-attr]
+    return name in module.members or "__getattr__" in module.members or stars
 
 
 def _target(module: griffe.Module, name: str) -> griffe.Object | None:
@@ -119,10 +178,15 @@ def _target(module: griffe.Module, name: str) -> griffe.Object | None:
         member = module.modules_collection.members[_PACKAGE]
         for part in module.imports[name].split(".")[1:]:
             member = member.members.get(part) if member is not None else None
+    return None if member is None else _final(member)
+
+
+def _final(member: griffe.Object | griffe.Alias) -> griffe.Object | None:
+    """A member itself where it was imported or inherited; nothing where it comes from outside of the package."""
     if isinstance(member, griffe.Alias):
         try:
             return member.final_target
-        except griffe.AliasResolutionError:
+        except (griffe.AliasResolutionError, griffe.CyclicAliasError):
             return None
     return member
 
@@ -132,7 +196,9 @@ def _between(name: str, old: griffe.Object, new: griffe.Object, scratch: Path) -
     if old.kind is not new.kind:
         yield ApiChange("breaks", name, f"was a {old.kind.value} and is now a {new.kind.value}", *place)
     elif isinstance(old, griffe.Function) and isinstance(new, griffe.Function):
-        for what in _signature(old, new):
+        for what in (*labels(old, new), *overloads(old, new)):
+            yield ApiChange("breaks", name, what, *place)
+        for what in signature(old, new):
             yield ApiChange("breaks", name, what, *place)
         known = {parameter.name for parameter in old.parameters}
         for parameter in new.parameters:
@@ -140,13 +206,11 @@ def _between(name: str, old: griffe.Object, new: griffe.Object, scratch: Path) -
                 yield ApiChange("adds", name, f"optional parameter {parameter.name!r} added", *place)
     elif isinstance(old, griffe.Class) and isinstance(new, griffe.Class):
         yield from _members(name, old, new, scratch)
-    elif (
-        isinstance(old, griffe.Attribute)
-        and isinstance(new, griffe.Attribute)
-        and old.annotation is not None
-        and str(old.annotation) != str(new.annotation)
-    ):
-        yield ApiChange("breaks", name, f"type changed from {old.annotation} to {new.annotation}", *place)
+    elif isinstance(old, griffe.Attribute) and isinstance(new, griffe.Attribute):
+        for what in labels(old, new):
+            yield ApiChange("breaks", name, what, *place)
+        if old.annotation is not None and str(old.annotation) != str(new.annotation):
+            yield ApiChange("breaks", name, f"type changed from {old.annotation} to {new.annotation}", *place)
 
 
 def _members(name: str, old: griffe.Class, new: griffe.Class, scratch: Path) -> Iterator[ApiChange]:
@@ -154,74 +218,17 @@ def _members(name: str, old: griffe.Class, new: griffe.Class, scratch: Path) -> 
     for base in old.bases:
         if str(base) not in map(str, new.bases):
             yield ApiChange("breaks", name, f"no longer derives from {base}", *place)
-    for member, before in old.members.items():
-        if before.is_alias or (member.startswith("_") and member not in ("__init__", "__call__")):
+    for member, inherited in old.all_members.items():
+        before = _final(inherited)
+        if before is None or (member.startswith("_") and member not in ("__init__", "__call__")):
             continue
-        after = new.all_members.get(member)
-        if after is None:
+        if member not in new.all_members:
             yield ApiChange("breaks", f"{name}.{member}", "removed", *place)
-        elif isinstance(before, griffe.Object) and not isinstance(after, griffe.Alias):
+        elif (after := _final(new.all_members[member])) is not None:
             yield from _between(f"{name}.{member}", before, after, scratch)
     for member in new.members:
         if not member.startswith("_") and member not in old.all_members:
             yield ApiChange("adds", f"{name}.{member}", "new", *place)
-
-
-def _signature(old: griffe.Function, new: griffe.Function) -> Iterator[str]:
-    """Breaks of a signature; Griffe's own comparison lets a changed annotation pass, upstream's rule does not."""
-    variadic = (griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword)
-    kinds = {each.kind for each in new.parameters}
-    order = [each.name for each in new.parameters if each.kind in _POSITIONAL]
-    position = 0
-    for parameter in old.parameters:
-        name = parameter.name
-        after = next((each for each in new.parameters if each.name == name), None)
-        positional = parameter.kind in _POSITIONAL
-        if after is None:
-            if parameter.kind in variadic:
-                if parameter.kind not in kinds:
-                    yield f"no longer takes {_stars(parameter)}{name}"
-            elif not (
-                (parameter.kind is griffe.ParameterKind.keyword_only and variadic[1] in kinds)
-                or (parameter.kind is griffe.ParameterKind.positional_only and variadic[0] in kinds)
-            ):
-                yield f"parameter {name!r} removed"
-            position += positional
-            continue
-        if positional and after.kind in _POSITIONAL and (position >= len(order) or order[position] != name):
-            yield f"parameter {name!r} moved"
-        position += positional
-        if not _accepts(parameter, after):
-            yield f"parameter {name!r} was {_kind(parameter)} and is now {_kind(after)}"
-        elif after.required and not parameter.required:
-            yield f"parameter {name!r} is now required"
-        elif not parameter.required and str(parameter.default) != str(after.default):
-            yield f"default of {name!r} changed from {parameter.default} to {after.default}"
-    known = {parameter.name for parameter in old.parameters}
-    for parameter in new.parameters:
-        if parameter.name not in known and parameter.required and parameter.kind not in variadic:
-            yield f"required parameter {parameter.name!r} added"
-    if old.returns is not None and str(old.returns) != str(new.returns):
-        yield f"return annotation changed from {old.returns} to {new.returns or 'none'}"
-
-
-_POSITIONAL = (griffe.ParameterKind.positional_only, griffe.ParameterKind.positional_or_keyword)
-
-
-def _accepts(old: griffe.Parameter, new: griffe.Parameter) -> bool:
-    """Whether every way to pass the parameter still works."""
-    return old.kind is new.kind or (
-        new.kind is griffe.ParameterKind.positional_or_keyword
-        and old.kind in (griffe.ParameterKind.positional_only, griffe.ParameterKind.keyword_only)
-    )
-
-
-def _kind(parameter: griffe.Parameter) -> str:
-    return parameter.kind.value if parameter.kind is not None else "of no kind"
-
-
-def _stars(parameter: griffe.Parameter) -> str:
-    return "*" if parameter.kind is griffe.ParameterKind.var_positional else "**"
 
 
 def _place(found: griffe.Object, scratch: Path) -> tuple[str, int | None]:
