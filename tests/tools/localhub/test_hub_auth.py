@@ -21,6 +21,7 @@ from kernelpress.localhub.context import Caller, Hub
 from kernelpress.localhub.problems import Problem
 from kernelpress.localhub.store import Store
 from kernelpress.localhub.tokens import Tokens
+from starlette.requests import Request
 
 
 class Guarded(NamedTuple):
@@ -182,13 +183,16 @@ def test_a_token_made_while_the_hub_runs_works_at_once(root: Path) -> None:
         assert status_of(nobody.create_repo, "org/closed", repo_type="kernel") == 401
 
 
+LOCAL = Request({"type": "http", "scheme": "http", "headers": [(b"host", b"127.0.0.1:1")]})
+
+
 def test_a_hub_that_others_can_reach_takes_no_write_without_a_token(root: Path) -> None:
     # Asked of the rule itself: a test must not listen on an address that others can reach.
     hub = Hub(Store(root), Tokens(root), frozenset(), open_writes=False)
     with pytest.raises(Problem, match="takes writes only with a token") as caught:
-        hub.require_write(Caller(None), "org")
+        hub.require_write(LOCAL, Caller(None), "org")
     assert caught.value.status == 401
-    Hub(hub.store, hub.tokens, frozenset(), open_writes=True).require_write(Caller(None), "org")
+    Hub(hub.store, hub.tokens, frozenset(), open_writes=True).require_write(LOCAL, Caller(None), "org")
 
 
 def test_tokens_are_hashed_at_rest(root: Path) -> None:

@@ -32,7 +32,7 @@ def _create_repo(request: Request, body: dict[str, object]) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     repo = _repo_in_body(body, caller)
-    hub.require_write(caller, repo.namespace)
+    hub.require_write(request, caller, repo.namespace)
     url = f"{endpoint(request)}/{repo.web_path}"
     private = _wants_private(body)
     if private and not hub.tokens.any_exist():
@@ -57,7 +57,7 @@ def _delete_repo(request: Request, body: dict[str, object]) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     repo = _repo_in_body(body, caller)
-    hub.require_write(caller, repo.namespace)
+    hub.require_write(request, caller, repo.namespace)
     if not hub.store.delete(repo):
         raise hub.repo_not_found(repo, caller)
     return AsciiJSONResponse({})
@@ -84,7 +84,7 @@ def _move_repo(request: Request, body: dict[str, object]) -> Response:
     if hub.store.get(old) is None or not hub.visible(old, caller):
         raise hub.repo_not_found(old, caller)
     for repo in ids:
-        hub.require_write(caller, repo.namespace)
+        hub.require_write(request, caller, repo.namespace)
     if not hub.store.move(old, new):
         raise hub.repo_not_found(old, caller)
     return AsciiJSONResponse({"url": f"{endpoint(request)}/{new.web_path}"})

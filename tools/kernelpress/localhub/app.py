@@ -39,7 +39,9 @@ from .store import Store
 from .tokens import Tokens
 
 
-def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = False) -> Starlette:
+def create_app(
+    root: Path, *, trust: Iterable[str] = (), open_writes: bool = False, host: str | None = None
+) -> Starlette:
     """Build the application that serves the Hub at ``root``.
 
     Args:
@@ -47,6 +49,7 @@ def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = Fal
         trust: Organizations that are trusted kernel publishers.
         open_writes: Accept writes without a token as long as none was created; only for a server that
             nobody but its own machine can reach.
+        host: The name or address that the server was told to listen on, if it is no loopback address.
 
     Raises:
         HubError: The directory cannot be used.
@@ -79,7 +82,7 @@ def create_app(root: Path, *, trust: Iterable[str] = (), open_writes: bool = Fal
         },
     )
     app.router.redirect_slashes = False
-    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes)
+    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes, host)
     return app
 
 

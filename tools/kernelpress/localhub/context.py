@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .browsers import foreign
 from .messages import problem_response, segment
 from .paths import KINDS, RepoId, repo_id
 from .problems import Problem
@@ -57,6 +58,7 @@ class Hub:
         tokens: Its tokens.
         trust: Organizations shown as trusted kernel publishers.
         open_writes: Whether writes need no token as long as none was created (a developer's own Hub).
+        host: The name or address that it was told to listen on, if known; loopback addresses need not be.
         secret: Signs addresses that carry their own permission; another one after every start.
     """
 
@@ -64,6 +66,7 @@ class Hub:
     tokens: Tokens
     trust: frozenset[str]
     open_writes: bool
+    host: str | None = None
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     def caller(self, request: Request) -> Caller:
@@ -81,14 +84,20 @@ class Hub:
             raise Problem(401, "Invalid credentials in Authorization header")
         return Caller(token)
 
-    def require_write(self, caller: Caller, namespace: str) -> None:
+    def require_write(self, request: Request, caller: Caller, namespace: str) -> None:
         """Let only those pass who may change things in a namespace.
 
         Raises:
-            Problem: 401 without a token where one is needed, 403 when it only allows reading.
+            Problem: 401 without a token where one is needed, 403 when it only allows reading, or when there is none
+                and the request comes from a page of another site.
         """
         if caller.token is None:
             if self.open_writes and not self.tokens.any_exist():
+                sign = foreign(request, self.host)
+                if sign is not None:
+                    raise Problem(
+                        403, f"this Hub takes no writes of other sites' pages without a token: {sign}"
+                    )
                 return
             raise Problem(
                 401,
@@ -136,7 +145,7 @@ class Hub:
         target = self._visible_target(repo, caller)
         if target is None:
             raise self.missing(request, repo, caller)
-        self.require_write(caller, repo.namespace)
+        self.require_write(request, caller, repo.namespace)
         return target
 
     def trusted_target(self, repo: RepoId) -> Target:

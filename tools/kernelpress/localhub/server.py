@@ -61,7 +61,7 @@ def serve(
             raise HubError(
                 f"--open lets everybody write who can reach {address}; use it on 127.0.0.1 only, and tokens elsewhere"
             )
-        app = create_app(root, trust=organizations, open_writes=open_writes)
+        app = create_app(root, trust=organizations, open_writes=open_writes, host=host)
         url = f"http://[{address}]:{bound_port}" if ":" in address else f"http://{address}:{bound_port}"
 
         def announce() -> None:
