@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,11 +149,22 @@ def test_options_describe_a_package_as_the_table_does(make_project, tmp_path):
         ('name = "frame-fast"', 'name = "Frame"', "no kernel name"),
         ('license = "BSD-3-Clause"', "", "give --license"),
         ("include = ", "includes = ", "unknown key `includes`"),
+        ("include = ", "version = 99999999999999999999\ninclude = ", "Kernel Hub's parser refuses"),
+        ("include = ", "kernel-depends = [3]\ninclude = ", "Kernel Hub's parser refuses"),
+        ("include = ", 'kernel-depends = "org/other"\ninclude = ', "`kernel-depends` must be a list"),
     ],
 )
 def test_a_table_that_does_not_hold_is_refused(make_project, old, new, message):
     with pytest.raises(SpecError, match=message):
         load_spec(make_project(**{"pyproject.toml": PYPROJECT.replace(old, new)}))
+
+
+def test_kernels_that_a_package_depends_on_stand_in_the_metadata(make_project):
+    depends = 'kernel-depends = [{ repo-id = "org/other", version = 2 }]\ninclude = '
+    spec = load_spec(make_project(**{"pyproject.toml": PYPROJECT.replace("include = ", depends)}))
+    for variant in build(spec).variants:
+        (metadata,) = (json.loads(file.data) for file in variant.files if file.path == "metadata.json")
+        assert metadata["kernel-depends"] == [{"repo-id": "org/other", "version": 2}]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from email.parser import HeaderParser
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import tomli
+import tomlkit
 
 from kernelpress.errors import SpecError
-from kernelpress.spec import DEFAULT_PYEXT, EDITION, Spec, read_document
+from kernelpress.spec import DEFAULT_PYEXT, EDITION, Spec, read_document, with_kernel_dependencies
 
 PYPROJECT = "pyproject.toml"
 # Those that PyTorch and Triton serve from the same Python sources.
@@ -93,11 +95,18 @@ def load_project(
     if "repo-id" in table:
         general["hub"] = {"repo-id": table["repo-id"]}
     document = {"general": general, "torch-noarch": {"pyext": table.get("pyext", list(DEFAULT_PYEXT))}}
-    spec = read_document(path, text, document)
+    spec = _last_word(read_document(path, text, document), path, document)
     listed = [*table.get("include", ()), *include]
     return replace(
         spec, root=directory, source_dir=Path(where).absolute(), package=dotted, include=tuple(listed)
     )
+
+
+def _last_word(spec: Spec, path: Path, document: dict[str, Any]) -> Spec:
+    """What the Kernel Hub's parser, which reads a build.toml, makes of the same description."""
+    with tempfile.TemporaryDirectory(prefix="kernelpress-spec-") as folder:
+        Path(folder, "build.toml").write_text(tomlkit.dumps(document), "utf-8")
+        return with_kernel_dependencies(spec, path, Path(folder))
 
 
 def _pyproject(directory: Path) -> tuple[Path, str, dict[str, Any], dict[str, Any]]:

@@ -112,7 +112,7 @@ def load_spec(directory: Path) -> Spec:
     except tomli.TOMLDecodeError as error:
         raise SpecError(f"malformed TOML: {error.msg}", path=path, line=error.lineno) from None
     spec = read_document(path, text, document)
-    return _with_kernel_dependencies(spec, path)
+    return with_kernel_dependencies(spec, path)
 
 
 def read_document(path: Path, text: str, document: dict[str, Any]) -> Spec:
@@ -149,14 +149,23 @@ def is_repo_id(text: str) -> bool:
     )
 
 
-def _with_kernel_dependencies(spec: Spec, path: Path) -> Spec:
-    """Let the Kernel Hub's own parser have the last word, and take from it what it alone understands."""
+def with_kernel_dependencies(spec: Spec, path: Path, folder: Path | None = None) -> Spec:
+    """Let the Kernel Hub's own parser have the last word, and take from it what it alone understands.
+
+    Args:
+        spec: What was read.
+        path: The file to name in messages.
+        folder: Where the build.toml stands that the parser reads; the spec's root by default.
+
+    Raises:
+        SpecError: The parser refuses it.
+    """
     from dataclasses import replace
 
     from kernels._rust import Backend, Build, KernelVersion  # type: ignore[import-untyped]
 
     try:
-        build = Build.open(spec.root)
+        build = Build.open(folder or spec.root)
     except ValueError as error:
         reason = str(error).strip().rpartition("build.toml: ")[2]
         raise SpecError(f"the Kernel Hub's parser refuses this file: {reason}", path=path) from None
