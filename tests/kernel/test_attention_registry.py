@@ -63,8 +63,12 @@ def test_a_hybrid_with_nothing_is_refused(kernel, hybrid: str) -> None:
 
 
 def test_a_hybrid_with_a_package_that_is_not_installed_is_refused(kernel) -> None:
+    from transformers import modeling_flash_attention_utils as flash_utils
+
+    loaded = flash_utils._loaded_implementation
     with pytest.raises(ImportError):
         kernel.register_attention(hybrid="flash_attention_3")
+    assert flash_utils._loaded_implementation == loaded
     assert FLASH not in AttentionInterface._global_mapping
 
 

@@ -79,13 +79,18 @@ def unregister_attention() -> None:
 
 def _check_hybrid(name: str, hybrid: str) -> None:
     from transformers import AttentionInterface
-    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+    from transformers import modeling_flash_attention_utils as flash_utils
 
     if hybrid in (name, "eager") or hybrid in _registered:
         raise ValueError(f"register_attention: hybrid: expected another flash attention, got {hybrid!r}")
     if paths.is_flash_package(hybrid):
-        # Loads it, or says what is missing.
-        lazy_import_flash_attention(hybrid)
+        loaded = flash_utils._loaded_implementation
+        try:
+            # Loads it, or says what is missing; then transformers would take it for loaded.
+            flash_utils.lazy_import_flash_attention(hybrid)
+        except Exception:
+            flash_utils._loaded_implementation = loaded
+            raise
     if hybrid not in AttentionInterface._global_mapping:
         raise ValueError(
             f"register_attention: hybrid: transformers has no attention implementation {hybrid!r}; register it first"
