@@ -209,6 +209,32 @@ def test_sink_is_a_key_of_its_own_score_and_no_value(kernel, submodule, name) ->
     assert_near(got, wanted, TOLERANCE[EXACT])
 
 
+@pytest.mark.parametrize(
+    ("left", "right"), [(-1, -1), (-1, 0), (-1, 3), (0, 0), (5, 0), (17, 0), (4, 9), (6, -1)]
+)
+def test_blocks_hold_all_that_is_seen_and_mask_all_that_is_not(submodule, left, right) -> None:
+    spans = submodule("ops.attention.kernels").spans.fn
+    for own, other in ((1, 1), (19, 19), (23, 9), (9, 23), (4, 0)):
+        for first in range(0, own, 4):
+            last = min(first + 4, own)
+            for block in (1, 4, 6):
+                begin, lead, full, blocks = spans(
+                    first, last, own, other, left, right, left >= 0, right >= 0, block
+                )
+                assert 0 <= lead <= full <= blocks
+                starts = range(begin, begin + blocks * block, block)
+                for i in range(first, last):
+                    seen = [
+                        j
+                        for j in range(other)
+                        if (left < 0 or j >= i + other - own - left)
+                        and (right < 0 or j <= i + other - own + right)
+                    ]
+                    assert {j for start in starts for j in range(start, start + block)} >= set(seen)
+                    whole = {j for start in starts[lead:full] for j in range(start, start + block)}
+                    assert whole <= set(seen)
+
+
 def with_sink(submodule, case: Case, q, k, v, sink) -> torch.Tensor:
     """Probabilities over the keys and the sink, of which the sink's are dropped."""
     geometry, reference = submodule("ops.attention.geometry"), submodule("ops.attention.reference")

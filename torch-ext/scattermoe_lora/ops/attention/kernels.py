@@ -36,11 +36,11 @@ def spans(first, last, own, other, left, right, LEFT: tl.constexpr, RIGHT: tl.co
     if RIGHT:
         end = min(end, last + shift + right)
         whole = min(whole, first + shift + right + 1)
-    blocks = tl.cdiv(max(end - begin, 0), BLOCK)
+    blocks = (max(end - begin, 0) + BLOCK - 1) // BLOCK
     full = min(max(whole - begin, 0) // BLOCK, blocks)
     lead = begin * 0
     if LEFT:
-        lead = min(tl.cdiv(max(last - 1 + shift - left - begin, 0), BLOCK), blocks)
+        lead = min((max(last - 1 + shift - left - begin, 0) + BLOCK - 1) // BLOCK, blocks)
         full = max(full, lead)
     return begin, lead, full, blocks
 

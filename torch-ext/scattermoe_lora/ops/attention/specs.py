@@ -15,12 +15,11 @@ from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
 _KERNELS = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "dq": attention_dq_kernel}
 _POINTERS = {"cu_seqlens_q_ptr": "*i32:16", "cu_seqlens_k_ptr": "*i32:16"}
 _STATISTICS = ("lse_ptr", "delta_ptr", "grad_lse_ptr")
-# The default serves no architecture that is compiled for; these two have the least shared memory.
-_LEAST = ("sm_86", "gfx90a")
+# The default serves no architecture that is compiled for; this one has the least shared memory.
+_LEAST = ("gfx90a",)
 
-# A window over packed sequences needs most registers; then what training a decoder takes, and a soft cap.
+# A window over packed sequences needs most registers, and a soft cap a few more.
 _WINDOW = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": False}
-_CAUSAL = {"VARLEN": False, "LEFT": False, "RIGHT": True, "SOFTCAP": False}
 _CAPPED = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": True}
 
 
@@ -29,8 +28,9 @@ def _type(name: str, dtype: str, head_dim: int) -> str:
         return _POINTERS.get(name, "*fp32:16" if name in _STATISTICS else f"*{dtype}:16")
     if name in ("scale", "softcap"):
         return "fp32"
-    # Strides of q, k and v are passed in units of 8 elements, and those of heads are the smallest.
-    return "i32:16" if name.startswith("stride_") and head_dim % 128 == 0 else "i32"
+    # Strides of q, k and v are passed in units of 8 elements. Those of rows are those of heads times an even number.
+    divides = head_dim % (128 if name in ("stride_qh", "stride_kh", "stride_vh") else 64) == 0
+    return "i32:16" if name.startswith("stride_") and divides else "i32"
 
 
 def _spec(
@@ -86,19 +86,18 @@ def _specs() -> Iterator[CompileSpec]:
         for name, rules in tiles.load(device).items():
             for rule in rules:
                 dtype = "bf16" if rule.bytes == 2 else "fp32"
-                yield from _specs_of(name, rule, dtype, "ieee", targets, "window", _WINDOW, rule.head_dim)
-    # What the instructions' names, another mask or a head that fills no power of two change, on one of each generation.
-    for device in ("sm_80", "sm_90", "gfx942"):
+                use = "default window" if device == devices.DEFAULT else "window"
+                yield from _specs_of(name, rule, dtype, "ieee", targets, use, _WINDOW, rule.head_dim)
+    # What another dtype, a soft cap and a head that fills no power of two change, where the mma instructions differ.
+    for device in ("sm_80", "sm_90"):
         for name, rules in tiles.load(device).items():
             for rule in rules:
                 if rule.bytes == 2 and rule.head_dim == 512 and not rule.same_kv:
-                    yield from _specs_of(name, rule, "bf16", "ieee", (device,), "causal", _CAUSAL, 512)
                     yield from _specs_of(name, rule, "fp16", "ieee", (device,), "soft cap", _CAPPED, 320)
-                if rule.bytes == 4 and rule.head_dim == 512 and device != "gfx942":
+                if rule.bytes == 4 and rule.head_dim == 512:
                     yield from _specs_of(name, rule, "fp32", "tf32", (device,), "window", _WINDOW, 512)
-    for dtype in ("bf16", "fp32"):
-        constants = {"GRAD_LSE": True, "HEAD_DIM": 512, "WIDTH": 512, "BLOCK": delta_block(512)}
-        yield _spec(attention_delta_kernel, f"512 {dtype}", dtype, constants, {"num_warps": 4}, TARGETS)
+    constants = {"GRAD_LSE": True, "HEAD_DIM": 512, "WIDTH": 512, "BLOCK": delta_block(512)}
+    yield _spec(attention_delta_kernel, "512 bf16", "bf16", constants, {"num_warps": 4}, TARGETS)
 
 
 COMPILE_SPECS = list(_specs())
