@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
+from kernelpress.hubs import hub
+from kernelpress.localhub import RunningHub, running_hub
+
+_numbers = itertools.count()
 
 BUILD_TOML = """\
 [general]
@@ -141,3 +147,29 @@ def run_clean(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
         )
 
     return run
+
+
+@pytest.fixture
+def no_settings_of_the_developers_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    """A Hub for all tests of a module to publish to."""
+    with running_hub(tmp_path_factory.mktemp("hub"), trust=["org"]) as running:
+        yield running
+
+
+@pytest.fixture
+def api(server: RunningHub) -> HfApi:
+    return hub(server.endpoint)
+
+
+@pytest.fixture
+def repo() -> str:
+    """A repository that no other test uses."""
+    return f"org/demo-{next(_numbers)}"

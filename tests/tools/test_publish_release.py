@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,54 +17,22 @@ from kernelpress.bundle import bundle, unbundle, upload
 from kernelpress.errors import PublishError
 from kernelpress.history import info, redirect, restore, rollback, yank
 from kernelpress.hubs import RefusedError, heads, tree
-from kernelpress.hubs import hub as client
-from kernelpress.localhub import RunningHub, running_hub
 from kernelpress.plan import SIGNATURE, plan
 from kernelpress.publish import publish
 from kernelpress.release import release
 from kernelpress.sign import sign
-from kernelpress.spec import load_spec
-from kernelpress.variant import Build, build
 from kernelpress.verify import verify
 from kernels.status import resolve_status
 from kernels.verify import VerificationResult, verify_variant
+from publishing import PACKAGE, edit, make
 
-PACKAGE = "torch-ext/demo_kernel"
-_numbers = itertools.count()
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_the_developers_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_settings_of_the_developers_own")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub"), trust=["org"]) as running:
-        yield running
-
-
-@pytest.fixture
-def api(server: RunningHub) -> HfApi:
-    return client(server.endpoint)
-
-
-@pytest.fixture
-def repo() -> str:
-    return f"org/release-{next(_numbers)}"
-
-
-def make(root: Path) -> Build:
-    return build(load_spec(root))
-
-
-def edit(root: Path, path: str, old: str, new: str) -> None:
-    text = (root / path).read_text()
-    assert old in text
-    (root / path).write_text(text.replace(old, new))
+def processor_time() -> float:
+    """Seconds of this process and those that it waited for: whatever else the machine does is left out."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def contents(api: HfApi, repo: str, revision: str) -> dict[str, str]:
@@ -88,9 +55,9 @@ print(get_kernel(sys.argv[1], **eval(sys.argv[2])).twice(torch.ones(1)).item())
 
 def test_a_release_is_used_as_a_consumer_would_within_ten_seconds(make_kernel, api, repo):
     made = make(make_kernel())
-    start = time.perf_counter()
+    start = processor_time()
     done = release(made, repo, api)
-    assert time.perf_counter() - start < 10
+    assert processor_time() - start < 10
     assert done.seen is not None
     assert set(done.seen.loaded) == {"torch-cpu", "torch-universal"}
     assert done.seen.skipped == ("torch-cuda",)
@@ -140,9 +107,9 @@ def test_exit_codes_tell_published_nothing_to_do_and_refused_apart(make_kernel, 
     first = kernelpress("publish", *options, "--output-json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["seen"]["faults"] == []
-    start = time.perf_counter()
+    start = processor_time()
     second = kernelpress("publish", *options)
-    assert time.perf_counter() - start < 5  # two on an idle machine
+    assert processor_time() - start < 2
     assert second.returncode == 3
     assert kernelpress("diff", *options).returncode == 3
     edit(root, f"{PACKAGE}/__init__.py", "def label() -> str:", "def label(must: int) -> str:")
