@@ -80,6 +80,7 @@ def publish(
     force: bool = False,
     create_pr: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    changing: Callable[[str, str | None], None] = lambda branch, before: None,
 ) -> Published:
     """Put a build on the Hub, then read it back and compare.
 
@@ -94,6 +95,7 @@ def publish(
         force: Publish in spite of the plan's objections.
         create_pr: Propose the change of ``main`` as a pull request instead of making any.
         say: Told about every pause and every new plan.
+        changing: Told of each branch that is about to change, and the commit that it is at (``None``: it is new).
 
     Raises:
         RefusedError: The plan has objections, or somebody else published another build meanwhile.
@@ -101,7 +103,7 @@ def publish(
             message; all others are as they were.
     """
     repo_id = checked_repo_id(repo_id or build.spec.repo_id)
-    attempt = _Attempt(build, repo_id, api, private, force, create_pr)
+    attempt = _Attempt(build, repo_id, api, private, force, create_pr, changing)
     for number in range(_ATTEMPTS):
         try:
             return attempt.run()
@@ -122,10 +124,18 @@ class _Attempt:
     """Publishing, until it is through: what the first plan saw, and what has been done since."""
 
     def __init__(
-        self, build: Build, repo_id: str, api: HfApi, private: bool, force: bool, create_pr: bool
+        self,
+        build: Build,
+        repo_id: str,
+        api: HfApi,
+        private: bool,
+        force: bool,
+        create_pr: bool,
+        changing: Callable[[str, str | None], None],
     ) -> None:
         self._build, self._repo_id, self._api = build, repo_id, api
         self._private, self._force, self._create_pr = private, force, create_pr
+        self._changing = changing
         self._first: dict[str, BranchPlan] = {}
         self._landed: dict[str, PublishedBranch] = {}
         self.reached = False
@@ -171,6 +181,8 @@ class _Attempt:
         if todo.unchanged:
             return
         assert todo.base is not None
+        if todo.name not in self._landed:
+            self._changing(todo.name, todo.base if todo.exists else None)
         with explained(self._api, self._repo_id):
             if todo.exists:
                 commit = self._commit(todo, todo.name)

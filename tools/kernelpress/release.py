@@ -9,15 +9,16 @@ from huggingface_hub import HfApi
 
 from kernelpress.errors import PublishError
 from kernelpress.history import restore
-from kernelpress.hubs import MAIN, TYPE, explained, heads
+from kernelpress.hubs import MAIN, TYPE, MovedError, checked_repo_id, explained, heads
 from kernelpress.publish import Published, PublishedBranch, publish
+from kernelpress.record import Record
 from kernelpress.variant import Build
 from kernelpress.verify import Seen, verify
 
 
 @dataclass(frozen=True)
 class Release:
-    """What was published, and what a consumer saw of it; ``seen`` is ``None`` where nothing was new."""
+    """What was published, and what a consumer saw of it; ``seen`` is ``None`` where that was known before."""
 
     published: Published
     seen: Seen | None
@@ -35,35 +36,77 @@ def release(
 ) -> Release:
     """Publish a build and verify it; arguments as for ``publish``.
 
+    What an earlier run published and was killed before it had verified is verified now, and taken back if it fails.
+
     Raises:
         PublishError: Publishing failed; or verifying did, and then every branch that was changed has its
             former content back, unless the message says otherwise.
     """
-    done = publish(build, repo_id, api, private=private, force=force, create_pr=create_pr, say=say)
-    if not done.changed or done.pull_request is not None:
+    repo_id = checked_repo_id(repo_id or build.spec.repo_id)
+    record = Record.of(api.endpoint, repo_id, build.content_hash)
+    done = publish(
+        build,
+        repo_id,
+        api,
+        private=private,
+        force=force,
+        create_pr=create_pr,
+        say=say,
+        changing=record.changing,
+    )
+    if done.pull_request is not None:
         return Release(done, None)
-    say("published; fetching it as a consumer")
     own = next(branch for branch in done.branches if branch.name != MAIN)
-    others = [branch.commit for branch in done.branches if branch is not own and branch.changed]
-    seen = verify(api, done.repo_id, [own.commit, *others], build.spec.version)
+    commits = list(dict.fromkeys([own.commit, *(branch.commit for branch in done.branches)]))
+    if not done.changed and record.has_verified(commits):
+        return Release(done, None)
+    say(f"{'published' if done.changed else 'not known to be verified'}; fetching it as a consumer")
+    seen = verify(api, repo_id, commits, build.spec.version)
     if seen.faults:
-        restored = [_put_back(branch, done.repo_id, api) for branch in done.branches if branch.changed]
+        before = record.before | {branch.name: branch.before for branch in done.branches if branch.changed}
+        restored = [
+            _put_back(branch, before[branch.name], repo_id, api)
+            for branch in done.branches
+            if branch.name in before
+        ]
+        record.settled()
         raise PublishError(
-            f"a consumer cannot use what was published: {'; '.join(seen.faults)}. {'; '.join(restored)}"
+            f"a consumer cannot use what {'was published' if restored else f'{repo_id} holds'}: "
+            f"{'; '.join(seen.faults)}. {'; '.join(restored) or _left(own, repo_id)}"
         )
+    record.verified(commits)
     return Release(done, seen)
 
 
-def _put_back(branch: PublishedBranch, repo_id: str, api: HfApi) -> str:
+def _left(own: PublishedBranch, repo_id: str) -> str:
+    return (
+        f"It was not published by this run and stays; `kernelpress rollback {repo_id} --to COMMIT` brings {own.name} "
+        "back to an earlier commit"
+    )
+
+
+def _follows(commit: str, before: str, repo_id: str, api: HfApi) -> bool:
+    """Whether a commit is the next one after another; what an earlier run has noted need not hold any more."""
+    history = api.list_repo_commits(repo_id, repo_type=TYPE, revision=commit)
+    return len(history) > 1 and history[1].commit_id == before
+
+
+def _put_back(branch: PublishedBranch, before: str | None, repo_id: str, api: HfApi) -> str:
+    left_alone = f"{branch.name} was changed by somebody else since and is left alone"
     try:
         with explained(api, repo_id):
             if heads(api, repo_id).get(branch.name) != branch.commit:
-                return f"{branch.name} was changed by somebody else since and is left alone"
-            if branch.before is None:
+                return left_alone
+            if before is not None and not _follows(branch.commit, before, repo_id, api):
+                return left_alone
+            if before is None:
+                # The Hub removes a branch wherever it is by then, so this was asked in the last moment.
                 api.delete_branch(repo_id, branch=branch.name, repo_type=TYPE)
                 return f"{branch.name}, which was new, is removed again"
         message = "Restored: the commit before did not load"
-        restore(api, repo_id, branch.name, branch.before, message, since=branch.commit)
+        restore(api, repo_id, branch.name, before, message, since=branch.commit)
+    except MovedError:
+        return left_alone
     except PublishError as error:
-        return f"{branch.name} could NOT be restored to {branch.before}: {error.message}"
-    return f"{branch.name} holds what {branch.before[:12]} held again"
+        return f"{branch.name} could NOT be restored to {before}: {error.message}"
+    return f"{branch.name} holds what {before[:12]} held again"
