@@ -62,9 +62,11 @@ def test_a_mask_says_what_transformers_own_says(kernel, submodule, data: st.Data
     dense = plans.dense(plan, got, queries)
     assert torch.equal(dense, expected[..., :keys])
     assert not expected[..., keys:].any()
-    # A copy has lost the plan; what the layer says of causality and the window then counts.
-    again = plans.plan_of(got.clone(), queries, plan.causal, plan.window)
+    # A copy has lost the plan, and what the layer says of causality and the window does not count either.
+    again = plans.plan_of(got.clone(), queries, causal=not causal, window=(0, 0))
+    assert again[:2] == plan[:2]
     assert torch.equal(plans.dense(again, got, queries), dense)
+    assert str(again.sequences) == str(plan.sequences)
     # What the kernel makes of the plan, for the queries that take part.
     seen, rows = seen_by_the_kernel(plan, batch, queries, keys)
     assert torch.equal(seen[rows], expected[:, 0, :, :keys][rows])
@@ -109,3 +111,13 @@ def test_a_model_that_takes_no_flash_attention_has_the_mask_of_eager(kernel, sub
     got = masks.mask(batch_size=1, q_length=4, kv_length=4, config=Config())
     assert got.shape == (1, 1, 4, 4)
     assert masks.reason_of(got) == "transformers gives this model no flash attention"
+
+
+def test_a_padding_mask_of_a_models_own_is_read_by_what_the_layer_says(submodule) -> None:
+    plans = submodule("integration.attention_plans")
+    padding = torch.tensor([[True, True, False], [True, True, True]])
+    for mask in (padding, padding.long()):
+        plan = plans.plan_of(mask, 3, causal=True, window=(1, -1))
+        expected = [[1, 0, 0], [1, 1, 0], [0, 1, 0]], [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+        assert torch.equal(plans.dense(plan, mask, 3)[:, 0], torch.tensor(expected, dtype=torch.bool))
+        assert plan.sequences.cu_key.tolist() == [0, 2, 5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_models import (
@@ -54,6 +56,25 @@ def test_padding_between_tokens_counts_in_a_window(attention, said) -> None:
         "attention of Gemma4TextAttention (sliding_attention), head_dim 16: transformers' sdpa, "
         "because of a window over keys with padding between them"
     ]
+
+
+@pytest.mark.parametrize("name", ["qwen2 moe", "gemma4 bidirectional"])
+def test_a_mask_that_was_copied_on_its_way_says_the_same(attention, said, name: str) -> None:
+    """As where layers are spread over several GPUs; neither model's layers tell their attention all of the mask."""
+    m, ids = model(CONFIGS[name]()), tokens(3, 13)
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[1, 8:] = 0, 0
+    inputs = {"input_ids": ids, "labels": labels_of(ids, mask), "attention_mask": mask}
+    expected = results(m, FLASH, **inputs)
+
+    def copy(layer: Any, arguments: Any, others: dict[str, Any]) -> Any:
+        return arguments, {**others, "attention_mask": others["attention_mask"].clone()}
+
+    for layer in m.model.layers:
+        layer.register_forward_pre_hook(copy, with_kwargs=True)
+    for a, b in zip(results(m, FLASH, **inputs), expected, strict=True):
+        assert torch.equal(a, b)
+    assert all(line.endswith(": the kernel") for line in said())
 
 
 @pytest.mark.parametrize("rows", [1, 2])

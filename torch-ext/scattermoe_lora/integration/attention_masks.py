@@ -49,7 +49,7 @@ def mask(
     """The mask function for transformers' ``AttentionMaskInterface``; the arguments are the interface's.
 
     Returns:
-        int32 ``[B, K]``, the number of each key's sequence, counting from 1, or 0 for padding, with its plan;
+        int64 ``[B, K]``, the number of each key's sequence, counting from 1, or 0 for padding, with its plan;
         ``K <= kv_length``: keys after the last query's are left out. Where the kernels cannot express the mask, what
         transformers makes for eager mode: ``[B, 1, Q, kv_length]`` to be added to the scores.
     """

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 _PLAN = "_scattermoe_plan"
+# A plan's header in each element: the sequence's number below, these bits and the window's left end above.
+_NUMBER_BITS = 30
+_CAUSAL, _BOTH_WAYS, _HEADER, _LEFT_BIT = 1, 2, 4, 3
 
 
 class Sequences(NamedTuple):
@@ -47,7 +50,16 @@ class Plan(NamedTuple):
 
 
 def with_plan(segments: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """``segments`` in memory of their own, with ``plan`` as an attribute that :func:`plan_of` finds."""
+    """``segments`` in memory of their own, with ``plan`` as an attribute that :func:`plan_of` finds.
+
+    Causality and the window are in the elements, too, int64, so that a copy is not read as something else. Not so for a
+    deferred plan: within a graph nothing gets lost.
+    """
+    if not plan.deferred:
+        left, right = plan.window
+        flags = _HEADER | (_CAUSAL if plan.causal else 0) | (_BOTH_WAYS if right >= 0 else 0)
+        header = ((left + 1) << _LEFT_BIT | flags) << _NUMBER_BITS
+        segments = torch.where(segments > 0, segments.long() + header, 0)
     segments = segments.contiguous()
     setattr(segments, _PLAN, plan)
     return segments
@@ -108,16 +120,19 @@ def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def plan_of(segments: torch.Tensor, queries: int, causal: bool, window: tuple[int, int]) -> Plan:
-    """The plan that ``segments`` came with, or one by ``causal`` and ``window`` where it is lost or never was.
+    """The plan that ``segments`` came with, made anew where something copied the tensor (models over several GPUs).
 
-    It is lost where something copies the tensor (models over several GPUs), and never was where a model hands over a
-    padding mask ``[B, K]`` of its own.
+    ``causal`` and ``window`` count for a padding mask ``[B, K]`` of a model's own, which never had a plan.
     """
     plan: Plan | None = getattr(segments, _PLAN, None)
     if plan is not None:
         return plan
-    smallest, largest = segments.min(), segments.max()
-    return make_plan(segments, queries, causal, window, bool(largest > 1), bool(smallest < 1))
+    smallest, largest = torch.stack(segments.long().aminmax()).tolist()
+    header, number = largest >> _NUMBER_BITS, largest & (1 << _NUMBER_BITS) - 1
+    if header:
+        left = (header >> _LEFT_BIT) - 1
+        causal, window = bool(header & _CAUSAL), (left, left if header & _BOTH_WAYS else -1)
+    return make_plan(segments, queries, causal, window, number > 1, smallest < 1)
 
 
 def window_of(causal: bool, sliding_window: int | None, keys: int) -> tuple[int, int]:
