@@ -63,10 +63,48 @@ def test_a_registration_gets_the_new_namespace_in_every_form(before, after):
         ('L = torch.library.Library("demo", "IMPL")\nL.impl("demo::one", f)', 'L.impl("NEW::one", f)'),
         ('torch._C._dispatch_has_kernel("demo::one")', '("NEW::one")'),
         ("def f():\n    import torch as tt\n    return tt.ops.demo.one", "tt.ops.NEW.one"),
+        ("ops = torch.ops\nops.demo.one(x)", "ops.NEW.one(x)"),
+        ("ops: object = torch.ops\ndef f(): return ops.demo.one(x)", "ops.NEW.one(x)"),
+        ("def f():\n    a = b = torch.ops\n    return b.demo.one(x)", "b.NEW.one(x)"),
+        ("def f():\n    o = torch.ops\n    return lambda: o.demo.one(x)", "o.NEW.one(x)"),
+        (
+            "one = torch.ops\nclass C:\n    def f(self):\n        two = one\n        return two.demo.one(x)",
+            "two.NEW.one(x)",
+        ),
+        ("torch._ops.ops.demo.one", "ops.NEW.one"),
+        ('getattr(torch, "ops").demo.one', '"ops").NEW.one'),
+        ('torch.ops.__getattr__("demo").one', '__getattr__("NEW").one'),
+        ('ops = torch.ops\nops.__getattr__("demo").one', '__getattr__("NEW").one'),
+        (
+            'def f():\n    name = "demo::one"\n    torch.library.register_autograd(name, b)',
+            'name = "NEW::one"',
+        ),
+        (
+            'def f():\n    NAME: str = "demo::one"\n    return torch.library.opcheck(NAME, ())',
+            'str = "NEW::one"',
+        ),
+        ('class C:\n    N = "demo::one"\n    torch.library.register_fake(N)(b)', 'N = "NEW::one"'),
+        ('A = "demo::one"\nB = A\ntorch.library.register_fake(B)(b)', 'A = "NEW::one"'),
+        (
+            'class C:\n    def __init__(self):\n        self.lib = torch.library.Library("demo", "DEF")\n'
+            '        self.lib.impl("demo::one", f)',
+            'self.lib.impl("NEW::one", f)',
+        ),
+        (
+            'with torch.library._scoped_library("demo", "FRAGMENT") as sc:\n    sc.impl("demo::one", f)',
+            'sc.impl("NEW::one", f)',
+        ),
+        ('def f(lb: torch.library.Library):\n    lb.impl("demo::one", f)', 'lb.impl("NEW::one", f)'),
+        (
+            'L = torch.library.Library("demo", "IMPL")\ntorch.library.impl(L, "demo::one", "CPU")',
+            '(L, "NEW::one", "CPU")',
+        ),
     ],
 )
 def test_a_use_gets_the_new_namespace_in_every_form(before, after):
-    assert after in rewritten(f"{DEFINES}import torch\n{before}\n")
+    made = rewritten(f"{DEFINES}import torch\n{before}\n")
+    assert after in made
+    assert "demo" not in made
 
 
 @pytest.mark.parametrize(
@@ -131,7 +169,20 @@ def test_the_library_of_another_file_is_recognized():
         'def f(name): torch.library.impl(name, "CPU")',
         'def f(OP): torch.library.impl(OP, "CPU")\n\nOP = "demo::one"',
         'for name in ("demo::one",): torch.library.register_fake(name)',
-        "ops = torch.ops",
+        "class C: ops = torch.ops",
+        "a = b = torch.ops",
+        "def f(o=torch.ops): ...",
+        "ops, x = torch.ops, 1",
+        "f(getattr(torch, 'ops'))",
+        "torch.ops.__dict__['demo'].one",
+        "torch.ops.__getattr__(ns).one",
+        'N = {"f": "demo::one"}; torch.library.register_fake(N["f"])',
+        "torch.library.register_fake(make_name())",
+        "torch.library.register_fake(self.op)",
+        "torch.library.register_fake(nowhere)",
+        "NAME = 3; torch.library.register_fake(NAME)",
+        'NAME = "demo::one"; NAME = "demo::two"; torch.library.register_fake(NAME)',
+        'NAME = "demo"; NAME += "::one"; torch.library.register_fake(NAME)',
         "vars(torch.ops)",
         "from torch.ops import demo",
         "from torch.library import *",
@@ -151,8 +202,113 @@ def test_names_made_by_the_generated_helper_are_left_to_it():
 
 
 def test_an_operator_itself_may_be_handed_on():
-    text = f"{DEFINES}import torch\nfrom .x import op\ntorch.library.register_fake(op)(f)\n"
+    text = f"{DEFINES}import torch\nfrom other import op\ntorch.library.register_fake(op)(f)\n"
     assert rewritten(text).endswith("torch.library.register_fake(op)(f)\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "@torch.library.custom_op('demo::two')\ndef op(): ...\ntorch.library.register_fake(op)",
+        "op = torch.library.custom_op('demo::two', g)\ntorch.library.register_fake(op)",
+        "op = torch.library.custom_op('demo::two')(g)\ntorch.library.register_fake(op)",
+        "torch.library.register_fake(torch.ops.demo.one.default)",
+        "op = torch.ops.demo.one\ntorch.library.register_fake(op)",
+        "try:\n    op = torch.ops.demo.one\nexcept AttributeError:\n    op = torch.ops.demo.two\n"
+        "torch.library.opcheck(op.default, ())",
+    ],
+)
+def test_an_operator_of_the_module_may_be_handed_on(text):
+    assert "register_fake(op" in (made := rewritten(f"{DEFINES}import torch\n{text}\n")) or "demo" not in made
+
+
+def package(**files: str) -> dict[str, str]:
+    """The files of a package after a rewrite; keywords are modules' names, with `__` for a dot."""
+    sources = [
+        SourceFile(f"{name.replace('__', '/').replace('init', '__init__')}.py", f"{text}\n".encode())
+        for name, text in files.items()
+    ]
+    return {file.path: file.render("NEW").decode() for file in rewrite(sources, "demo", HERE).files}
+
+
+@pytest.mark.parametrize(
+    ("names", "ops", "written"),
+    [
+        ('FWD = "demo::one"', "from .names import FWD\nregister_fake(FWD)", 'FWD = "NEW::one"'),
+        ('FWD = "demo::one"', "from demo.names import FWD as F\nregister_fake(F)", 'FWD = "NEW::one"'),
+        ('FWD = "demo::one"', "from . import names\nregister_fake(names.FWD)", 'FWD = "NEW::one"'),
+        ('FWD = "demo::one"', "import demo.names as n\nregister_fake(n.FWD)", 'FWD = "NEW::one"'),
+        ('FWD = "demo::two"', "from .names import FWD\ncustom_op(FWD)", 'FWD = "NEW::two"'),
+        ('NS = "demo"', "from .names import NS\nLibrary(NS, 'FRAGMENT')", 'NS = "NEW"'),
+        ('NS = "demo"', "from .names import NS\ngetattr(torch.ops, NS)", 'NS = "NEW"'),
+        ('N = "demo::one"', "from .names import N\nlib = Library('demo', 'IMPL')\nlib.impl(N, f)", 'N = "NEW::one"'),
+        ('N = "one"', "from .names import N\nlib = Library('demo', 'IMPL')\nlib.impl(N, f)", 'N = "one"'),
+    ],
+)  # fmt: skip
+def test_a_name_from_another_module_is_changed_where_it_is_written(names, ops, written):
+    head = "import torch\nfrom torch.library import Library, custom_op, register_fake\n"
+    assert package(init=DEFINES, names=names, ops=head + ops)["names.py"] == f"{written}\n"
+
+
+def test_a_name_is_followed_through_modules_that_pass_it_on():
+    made = package(
+        init=DEFINES,
+        a__b='X = "demo::one"',
+        a__init="from .b import X as Y",
+        c="from demo.a import Y\nZ = Y",
+        d="from .c import Z\nfrom torch.library import register_fake\nregister_fake(Z)",
+    )
+    assert made["a/b.py"] == 'X = "NEW::one"\n'
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "",
+        "FWD = make()",
+        'FWD = "demo::one"\nFWD = "demo::two"',
+        "from .ops import FWD",
+        "from .nowhere import FWD",
+        "def make():\n    FWD = 'demo::one'",
+        'N = {"f": "demo::one"}\nFWD = N["f"]',
+    ],
+)
+def test_a_name_from_another_module_that_cannot_be_read_there_is_refused_where_it_is_used(names):
+    ops = "from torch.library import register_fake\nfrom .names import FWD\nregister_fake(FWD)"
+    with pytest.raises(SourceError, match=r"taken from another module") as caught:
+        package(init=DEFINES, names=names, ops=ops)
+    assert (caught.value.path, caught.value.line) == (HERE / "ops.py", 3)
+
+
+def test_operators_of_another_module_and_of_the_generated_one_are_left_alone():
+    ops = "import torch\n@torch.library.custom_op('demo::two')\ndef op(): ...\n"
+    use = (
+        "from torch.library import register_fake\nfrom .ops import op\nfrom . import ops as o, _ops\n"
+        "from ._ops import ops as made\nregister_fake(op)\nregister_fake(o.op._opoverload)\n"
+        "register_fake(made.two)\nregister_fake(_ops.ops.two)\n"
+    )
+    assert package(ops=ops, use=use)["use.py"] == f"{use}\n"
+
+
+def test_another_module_may_take_a_name_for_all_operators():
+    made = package(
+        init=DEFINES,
+        compat="import torch\nT = torch.ops",
+        use="from .compat import T\nfrom . import compat\nT.demo.one(x), compat.T.demo.one(x)",
+    )
+    assert made["use.py"].endswith("T.NEW.one(x), compat.T.NEW.one(x)\n")
+
+
+def test_a_local_name_hides_one_of_the_module():
+    text = (
+        f"{DEFINES}import torch\nNAME = 'demo::one is a text'\n"
+        "def f():\n    NAME = 'demo::one'\n    torch.library.register_fake(NAME)\n"
+        "def g(NAME='demo::one'):\n    return NAME\n"
+    )
+    made = rewritten(text)
+    assert "NAME = 'demo::one is a text'" in made
+    assert "    NAME = 'NEW::one'" in made
+    assert "g(NAME='demo::one')" in made
 
 
 def test_two_namespaces_become_one():
@@ -223,6 +379,11 @@ REGISTRATIONS = (
     'lib.define("{ns}::{op}", "(Tensor x) -> Tensor")\nlib.impl("{ns}::{op}", "cpu", lambda x: x * {k})\n',
     'N_{op} = "{ns}::{op}"\nlib.define(N_{op}, "(Tensor x) -> Tensor")\n'
     '@lib.impl(N_{op}, "cpu")\ndef {op}(x):\n    """{ns}::{op}"""\n    return x * {k}\n',
+    'def reg_{op}():\n    name = "{ns}::{op}"\n    lib.define(name, "(Tensor x) -> Tensor")\n'
+    '    lib.impl(name, "cpu", lambda x: x * {k})\nname = "{ns}::{op}"\nreg_{op}()\n',
+    'class R_{op}:\n    def __init__(self):\n        self.lib = lib.Library("{ns}", "FRAGMENT")\n'
+    '        self.lib.define("{op}(Tensor x) -> Tensor")\n'
+    '        self.lib.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\nkept_{op} = R_{op}()\n',
     'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{op}", lambda x: x * {k}, "CPU")\n',
     'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\n',
 )  # fmt: skip
@@ -230,6 +391,8 @@ USES = (
     "OUT.append(torch.ops.{ns}.{op}(X))\n",
     "OUT.append(ops.{ns}.{op}.default(X))\n",
     'OUT.append(getattr(getattr(torch.ops, "{ns}"), "{op}")(X))\n',
+    'OUT.append(torch.ops.__getattr__("{ns}").{op}(X))\n',
+    "def alias_{op}():\n    o = torch.ops\n    return [o.{ns}.{op}(X) for _ in [0]][0]\nOUT.append(alias_{op}())\n",
     "def use_{op}():\n    import torch as t\n    return t.ops.{ns}.{op}(X)\nOUT.append(use_{op}())\n",
 )
 LOOKALIKES = (

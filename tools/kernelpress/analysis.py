@@ -14,7 +14,9 @@ from kernelpress.files import SourceFile
 from kernelpress.imports import Import, Imports, find_imports
 from kernelpress.layout import Layout
 from kernelpress.memory import Memory, key
-from kernelpress.sites import Problem, Site, Sites, find_sites, library_names
+from kernelpress.occurrences import Problem, Site, Sites, Wanted
+from kernelpress.shared import Shared, shared
+from kernelpress.sites import find_sites
 from kernelpress.text import MOST_NESTED, Edit, Text, parse
 
 # Bytes of sources from which on it is faster to start further processes than to do without.
@@ -35,18 +37,25 @@ class Analysis:
     outside: tuple[Import, ...] = ()
     unknown: tuple[int, ...] = ()
     unread: tuple[int, ...] = ()
+    wanted: tuple[Wanted, ...] = ()
 
 
 def analyse(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> list[Analysis]:
     """Look at every file of a package, in the order given, as far as it is not in memory."""
-    libraries = library_names(files)
+    common = shared(files, layout.tops)
     around = json.dumps(
-        [layout.package, sorted(layout.vendored), layout.named_whole, sorted(libraries)]
+        [
+            layout.package,
+            sorted(layout.vendored),
+            layout.named_whole,
+            sorted(common.libraries),
+            sorted(common.ops),
+        ]
     ).encode()
     keys = [key("analysis", around, file.path.encode("utf-8"), file.data) for file in files]
     found = {each: _from_json(kept) for each in keys if (kept := memory.get(each)) is not None}
     new = {each: file for each, file in zip(keys, files, strict=True) if each not in found}
-    look = partial(_analyse, layout=layout, libraries=libraries)
+    look = partial(_analyse, layout=layout, common=common)
     if sum(len(file.data) for file in new.values()) < _WORTH_PROCESSES:
         looked = [look(file) for file in new.values()]
     else:
@@ -62,14 +71,14 @@ def analyse(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> list
     return [found[each] for each in keys]
 
 
-def _analyse(file: SourceFile, layout: Layout, libraries: frozenset[str]) -> Analysis:
+def _analyse(file: SourceFile, layout: Layout, common: Shared) -> Analysis:
     if not file.path.endswith((".py", ".pyi")):
         return Analysis()
     tree, text = parse(file.data), Text(file.data)
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, _FRAMES * MOST_NESTED + limit))
     try:
-        sites: Sites = find_sites(tree, text, libraries)
+        sites: Sites = find_sites(tree, text, common)
         imports: Imports = find_imports(tree, text, file.path, layout.module_at(file.path), layout)
     finally:
         sys.setrecursionlimit(limit)
@@ -82,6 +91,7 @@ def _analyse(file: SourceFile, layout: Layout, libraries: frozenset[str]) -> Ana
         imports.outside,
         imports.unknown,
         imports.unread,
+        sites.wanted,
     )
 
 
@@ -95,11 +105,12 @@ def _to_json(analysis: Analysis) -> list[Any]:
         [astuple(each) for each in analysis.outside],
         analysis.unknown,
         analysis.unread,
+        [astuple(each) for each in analysis.wanted],
     ]
 
 
 def _from_json(kept: list[Any]) -> Analysis:
-    sites, escapes, problems, edits, missing, outside, unknown, unread = kept
+    sites, escapes, problems, edits, missing, outside, unknown, unread, wanted = kept
     return Analysis(
         tuple(Site(*each) for each in sites),
         tuple(escapes),
@@ -109,4 +120,5 @@ def _from_json(kept: list[Any]) -> Analysis:
         tuple(Import(*each) for each in outside),
         tuple(unknown),
         tuple(unread),
+        tuple(Wanted(*each) for each in wanted),
     )

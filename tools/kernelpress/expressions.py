@@ -1,4 +1,4 @@
-"""What expressions of a source say without being run: names bound once, text they begin with, words they use."""
+"""What expressions of a source say without being run: text they begin with, words they use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import re
 
 from kernelpress.text import statements
 
+# Words of which a source that names an operator holds one, or else a name for a `Library` or for `torch.ops`.
+ALWAYS = ("ops", "library", "_C")
 _NAME_KEYWORDS = ("qualname", "name", "op", "opname", "ns")
 
 
-def words(tree: ast.Module, libraries: frozenset[str]) -> re.Pattern[bytes]:
+def words(tree: ast.Module, further: frozenset[str]) -> re.Pattern[bytes]:
     """What a statement must mention to be of interest: parts of torch, or names that stand for them."""
-    words = {"ops", "library", "_C", *libraries}
+    words = {*ALWAYS, *further}
     for node in statements(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("torch")):
             words |= {alias.asname or alias.name for alias in node.names}
@@ -20,32 +22,21 @@ def words(tree: ast.Module, libraries: frozenset[str]) -> re.Pattern[bytes]:
             words |= {
                 alias.asname for alias in node.names if alias.asname and alias.name.startswith("torch.")
             }
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute | ast.Name):
-            words |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
+            node.value, ast.Attribute | ast.Name | ast.Call
+        ):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            # Of calls, one of `getattr` alone gives what it is asked for.
+            if not isinstance(node.value, ast.Call) or getattr(node.value.func, "id", "") == "getattr":
+                words |= {target.id for target in targets if isinstance(target, ast.Name)}
     return re.compile(rb"\b(?:%s)\b" % b"|".join(re.escape(word.encode()) for word in sorted(words)))
 
 
-def constants(tree: ast.Module) -> dict[str, ast.expr]:
-    """Names of the module that are bound once, to something whose text is known."""
-    bound: dict[str, list[ast.expr | None]] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                if isinstance(target, ast.Name):
-                    bound.setdefault(target.id, []).append(node.value)
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign) and isinstance(node.target, ast.Name):
-            value = node.value if isinstance(node, ast.AnnAssign) else None
-            bound.setdefault(node.target.id, []).append(value)
-    return {name: values[0] for name, values in bound.items() if len(values) == 1 and values[0] is not None}
-
-
-def varying(node: ast.AST) -> list[str]:
-    """Names that stand for something else each time: parameters and variables of loops."""
-    if isinstance(node, ast.arg):
-        return [node.arg]
-    if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
-        return [each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)]
-    return []
+def rebound(tree: ast.Module) -> frozenset[str]:
+    """Names that functions bind outside of themselves."""
+    return frozenset(
+        name for node in ast.walk(tree) if isinstance(node, ast.Global | ast.Nonlocal) for name in node.names
+    )
 
 
 def naming_argument(call: ast.Call) -> ast.expr | None:

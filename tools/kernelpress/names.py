@@ -8,9 +8,8 @@ from collections.abc import Iterator
 _Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda | ast.expr
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_Binding = (
-    str | ast.expr | None
-)  # the full name of an import, an expression that may be one, or something else
+# The full name of an import (relative ones with their dots), an expression, a function or class, or something else.
+Binding = str | ast.expr | ast.stmt | None
 
 
 class ScopedVisitor(ast.NodeVisitor):
@@ -18,29 +17,42 @@ class ScopedVisitor(ast.NodeVisitor):
 
     def __init__(self) -> None:
         self.scopes: list[ast.AST] = []
-        self._bound: dict[int, dict[str, list[_Binding]]] = {}
+        self._bound: dict[int, dict[str, list[Binding]]] = {}
 
     def names(self, node: ast.AST, _seen: frozenset[int] = frozenset()) -> frozenset[str]:
         """Full dotted names that an expression may stand for, such as ``torch.library.custom_op``."""
         if isinstance(node, ast.Attribute):
             return frozenset(f"{name}.{node.attr}" for name in self.names(node.value, _seen))
+        if isinstance(node, ast.Call) and len(node.args) >= 2:
+            attribute = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
+            if not isinstance(node.func, ast.Name) or not isinstance(attribute, str):
+                return frozenset()
+            looked_up = "builtins.getattr" in self.names(node.func, _seen)
+            found = self.names(node.args[0], _seen) if looked_up else ()
+            return frozenset(f"{name}.{attribute}" for name in found)
         if not isinstance(node, ast.Name) or id(node) in _seen:
             return frozenset()
+        bindings = self.bound(node.id)
+        if bindings is None:
+            return frozenset((f"builtins.{node.id}",))
+        names: set[str] = set()
+        for each in bindings:
+            if isinstance(each, str):
+                names.add(each)
+            elif each is not None:
+                names |= self.names(each, _seen | {id(node)})
+        return frozenset(names)
+
+    def bound(self, name: str) -> list[Binding] | None:
+        """All that a name is bound to in the innermost scope that binds it; ``None`` where none does."""
         for depth, scope in enumerate(reversed(self.scopes)):
             if isinstance(scope, ast.ClassDef) and depth:
                 continue
             if id(scope) not in self._bound:
                 self._bound[id(scope)] = _bindings(scope)
-            bindings = self._bound[id(scope)]
-            if node.id in bindings:
-                found: set[str] = set()
-                for each in bindings[node.id]:
-                    if isinstance(each, str):
-                        found.add(each)
-                    elif each is not None:
-                        found |= self.names(each, _seen | {id(node)})
-                return frozenset(found)
-        return frozenset((f"builtins.{node.id}",))
+            if name in self._bound[id(scope)]:
+                return self._bound[id(scope)][name]
+        return None
 
     def visit_Module(self, node: ast.Module) -> None:
         """The outermost scope."""
@@ -85,9 +97,10 @@ class ScopedVisitor(ast.NodeVisitor):
         self.scopes.pop()
 
 
-def _bindings(scope: ast.AST) -> dict[str, list[_Binding]]:
-    found: dict[str, list[_Binding]] = {}
+def _bindings(scope: ast.AST) -> dict[str, list[Binding]]:
+    found: dict[str, list[Binding]] = {}
     elsewhere: set[str] = set()
+    whole: set[int] = set()
     if isinstance(scope, (*_FUNCTIONS, ast.Lambda)):
         arguments = scope.args
         for each in (
@@ -106,18 +119,22 @@ def _bindings(scope: ast.AST) -> dict[str, list[_Binding]]:
                 found.setdefault(alias.asname or full, []).append(full)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                full = f"{'.' * node.level}{node.module or ''}.{alias.name}"
+                source = f"{'.' * node.level}{node.module or ''}"
+                full = f"{source}.{alias.name}" if node.module else f"{source}{alias.name}"
                 found.setdefault(alias.asname or alias.name, []).append(full)
-        elif (
-            isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
-        ):
-            found.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    whole.add(id(target))
+                    if node.value is not None:
+                        found.setdefault(target.id, []).append(node.value)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
-            found.setdefault(node.id, [])
-        elif isinstance(node, (*_FUNCTIONS, ast.ClassDef)) or (
-            isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name
-        ):
-            found.setdefault(str(node.name), []).append(None)
+            # Loops, unpacking, `with` and `+=`: not one expression's value.
+            found.setdefault(node.id, []).extend([None] * (id(node) not in whole))
+        elif isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+            found.setdefault(node.name, []).append(node)
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+            found.setdefault(node.name, []).append(None)
         elif isinstance(node, ast.Global | ast.Nonlocal):
             elsewhere.update(node.names)
     return {name: bound for name, bound in found.items() if name not in elsewhere}

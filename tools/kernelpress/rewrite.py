@@ -13,9 +13,11 @@ from pathlib import Path
 from kernelpress.analysis import Analysis, analyse
 from kernelpress.files import SourceFile
 from kernelpress.findings import Finding, FindingsError
+from kernelpress.follow import follow
 from kernelpress.imports import Import
 from kernelpress.layout import Layout
 from kernelpress.memory import Memory
+from kernelpress.shared import shared
 from kernelpress.text import Edit, Text
 
 # PyTorch's own: a package may extend them, but they are never its own to rename.
@@ -90,10 +92,13 @@ def examine(
 ) -> Rewritten:
     """The same, with what stands in the way as findings."""
     layout = Layout(package) if isinstance(package, str) else package
-    looked = [
-        (replace(file, origin=file.origin or package_dir / file.path), each)
-        for file, each in zip(files, analyse(files, layout, memory or Memory()), strict=True)
-    ]
+    looked = _followed(
+        [
+            (replace(file, origin=file.origin or package_dir / file.path), each)
+            for file, each in zip(files, analyse(files, layout, memory or Memory()), strict=True)
+        ],
+        layout,
+    )
     own = {site.namespace for _, each in looked for site in each.sites if site.creates} - _FOREIGN
     findings = [
         finding
@@ -107,6 +112,28 @@ def examine(
         findings=tuple(findings),
         outside=tuple((_at(file), found) for file, each in looked for found in each.outside),
     )
+
+
+def _followed(looked: list[tuple[SourceFile, Analysis]], layout: Layout) -> list[tuple[SourceFile, Analysis]]:
+    """With what files want of one another, which is not known of one alone."""
+    if not any(each.wanted for _, each in looked):
+        return looked
+    found = follow(
+        [(file, each.wanted) for file, each in looked],
+        layout,
+        shared([file for file, _ in looked], layout.tops),
+    )
+    return [
+        (
+            file,
+            replace(
+                each,
+                sites=(*each.sites, *found.sites.get(file.path, ())),
+                problems=(*each.problems, *found.problems.get(file.path, ())),
+            ),
+        )
+        for file, each in looked
+    ]
 
 
 def _cut(file: SourceFile, found: Analysis, own: set[str]) -> tuple[bytes, ...]:

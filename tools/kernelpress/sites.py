@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 
-from kernelpress.expressions import constants, first_literal, is_text, naming_argument, varying, words
-from kernelpress.files import SourceFile
+from kernelpress.expressions import ALWAYS, first_literal, is_text, naming_argument, rebound, words
 from kernelpress.names import ScopedVisitor
+from kernelpress.occurrences import Kind, Problem, Site, Sites, Wanted
+from kernelpress.shared import Shared
 from kernelpress.text import Text
 
 # Functions whose first argument names an operator: those that bring it into being, and those that take one
@@ -34,12 +33,13 @@ _ATTACH = frozenset(
 _LIBRARIES = frozenset(("torch.library.Library", "torch.library._scoped_library"))
 _LIBRARY_METHODS = ("define", "impl", "fallback", "_register_fake", "_register_torch_dispatch_rule")
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
-_OPS = "torch.ops"
-_MENTIONS = re.compile(rb"\b(ops|library|_C)\b")
+_OPS = frozenset(("torch.ops", "torch._ops.ops"))
+_LOOK_UP = ("__getattr__", "__getattribute__")
+_MENTIONS = re.compile(rb"\b(?:%s)\b" % "|".join(ALWAYS).encode("ascii"))
 
 _RUN_TIME_OPERATOR = (
     "the namespace of this operator is only known when the code runs",
-    'write it out as "namespace::operator", or use add_op_namespace_prefix from ._ops',
+    'write it out as "namespace::operator", give the operator itself, or use add_op_namespace_prefix from ._ops',
 )
 _RUN_TIME_NAMESPACE = ("this namespace is only known when the code runs", "write it out as a string")
 _IN_PIECES = ("this name is put together of pieces or written with escapes", "write it in one piece")
@@ -49,85 +49,46 @@ _HIDDEN = (
 )
 
 
-@dataclass(frozen=True)
-class Site:
-    """A namespace as it stands in the source, at a range of bytes."""
-
-    start: int
-    end: int
-    namespace: str
-    op: str | None = None
-    creates: bool = False
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A place that cannot be dealt with: its line, what is wrong with it and how to mend it."""
-
-    line: int
-    message: str
-    fix: str
-
-
-@dataclass(frozen=True)
-class Sites:
-    """What one file holds of operators. ``escapes`` are lines where ``torch.ops`` itself is handed on."""
-
-    sites: tuple[Site, ...] = ()
-    escapes: tuple[int, ...] = ()
-    problems: tuple[Problem, ...] = ()
-
-
-def library_names(files: Iterable[SourceFile]) -> frozenset[str]:
-    """Names that any file binds to a ``Library``; methods of those take operator names.
-
-    Files of a package share their libraries by importing them, and a name is all that an import shows.
-    """
-    bound = re.compile(rb"^\s*([A-Za-z_]\w*)\s*(?::[^=\n]*)?=\s*[\w.]*\bLibrary\(", re.MULTILINE)
-    return frozenset(
-        name.decode("ascii")
-        for file in files
-        if file.path.endswith(".py")
-        for name in bound.findall(file.data)
-    )
-
-
-def find_sites(tree: ast.Module, text: Text, libraries: frozenset[str]) -> Sites:
+def find_sites(tree: ast.Module, text: Text, shared: Shared) -> Sites:
     """Find where a file names operators or their namespaces.
 
     Args:
         tree: The file's syntax tree.
         text: Its content.
-        libraries: Names that are bound to a ``Library`` anywhere in the package.
+        shared: What the files of its package share.
     """
-    if not _MENTIONS.search(text.data) and not any(name.encode() in text.data for name in libraries):
+    further = shared.libraries | shared.ops
+    if not _MENTIONS.search(text.data) and not any(name.encode() in text.data for name in further):
         return Sites()
-    finder = _Finder(tree, text, libraries)
+    finder = Finder(tree, text, shared)
     finder.visit(tree)
     return Sites(
         tuple(sorted(set(finder.sites), key=lambda site: site.start)),
         tuple(finder.escapes),
         tuple(finder.problems),
+        tuple(dict.fromkeys(finder.wanted)),
     )
 
 
-class _Finder(ScopedVisitor):
-    def __init__(self, tree: ast.Module, text: Text, libraries: frozenset[str]) -> None:
+class Finder(ScopedVisitor):
+    """Collects what ``find_sites`` returns while it visits a tree."""
+
+    def __init__(self, tree: ast.Module, text: Text, shared: Shared) -> None:
         super().__init__()
         self.text = text
-        self.libraries = libraries
+        self.shared = shared
         self.sites: list[Site] = []
         self.escapes: list[int] = []
         self.problems: list[Problem] = []
+        self.wanted: list[Wanted] = []
         self.accounted: set[int] = set()
         self.tree = tree
-        self.constants = constants(tree)
-        self.words = words(tree, libraries)
+        self.words = words(tree, shared.libraries | shared.ops)
 
     @cached_property
-    def varying(self) -> frozenset[str]:
-        """Names of the file that stand for something else each time."""
-        return frozenset(name for node in ast.walk(self.tree) for name in varying(node))
+    def rebound(self) -> frozenset[str]:
+        """Names that stand for one thing at first and for another later."""
+        return rebound(self.tree) if re.search(rb"\b(?:global|nonlocal)\b", self.text.data) else frozenset()
 
     def visit(self, node: ast.AST) -> None:
         """Leave out statements without any word that could matter: most of a file, and most of the time."""
@@ -140,6 +101,14 @@ class _Finder(ScopedVisitor):
     def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
         self.problems.append(Problem(node.lineno, *reason))
 
+    def is_ops(self, node: ast.AST) -> bool:
+        """Whether an expression stands for ``torch.ops``."""
+        return any(
+            name in _OPS
+            or (self.shared.own(name) and name.rpartition(".")[2] in self.shared.ops and "_ops." not in name)
+            for name in self.names(node)
+        )
+
     def visit_Call(self, node: ast.Call) -> None:
         called = self.names(node.func)
         if called & _CREATE or called & _ATTACH:
@@ -147,34 +116,68 @@ class _Finder(ScopedVisitor):
         elif called & _LIBRARIES:
             self.library_argument(node)
         elif any(name.startswith("torch._C._dispatch_") for name in called):
-            self.operator_argument(node, creates=False)
+            self.operator_argument(node, creates=False, strict=False)
         elif (
             isinstance(node.func, ast.Attribute)
             and node.func.attr in _LIBRARY_METHODS
-            and isinstance(node.func.value, ast.Name)
-            and node.func.value.id in self.libraries
+            and self.is_library(node.func.value)
         ):
             # A method of a `Library` takes names without a namespace, but also with its own.
             argument = naming_argument(node)
-            if argument is not None:
-                self.literal_operator(self.resolved(argument), creates=False)
-        elif called & _GETATTR and len(node.args) >= 2 and _OPS in self.names(node.args[0]):
+            if argument is not None and not self.literal_operator(self.resolved(argument), creates=False):
+                self.imported(argument, self.resolved(argument), "name", creates=False)
+        elif called & _GETATTR and len(node.args) >= 2 and self.is_ops(node.args[0]):
             self.accounted.add(id(node.args[0]))
             self.whole(node.args[1], creates=False)
+        elif (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr in _LOOK_UP
+            and node.args
+            and self.is_ops(node.func.value)
+        ):
+            self.accounted |= {id(node.func), id(node.func.value)}
+            self.whole(node.args[0], creates=False)
+        elif id(node) not in self.accounted and self.is_ops(node):
+            self.escapes.append(node.lineno)
         self.generic_visit(node)
 
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> None:
+        """A name for ``torch.ops`` is followed, if it is a variable of a function or of a module."""
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if (
+            node.value is not None
+            and self.is_ops(node.value)
+            and not isinstance(self.scopes[-1], ast.ClassDef)
+            and all(self.followed(target) for target in targets)
+        ):
+            self.accounted.add(id(node.value))
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.visit_Assign(node)
+
+    def followed(self, target: ast.expr) -> bool:
+        """Whether every use of a variable is known to be one of ``torch.ops``."""
+        if not isinstance(target, ast.Name) or target.id in self.rebound:
+            return False
+        # Other modules may import it, and know it by the form that its definition must have.
+        return not isinstance(self.scopes[-1], ast.Module) or target.id in self.shared.ops
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if _OPS in self.names(node.value):
+        if self.is_ops(node.value) and id(node) not in self.accounted:
             self.accounted.add(id(node.value))
             end = self.text.span(node)[1]
             start = end - len(node.attr.encode("utf-8"))
-            self.sites.append(Site(start, end, node.attr))
-        elif id(node) not in self.accounted and node.attr == "ops" and _OPS in self.names(node):
+            if node.attr.startswith("__"):
+                self.escapes.append(node.lineno)
+            else:
+                self.sites.append(Site(start, end, node.attr))
+        elif id(node) not in self.accounted and self.is_ops(node):
             self.escapes.append(node.lineno)
         self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
-        if id(node) not in self.accounted and isinstance(node.ctx, ast.Load) and _OPS in self.names(node):
+        if id(node) not in self.accounted and isinstance(node.ctx, ast.Load) and self.is_ops(node):
             self.escapes.append(node.lineno)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
@@ -183,15 +186,52 @@ class _Finder(ScopedVisitor):
         if node.module == "torch.library" and not node.level and node.names[0].name == "*":
             self.refuse(node, _HIDDEN)
 
-    def operator_argument(self, call: ast.Call, *, creates: bool) -> None:
+    def operator_argument(self, call: ast.Call, *, creates: bool, strict: bool = True) -> None:
         argument = naming_argument(call)
         if argument is not None:
-            self.operator(argument, creates=creates)
+            self.operator(argument, creates=creates, strict=strict)
+            if self.is_library(argument) and len(call.args) > 1:
+                self.literal_operator(self.resolved(call.args[1]), creates=False)
 
     def resolved(self, node: ast.expr) -> ast.expr:
-        if isinstance(node, ast.Name) and node.id not in self.varying:
-            return self.constants.get(node.id, node)
+        """What a name stands for, if it is bound once, by an assignment."""
+        seen: set[str] = set()
+        while isinstance(node, ast.Name) and node.id not in self.rebound and node.id not in seen:
+            seen.add(node.id)
+            bindings = self.bound(node.id)
+            if bindings is None or len(bindings) != 1 or not isinstance(bindings[0], ast.expr):
+                break
+            node = bindings[0]
         return node
+
+    def is_library(self, node: ast.expr) -> bool:
+        name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
+        return name in self.shared.libraries
+
+    def is_operator(self, node: ast.AST, depth: int = 20) -> bool:
+        """Whether an expression stands for an operator itself, and cannot be its name.
+
+        A function may be one by its decorator, and a name from another library is none that is rewritten.
+        """
+        if any(
+            name.startswith("torch.ops.") or not (self.shared.own(name) or name.startswith("builtins."))
+            for name in self.names(node)
+        ):
+            return True
+        if isinstance(node, ast.Call):
+            return bool(self.names(node.func) & _CREATE) or (
+                isinstance(node.func, ast.Call) and self.is_operator(node.func)
+            )
+        if isinstance(node, ast.Attribute):
+            return self.is_operator(node.value)
+        if isinstance(node, ast.Name) and depth:
+            bindings = self.bound(node.id) or []
+            return bool(bindings) and all(
+                isinstance(each, ast.stmt)
+                or (isinstance(each, ast.expr) and self.is_operator(each, depth - 1))
+                for each in bindings
+            )
+        return False
 
     def literal_operator(self, node: ast.expr, *, creates: bool) -> bool:
         """Note an expression whose value begins with ``namespace::``; false where it is something else."""
@@ -213,19 +253,24 @@ class _Finder(ScopedVisitor):
         else:
             self.sites.append(Site(start, start + len(namespace.encode("utf-8")), namespace, op, creates))
 
-    def operator(self, node: ast.expr, *, creates: bool) -> None:
+    def operator(self, node: ast.expr, *, creates: bool, strict: bool = True) -> None:
         """An expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
-        node = self.resolved(node)
-        if self.literal_operator(node, creates=creates):
+        asked, node = node, self.resolved(node)
+        if self.literal_operator(node, creates=creates) or self.is_library(asked) or self.is_library(node):
             return
         if isinstance(node, ast.Call) and self.from_helper(node):
             return
-        if isinstance(node, ast.Name) and node.id in self.libraries:
+        if strict and self.imported(asked, node, "operator", creates=creates):
             return
-        # An operator itself may be handed on, but not something that may as well be its name.
-        if not creates and not is_text(node) and not (isinstance(node, ast.Name) and node.id in self.varying):
+        if not creates and (self.is_operator(node) or (not strict and not is_text(node))):
             return
-        self.refuse(node, _RUN_TIME_OPERATOR)
+        self.refuse(asked, _RUN_TIME_OPERATOR)
+
+    def imported(self, asked: ast.expr, node: ast.expr, kind: Kind, *, creates: bool) -> bool:
+        """Note what another module of the package binds; false where it is something else."""
+        names = [name for name in self.names(node) if self.shared.own(name)]
+        self.wanted += (Wanted(name, asked.lineno, kind, creates) for name in sorted(names))
+        return bool(names)
 
     def library_argument(self, call: ast.Call) -> None:
         kinds = [*call.args[1:2], *(each.value for each in call.keywords if each.arg == "kind")]
@@ -236,11 +281,13 @@ class _Finder(ScopedVisitor):
 
     def whole(self, node: ast.expr, *, creates: bool) -> None:
         """An expression whose value is a namespace."""
-        node = self.resolved(node)
+        asked, node = node, self.resolved(node)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             self.site(node, node.value, None, creates=creates)
-        elif not any(isinstance(each, ast.Call) and self.from_helper(each) for each in ast.walk(node)):
-            self.refuse(node, _RUN_TIME_NAMESPACE)
+        elif any(isinstance(each, ast.Call) and self.from_helper(each) for each in ast.walk(node)):
+            return
+        elif not self.imported(asked, node, "namespace", creates=creates):
+            self.refuse(asked, _RUN_TIME_NAMESPACE)
 
     def from_helper(self, call: ast.Call) -> bool:
         """Whether a name is made by the helper in the generated ``_ops``."""

@@ -1,0 +1,46 @@
+"""Names that the files of a package share by importing them, of which an import shows the name alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kernelpress.files import SourceFile
+
+_ANNOTATION = rb"\s*(?::[^=\n]*)?=\s*"
+_LIBRARY = re.compile(
+    rb"^\s*(?:[\w.]+\.)?([A-Za-z_]\w*)" + _ANNOTATION + rb"[\w.]*\b(?:Library|_scoped_library)\("
+    rb"|\b([A-Za-z_]\w*)\s*:\s*[\"']?(?:[\w.]+\.)?Library\b"
+    rb"|\b(?:Library|_scoped_library)\([^\n]*\)\s+as\s+(\w+)",
+    re.MULTILINE,
+)
+_OPS = re.compile(rb"^([A-Za-z_]\w*)" + _ANNOTATION + rb"(?:[\w.]*\.)?ops\b\s*(?:[#;]|$)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """``libraries`` are names of a ``Library`` in any file, ``ops`` those of modules that stand for ``torch.ops``, and
+    ``tops`` the first parts of the names under which the package's own modules are imported."""
+
+    libraries: frozenset[str] = frozenset()
+    ops: frozenset[str] = frozenset()
+    tops: frozenset[str] = frozenset()
+
+    def own(self, name: str) -> bool:
+        """Whether a full name, as an import has it, is of the package."""
+        return name.startswith(".") or name.partition(".")[0] in self.tops
+
+
+def shared(files: Iterable[SourceFile], tops: frozenset[str]) -> Shared:
+    """What the files of a package share."""
+    sources = [file.data for file in files if file.path.endswith(".py")]
+    return Shared(
+        frozenset(
+            match[match.lastindex or 0].decode("ascii")
+            for data in sources
+            for match in _LIBRARY.finditer(data)
+        ),
+        frozenset(name.decode("ascii") for data in sources for name in _OPS.findall(data)),
+        tops,
+    )
