@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from dulwich import porcelain
+from kernelpress import place
 from kernelpress.errors import BuildError
 from kernelpress.spec import load_spec
 from kernelpress.variant import Build, build, without_provenance
@@ -20,6 +21,7 @@ from kernels import Metadata
 from kernels._rust import Digest, DigestAlgorithm
 
 PACKAGE = "torch-ext/demo_kernel"
+ASIDE = ".build.kernelpress"
 
 
 def make(root: Path, out: Path | None = None) -> Build:
@@ -268,7 +270,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_build_and_the_next_one_clea
         process.wait()
         process.stdout.close()
         # Between its two renames the previous build stands beside; the next build puts it back.
-        left = root / "build" if (root / "build").is_dir() else root / "build.old"
+        left = root / "build" if (root / "build").is_dir() else root / ASIDE / "old"
         for variant in left.iterdir():
             metadata = Metadata.read_from_file(variant / "metadata.json")
             metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
@@ -282,11 +284,42 @@ def test_the_next_build_puts_back_what_was_set_aside_when_one_was_killed(make_ke
     root = make_kernel()
     directory = make(root).directory
     (directory / "publish-report.json").write_text("{}")
-    directory.rename(root / "build.old")
-    (root / "build.tmp-left").mkdir()
+    (root / ASIDE / "new").mkdir(parents=True)
+    (root / ASIDE / place._MARK).write_text(place._MARK_TEXT)
+    directory.rename(root / ASIDE / "old")
     make(root)
     assert (directory / "publish-report.json").read_text() == "{}"
     assert {path.name for path in root.iterdir()} == {"build", "build.toml", "torch-ext"}
+
+
+def test_what_a_user_keeps_beside_a_build_is_never_removed(make_kernel):
+    root = make_kernel()
+    make(root)
+    for name in ("build.old", "build.tmp-mine", ".build.mine"):
+        (root / name).mkdir()
+        (root / name / "notes.txt").write_text("mine")
+    (root / PACKAGE / "twice.py").write_text((root / PACKAGE / "twice.py").read_text() + "# more\n")
+    make(root)
+    for name in ("build.old", "build.tmp-mine", ".build.mine"):
+        assert (root / name / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mark", [None, "something else"])
+def test_a_directory_of_the_builds_own_name_without_its_mark_is_in_the_way(make_kernel, mark):
+    root = make_kernel()
+    (root / ASIDE / "old").mkdir(parents=True)
+    if mark is not None:
+        (root / ASIDE / place._MARK).write_text(mark)
+    with pytest.raises(BuildError, match=r"\.build\.kernelpress: this is in the way"):
+        make(root)
+    assert (root / ASIDE / "old").is_dir()
+
+
+def test_a_build_killed_before_it_left_its_mark_is_no_matter(make_kernel):
+    root = make_kernel()
+    (root / ASIDE).mkdir()
+    make(root)
+    assert not (root / ASIDE).exists()
 
 
 def test_builds_at_once_in_one_place_take_turns(make_kernel):

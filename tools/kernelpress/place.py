@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
     from kernelpress.variant import Variant, VariantFile
 
 VARIANT_PREFIX = "torch-"
+# What is beside a build under a name of the user's own is never touched: only a directory with this in it is.
+_MARK = "made-by-kernelpress"
+_MARK_TEXT = "Holds a build while it is written; the next build clears it away.\n"
 
 
 def replace(directory: Path, variants: Sequence[Variant]) -> None:
@@ -28,15 +30,22 @@ def replace(directory: Path, variants: Sequence[Variant]) -> None:
         _recover(directory)
         if _stands(directory, variants):
             return
-        fresh = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
+        aside = _aside(directory)
+        aside.mkdir()
         try:
+            (aside / _MARK).write_text(_MARK_TEXT)
+            fresh = aside / "new"
+            fresh.mkdir()
             fresh.chmod(0o755)
             for variant in variants:
                 _write(fresh / variant.name, variant.files)
             _keep_foreign(directory, fresh)
-            _swap(directory, fresh)
+            _swap(directory, fresh, aside / "old")
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            # Where the build before could not even be put back, the next build does it.
+            if directory.exists() or not (aside / "old").exists():
+                with suppress(OSError):
+                    _discard(aside)
 
 
 def _stands(directory: Path, variants: Sequence[Variant]) -> bool:
@@ -90,8 +99,7 @@ def _keep_foreign(directory: Path, fresh: Path) -> None:
             shutil.copy2(path, fresh / path.name, follow_symlinks=False)
 
 
-def _swap(directory: Path, fresh: Path) -> None:
-    old = _old(directory)
+def _swap(directory: Path, fresh: Path, old: Path) -> None:
     if directory.exists():
         directory.rename(old)
     try:
@@ -100,23 +108,33 @@ def _swap(directory: Path, fresh: Path) -> None:
         if old.exists():
             old.rename(directory)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _recover(directory: Path) -> None:
     """Finish what a build that was killed left behind; the lock says that none is running."""
-    old = _old(directory)
-    if old.exists():
-        if directory.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(directory)
-    for left in directory.parent.glob(f"{directory.name}.tmp-*"):
-        shutil.rmtree(left)
+    aside = _aside(directory)
+    if not os.path.lexists(aside):
+        return
+    mark = aside / _MARK
+    ours = mark.is_file() and not aside.is_symlink() and mark.read_text("utf-8", "replace") == _MARK_TEXT
+    if not ours and not (aside.is_dir() and not aside.is_symlink() and not any(aside.iterdir())):
+        raise BuildError("this is in the way of the build, which did not make it; move it", path=aside)
+    if (aside / "old").is_dir() and not directory.exists():
+        (aside / "old").rename(directory)
+    _discard(aside)
 
 
-def _old(directory: Path) -> Path:
-    return directory.with_name(f"{directory.name}.old")
+def _discard(aside: Path) -> None:
+    # The mark goes last, so that whoever is killed here leaves what the next build knows for its own.
+    for name in ("new", "old"):
+        if (aside / name).exists():
+            shutil.rmtree(aside / name)
+    (aside / _MARK).unlink(missing_ok=True)
+    aside.rmdir()
+
+
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.kernelpress")
 
 
 @contextmanager
