@@ -108,7 +108,6 @@ def attention_backward(
         if dispatch.use_triton(q):
             from . import gpu
 
-            with torch.cuda.device_of(q):
             return gpu.backward(*saved, (max_seqlen_q, max_seqlen_k), scale, window, softcap)
         return cpu.backward(*saved, scale, window, softcap)
 
