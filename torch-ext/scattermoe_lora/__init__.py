@@ -1,8 +1,8 @@
 """Fused mixture-of-experts kernels with LoRA that is never merged, and attention for heads of up to 512.
 
 ``register()`` makes ``experts_implementation="scattermoe"`` available to transformers' models, and PEFT's LoRA on
-expert parameters runs fused in it; ``register_attention()`` does the same for ``attn_implementation``; ``apply_to(model)``
-fuses norm and rotary embedding in Gemma 4's attention. Importing the package needs torch alone.
+expert parameters runs fused in it; ``register_attention()`` does the same for ``attn_implementation``;
+``apply_to(model)`` fuses norm and rotary embedding in Gemma 4's attention. Importing the package needs torch alone.
 """
 
 from .integration.attention import register_attention, unregister_attention
