@@ -34,6 +34,18 @@ FORMS = (
     "import {top}.tools.shape as sh; got = sh.up.HIGH",
     "import importlib; got = importlib.import_module('{top}.nn.fast.core').X",
     "from importlib import import_module as im; got = im('{top}.tools.shape').WIDE",
+    "import {top}.nn.fast.later as mod; got = mod.MARK",
+    "import {top}.tools.shape, {top}.nn.fast.later as mod; got = mod.MARK",
+    "import importlib; got = importlib.import_module(name='{top}.nn.fast.core').X",
+    "import importlib; got = importlib.import_module('.core', '{top}.nn.fast').X",
+    "import importlib; got = importlib.import_module('.core', package='{top}.nn.fast').X",
+    "import sys, {top}.nn.fast.core; got = sys.modules['{top}.nn.fast.core'].X",
+    "import sys as s, {top}.nn.fast.core; got = s.modules.get('{top}.nn.fast.core').X",
+    "from sys import modules; got = ('{top}.nn.fast' in modules, not '{top}.nn.fast' in modules)",
+    "from importlib import resources; got = resources.files('{top}.nn.fast').joinpath('core.py').is_file()",
+    "import importlib.resources as r; got = r.files('{top}.tools').joinpath('up.py').is_file()",
+    "from importlib.util import find_spec; got = find_spec('{top}.nn.fast.core').origin[-7:]",
+    "import pkgutil; got = pkgutil.get_data('{top}.nn.fast', 'core.py')",
     "import importlib as i; got = i.import_module(\n    '{top}.nn.fast'\n).MARK",
 )
 WRAPS = (
@@ -50,7 +62,8 @@ def project(top: str, module: str) -> dict[str, str]:
     return {
         f"{top}/__init__.py": "",
         f"{top}/nn/__init__.py": "",
-        f"{top}/nn/fast/__init__.py": "MARK = 'fast'\n",
+        f"{top}/nn/fast/__init__.py": "MARK = 'fast'\nlater = None\n",
+        f"{top}/nn/fast/later.py": "MARK = 'later'\n",
         f"{top}/nn/fast/core.py": "X, Y = 'x', 'y'\n",
         f"{top}/nn/fast/deep/__init__.py": "MARK = 'deep'\n",
         f"{top}/nn/fast/deep/case.py": module,
@@ -110,6 +123,9 @@ def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypa
         ("def f():\n    import p.other as o\n", 2),
         ("import importlib\nimportlib.import_module('p.other')\n", 2),
         ("from ... import x\n", 1),
+        ("import sys\nsys.modules['p.other']\n", 2),
+        ("import importlib.resources as r\nx = r.files('p.other')\n", 2),
+        ("import importlib\nimportlib.import_module(name='p.other')\n", 2),
     ],
 )
 def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
@@ -120,10 +136,28 @@ def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
 @pytest.mark.parametrize(
     "text",
     [
+        "import sys\nx = f'{sys.modules[\"p.q\"]}'\n",
+        "import importlib.resources as r\nr.files('p.' + x)\n",
+        "P = 'p.q'\nimport sys; sys.modules[P]\n",
+        "import importlib\nimportlib.import_module('.x', 'p.' f'{q}')\n",
+        "import importlib\nimportlib.import_module('p.q.a', None)\n",
+    ],
+)
+def test_a_module_named_in_a_way_that_cannot_be_followed_is_refused(text):
+    found = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q")).findings
+    assert [(each.code, each.severity, each.line) for each in found] == [("KP305", "error", 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.other import x\n",
         "try:\n    import p.other\nexcept ImportError:\n    pass\n",
         "import importlib\nimportlib.import_module('pother')\n",
         "s = 'import p.other'  # from p.other import x\n",
+        "import sys\nsys.modules['torch'], sys.path['p.other'], x.modules['p.other'], 'p.other' in sys.path\n",
+        "import importlib.util\nimportlib.util.find_spec('peft')\n",
+        "from importlib import resources\nresources.files(__package__), resources.files(f'{__name__}.x')\n",
     ],
 )
 def test_what_is_never_imported_or_done_without_needs_not_ship(text):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernelpress.files import SourceFile
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory
+from kernelpress.memory import _CODE, Memory
 from kernelpress.rewrite import examine
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
@@ -150,3 +150,11 @@ def test_a_change_of_any_code_that_looks_at_sources_forgets_what_it_found():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # Messages about files that cannot be read are made anew each time.
     assert done.stdout.split() == ["errors"]
+
+
+def test_all_code_that_looks_at_sources_counts(run_clean):
+    done = run_clean(
+        "import sys, kernelpress.analysis\n"
+        "print(*(name[12:] for name in sys.modules if name.startswith('kernelpress.')))"
+    )
+    assert set(done.stdout.split()) - {"errors"} <= set(_CODE), done.stderr

@@ -7,17 +7,13 @@ import io
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
+from kernelpress.by_name import may_name, named
 from kernelpress.layout import VENDOR, Layout
 from kernelpress.names import ScopedVisitor
 from kernelpress.text import Edit, Text
+from kernelpress.when import When, timed
 
-# When an import runs: with the module, only under a condition or caught where it fails, in a function, or never.
-When = Literal["load", "guarded", "call", "typing"]
-
-_IMPORTERS = frozenset(("importlib.import_module", "builtins.__import__", "importlib.__import__"))
-_CAUGHT = frozenset(("ImportError", "ModuleNotFoundError", "Exception", "BaseException"))
 # The name of a kernel's top module is the first part of any of its modules' names.
 _TOP = '__name__.partition(".")[0]'
 
@@ -59,7 +55,6 @@ def find_imports(tree: ast.Module, text: Text, path: str, module: str, layout: L
         layout: What ships, and where.
     """
     visitor = _Imports(text, path, module, layout)
-    visitor.calls = any(each in text.data for each in (b"import_module", b"__import__"))
     visitor.visit(tree)
     return Imports(
         tuple(visitor.edits),
@@ -73,7 +68,7 @@ def find_imports(tree: ast.Module, text: Text, path: str, module: str, layout: L
 def imported_modules(tree: ast.Module, path: str, module: str) -> Iterator[tuple[str, tuple[str, ...], When]]:
     """Each import of a file as a full module name, the names taken from it, and when it runs."""
     walker = _Imports(Text(b""), path, module, Layout(module))
-    for node, when in _timed(tree):
+    for node, when in timed(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, (), when) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -87,48 +82,6 @@ def imported_modules(tree: ast.Module, path: str, module: str) -> Iterator[tuple
                 yield str(first.value), (), when
 
 
-def _timed(tree: ast.AST, when: When = "load", *, calls: bool = True) -> Iterator[tuple[ast.AST, When]]:
-    for name, value in ast.iter_fields(tree):
-        for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or (not calls and isinstance(child, ast.expr)):
-                continue
-            inner = _inner(tree, name, when)
-            yield child, inner
-            yield from _timed(child, inner, calls=calls)
-
-
-def _inner(parent: ast.AST, field: str, when: When) -> When:
-    """When the code in a field of a node runs."""
-    if when in ("typing", "call"):
-        return when
-    if isinstance(parent, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and field == "body":
-        return "call"
-    if isinstance(parent, ast.If):
-        test = ast.unparse(parent.test)
-        if field == "body" and test in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            return "typing"
-        if field in ("body", "orelse") and "TYPE_CHECKING" not in test:
-            return "guarded"
-    if isinstance(parent, ast.Try) and field == "body" and any(map(_catches, parent.handlers)):
-        return "guarded"
-    if (
-        isinstance(parent, ast.With)
-        and field == "body"
-        and any("suppress" in ast.unparse(i) for i in parent.items)
-    ):
-        return "guarded"
-    if isinstance(parent, ast.ExceptHandler) and _catches(parent):
-        return "guarded"
-    return when
-
-
-def _catches(handler: ast.ExceptHandler) -> bool:
-    if handler.type is None:
-        return True
-    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    return any(ast.unparse(kind) in _CAUGHT for kind in kinds)
-
-
 class _Imports(ScopedVisitor):
     def __init__(self, text: Text, path: str, module: str, layout: Layout) -> None:
         super().__init__()
@@ -137,7 +90,8 @@ class _Imports(ScopedVisitor):
         self.module = module
         self.layout = layout
         self.depth = path.count("/")
-        self.calls = True
+        self.calls = may_name(text.data)
+        self.in_text = 0
         self.when: dict[int, When] = {}
         self.edits: list[Edit] = []
         self.missing: list[Import] = []
@@ -148,8 +102,8 @@ class _Imports(ScopedVisitor):
     def visit_Module(self, node: ast.Module) -> None:
         self.when = {
             id(child): when
-            for child, when in _timed(node, calls=self.calls)
-            if isinstance(child, ast.Import | ast.ImportFrom | ast.Call)
+            for child, when in timed(node, calls=self.calls)
+            if isinstance(child, ast.Import | ast.ImportFrom | ast.Call | ast.Subscript | ast.Compare)
         }
         super().visit_Module(node)
 
@@ -201,7 +155,10 @@ class _Imports(ScopedVisitor):
         if alias.asname:
             if not place:
                 return f"{alias.asname} = __import__({_TOP})"
-            return f"from {self.relative(place[:-1])} import {place[-1]} as {alias.asname}"
+            # `from . import name` gives an attribute of the package where there is one, without importing the module
+            # of that name; `import package.name as` always imports it first.
+            first = f"from {self.relative(place)} import __name__ as {alias.asname}"
+            return f"{first}; from {self.relative(place[:-1])} import {place[-1]} as {alias.asname}"
         top = alias.name.partition(".")[0]
         if top == self.layout.package:
             # No relative import binds the package itself; `__import__` returns it once the rest is imported.
@@ -285,39 +242,59 @@ class _Imports(ScopedVisitor):
             text += b"; (" + b"".join(newlines) + b")"
         self.edits.append(Edit(start, end, text))
 
-    # importlib.import_module("a.b.c") -----------------------------------------------------------------------
+    # importlib.import_module("a.b.c"), sys.modules["a.b.c"] --------------------------------------------------
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        self.in_text += 1
+        self.generic_visit(node)
+        self.in_text -= 1
 
     def visit_Call(self, node: ast.Call) -> None:
+        self.by_name(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        self.by_name(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        self.by_name(node)
+
+    def by_name(self, node: ast.expr) -> None:
         self.generic_visit(node)
-        called = self.names(node.func)
-        if not (called & _IMPORTERS and node.args):
+        found = named(node, self.names)
+        if found is None:
             return
-        name = node.args[0]
+        name = found.name
+        if isinstance(name, ast.Name) and len(values := self.bound(name.id) or []) == 1:
+            name = values[0] if isinstance(values[0], ast.Constant) else name
         leading = name.left if isinstance(name, ast.BinOp) else name
         if isinstance(leading, ast.JoinedStr) and leading.values:
             leading = leading.values[0]
         if not (isinstance(leading, ast.Constant) and isinstance(leading.value, str)):
             own = ("__name__", "__package__")
-            if not any(isinstance(each, ast.Name) and each.id in own for each in ast.walk(name)):
+            if found.does == "import" and not any(
+                isinstance(each, ast.Name) and each.id in own for each in ast.walk(name)
+            ):
                 self.unread.append(node.lineno)
             return
         module = leading.value
         if leading is not name:
             if module.partition(".")[0] in self.layout.tops and "." in module:
                 self.unknown.append(node.lineno)
-            return
-        if module.startswith("."):
-            return
-        if module.partition(".")[0] not in self.layout.tops:
+        elif module.partition(".")[0] in self.layout.tops:
+            self.own_by_name(node, module, name if found.alone and name is found.name else None)
+        elif found.does == "import":
             self.note(self.outside, module, node)
-            return
+
+    def own_by_name(self, node: ast.expr, module: str, literal: ast.Constant | None) -> None:
+        """A module of the project's, named by a string that may be replaced where it is given."""
         place = self.layout.place(module)
         if place is None:
             self.note(self.missing, module, node)
-        elif "importlib.import_module" not in called or len(node.args) + len(node.keywords) != 1:
+        elif literal is None or self.in_text:
+            # Within another string, its quotes may not be used again before Python 3.12.
             self.unknown.append(node.lineno)
         else:
-            start, end = self.text.span(name)
+            start, end = self.text.span(literal)
             new = f'{_TOP} + ".{".".join(place)}"' if place else _TOP
             pad = b"".join(b" \\" + newline for newline in self.text.newlines(start, end))
             self.edits.append(Edit(start, end, new.encode("utf-8") + pad))

@@ -19,6 +19,7 @@ from typing import Any
 # Whoever changes one of these may find something else in the same source.
 _CODE = (
     "analysis",
+    "by_name",
     "expressions",
     "files",
     "imports",
@@ -29,6 +30,7 @@ _CODE = (
     "shared",
     "sites",
     "text",
+    "when",
 )
 
 

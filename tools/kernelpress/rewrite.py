@@ -169,7 +169,7 @@ def _findings(file: SourceFile, found: Analysis, registers: bool) -> Iterator[Fi
             )  # fmt: skip
     for line in found.unknown:
         yield Finding(
-            "KP305", "error", path, line, "a module of the project is imported by a name that cannot be followed",
+            "KP305", "error", path, line, "a module of the project is named in a way that cannot be followed",
             'import it by a statement, or by importlib.import_module("its.name") alone',
         )  # fmt: skip
     for line in found.unread:
