@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
-from kernelpress.bundle import bundle, unbundle, upload
+from kernelpress.bundle import bundle, unbundle
 from kernelpress.errors import PublishError
 from kernelpress.history import info, redirect, restore, rollback, yank
 from kernelpress.hubs import RefusedError, heads, tree
@@ -21,6 +21,7 @@ from kernelpress.plan import SIGNATURE, plan
 from kernelpress.publish import publish
 from kernelpress.release import release
 from kernelpress.sign import sign
+from kernelpress.upload import upload
 from kernelpress.verify import verify
 from kernels.status import resolve_status
 from kernels.verify import VerificationResult, verify_variant
@@ -253,6 +254,39 @@ def test_a_bundle_loads_without_a_hub_and_fills_another_one(make_kernel, api, re
     assert upload(archive, api, target).keys() == {"main", "v1", "v2"}
     for branch in ("main", "v1", "v2"):
         assert contents(api, target, branch) == contents(api, repo, branch)
+    assert upload(archive, api, target) == {}
+
+
+def test_a_branch_that_only_looks_like_a_version_is_none(make_kernel, api, repo):
+    made = make(make_kernel())
+    publish(made, repo, api)
+    for name in ("v01", "v1x", "v\u0661", "v" + "9" * 90):
+        api.create_branch(repo, branch=name, repo_type="kernel")
+    assert [each.version for each in info(api, repo).versions] == [1]
+    assert plan(made, repo, api).unchanged
+
+
+def test_an_archive_of_older_versions_leaves_main_where_it_is(make_kernel, api, repo, tmp_path):
+    root = make_kernel()
+    publish(make(root), repo, api)
+    archive = tmp_path / "old.tar"
+    bundle(api, repo, archive)
+    target = f"{repo}-copy"
+    edit(root, "build.toml", "version = 1", "version = 2")
+    publish(make(root), target, api)
+    before = heads(api, target)
+    seen = []
+    real = api.create_commit
+
+    def watched(*arguments, **options):
+        seen.append(options["revision"])
+        return real(*arguments, **options)
+
+    api.create_commit = watched
+    assert upload(archive, api, target).keys() == {"v1"}
+    assert "main" not in seen
+    assert heads(api, target) == {**before, "v1": heads(api, target)["v1"]}
+    assert contents(api, target, "v1") == contents(api, repo, "v1")
     assert upload(archive, api, target) == {}
 
 

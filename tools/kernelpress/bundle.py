@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import HfApi
 from kernels._rust import Digest, DigestValidationError, Metadata  # type: ignore[import-untyped]
 
 from kernelpress.errors import PublishError
-from kernelpress.hubs import MAIN, TYPE, RefusedError, checked_repo_id, explained, heads, tree
+from kernelpress.hubs import MAIN, TYPE, checked_repo_id, explained, heads
 from kernelpress.plan import VERSION_BRANCH, versions_of
 from kernelpress.spec import is_repo_id
 from kernelpress.variant import METADATA
@@ -88,7 +88,7 @@ def unbundle(archive: Path, directory: Path) -> Bundled:
     """
     if directory.exists():
         raise PublishError("there is something here already; name a directory that is new", path=directory)
-    with _opened(archive) as (manifest, commits, folder):
+    with opened(archive) as (manifest, commits, folder):
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
@@ -103,89 +103,11 @@ def unbundle(archive: Path, directory: Path) -> Bundled:
         return Bundled(manifest["repo-id"], commits, directory)
 
 
-def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bool = False) -> dict[str, str]:
-    """Put every version of an archive on another Hub, in their order; what is there already stays.
-
-    Args:
-        archive: What ``bundle`` wrote.
-        api: The Hub to put it on.
-        repo_id: By default the one it was made from.
-        private: Whether a repository that does not exist yet is made private.
-
-    Returns:
-        Each branch that changed, and its new commit.
-
-    Raises:
-        RefusedError: A version is there with other content.
-        PublishError: The archive is damaged, or the Hub refuses or does not answer.
-    """
-    with _opened(archive) as (manifest, commits, folder):
-        target = checked_repo_id(repo_id or manifest["repo-id"])
-        done: dict[str, str] = {}
-        with explained(api, target):
-            api.create_repo(target, repo_type=TYPE, private=private, exist_ok=True)
-            for name in sorted(commits, key=_order):
-                at = heads(api, target)
-                if name in at and name != MAIN:
-                    if _operations(api, target, at[name], folder / name):
-                        raise RefusedError(f"{name} of {target} holds something else than the archive")
-                    continue
-                newest = max(versions_of(at), default=0)
-                if name == MAIN and newest > max(versions_of(commits), default=0):
-                    continue
-                message = f"Unbundle {manifest['repo-id']}@{name}, commit {commits[name][:12]}"
-                operations = _operations(api, target, at[MAIN], folder / name)
-                commit = at[MAIN]
-                if operations:
-                    made = api.create_commit(
-                        target,
-                        operations,
-                        commit_message=message,
-                        repo_type=TYPE,
-                        revision=MAIN,
-                        parent_commit=at[MAIN],
-                    )
-                    commit = str(made.oid)
-                    done[MAIN] = commit
-                if name != MAIN:
-                    api.create_branch(target, branch=name, revision=commit, repo_type=TYPE)
-                    done[name] = commit
-        return done
-
-
-def _order(name: str) -> tuple[int, int]:
-    match = VERSION_BRANCH.fullmatch(name)
-    return (1, 0) if match is None else (0, int(match[1]))
-
-
-def _operations(
-    api: HfApi, repo_id: str, revision: str, folder: Path
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    there = tree(api, repo_id, revision)
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)}
-    found: list[CommitOperationAdd | CommitOperationDelete] = []
-    for path, data in files.items():
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        held = there.get(path)
-        same = held is not None and (
-            held.blob_id == git if held.lfs is None else held.lfs.sha256 == hashlib.sha256(data).hexdigest()
-        )
-        # How a Hub stores files is its own affair.
-        if not same and path != ".gitattributes":
-            found.append(CommitOperationAdd(path, data))
-    found += [
-        CommitOperationDelete(path, is_folder=False)
-        for path in sorted(there)
-        if path not in files and path != ".gitattributes"
-    ]
-    return found
-
-
 def _write(archive: Path, repo_id: str, commits: Mapping[str, str], folders: Mapping[str, Path]) -> None:
     files = {
         f"{name}/{path.relative_to(folder).as_posix()}": path
         for name, folder in folders.items()
-        for path in _files(folder)
+        for path in files_below(folder)
     }
     manifest = {
         "format": _FORMAT,
@@ -211,8 +133,12 @@ def _add(out: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 @contextmanager
-def _opened(archive: Path) -> Iterator[tuple[dict[str, Any], dict[str, str], Path]]:
-    """The manifest, its commits, and a folder with all files, checked."""
+def opened(archive: Path) -> Iterator[tuple[dict[str, Any], dict[str, str], Path]]:
+    """An archive's manifest, its commits, and a folder with all files, checked.
+
+    Raises:
+        PublishError: The archive is damaged or cannot be read.
+    """
     with tempfile.TemporaryDirectory(prefix="kernelpress-") as scratch:
         try:
             with tarfile.open(archive) as source:
@@ -300,5 +226,6 @@ def _check_digests(folder: Path) -> None:
             raise PublishError(f"{variant.name} is not what its metadata says: {said}") from error
 
 
-def _files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
+    """Every file in a folder, in order of paths."""
     return sorted(path for path in folder.rglob("*") if path.is_file())

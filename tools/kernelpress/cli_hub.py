@@ -147,8 +147,8 @@ def unbundle(
 ) -> None:
     """Unpack an archive for LOCAL_KERNELS (--into), or put it on another Hub (--repo-id or --endpoint)."""
     from kernelpress.bundle import unbundle as unpack
-    from kernelpress.bundle import upload
     from kernelpress.hubs import hub
+    from kernelpress.upload import upload
 
     if into is not None:
         done = unpack(archive, into)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx2
 from huggingface_hub import HfApi, set_client_factory
@@ -93,6 +93,23 @@ def tree(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
 def content_id(entry: RepoFile) -> str:
     """What is equal for two files exactly when their content is."""
     return entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+
+
+@contextmanager
+def staging(api: HfApi, repo_id: str, name: str, base: str) -> Iterator[str]:
+    """A branch at ``base`` that nobody reads, to make a commit on; it is removed afterwards.
+
+    A version's branch that was made first and filled then would for a moment show its readers some other tree.
+    """
+    branch = f"kernelpress-staging-{name}"
+    with suppress(HfHubHTTPError):
+        api.delete_branch(repo_id, branch=branch, repo_type=TYPE)
+    api.create_branch(repo_id, branch=branch, revision=base, repo_type=TYPE)
+    try:
+        yield branch
+    finally:
+        with suppress(HfHubHTTPError, httpx2.HTTPError):
+            api.delete_branch(repo_id, branch=branch, repo_type=TYPE)
 
 
 @contextmanager

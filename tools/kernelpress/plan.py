@@ -25,7 +25,8 @@ CARD = "README.md"
 STATUS = "kernel-status.toml"
 SIGNATURE = f"{METADATA}.sigstore"
 YANKED = "kernel-yanked.toml"
-VERSION_BRANCH = re.compile(r"v(\d+)")
+# The one way to write each number: `v01` is a branch like any other.
+VERSION_BRANCH = re.compile(r"v(0|[1-9][0-9]{0,9})")
 
 
 @dataclass(frozen=True)

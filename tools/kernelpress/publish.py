@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from kernelpress.errors import PublishError
 from kernelpress.hubs import (
@@ -26,6 +23,7 @@ from kernelpress.hubs import (
     checked_repo_id,
     explained,
     hub,
+    staging,
 )
 from kernelpress.plan import BranchPlan, Plan, plan
 from kernelpress.variant import Build
@@ -204,18 +202,12 @@ class _Attempt:
         )
 
     def _commit_aside(self, todo: BranchPlan) -> str:
-        # For a version older than main's. A branch made first and filled then would for a moment show readers
-        # of this version some other tree, so the commit is made on a branch that nobody reads.
-        staging = f"kernelpress-staging-{todo.name}-{self._build.content_hash}"
-        with suppress(HfHubHTTPError):
-            self._api.delete_branch(self._repo_id, branch=staging, repo_type=TYPE)
-        self._api.create_branch(self._repo_id, branch=staging, revision=todo.base, repo_type=TYPE)
-        try:
-            commit = self._commit(todo, staging)
+        # For a version older than main's.
+        assert todo.base is not None
+        name = f"{todo.name}-{self._build.content_hash}"
+        with staging(self._api, self._repo_id, name, todo.base) as aside:
+            commit = self._commit(todo, aside)
             self._api.create_branch(self._repo_id, branch=todo.name, revision=commit, repo_type=TYPE)
-        finally:
-            with suppress(HfHubHTTPError, httpx2.HTTPError):
-                self._api.delete_branch(self._repo_id, branch=staging, repo_type=TYPE)
         return commit
 
     def _commit(self, todo: BranchPlan, branch: str, *, create_pr: bool = False) -> str:

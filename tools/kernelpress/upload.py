@@ -1,0 +1,102 @@
+"""Versions of a kernel from an archive that ``bundle`` wrote, put on another Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from kernelpress.bundle import files_below, opened
+from kernelpress.hubs import MAIN, TYPE, RefusedError, checked_repo_id, explained, heads, staging, tree
+from kernelpress.plan import VERSION_BRANCH, versions_of
+
+
+def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bool = False) -> dict[str, str]:
+    """Put every version of an archive on another Hub, in their order; what is there already stays.
+
+    ``main`` changes only where the archive's newest version is the newest there, so it never goes back.
+
+    Args:
+        archive: What ``bundle`` wrote.
+        api: The Hub to put it on.
+        repo_id: By default the one it was made from.
+        private: Whether a repository that does not exist yet is made private.
+
+    Returns:
+        Each branch that changed, and its new commit.
+
+    Raises:
+        RefusedError: A version is there with other content.
+        PublishError: The archive is damaged, or the Hub refuses or does not answer.
+    """
+    with opened(archive) as (manifest, commits, folder):
+        target = checked_repo_id(repo_id or manifest["repo-id"])
+        done: dict[str, str] = {}
+        with explained(api, target):
+            api.create_repo(target, repo_type=TYPE, private=private, exist_ok=True)
+            for name in sorted(commits, key=_order):
+                at = heads(api, target)
+                message = f"Unbundle {manifest['repo-id']}@{name}, commit {commits[name][:12]}"
+                newest = max(versions_of(at), default=-1)
+                if name == MAIN:
+                    if newest <= max(versions_of(commits), default=-1):
+                        commit = _commit(api, target, MAIN, at[MAIN], folder / MAIN, message)
+                        if commit != at[MAIN]:
+                            done[MAIN] = commit
+                    continue
+                if name in at:
+                    if _operations(api, target, at[name], folder / name):
+                        raise RefusedError(f"{name} of {target} holds something else than the archive")
+                    continue
+                # A version's branch is made of a finished commit, so that it never shows another tree.
+                if newest > _order(name)[1]:
+                    with staging(api, target, name, at[MAIN]) as aside:
+                        commit = _commit(api, target, aside, at[MAIN], folder / name, message)
+                        api.create_branch(target, branch=name, revision=commit, repo_type=TYPE)
+                else:
+                    commit = _commit(api, target, MAIN, at[MAIN], folder / name, message)
+                    if commit != at[MAIN]:
+                        done[MAIN] = commit
+                    api.create_branch(target, branch=name, revision=commit, repo_type=TYPE)
+                done[name] = commit
+        return done
+
+
+def _order(name: str) -> tuple[int, int]:
+    match = VERSION_BRANCH.fullmatch(name)
+    return (1, 0) if match is None else (0, int(match[1]))
+
+
+def _commit(api: HfApi, repo_id: str, branch: str, base: str, folder: Path, message: str) -> str:
+    """Give a branch that is at ``base`` the files of a folder; returns the commit that it is at then."""
+    operations = _operations(api, repo_id, base, folder)
+    if not operations:
+        return base
+    made = api.create_commit(
+        repo_id, operations, commit_message=message, repo_type=TYPE, revision=branch, parent_commit=base
+    )
+    return str(made.oid)
+
+
+def _operations(
+    api: HfApi, repo_id: str, revision: str, folder: Path
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    there = tree(api, repo_id, revision)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files_below(folder)}
+    found: list[CommitOperationAdd | CommitOperationDelete] = []
+    for path, data in files.items():
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        held = there.get(path)
+        same = held is not None and (
+            held.blob_id == git if held.lfs is None else held.lfs.sha256 == hashlib.sha256(data).hexdigest()
+        )
+        # How a Hub stores files is its own affair.
+        if not same and path != ".gitattributes":
+            found.append(CommitOperationAdd(path, data))
+    found += [
+        CommitOperationDelete(path, is_folder=False)
+        for path in sorted(there)
+        if path not in files and path != ".gitattributes"
+    ]
+    return found
