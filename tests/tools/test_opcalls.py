@@ -46,6 +46,29 @@ def test_an_operator_that_runs_another_builds_code_is_found(make_kernel):
     assert found.message.endswith("ops/scale.py")
 
 
+def test_an_operator_made_of_another_builds_function_is_found_though_nothing_can_call_it(make_kernel):
+    (found,) = [
+        each
+        for each in checked(
+            make_kernel(),
+            "twice.py",
+            (
+                "@operator(",
+                "def _own(x: torch.Tensor) -> torch.Tensor:\n    raise RuntimeError('needs a GPU')\n\n\n@operator(",
+            ),
+            ("def _twice(x: torch.Tensor) -> torch.Tensor:\n    return x * FACTOR", "class _(): pass"),
+            (
+                '@operator("demo_kernel::twice", mutates_args=())\nclass _(): pass',
+                '_own = torch._demo_own = getattr(torch, "_demo_own", _own)\n'
+                'operator("demo_kernel::twice", _own, mutates_args=())',
+            ),
+        )
+        if each.code == "KP206"
+    ]
+    assert "operator 'twice' of" in found.message
+    assert "is a function of" in found.message
+
+
 def test_an_operator_that_fails_in_the_second_build_alone_is_found(make_kernel):
     (found,) = checked(
         make_kernel(),

@@ -6,6 +6,7 @@ Runs in processes that have torch and the standard library alone.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import signal
 import sys
@@ -81,6 +82,13 @@ def mixed(first: tuple[str, str], second: tuple[str, str], calls: dict[str, Any]
     """
     roots = (first[1], second[1])
     pairs = operators(first[0]), operators(second[0])
+    for (namespace, own), other in ((first, second[1]), (second, first[1])):
+        for name in calls:
+            strange = next(
+                (file for file in _functions(f"{namespace}::{name}") if file.startswith(other)), None
+            )
+            if strange is not None:
+                return f"operator {name!r} of {own} is a function of {strange}"
     for name, found in calls.items():
         if found["arguments"] is None or any(name not in each for each in pairs):
             continue
@@ -93,6 +101,18 @@ def mixed(first: tuple[str, str], second: tuple[str, str], calls: dict[str, Any]
         if fared[0] != fared[1]:
             return f"operator {name!r} gives {fared[0]} in one and {fared[1]} in the other"
     return None
+
+
+def _functions(op: str) -> list[str]:
+    """Files of the Python functions of an operator, as far as PyTorch keeps them: of ``custom_op`` and kin."""
+    from torch._library import custom_ops
+
+    definition = custom_ops.OPDEFS.get(op.partition(".")[0])
+    if definition is None:
+        return []
+    functions = (definition._init_fn, definition._abstract_fn, *definition._backend_fns.values())
+    codes = [getattr(inspect.unwrap(each), "__code__", None) for each in functions if each is not None]
+    return [code.co_filename for code in codes if code is not None]
 
 
 def examine(overload: Any, own: str, texts: list[str]) -> dict[str, Any]:

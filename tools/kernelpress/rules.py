@@ -154,9 +154,10 @@ _ALL = (
         "two builds load in one process and run their own code",
         "A process may hold two versions of a kernel, each used by another library. So a variant and another build "
         "of it, which differs in its id and a line of each module, are loaded together. Each must register the same "
-        "operators in its own namespace. Each operator that made-up arguments fit (see KP207) is then called in both: "
-        "all code below the two builds that runs must be its own build's, and both must fare alike. What only a call "
-        "of a Python function, a GPU or other arguments reaches is not looked at.",
+        "operators in its own namespace, made of its own Python functions as far as PyTorch keeps them. Each operator "
+        "that made-up arguments fit (see KP207) is then called in both: all code below the two builds that runs must "
+        "be its own build's, and both must fare alike. What only a call of a Python function, a GPU or other arguments "
+        "reaches is not looked at.",
         "Look for state outside of the package: a registry of another library, a file, a name in `sys.modules`.",
     ),
     Rule(
