@@ -32,7 +32,9 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     MistralConfig,
+    masking_utils,
 )
+from transformers.models.gemma4.modeling_gemma4 import eager_attention_forward
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
@@ -104,6 +106,21 @@ def test_a_model_with_images_generates_the_tokens_of_eager(attention, cache: str
             )
         )  # fmt: skip
     assert torch.equal(*generated)
+
+
+def test_a_mask_of_spans_serves_queries_of_another_dtype(attention, submodule) -> None:
+    """As where a model computes its norms in float32, and its embeddings, and with them the mask, are in bfloat16."""
+    m = multimodal().model.language_model
+    layer, spans = m.layers[0].self_attn, torch.tensor([[-1, 0, 0, -1]])
+    causal = masking_utils.causal_mask_function
+    function = masking_utils.or_masks(causal, masking_utils.blockwise_overlay(spans))
+    mask = submodule("integration.attention_masks").mask(
+        batch_size=1, q_length=4, kv_length=4, mask_function=function, config=m.config, dtype=torch.bfloat16
+    )
+    q, k = torch.randn(1, 4, 4, 16), torch.randn(1, 2, 4, 16)
+    got, _ = AttentionInterface._global_mapping[FLASH](layer, q, k, k, mask, scaling=1.0)
+    exact, _ = eager_attention_forward(layer, q, k, k, mask.float(), scaling=1.0)
+    assert_close([got], [exact], 1e-5)
 
 
 def test_text_alone_runs_in_the_kernel_in_a_model_for_images(attention, said) -> None:

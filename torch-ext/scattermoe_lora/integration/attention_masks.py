@@ -94,7 +94,7 @@ def mask(
         config=config,
         **kwargs,
     )
-    if dense is not None and not torch.compiler.is_compiling():
+    if dense is not None:
         setattr(dense, _REASON, found)
     return dense
 
@@ -151,6 +151,16 @@ def _starts(valid: torch.Tensor) -> torch.Tensor:
 def reason_of(dense: torch.Tensor) -> str:
     """Why :func:`mask` made a dense mask."""
     return getattr(dense, _REASON, "a mask of its own")
+
+
+def for_sdpa(dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A dense mask as sdpa takes it to queries of ``dtype``, which under autocast is not that of the mask.
+
+    What :func:`mask` made says yes or no, and its numbers for "no" are none in every dtype.
+    """
+    if dense.dtype == torch.bool:
+        return dense
+    return dense >= 0 if hasattr(dense, _REASON) else dense.to(dtype)
 
 
 def read(function: Callable[..., Any], length: int) -> Pattern | str:

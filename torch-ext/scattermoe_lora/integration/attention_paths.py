@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops.attention.api import flash_attn_func, flash_attn_varlen_func
-from .attention_masks import supports
+from .attention_masks import for_sdpa, supports
 from .attention_plans import Plan, dense
 from .attention_traced import segments_forward
 
@@ -193,6 +193,8 @@ def transformers_own(
     if mask is not None and mask.dtype == torch.bool and where == "eager":
         lowest = torch.finfo(call.query.dtype).min
         mask = torch.zeros(mask.shape, dtype=call.query.dtype, device=mask.device).masked_fill(~mask, lowest)
+    if mask is not None and where == "sdpa":
+        mask = for_sdpa(mask, call.query.dtype)
     options = {
         "sliding_window": call.sliding_window,
         "softcap": call.softcap,

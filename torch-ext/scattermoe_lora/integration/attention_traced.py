@@ -14,7 +14,7 @@ import torch
 from ..ops.attention.op import attention_backward, attention_forward
 from .attention_plans import Plan, Sequences, make_plan, with_plan
 
-_NO_KNOWN = "a mask that a traced graph cannot look into"
+_HIDDEN = "a mask that a traced graph cannot look into"
 
 
 def segments(
@@ -42,9 +42,9 @@ def segments(
     window = others.get("local_size")
     # Functions of a model's own are in use where they have to be mapped over indices; images' spans are a union.
     if others.get("use_vmap") or kind not in ("causal", "bidirectional", "and"):
-        return _NO_KNOWN
+        return _HIDDEN
     if window is not None and (getattr(config, "attention_chunk_size", None) is not None or window < 2):
-        return _NO_KNOWN
+        return _HIDDEN
     if not isinstance(q_offset, int) or q_offset + queries - kv_offset != kv_length:
         return "queries and keys that do not end at the same token"
     device = others.get("device", "cpu")
