@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,14 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress import release as module
 from kernelpress.errors import PublishError
 from kernelpress.hubs import heads, tree
-from kernelpress.hubs import hub as client
-from kernelpress.localhub import RunningHub, running_hub
+from kernelpress.localhub import RunningHub
 from kernelpress.publish import PublishedBranch, publish
 from kernelpress.record import Record
 from kernelpress.release import release
-from kernelpress.spec import load_spec
-from kernelpress.variant import Build, build
+from publishing import make
 
 TWICE = "torch-ext/demo_kernel/twice.py"
 BROKEN = 'import os\nif "LOCAL" not in os.environ:\n    raise RuntimeError("broken here")\n'
-_numbers = itertools.count()
 
 KILLED_BEFORE_THE_PROOF = """
 import os, signal, sys
@@ -39,32 +34,8 @@ release.release(build(load_spec(Path(sys.argv[1]))), sys.argv[2], hub(sys.argv[3
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_the_developers_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+def notes_of_its_own(no_settings_of_the_developers_own, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub"), trust=["org"]) as running:
-        yield running
-
-
-@pytest.fixture
-def api(server: RunningHub) -> HfApi:
-    return client(server.endpoint)
-
-
-@pytest.fixture
-def repo() -> str:
-    return f"org/cut-{next(_numbers)}"
-
-
-def make(root: Path) -> Build:
-    return build(load_spec(root))
 
 
 def break_it(root: Path) -> None:

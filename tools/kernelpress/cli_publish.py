@@ -49,7 +49,7 @@ def publish(
     from kernelpress.variant import build as make
 
     if dry_run:
-        _show_plan(directory, repo_id, endpoint, output_json)
+        _show_plan(directory, repo_id, endpoint, output_json, force=force)
         return
     made = make(load_spec(directory))
     signed = sign(made)
@@ -73,19 +73,25 @@ def diff(
     _show_plan(directory, repo_id, endpoint, output_json)
 
 
-def _show_plan(directory: Path, repo_id: str | None, endpoint: str | None, output_json: bool) -> None:
+def _show_plan(
+    directory: Path, repo_id: str | None, endpoint: str | None, output_json: bool, *, force: bool = False
+) -> None:
     from kernelpress.hubs import RefusedError, checked_repo_id, hub
     from kernelpress.plan import plan
+    from kernelpress.publish import source_faults
     from kernelpress.spec import load_spec
     from kernelpress.variant import build as make
 
     made = make(load_spec(directory))
+    faults = source_faults(made)
     todo = plan(made, checked_repo_id(repo_id or made.spec.repo_id), hub(endpoint))
     if output_json:
-        print(json.dumps(_plan_json(todo), indent=2))
+        print(json.dumps(_plan_json(todo) | {"faults": faults, "forced": force}, indent=2))
     else:
-        _print_plan(todo)
-    if todo.objections:
+        _print_plan(todo, force)
+        for fault in faults:
+            console().print(f"[red]refused[/] {escape(fault)}", soft_wrap=True)
+    if faults or (todo.objections and not force):
         raise typer.Exit(RefusedError.exit_code)
     if todo.unchanged:
         raise typer.Exit(NOTHING_TO_DO)
@@ -116,7 +122,7 @@ def _plan_json(todo: Plan) -> dict[str, object]:
     }
 
 
-def _print_plan(todo: Plan) -> None:
+def _print_plan(todo: Plan, force: bool) -> None:
     out = console()
     if todo.creates:
         out.print(f"{escape(todo.repo_id)} [green]would be created[/]", soft_wrap=True)
@@ -132,7 +138,8 @@ def _print_plan(todo: Plan) -> None:
     for note in todo.notes:
         out.print(f"note   {escape(note)}", soft_wrap=True)
     for objection in todo.objections:
-        out.print(f"[red]refused[/] {escape(objection)}", soft_wrap=True)
+        word = "[yellow]forced[/]" if force else "[red]refused[/]"
+        out.print(f"{word} {escape(objection)}", soft_wrap=True)
 
 
 def _print_branch(branch: BranchPlan) -> None:

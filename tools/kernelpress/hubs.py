@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import httpx2
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -61,6 +62,13 @@ def _client() -> httpx2.Client:
     return httpx2.Client(
         event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=_TIMEOUT
     )
+
+
+def token_of(api: HfApi) -> str | None:
+    """The token that a client sends: its own, or that of the user's environment."""
+    if isinstance(api.token, str):
+        return api.token
+    return None if api.token is False else get_token()
 
 
 def checked_repo_id(repo_id: str | None) -> str:
@@ -125,6 +133,12 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         raise _from_answer(error, repo_id) from error
+    except json.JSONDecodeError as error:
+        # The login page of a network, or a web server of another kind.
+        raise PublishError(
+            f"what answers at {api.endpoint} is no Hub: it sends something else than JSON; check the address "
+            "(--endpoint or HF_ENDPOINT), and whether this network wants a login first"
+        ) from error
     except (LocalTokenNotFoundError, OfflineModeIsEnabled, EntryNotFoundError) as error:
         raise PublishError(f"{repo_id}: {_first_line(error)}") from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:

@@ -12,9 +12,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from kernelpress.errors import PublishError
 from kernelpress.hubs import tree
 from kernelpress.plan import CARD, SIGNATURE, fetch
 from kernelpress.variant import METADATA
@@ -40,9 +42,12 @@ def notice(api: HfApi, repo_id: str, revision: str, text: str) -> list[Operation
             continue
         path = min(inits, key=lambda path: (path.count("/"), path))
         data = fetch(api, repo_id, revision, path).partition(_MARK)[0] + _warning(text)
-        metadata = json.loads(fetch(api, repo_id, revision, f"{root}{METADATA}"))
-        digest = base64.b64encode(hashlib.sha256(data).digest()).decode("ascii")
-        metadata["digest"]["files"][path.removeprefix(root)] = digest
+        metadata = _metadata(fetch(api, repo_id, revision, f"{root}{METADATA}"), repo_id, root)
+        digest = metadata.get("digest")
+        # Builds of other tools, and older ones, have none.
+        if isinstance(digest, dict) and isinstance(digest.get("files"), dict):
+            sha256 = base64.b64encode(hashlib.sha256(data).digest()).decode("ascii")
+            digest["files"][path.removeprefix(root)] = sha256
         found.append(CommitOperationAdd(path, data))
         rendered = json.dumps(metadata, indent=2, sort_keys=True).encode("ascii") + b"\n"
         found.append(CommitOperationAdd(f"{root}{METADATA}", rendered))
@@ -52,6 +57,16 @@ def notice(api: HfApi, repo_id: str, revision: str, text: str) -> list[Operation
         card = fetch(api, repo_id, revision, CARD).decode("utf-8", "replace")
         found.append(CommitOperationAdd(CARD, "".join(_with_notice(card, text)).encode("utf-8")))
     return found
+
+
+def _metadata(data: bytes, repo_id: str, root: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise PublishError(f"{root}{METADATA} of {repo_id} is no JSON object; publish this version anew")
+    return fields
 
 
 def _warning(text: str) -> bytes:

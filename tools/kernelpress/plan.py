@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from kernelpress.card import render_card
 from kernelpress.contract import ApiChange, compare
 from kernelpress.errors import PublishError
-from kernelpress.hubs import MAIN, TYPE, checked_repo_id, content_id, explained, heads, tree
+from kernelpress.hubs import MAIN, TYPE, checked_repo_id, content_id, explained, heads, token_of, tree
 from kernelpress.variant import METADATA, Build, without_provenance
 
 CARD = "README.md"
@@ -123,8 +123,14 @@ def plan(build: Build, repo_id: str, api: HfApi) -> Plan:
         try:
             at = heads(api, repo_id)
         except RepositoryNotFoundError as error:
-            if error.response.status_code != 404:
+            # The Hub does not tell a stranger what is private from what does not exist.
+            unseen = error.response.status_code == 401 and token_of(api) is None
+            if error.response.status_code != 404 and not unseen:
                 raise
+            if unseen:
+                notes += (
+                    f"cannot see {repo_id} without a token; this is the plan for a repository that is new",
+                )
             fresh = tuple(BranchPlan(name, False, None, wanted, (), {}) for name in (own, MAIN))
             return Plan(repo_id, build.spec.version, True, fresh, None, None, (), (), notes)
         if MAIN not in at:

@@ -26,6 +26,7 @@ from kernelpress.hubs import (
     staging,
 )
 from kernelpress.plan import BranchPlan, Plan, plan
+from kernelpress.source_rules import check_sources
 from kernelpress.variant import Build
 
 __all__ = ["Published", "PublishedBranch", "hub", "plan", "publish"]
@@ -96,11 +97,15 @@ def publish(
         changing: Told of each branch that is about to change, and the commit that it is at (``None``: it is new).
 
     Raises:
-        RefusedError: The plan has objections, or somebody else published another build meanwhile.
+        RefusedError: The sources have faults, the plan has objections, or somebody else published another build
+            meanwhile.
         PublishError: The Hub cannot be reached or refuses. Branches already committed are named in the
             message; all others are as they were.
     """
     repo_id = checked_repo_id(repo_id or build.spec.repo_id)
+    faults = source_faults(build)
+    if faults:
+        raise RefusedError(f"the sources cannot be published: {'; '.join(faults)}")
     attempt = _Attempt(build, repo_id, api, private, force, create_pr, changing)
     for number in range(_ATTEMPTS):
         try:
@@ -116,6 +121,11 @@ def publish(
         except PublishError as error:
             raise attempt.with_landed(error) from error
     raise AssertionError("the last attempt returns or raises")
+
+
+def source_faults(build: Build) -> tuple[str, ...]:
+    """The errors that ``check`` finds in a build's sources; they forbid publishing, whatever is forced."""
+    return tuple(str(found) for found in check_sources(build.spec) if found.severity == "error")
 
 
 class _Attempt:

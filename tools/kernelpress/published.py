@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def published_files(against: str, endpoint: str | None = None) -> Path:
             named["repo"], repo_type="kernel", revision=named["revision"], allow_patterns="build/**",
             endpoint=HfApi(endpoint=endpoint).endpoint,
         )  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, json.JSONDecodeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckError(f"{against} cannot be had from the Hub: {reason}") from error
     return Path(found) / "build"
