@@ -3,6 +3,9 @@
 The algorithm is FlashAttention 2's (Dao, 2023). A head of 512 is twice what it was made for: there the scores are
 summed over ``CHUNK`` columns of the head at a time, so that only one operand of the second product has to fit shared
 memory as a whole. With ``CHUNK == WIDTH`` the tile of the program's own rows stays on the chip.
+
+Strides of q, k and v count 8 elements, as the launcher does: at any head size the compiler then sees that a row starts
+at a multiple of 16 bytes. All else is contiguous.
 """
 
 import triton
