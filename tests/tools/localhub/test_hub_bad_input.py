@@ -246,9 +246,8 @@ def test_a_host_header_cannot_break_addresses(hub: RunningHub, client: httpx2.Cl
             json={"name": f"host-{abs(hash(host))}", "organization": "org"},
             headers={"Host": host},
         )
-        assert answer.status_code in (200, 400)
-        if answer.status_code == 200:
-            assert answer.json()["url"].startswith(hub.endpoint + "/")
+        # None of them is a name of this machine, which is where open writes come from.
+        assert answer.status_code in (400, 403)
 
 
 def test_a_connection_cut_in_the_middle_of_a_commit_changes_nothing(
