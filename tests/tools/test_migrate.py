@@ -78,3 +78,21 @@ def test_what_cannot_be_migrated_stays_as_it_was(tmp_path, text, message):
         migrate(tmp_path)
     assert path.read_text() == text
     assert [each.name for each in tmp_path.iterdir()] == ["build.toml"]
+
+
+@pytest.mark.parametrize("text", ["general = 3\n", "torch = 3\n[general]\n", "torch-noarch = 3\n[general]\n"])
+def test_what_is_no_table_is_said_and_left(tmp_path, text):
+    (tmp_path / "build.toml").write_text(text)
+    with pytest.raises(SpecError, match="must be a table"):
+        migrate(tmp_path)
+    assert (tmp_path / "build.toml").read_text() == text
+
+
+def test_a_hub_that_is_no_table_is_said_and_left(tmp_path):
+    text = V4.replace('[general.hub]\nrepo-id = "org/demo-kernel"\nbranch = "main"\n', "").replace(
+        "version = 2", "version = 2\nhub = 3"
+    )
+    (tmp_path / "build.toml").write_text(text)
+    with pytest.raises(SpecError, match="`hub` must be a table"):
+        migrate(tmp_path)
+    assert (tmp_path / "build.toml").read_text() == text

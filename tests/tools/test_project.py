@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,3 +199,24 @@ def test_a_kernel_in_upstreams_convention_builds_unchanged(make_kernel, run_clea
     )
     done = run_clean(load, str(made.directory / "torch-cpu"))
     assert done.stdout == "2.0\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("[tool.kernelpress]\nsource-dir = 3", "`source-dir` in [tool.kernelpress] must be a string, not 3"),
+        ("[tool.kernelpress]\npackage = ['a']", "`package` in [tool.kernelpress] must be a string"),
+        ("[tool.kernelpress]\ninclude = [3]", "`include` in [tool.kernelpress] must be a list of strings"),
+        (
+            "[tool.kernelpress]\ninclude = 'fr/x.py'",
+            "`include` in [tool.kernelpress] must be a list of strings",
+        ),
+        ("[tool]\nkernelpress = 3", "`tool.kernelpress` must be a table"),
+        ("tool = 3", "`tool` must be a table"),
+        ("project = 3", "`project` must be a table"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_said_with_its_name(tmp_path, table, said):
+    (tmp_path / "pyproject.toml").write_text(table)
+    with pytest.raises(SpecError, match=re.escape(said)):
+        load_project(tmp_path, package="frame" if "source-dir" in table else None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,34 @@ def test_a_kernel_below_the_top_of_a_repository_is_compared_with_its_own_files(m
 def test_reading_and_building_print_no_warnings_about_the_sources(make_kernel, recwarn):
     build(load_spec(make_kernel(**{f"{PACKAGE}/ops/common.py": "DEFAULT = 3.0\nX = '\\d'\n"})))
     assert not recwarn.list
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_a_name_that_is_no_text_is_said(make_kernel):
+    root = make_kernel()
+    Path(os.fsdecode(os.fsencode(root / PACKAGE) + b"/\xff.py")).write_text("")
+    with pytest.raises(SourceError, match="this name is not UTF-8"):
+        read(root)
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_a_partial_clone_is_a_repository_like_any_other(make_kernel, dirty):
+    root = make_kernel()
+    porcelain.init(str(root))
+    made = commit(root)
+    with (root / ".git/config").open("a") as config:
+        config.write("[extensions]\n\tpartialClone = origin\n[core]\n\trepositoryformatversion = 1\n")
+    if dirty:
+        (root / PACKAGE / "twice.py").write_text("")
+    git = read(root).git
+    assert git is not None
+    assert (git.commit, git.dirty) == (made, dirty)
+
+
+def test_a_repository_that_cannot_be_read_is_said(make_kernel):
+    root = make_kernel()
+    porcelain.init(str(root))
+    with (root / ".git/config").open("a") as config:
+        config.write("[extensions]\n\tunheardOf = true\n[core]\n\trepositoryformatversion = 1\n")
+    with pytest.raises(SourceError, match=r"git repository cannot be read .*build from an ordinary clone"):
+        read(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ token = typer.Typer(help="Tokens of a Hub of your own.", no_args_is_help=True)
 commands.add_typer(token, name="token")
 
 Root = Annotated[Path, typer.Option(help="The Hub's directory.")]
+TokensRoot = Annotated[Path | None, typer.Option(help="The Hub's directory; default: .hub, if there is one.")]
 
 
 @commands.command()
@@ -68,7 +70,7 @@ def clean(root: Root = Path(".hub")) -> None:
 @token.command("create")
 def create_token(
     name: Annotated[str, typer.Argument(help="Whose token it is.")],
-    root: Root = Path(".hub"),
+    root: TokensRoot = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Do not allow writing.")] = False,
     organization: Annotated[
         list[str] | None, typer.Option(metavar="ORG", help="Only for this one; may be given several times.")
@@ -77,28 +79,42 @@ def create_token(
     """Make a token; it is shown this once. From then on writing to the Hub takes one."""
     from kernelpress.localhub import create_token as make
 
-    print(make(root, name, "read" if read_only else "write", organization or ()))
+    where = _root(root, new=True)
+    print(make(where, name, "read" if read_only else "write", organization or ()))
 
 
 @token.command("list")
-def list_tokens(root: Root = Path(".hub")) -> None:
+def list_tokens(root: TokensRoot = None) -> None:
     """List whose tokens there are; the tokens themselves are not kept."""
     from kernelpress.localhub import list_tokens as read
 
     table = Table("name", "scope", "organizations", "sha256", box=None, pad_edge=False)
-    for each in read(root):
+    for each in read(_root(root)):
         table.add_row(each.name, each.scope, " ".join(each.organizations) or "all", each.sha256[:12])
     console().print(table)
 
 
 @token.command("revoke")
 def revoke_token(
-    name: Annotated[str, typer.Argument(help="Whose tokens to take back.")], root: Root = Path(".hub")
+    name: Annotated[str, typer.Argument(help="Whose tokens to take back.")], root: TokensRoot = None
 ) -> None:
     """Take back every token of somebody, at once."""
     from kernelpress.localhub import revoke_tokens
 
-    count = revoke_tokens(root, name)
+    count = revoke_tokens(_root(root), name)
     console().print(f"{count} token{'s' * (count != 1)} revoked")
     if not count:
         raise typer.Exit(NOTHING_TO_DO)
+
+
+def _root(given: Path | None, *, new: bool = False) -> Path:
+    """The directory of a Hub; a new one is made only where it was named, and never without a word."""
+    from kernelpress.errors import HubError
+
+    root = given or Path(".hub")
+    if not root.is_dir():
+        if given is None or not new:
+            raise HubError("there is no Hub here; name its directory with --root", path=root)
+        # Standard output is for the token alone.
+        print(f"made {root} for a new Hub; serve it with --root {root}", file=sys.stderr)
+    return root

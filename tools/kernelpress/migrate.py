@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ def migrate(directory: Path, license: str | None = None) -> Spec | None:
         raise SpecError(f"malformed TOML: {error}", path=path, line=error.line) from None
     if "general" not in document:
         raise SpecError("there is no [general] table, so this is no build.toml", path=path)
+    for name in ("general", "torch", "torch-noarch"):
+        if not isinstance(document.get(name, {}), Mapping):
+            raise SpecError(f"`{name}` must be a table; write it as [{name}]", path=path)
     general: Any = document["general"]
     if general.get("edition") == EDITION:
         return None
@@ -106,6 +109,6 @@ def _general(general: Any, license: str | None, path: Path) -> None:
             )
         general["backends"] = _UNIVERSAL
     hub = general.get("hub")
-    if hub is not None and "branch" in hub:
+    if isinstance(hub, MutableMapping) and "branch" in hub:
         del hub["branch"]
     general["edition"] = EDITION

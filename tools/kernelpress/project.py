@@ -19,7 +19,14 @@ from kernelpress.spec import DEFAULT_PYEXT, EDITION, Spec, read_document, with_k
 PYPROJECT = "pyproject.toml"
 # Those that PyTorch and Triton serve from the same Python sources.
 _BACKENDS = ["cpu", "cuda", "rocm", "xpu"]
-_OWN = ("source-dir", "package", "include", "repo-id", "pyext")
+_OWN_KINDS: dict[str, type] = {
+    "source-dir": str,
+    "package": str,
+    "include": list,
+    "repo-id": str,
+    "pyext": list,
+}
+_OWN = tuple(_OWN_KINDS)
 _GENERAL = (
     "name",
     "version",
@@ -64,6 +71,10 @@ def load_project(
                 f"unknown key `{key}` in [tool.kernelpress]; known are {', '.join(sorted((*_OWN, *_GENERAL)))}",
                 path=path,
             )
+    for key, kind in _OWN_KINDS.items():
+        if key in table and not _is(table[key], kind):
+            what = "a list of strings" if kind is list else "a string"
+            raise SpecError(f"`{key}` in [tool.kernelpress] must be {what}, not {table[key]!r}", path=path)
     where = source_dir or (directory / table["source-dir"] if "source-dir" in table else None)
     dotted = package or table.get("package")
     if where is None or dotted is None:
@@ -102,6 +113,12 @@ def load_project(
     )
 
 
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and (
+        not isinstance(value, list) or all(isinstance(each, str) for each in value)
+    )
+
+
 def _last_word(spec: Spec, path: Path, document: dict[str, Any]) -> Spec:
     """What the Kernel Hub's parser, which reads a build.toml, makes of the same description."""
     with tempfile.TemporaryDirectory(prefix="kernelpress-spec-") as folder:
@@ -122,8 +139,12 @@ def _pyproject(directory: Path) -> tuple[Path, str, dict[str, Any], dict[str, An
         raise SpecError(f"malformed TOML: {error.msg}", path=path, line=error.lineno) from None
     # Lines are looked up by the names that build.toml has for these tables.
     known = text.replace("[tool.kernelpress]", "[general]")
-    table = document.get("tool", {}).get("kernelpress", {})
-    return path, known, table, document.get("project", {})
+    tool, project = document.get("tool", {}), document.get("project", {})
+    table = tool.get("kernelpress", {}) if isinstance(tool, dict) else {}
+    for name, value in (("tool", tool), ("tool.kernelpress", table), ("project", project)):
+        if not isinstance(value, dict):
+            raise SpecError(f"`{name}` must be a table; write it as [{name}]", path=path)
+    return path, known, table, project
 
 
 def _license(project: dict[str, Any], source_dir: Path) -> str:

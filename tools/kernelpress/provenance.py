@@ -6,10 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dulwich.config import ConfigFile
 from dulwich.errors import NotGitRepository
 from dulwich.object_store import iter_tree_contents
 from dulwich.objects import Blob, Commit
-from dulwich.repo import Repo
+from dulwich.repo import Repo, UnsupportedExtension, UnsupportedVersion
+
+from kernelpress.errors import SourceError
+
+
+class _Repo(Repo):
+    """A repository that may be a partial clone: the trees of what is checked out are there, and no more is read."""
+
+    def get_config(self) -> ConfigFile:
+        config = super().get_config()
+        for name, _ in list(config.items((b"extensions",))):
+            if name.lower() == b"partialclone":
+                config.remove((b"extensions",), name)
+        return config
 
 
 @dataclass(frozen=True)
@@ -36,11 +50,18 @@ def git_state(
 
     Returns:
         ``None`` where there is no repository, or one without a commit.
+
+    Raises:
+        SourceError: The repository is of a kind that cannot be read.
     """
     try:
-        repo = Repo.discover(root.resolve())
+        repo = _Repo.discover(root.resolve())
     except NotGitRepository:
         return None
+    except (UnsupportedExtension, UnsupportedVersion) as error:
+        raise SourceError(
+            f"the git repository cannot be read ({error}); build from an ordinary clone of it", path=root
+        ) from error
     with repo:
         try:
             head = repo.head()

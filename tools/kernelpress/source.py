@@ -104,6 +104,11 @@ def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
             path = Path(folder, name)
             if _hidden(name) or not name.endswith(suffixes):
                 continue
+            if not _is_text(path.relative_to(package).as_posix()):
+                shown = (
+                    path.as_posix().encode("utf-8", "backslashreplace").decode("ascii", "backslashreplace")
+                )
+                raise SourceError("this name is not UTF-8, so the Hub cannot keep it; rename it", path=shown)
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 raise SourceError("this link leaves the package; put the file itself here", path=path)
             try:
@@ -114,6 +119,14 @@ def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
                 raise SourceError("not a regular file; remove it from the package", path=path)
             found.append(path)
     return found
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _hidden(name: str) -> bool:

@@ -38,7 +38,7 @@ def _create_repo(request: Request, body: dict[str, object]) -> Response:
     if private and not hub.tokens.any_exist():
         raise bad_request(
             "a private repository needs a token, else nobody could read it: create one with "
-            "'kernelpress token create NAME' on the Hub's machine and set HF_TOKEN to it"
+            "'kernelpress token create NAME --root ROOT' on the Hub's machine and set HF_TOKEN to it"
         )
     try:
         hub.store.create(repo, private=private, author=caller.name)

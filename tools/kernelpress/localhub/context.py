@@ -101,7 +101,7 @@ class Hub:
                 return
             raise Problem(
                 401,
-                "this Hub takes writes only with a token: create one with 'kernelpress token create NAME' "
+                "this Hub takes writes only with a token: create one with 'kernelpress token create NAME --root ROOT' "
                 "on the Hub's machine and set HF_TOKEN to it",
             )
         if caller.token.scope != "write":
