@@ -10,6 +10,7 @@ figures as JSON, with the date, the device, the versions and the commit they bel
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -169,6 +170,36 @@ def implementations(kernel: Any, case: Case, device: str) -> Iterator[tuple[str,
         yield "flash_attn", partial(flash, case, device)
 
 
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Where torch's profiler announces its beginning and end, past Python."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """The most bytes that tensors made in ``step`` take at once, its results among them."""
+    if device == "cuda":
+        before = start_memory(device)
+        step()
+        torch.cuda.synchronize()
+        return peak_memory(device) - before
+    # The process as a whole also holds what the allocator kept of earlier implementations.
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with without_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    events.sort(key=lambda each: each.start_ns())
+    return max(itertools.accumulate((each.nbytes() for each in events), initial=0))
+
+
 def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
     """Rows by implementation: median time, peak memory above the inputs and largest error, or why there is none."""
     generator = torch.Generator(device).manual_seed(0)
@@ -198,10 +229,7 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
 
             got = [each.detach().float().cpu() for each in step()]
             finish()
-            before = start_memory(device)
-            step()
-            finish()
-            peak = peak_memory(device) - before
+            peak = peak_bytes(step, device)
         # Whatever an implementation refuses a case with, the others are to be measured.
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             rows[name] = {"not": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"}
