@@ -225,3 +225,49 @@ def test_a_public_function_without_a_docstring_is_found(make_kernel):
     (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
     assert (found.code, found.severity) == ("KP208", "warning")
     assert "twice" in found.message
+
+
+EFFECTS = {
+    "import warnings; warnings.filterwarnings('ignore', 'demo')": "which warnings are shown (ignore Warning demo",
+    "torch.manual_seed(0)": "changes torch's random numbers",
+    "import random; random.seed(1)": "changes Python's random numbers",
+    "import torch._dynamo; torch._dynamo.config.recompile_limit = 99": "changes torch._dynamo.config.recompile_limit",
+    "import torch._inductor.config as c; c.max_autotune = True": "changes torch._inductor.config.max_autotune",
+    "import sys; sys.setrecursionlimit(5000)": "changes Python's recursion limit",
+    "print('told', file=sys.stderr)": "prints 'told' to the standard error stream",
+    "import os; os.write(1, b'written')": "prints 'written'",
+    "torch.nn.functional.silu = lambda x: x": "replaces torch.nn.functional.silu",
+    "torch.Tensor.demo = 1": "adds torch.Tensor.demo",
+    "torch.Tensor.__add__ = lambda a, b: a": "replaces torch.Tensor.__add__",
+    "torch.set_printoptions(precision=2)": "changes how torch prints tensors",
+    "torch.autograd.set_detect_anomaly(True)": "changes torch's detection of anomalies",
+    "open('left', 'w').close()": "writes the file left",
+    "os.makedirs('folder')": "does os.mkdir to the file folder",
+    "import pathlib; pathlib.Path('moved').symlink_to('left')": "does os.symlink to the file",
+    "import subprocess; subprocess.run([sys.executable, '-c', ''])": "starts another process (subprocess.Popen)",
+    "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)": "changes the handlers of signals",
+    "import socket; socket.setdefaulttimeout(3)": "changes the time-out of sockets",
+}
+
+
+def test_everything_that_importing_does_is_found(make_kernel):
+    text = "import torch\n" + "\n".join(EFFECTS) + "\nDEFAULT = 3.0\n"
+    found = [
+        each
+        for each in check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+        if each.code == "KP205"
+    ]
+    missing = [said for said in EFFECTS.values() if not any(said in each.message for each in found)]
+    assert missing == []
+    assert len(found) == len(EFFECTS), [each.message for each in found]
+
+
+def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(make_kernel):
+    text = (
+        "import os, tempfile, warnings\nimport torch._dynamo, torch._inductor.compile_fx, torch.onnx\n"
+        "import torch.distributed.tensor, torch.utils.cpp_extension, transformers.activations\n"
+        "warnings.warn('shown to whoever wants to see it')\nopen(os.devnull, 'w').close()\nopen(__file__).close()\n"
+        "os.makedirs(os.path.join(os.environ['XDG_CACHE_HOME'], 'demo'), exist_ok=True)\nDEFAULT = 3.0\n"
+    )
+    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert [each.message for each in found if each.code == "KP205"] == []

@@ -37,7 +37,7 @@ def main(listed: Path) -> None:
         job = todo[number]
         if job["do"] != "load" or "crashed" in answer:
             return
-        if any(op.partition("::")[0] != job["id"] for op in answer["ops"]):
+        if answer["effects"] or any(op.partition("::")[0] != job["id"] for op in answer["ops"]):
             # The variants of a kernel import the same modules, as a rule.
             key = "\n".join(answer["modules"])
             if key not in modules:
@@ -54,7 +54,10 @@ def main(listed: Path) -> None:
         without = done[alone[number]] if number in alone else {"error": None}
         answer["without_triton"] = without.get("crashed") or without["error"]
         brought = modules.get("\n".join(answer["modules"]))
-        answer["brought_along"] = [] if brought is None else done[brought].get("ops", [])
+        alike = {} if brought is None else done[brought]
+        answer["brought_along"] = alike.get("ops", [])
+        # What the modules do that a kernel imports is not for its author to mend.
+        answer["effects"] = [each for each in answer["effects"] if each not in alike.get("effects", [])]
     _beside("loading").write(listed.with_name("answers.json"), done[:number_of_jobs])
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.abc
 import inspect
-import io
 import json
-import logging
 import os
 import sys
 import traceback
@@ -16,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import opcalls
-
-# Parts of torch that a kernel may be the first to import set these for processes of their own.
-_TORCHS_OWN = ("environment variable TORCHINDUCTOR_CACHE_DIR", "environment variable TRITON_CACHE_DIR")
+from .watch import Watch
 
 
 def do(report: Path, job: dict[str, Any]) -> None:
@@ -26,7 +21,7 @@ def do(report: Path, job: dict[str, Any]) -> None:
 
     ``"load"`` loads the variant and its twin and calls the operators if it shall, ``"load without triton"`` loads it
     where Triton cannot be imported, and ``"modules"`` imports modules without the kernel, to see what operators they
-    bring.
+    bring and what else they do.
     """
     import torch
 
@@ -34,12 +29,14 @@ def do(report: Path, job: dict[str, Any]) -> None:
         sys.meta_path.insert(0, _NoTriton())
     before, ops = set(sys.modules), set(torch._C._dispatch_get_all_op_names())
     if job["do"] == "modules":
-        for name in job["modules"]:
-            try:
-                importlib.import_module(name)
-            except Exception:  # noqa: BLE001 - not every module can be imported by itself
-                continue
-        write(report, {"ops": sorted(set(torch._C._dispatch_get_all_op_names()) - ops)})
+        with Watch(None) as watch:
+            for name in job["modules"]:
+                try:
+                    importlib.import_module(name)
+                except Exception:  # noqa: BLE001 - not every module can be imported by itself
+                    continue
+        brought = sorted(set(torch._C._dispatch_get_all_op_names()) - ops)
+        write(report, {"ops": brought, "effects": watch.effects})
         return
     variant, twin = Path(job["variant"]), Path(job["twin"])
     answer = _load(variant)
@@ -81,9 +78,8 @@ def _load(variant: Path) -> dict[str, Any]:
 
     nothing: dict[str, Any] = {"error": None, "file": None, "line": None, "public": None, "absent": []}
     nothing |= {"undocumented": [], "effects": []}
-    before, printed, reached = _surroundings(), io.StringIO(), _watch_network()
     try:
-        with contextlib.redirect_stdout(printed):
+        with Watch(f"{variant}{os.sep}") as watch:
             module = get_local_kernel(variant)
     except BaseException as error:  # noqa: BLE001 - whatever the kernel's code raises is the answer
         inside = [
@@ -97,15 +93,6 @@ def _load(variant: Path) -> dict[str, Any]:
         if isinstance(error, SyntaxError):
             at = (error.filename, error.lineno)
         return nothing | {"error": f"{type(error).__name__}: {error}", "file": at[0], "line": at[1]}
-    after = _surroundings()
-    effects = [
-        f"changes {name}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and name not in _TORCHS_OWN
-    ]
-    if printed.getvalue():
-        effects.append(f"prints {printed.getvalue().strip().splitlines()[0]!r}")
-    effects += [f"reaches for the network ({each})" for each in dict.fromkeys(reached)]
     public = getattr(module, "__all__", None)
     absent = [name for name in public or () if not hasattr(module, name)]
     undocumented = [
@@ -115,43 +102,9 @@ def _load(variant: Path) -> dict[str, Any]:
         and not (found.__dict__.get("__doc__") if inspect.isclass(found) else found.__doc__)
     ]
     return nothing | {
-        "public": public and list(public), "absent": absent, "undocumented": undocumented, "effects": effects
+        "public": public and list(public), "absent": absent, "undocumented": undocumented,
+        "effects": watch.effects,
     }  # fmt: skip
-
-
-def _surroundings() -> dict[str, Any]:
-    """What a caller may rely on to be the same after an import."""
-    import torch
-
-    settings = {
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": torch.get_default_device(),
-        "torch's gradient mode": torch.is_grad_enabled(),
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch's precision of float32 products": torch.get_float32_matmul_precision(),
-        "TF32 in cuBLAS": torch.backends.cuda.matmul.allow_tf32,
-        "TF32 in cuDNN": torch.backends.cudnn.allow_tf32,
-        "cuDNN's benchmark mode": torch.backends.cudnn.benchmark,
-        "cuDNN's determinism": torch.backends.cudnn.deterministic,
-        "the root logger": (logging.getLogger().level, len(logging.getLogger().handlers)),
-        "the working directory": os.getcwd(),
-        "the search path of modules": tuple(sys.path),
-    }
-    named = {name: str(value) for name, value in settings.items()}
-    return named | {f"environment variable {name}": value for name, value in os.environ.items()}
-
-
-def _watch_network() -> list[str]:
-    reached: list[str] = []
-    sys.addaudithook(
-        lambda event, arguments: (
-            reached.append(event)
-            if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname")
-            else None
-        )
-    )
-    return reached
 
 
 def _untraceable(ops: list[str]) -> list[str]:

@@ -49,8 +49,8 @@ _ALL = (
         "KP002",
         "error",
         "the sources are files that can ship",
-        "Every source must be readable UTF-8 that Python can parse, a regular file within the package, and named "
-        "unlike anything the build writes itself. A symbolic link that leaves the package would ship a file that "
+        "Every source must be readable UTF-8 that Python can parse, nested no more than 200 deep, a regular file within "
+        "the package, and named unlike anything the build writes itself. A symbolic link that leaves the package would ship a file that "
         "nobody meant to publish.",
         "Correct, move or rename the file that the message names.",
     ),
@@ -144,8 +144,10 @@ _ALL = (
         "KP205",
         "error",
         "importing changes nothing for the caller",
-        "Whoever loads a kernel does not expect that it sets environment variables, changes PyTorch's global "
-        "settings, opens connections or prints.",
+        "Whoever loads a kernel does not expect that it sets environment variables, changes settings of Python, of "
+        "PyTorch or of its compilers, seeds random numbers, replaces functions of PyTorch, writes files outside of the "
+        "usual caches, starts processes or threads, opens connections or prints. What the modules do that a kernel "
+        "imports is left out, as far as importing them without the kernel does the same; and a warning is no output.",
         "Move it into a function that the caller calls, or do without it.",
     ),
     Rule(
@@ -213,16 +215,18 @@ _ALL = (
         "KP304",
         "error",
         "names of operators can be read from the source",
-        "The build gives operators a namespace of their own by rewriting their names. It cannot follow a name that "
-        "is put together when the code runs, nor `torch.ops` handed on as a value.",
-        'Write `"namespace::operator"` out, or use add_op_namespace_prefix from ._ops.',
+        "The build gives operators a namespace of their own by rewriting their names. It follows a name through "
+        "variables that are assigned once, imports within the package, and variables that stand for `torch.ops`. It "
+        "cannot follow a name that is put together when the code runs or taken out of a table, nor `torch.ops` handed "
+        "on as a value; and what is neither a name nor an operator for certain is refused, too.",
+        'Write `"namespace::operator"` out, give the operator itself, or use add_op_namespace_prefix from ._ops.',
     ),
     Rule(
         "KP305",
         "error",
         "imports of the project can be followed",
-        "A kernel has another name than the package it is made of, so `import_module` with a name put together at "
-        "run time looks for a module that is not there. A name that the build cannot read at all is a warning, as "
+        "A kernel has another name than the package it is made of, so `import_module`, `sys.modules` or "
+        "`importlib.resources` with a name put together at run time look for a module that is not there. A name that the build cannot read at all is a warning, as "
         "it may well be of another package.",
         'Import by a statement, by importlib.import_module("its.name"), or by a name that starts with {__name__}.',
     ),

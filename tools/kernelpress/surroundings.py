@@ -1,0 +1,155 @@
+"""What a caller may rely on to be the same after an import: settings of Python and PyTorch, and who defined what.
+
+Runs in processes that have torch and the standard library alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import locale
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+# Parts of torch that a kernel may be the first to import set these for processes of their own.
+_TORCHS_OWN = ("environment variable TORCHINDUCTOR_CACHE_DIR", "environment variable TRITON_CACHE_DIR")
+
+
+class Surroundings(NamedTuple):
+    """Settings by what they are called, as text, and attributes by their full names.
+
+    The attributes are kept as they are, so that another object cannot come to have the address of one of them.
+    """
+
+    settings: dict[str, str]
+    attributes: dict[str, Any]
+
+
+def surroundings() -> Surroundings:
+    """All of it as it is now."""
+    settings = {name: str(value) for name, value in (_python() | _torch()).items()}
+    settings |= {f"environment variable {name}": value for name, value in os.environ.items()}
+    settings |= dict.fromkeys(map(_filter, warnings.filters), "set")
+    settings |= dict(_configurations())
+    return Surroundings(settings, dict(_attributes()))
+
+
+def differences(before: Surroundings, after: Surroundings) -> list[str]:
+    """What has changed, as the end of a sentence about who did it."""
+    found = [
+        f"changes {name}"
+        for name in sorted(before.settings.keys() | after.settings.keys())
+        if before.settings.get(name) != after.settings.get(name) and name not in _TORCHS_OWN
+    ]
+    for name, value in before.attributes.items():
+        if name not in after.attributes:
+            found.append(f"removes {name}")
+        elif after.attributes[name] is not value:
+            found.append(f"replaces {name}")
+    # An imported module becomes an attribute of the package that it is in.
+    return found + [
+        f"adds {name}"
+        for name, value in after.attributes.items()
+        if name not in before.attributes and not isinstance(value, ModuleType)
+    ]
+
+
+def _python() -> dict[str, Any]:
+    return {
+        "the working directory": os.getcwd(),
+        "the search path of modules": tuple(sys.path),
+        "how modules are found": (sys.meta_path, sys.path_hooks),
+        "the standard streams": (id(sys.stdin), id(sys.stdout), id(sys.stderr)),
+        "what Python calls for exceptions and results": (id(sys.excepthook), id(sys.displayhook)),
+        "Python's recursion limit": sys.getrecursionlimit(),
+        "Python's random numbers": hash(random.getstate()),
+        "the garbage collector": (gc.isenabled(), gc.get_threshold()),
+        "the locale": locale.setlocale(locale.LC_ALL, None),
+        "the handlers of signals": [
+            (each, signal.getsignal(each)) for each in sorted(signal.valid_signals())
+        ],
+        "the threads that run": threading.active_count(),
+        "how processes are started": multiprocessing.get_start_method(allow_none=True),
+        "the time-out of sockets": socket.getdefaulttimeout(),
+        "the root logger": (logging.getLogger().level, len(logging.getLogger().handlers)),
+    }
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    backends: Any = torch.backends
+    return {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's inference mode": torch.is_inference_mode_enabled(),
+        "torch's detection of anomalies": torch.is_anomaly_enabled(),
+        "torch's number of threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "torch's random numbers": hash(tuple(torch.get_rng_state().tolist())),
+        "how torch prints tensors": torch._tensor_str.PRINT_OPTS,
+        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "torch's precision of float32 products": torch.get_float32_matmul_precision(),
+        "TF32 in cuBLAS": backends.cuda.matmul.allow_tf32,
+        "TF32 in cuDNN": backends.cudnn.allow_tf32,
+        "cuDNN's benchmark mode": backends.cudnn.benchmark,
+        "cuDNN's determinism": backends.cudnn.deterministic,
+        "whether cuDNN is used": backends.cudnn.enabled,
+        "the kinds of attention that torch chooses from": (
+            backends.cuda.flash_sdp_enabled(),
+            backends.cuda.mem_efficient_sdp_enabled(),
+            backends.cuda.math_sdp_enabled(),
+        ),
+        "reduced precision in cuBLAS": (
+            backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+            backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        ),
+    }
+
+
+def _filter(entry: Any) -> str:
+    action, message, category, module, line = entry
+    told = [getattr(each, "pattern", each) for each in (message, module)]
+    return f"which warnings are shown ({action} {category.__name__} {told[0] or ''} {told[1] or ''} {line})"
+
+
+def _configurations() -> Iterator[tuple[str, str]]:
+    """Settings of torch's compilers that are not what they are by default, of those that are loaded."""
+    from torch.utils._config_module import ConfigModule
+
+    for module in list(sys.modules.values()):
+        if isinstance(module, ConfigModule) and hasattr(module, "_is_default"):
+            for name in module._config:
+                if not module._is_default(name):
+                    yield f"{module.__name__}.{name}", repr(module._config[name].user_override)
+
+
+def _attributes() -> Iterator[tuple[str, Any]]:
+    """Whatever others would find replaced, of what kernels are tempted to replace."""
+    import torch
+    from torch.nn import functional
+
+    owners = (
+        builtins, torch, torch.nn, functional, torch.autograd, torch.library, torch.cuda, torch.utils.checkpoint,
+        torch.Tensor, torch.nn.Module, torch.nn.Linear, torch.autograd.Function,
+    )  # fmt: skip
+    for owner in owners:
+        prefix = (
+            owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+        )
+        held: dict[str, Any] = {}
+        for each in reversed(owner.__mro__) if isinstance(owner, type) else (owner,):
+            held |= vars(each)
+        for name, value in held.items():
+            if not name.startswith("_") or (isinstance(owner, type) and name.endswith("__")):
+                yield f"{prefix}.{name}", value
