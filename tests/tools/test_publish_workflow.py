@@ -42,6 +42,7 @@ def run_job(
     for step in job["steps"]:
         if "run" not in step or step["name"] == "Install":
             continue
+        environment.setdefault("TAG", "")
         script = tmp_path / "step.sh"
         script.write_text(step["run"])
         done = subprocess.run(
@@ -93,3 +94,39 @@ def test_actions_are_pinned_by_commit_and_tokens_reach_one_step(workflow):
                if "HF_TOKEN" in step.get("env", {})]  # fmt: skip
     assert holders == ["Publish and verify"]
     assert workflow["jobs"]["publish"]["environment"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "passes"),
+    [
+        ("", True),
+        ("v1", True),
+        ("v1.3", True),
+        ("v1.0-rc1", True),
+        ("v2", False),
+        ("v11", False),
+        ("v", False),
+        ("v1x", False),
+    ],
+)
+def test_a_tag_of_another_version_fails_before_anything_is_installed(
+    make_kernel, workflow, tmp_path, tag, passes
+):
+    steps = workflow["jobs"]["plan"]["steps"]
+    names = [step.get("name") for step in steps]
+    assert names.index("Tag") < names.index("Install")
+    assert workflow["jobs"]["publish"]["needs"] == "plan"
+    job = {"steps": [steps[names.index("Tag")]]}
+    done = run_job(job, make_kernel(), tmp_path, DIRECTORY=".", TAG=tag)
+    assert (done.returncode == 0) == passes, done.stdout
+    if not passes:
+        assert (
+            done.stdout
+            == f"::error file=build.toml::tag {tag} is not for version 1: tag v1, or raise `version`\n"
+        )
+
+
+def test_what_the_jobs_install_is_pinned(workflow):
+    for job in workflow["jobs"].values():
+        (install,) = [step["run"] for step in job["steps"] if step.get("name") == "Install"]
+        assert re.search(r"pip install torch==\d+\.\d+\.\d+$", install, re.MULTILINE)
