@@ -49,9 +49,9 @@ _ALL = (
         "KP002",
         "error",
         "the sources are files that can ship",
-        "Every source must be readable UTF-8 that Python can parse, nested no more than 200 deep, a regular file within "
-        "the package, and named unlike anything the build writes itself. A symbolic link that leaves the package would ship a file that "
-        "nobody meant to publish.",
+        "Every source must be readable UTF-8 that Python can parse, nested no more than 200 deep, a regular file "
+        "within the package, and named unlike anything the build writes itself. A symbolic link that leaves the "
+        "package would ship a file that nobody meant to publish.",
         "Correct, move or rename the file that the message names.",
     ),
     Rule(
@@ -226,8 +226,8 @@ _ALL = (
         "error",
         "imports of the project can be followed",
         "A kernel has another name than the package it is made of, so `import_module`, `sys.modules` or "
-        "`importlib.resources` with a name put together at run time look for a module that is not there. A name that the build cannot read at all is a warning, as "
-        "it may well be of another package.",
+        "`importlib.resources` with a name put together at run time look for a module that is not there. A name that "
+        "the build cannot read at all is a warning, as it may well be of another package.",
         'Import by a statement, by importlib.import_module("its.name"), or by a name that starts with {__name__}.',
     ),
     Rule(
