@@ -251,3 +251,16 @@ if {absent!r} == "peft":
     kernel.register()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_imports_no_compiler(kernel: ModuleType) -> None:
+    # It would take longer than all the rest of the import.
+    variant = kernel.__file__.rsplit("/", 1)[0]
+    code = f"""
+import sys
+from pathlib import Path
+from kernels import get_local_kernel
+get_local_kernel(Path({variant!r}))
+assert not {{"torch._dynamo", "torch._inductor", "triton", "transformers", "peft"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

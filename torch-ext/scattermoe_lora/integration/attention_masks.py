@@ -234,6 +234,8 @@ def know_functions() -> None:
     """Learns the code of transformers' mask functions, which a traced graph could not."""
     from transformers import masking_utils
 
+    # Not as a decorator: the compiler would double the time that an import of the package takes.
+    torch.compiler.assume_constant_result(supports)
     _kinds.clear()
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     made = {
@@ -258,7 +260,6 @@ def _closure(function: Any) -> dict[str, Any]:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
-@torch.compiler.assume_constant_result
 def supports(config: Any, flag: str) -> bool:
     """Whether every model class for configs of this class has ``flag`` set.
 

@@ -95,7 +95,11 @@ _recognised: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[object, ...]
 )
 
 
-@torch.compiler.assume_constant_result
+def mark_constants() -> None:
+    """Tells torch.compile that a module's gate does not change; not at import, which the compiler would double."""
+    torch.compiler.assume_constant_result(_recognised_gate)
+
+
 def _recognised_gate(module: Any) -> Gate | None:
     """The gate that computes what the module's own ``_apply_gate`` computes, found by trying; None if there is none.
 

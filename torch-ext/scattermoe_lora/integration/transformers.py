@@ -12,7 +12,7 @@ from ..ops.grouped_linear.op import grouped_linear_forward
 from ..ops.routing import sort_by_expert
 from . import peft
 from .checks import LowRank, check_inputs
-from .layout import fused_gate, read_weights
+from .layout import fused_gate, mark_constants, read_weights
 
 _registered: set[str] = set()
 
@@ -40,6 +40,7 @@ def register(name: str = "scattermoe") -> None:
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     _registered.add(name)
     peft.hook(_registered)
+    mark_constants()
 
 
 def unregister() -> None:
