@@ -54,6 +54,7 @@ def changes(old: str, new: str) -> list[tuple[str, str]]:
         ("class C:\n    def m(self, a): ...", "class B:\n    def m(self): ...\nclass C(B): ...",
          "C.m: parameter 'a' removed"),
         (OVERLOADS, OVERLOADS.replace("@overload\ndef f(a: str) -> str: ...\n", ""), "f: overload (a: str) removed"),
+        ("class C:\n    def __len__(self): ...", "class C: ...", "C.__len__: removed"),
         (OVERLOADS, OVERLOADS.replace("a: str", "a: bytes"), "f: overload (a: str) removed"),
         (OVERLOADS, "def f(a): ...", "f: overload (a: int) removed"),
     ],
@@ -76,6 +77,8 @@ def test_a_break_is_named(old, new, said):
         (OVERLOADS, OVERLOADS.replace("@overload", "@overload\ndef f(a: bytes) -> int: ...\n@overload", 1)),
         (OVERLOADS, OVERLOADS.replace("a: str", "a: str, b: int = 0")),
         ("class C:\n    p = 1", PROPERTY),
+        ("class C:\n    def __add__(self, a): ...", "class C:\n    def __add__(self, b): ..."),
+        ("class C:\n    def _own(self): ...\n    def __repr__(self): ...", "class C: ..."),
     ],
 )
 def test_what_every_caller_survives_is_no_break(old, new):

@@ -220,7 +220,13 @@ def _members(name: str, old: griffe.Class, new: griffe.Class, scratch: Path) -> 
             yield ApiChange("breaks", name, f"no longer derives from {base}", *place)
     for member, inherited in old.all_members.items():
         before = _final(inherited)
-        if before is None or (member.startswith("_") and member not in ("__init__", "__call__")):
+        if before is None:
+            continue
+        if member.startswith("_") and member not in ("__init__", "__call__"):
+            # What an operator or a built-in function calls; its parameters are never named.
+            called = isinstance(before, griffe.Function) and member.endswith("__")
+            if called and not hasattr(object, member) and member not in new.all_members:
+                yield ApiChange("breaks", f"{name}.{member}", "removed", *place)
             continue
         if member not in new.all_members:
             yield ApiChange("breaks", f"{name}.{member}", "removed", *place)

@@ -119,8 +119,9 @@ def _torch() -> dict[str, Any]:
 
 def _filter(entry: Any) -> str:
     action, message, category, module, line = entry
-    told = [getattr(each, "pattern", each) for each in (message, module)]
-    return f"which warnings are shown ({action} {category.__name__} {told[0] or ''} {told[1] or ''} {line})"
+    patterns = [getattr(each, "pattern", each) for each in (message, module)]
+    told = " ".join(str(each) for each in (action, category.__name__, *patterns, line) if each)
+    return f"which warnings are shown ({told})"
 
 
 def _configurations() -> Iterator[tuple[str, str]]:
