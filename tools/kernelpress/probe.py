@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kernelpress.child import child_environment
+
 
 @dataclass(frozen=True)
 class Called:
@@ -189,11 +191,7 @@ def _unmet(depends: list[str]) -> tuple[str, ...]:
 
 def _run(scratch: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # The kernel's code is handed no tokens, and finds no caches or overrides of this user's.
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("PYTHON", "HF_", "HUGGING", "LOCAL_KERNELS", "KERNELS_"))
-    }
+    environment = child_environment(os.environ, network=False)
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch)}
     listed = scratch / "jobs.json"
     listed.write_text(json.dumps(jobs), "utf-8")
