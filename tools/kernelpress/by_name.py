@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -21,14 +22,9 @@ _READERS = frozenset(
     )
 )  # fmt: skip
 _KEYWORDS = ("name", "package", "anchor", "fullname")
-# A source without all of one of these holds no such expression.
-_MENTIONS = (
-    (b"import_module",),
-    (b"__import__",),
-    (b"resources",),
-    (b"find_spec",),
-    (b"pkgutil",),
-    (b"sys", b"modules"),
+# A source without any of these holds no such expression.
+_MENTIONS = re.compile(
+    rb"import_module|__import__|\bresources\b|find_spec|pkgutil|\bsys\s*\.\s*modules|from\s+sys\s+import|\bsys\s+as\b"
 )
 
 
@@ -46,7 +42,7 @@ class Named(NamedTuple):
 
 def may_name(data: bytes) -> bool:
     """Whether a source may hold an expression that ``named`` knows."""
-    return any(all(each in data for each in together) for together in _MENTIONS)
+    return _MENTIONS.search(data) is not None
 
 
 def named(node: ast.expr, names: Callable[[ast.AST], frozenset[str]]) -> Named | None:

@@ -39,6 +39,7 @@ def shared(files: Iterable[SourceFile], tops: frozenset[str]) -> Shared:
         frozenset(
             match[match.lastindex or 0].decode("ascii")
             for data in sources
+            if b"Library" in data or b"_scoped_library" in data
             for match in _LIBRARY.finditer(data)
         ),
         frozenset(name.decode("ascii") for data in sources for name in _OPS.findall(data)),

@@ -73,15 +73,21 @@ def parse(data: bytes, filename: str = "<source>") -> ast.Module:
 
 
 def nesting(tree: ast.Module) -> tuple[int | None, int]:
-    """The line at which syntax is nested the deepest, and how deep that is."""
+    """The line at which syntax is nested the deepest, and how deep that is, as far as it may pass ``MOST_NESTED``."""
     depth, line = 0, None
     level: list[tuple[ast.AST, int | None]] = [(tree, None)]
     while level:
         depth, line = depth + 1, level[0][1]
         following: list[tuple[ast.AST, int | None]] = []
         for node, at in level:
-            here = getattr(node, "lineno", at)
-            following += ((child, here) for child in ast.iter_child_nodes(node))
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.expr | ast.stmt):
+                    # Each level takes a byte of the source at least, so what is short cannot be deep.
+                    one_line = child.lineno == child.end_lineno
+                    if one_line and depth + (child.end_col_offset or 0) - child.col_offset < MOST_NESTED:
+                        continue
+                    at = child.lineno
+                following.append((child, at))
         level = following
     return line, depth
 
