@@ -189,6 +189,25 @@ def test_tensors_of_any_strides_are_read_where_they_stand(kernel, expected) -> N
         assert_near([attend(kernel, case, q, k, v)], [exact], TOLERANCE[EXACT])
 
 
+def test_boundaries_may_be_a_column_of_a_table(kernel, expected) -> None:
+    case = CASES["packed"]
+    q, k, v, _ = inputs(case, EXACT)
+    exact = expected(case, q.double(), k.double(), v.double())
+    starts = torch.stack([boundaries(case.queries), boundaries(case.keys)], dim=1)
+    lengths = (starts[:, 0], starts[:, 1], max(case.queries), max(case.keys))
+    out = kernel.flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        *lengths,
+        causal=case.causal,
+        window_size=case.window,
+        softcap=case.softcap,
+        softmax_scale=case.scale,
+    )
+    assert_near([out], [exact], TOLERANCE[EXACT])
+
+
 @pytest.mark.parametrize("name", ["causal", "packed in a window", "window that sees nothing"])
 def test_sink_is_a_key_of_its_own_score_and_no_value(kernel, submodule, name) -> None:
     case = CASES[name]

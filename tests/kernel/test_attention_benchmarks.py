@@ -76,6 +76,20 @@ def test_what_an_implementation_refuses_is_named_and_the_others_measured(
     assert rows["eager"]["ms"] > 0
 
 
+def test_a_case_that_our_own_kernel_refuses_is_measured_for_the_others(kernel, compare, monkeypatch) -> None:
+    class Shared(Exception):
+        """As Triton's own, of no kind that anybody expects."""
+
+    def refusing(*_: object, **__: object) -> None:
+        raise Shared("out of resource: shared memory")
+
+    monkeypatch.setattr(kernel, "flash_attn_func", refusing)
+    monkeypatch.setattr(kernel, "flash_attn_varlen_func", refusing)
+    rows = compare.measure(kernel, compare.Case(8, 16, "float32"), "cpu", 0.0)
+    assert rows["scattermoe"] == {"not": "Shared: out of resource: shared memory"}
+    assert rows["eager"]["ms"] > 0
+
+
 def test_an_unknown_case_is_refused_before_anything_is_measured(compare, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["compare_attention.py", "--cases", "global-1k,tiny"])
     with pytest.raises(SystemExit):

@@ -45,6 +45,10 @@ def starts(*values: float, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         ({"q": torch.randn(2, 6, 3, 16)}, r"q: expected a multiple of 2 heads .* got 3"),
         ({"q": torch.randn(1, 6, 4, 16)}, r"k: expected 1 sequences .* got 2"),
         ({"softcap": -1.0}, r"softcap: expected 0 .* got -1.0"),
+        ({"softcap": float("nan")}, r"softcap: expected 0 .* got nan"),
+        ({"softcap": None}, r"softcap: expected 0 .* got None"),
+        ({"window_size": None}, r"window_size: expected \(left, right\).* got None"),
+        ({"window_size": (1,)}, r"window_size: expected \(left, right\).* got \(1,\)"),
         ({"s_aux": torch.randn(2)}, r"s_aux: expected \[4\] .* got \[2\]"),
     ],
 )
@@ -267,3 +271,11 @@ def test_transformers_takes_the_functions_as_its_attention(kernel, make) -> None
     for got, expected in zip((*ours, *our_gradients), (*eager, *gradients), strict=True):
         assert (got - expected).abs().max() < 2e-5 * expected.abs().max().clamp(min=1)
     assert torch.equal(our_tokens, tokens)
+
+
+def test_a_query_of_one_key_gets_no_gradient_in_bfloat16_either(kernel) -> None:
+    # Its score's gradient is the difference of two equal numbers, which no rounding may come between.
+    q, k, v = (torch.randn(1, 1, heads, 512).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    out = kernel.flash_attn_func(q, k, v)
+    (dq,) = torch.autograd.grad(out, q, torch.randn_like(out))
+    assert dq.abs().max() < 1e-4

@@ -27,14 +27,19 @@ def rounded(rows: int) -> int:
 
 def _serves(dtype: torch.dtype, multiplications: int) -> bool:
     if dtype == torch.float32:
-        return multiplications >= _LARGE and _has_onednn()
-    return dtype == torch.bfloat16 and _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return multiplications >= _LARGE and has_onednn()
+    return dtype == torch.bfloat16 and multiplies_bfloat16()
 
 
-def _has_onednn() -> bool:
-    # The first says whether it was built in, the second whether the user wants it.
+def has_onednn() -> bool:
+    """Whether float32 can go to oneDNN: it was built in, the user wants it, and torch has the operator."""
     mkldnn = torch.backends.mkldnn
     return mkldnn.is_available() and bool(mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor."""
+    return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _widened(x: torch.Tensor, rows: int) -> torch.Tensor | None:

@@ -131,8 +131,9 @@ def flash_attn_varlen_func(
         q,
         k,
         v,
-        cu_seqlens_q.to(torch.int32),
-        cu_seqlens_k.to(torch.int32),
+        # The kernels read them one behind the other.
+        cu_seqlens_q.to(torch.int32).contiguous(),
+        cu_seqlens_k.to(torch.int32).contiguous(),
         int(max_seqlen_q),
         int(max_seqlen_k),
         softmax_scale,
@@ -198,8 +199,10 @@ def _attend(
     softcap: float,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    if softcap < 0:
+    if not isinstance(softcap, (int, float)) or not softcap >= 0:
         raise ValueError(f"{name}: softcap: expected 0 (none) or more, got {softcap}")
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"{name}: window_size: expected (left, right), -1 for no bound, got {window_size}")
     if s_aux is not None and (s_aux.shape != q.shape[-2:-1] or s_aux.device != q.device):
         raise ValueError(
             f"{name}: s_aux: expected {[q.shape[-2]]} (the heads of q) on {q.device}, got {list(s_aux.shape)} on "

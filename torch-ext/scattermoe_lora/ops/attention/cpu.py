@@ -219,7 +219,7 @@ def backward(
             if grad_lses is not None:
                 at = grad_lses[part.batch, part.heads, :, part.q]
                 delta -= at[..., block.first : block.last].flatten(1)
-            ds = product(do, v_part[:, keys]).to(lse.dtype)
+            ds = exact_product(do, v_part[:, keys])
             ds = ds.sub_(delta.unsqueeze(-1)).mul_(p).mul_(scale)
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1))

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import torch
 
+from ..products import has_onednn, multiplies_bfloat16
+
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """What tensors of ``dtype`` are multiplied in."""
-    if dtype == torch.bfloat16 and not (
-        torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
         return torch.float32
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -30,12 +30,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         b: ``[H, n, k]``, each matrix contiguous or transposed.
     """
     is_large = a.shape[1] * b.shape[1] * b.shape[2] >= _LARGE
-    if (
-        a.dtype == torch.float32
-        and is_large
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    if a.dtype == torch.float32 and is_large and has_onednn():
         by_head = [
             torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
             for x, y in zip(a.unbind(), b.unbind(), strict=True)
