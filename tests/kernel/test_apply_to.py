@@ -379,6 +379,28 @@ def test_norms_with_hooks_or_wrappers_run_as_they_are(kernel) -> None:
     assert distance(got, plain) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*ackward hook")
+@pytest.mark.parametrize(
+    "register", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
+)
+def test_hooks_on_all_modules_see_the_norms(kernel, register) -> None:
+    model = build("smallest")
+    norms = {id(norm) for layer in attentions(model) for norm in layer.children() if "Norm" in str(norm)}
+    calls = []
+    handle = getattr(torch.nn.modules.module, f"register_module_{register}")(
+        lambda module, *_: calls.append(id(module)) if id(module) in norms else None
+    )
+    try:
+        plain = step(model)
+        kernel.apply_to(model)
+        got = step(model)
+    finally:
+        handle.remove()
+    assert torch.equal(got[0], plain[0])
+    assert set(calls) == norms
+    assert all(calls.count(norm) == 2 for norm in norms)
+
+
 def test_it_goes_below_hooks_of_accelerate_and_stays_when_they_go(kernel) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 

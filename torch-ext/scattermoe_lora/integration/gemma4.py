@@ -142,6 +142,8 @@ def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
         and not norm._forward_hooks
         and not norm._backward_pre_hooks
         and not norm._backward_hooks
+        # Hooks on all modules: a profiler's, or a debugger's.
+        and not torch.nn.modules.module._has_any_global_hook()
     )
 
 
