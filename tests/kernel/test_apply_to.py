@@ -187,6 +187,44 @@ def test_autocast(kernel) -> None:
     assert distance(fused, plain) < 0.03
 
 
+def test_float16_autocast_of_a_bfloat16_model(kernel) -> None:
+    model = build("shared", torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        plain = step(model)
+        kernel.apply_to(model)
+        fused = step(model)
+    assert torch.equal(fused[0], plain[0])
+    assert distance(fused, plain) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("dtype", "projected", "angles"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_projections_and_angles_of_different_dtypes_are_promoted(kernel, dtype, projected, angles) -> None:
+    model = build("shared", dtype)
+    model.set_attn_implementation("eager")
+    model.model.rotary_emb.register_forward_hook(lambda module, args, out: tuple(t.to(angles) for t in out))
+    for layer in attentions(model):
+        # Attention wants keys and values of one dtype.
+        both = torch.promote_types(projected, angles)
+        for name, to in (("q_proj", projected), ("k_proj", projected), ("v_norm", both)):
+            if hasattr(layer, name):
+                getattr(layer, name).register_forward_hook(lambda module, args, out, to=to: out.to(to))
+        layer.o_proj.register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
+    plain = step(model)
+    kernel.apply_to(model)
+    fused = step(model)
+    assert torch.equal(fused[0], plain[0])
+    assert distance(fused, plain) < (0.03 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["shared", "k=v"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_what_it_gives_without(kernel, kind, reentrant) -> None:

@@ -157,7 +157,14 @@ def _fused_forward(family: _Family) -> Callable[..., Any]:
         norm: Any, x: torch.Tensor, cos: torch.Tensor | None = None, sin: torch.Tensor | None = None
     ) -> torch.Tensor:
         if _is_plain(norm, norm_class):
-            return rms_norm_rotary(x, norm.weight if norm.with_scale else None, cos, sin, norm.eps)
+            weight = norm.weight if norm.with_scale else None
+            if cos is None or sin is None:
+                return rms_norm_rotary(x, weight, eps=norm.eps)
+            # Under autocast, or from a projection in a dtype of its own, x may have another one than the angles: their
+            # product is of the dtype that both promote to, and so it is if the angles are promoted before.
+            promoted = torch.promote_types(x.dtype, cos.dtype)
+            if promoted in (x.dtype, torch.float32):
+                return rms_norm_rotary(x, weight, cos.to(promoted), sin.to(promoted), norm.eps)
         x = norm(x)
         return x if cos is None else modeling.apply_rotary_pos_emb(x, cos, sin, unsqueeze_dim=2)
 
