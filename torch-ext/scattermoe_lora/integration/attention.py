@@ -11,7 +11,7 @@ import torch
 from ..ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from . import attention_masks as masks
 from . import attention_paths as paths
-from .attention_plans import Plan, plan_of, segments_of, window_of, with_given_sequences
+from .attention_plans import Plan, plan_of, reshaped_back, segments_of, window_of, with_given_sequences
 
 _registered: dict[str, Callable[..., Any]] = {}
 _replaced: tuple[Callable[..., Any], Callable[..., Any]] | None = None
@@ -168,6 +168,8 @@ def attention_forward(
     call = paths.Call(
         module, query, key, value, dropout, scaling, sliding_window, softcap, is_causal, s_aux, kwargs
     )
+    if attention_mask is not None:
+        attention_mask = reshaped_back(attention_mask)
     if attention_mask is not None and attention_mask.dim() != 2:
         return paths.transformers_own(call, attention_mask, masks.reason_of(attention_mask))
 

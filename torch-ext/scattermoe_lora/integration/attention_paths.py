@@ -190,6 +190,9 @@ def transformers_own(
             mask = None
         else:
             mask = dense(plan, mask, queries)
+    if mask is not None and not mask.is_floating_point():
+        # Numbers of sequences, or ones and zeros: what is added to the scores is never of an integer dtype.
+        mask = mask > 0
     if mask is not None and mask.dtype == torch.bool and where == "eager":
         lowest = torch.finfo(call.query.dtype).min
         mask = torch.zeros(mask.shape, dtype=call.query.dtype, device=mask.device).masked_fill(~mask, lowest)

@@ -135,6 +135,16 @@ def plan_of(segments: torch.Tensor, queries: int, causal: bool, window: tuple[in
     return make_plan(segments, queries, causal, window, number > 1, smallest < 1)
 
 
+def reshaped_back(mask: torch.Tensor) -> torch.Tensor:
+    """Segments ``[B, K]`` where a model made ``[B, 1, 1, K]`` of those of a mask function; any other mask as it is."""
+    if mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[1:3] != (1, 1) or not mask.numel():
+        return mask
+    # A graph holds no headers, and a header that is looked for there breaks it.
+    if torch.compiler.is_compiling() or int(mask.max()) >> _NUMBER_BITS == 0:
+        return mask
+    return mask[:, 0, 0]
+
+
 def window_of(causal: bool, sliding_window: int | None, keys: int) -> tuple[int, int]:
     """A window where a query sees ``sliding_window`` keys, its own among them (if not causal, to both sides)."""
     if sliding_window is None or sliding_window >= keys:
