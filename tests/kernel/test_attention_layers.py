@@ -32,6 +32,17 @@ def states(queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return 3 * torch.randn(2, 4, queries, 16), torch.randn(2, 2, keys, 16), torch.randn(2, 2, keys, 16)
 
 
+def made(
+    submodule: Any, queries: int, keys: int, causal: bool, padding: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mask that transformers has the registered mask function make."""
+    function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
+    return submodule("integration.attention_masks").mask(
+        batch_size=2, q_length=queries, kv_length=keys, q_offset=0 if not causal else keys - queries,
+        mask_function=function, attention_mask=padding, config=LlamaConfig(),
+    )  # fmt: skip
+
+
 PADDING = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
 
 
@@ -42,15 +53,7 @@ def test_a_mask_that_a_model_reshapes_says_the_same(
 ) -> None:
     """In the kernel, in sdpa and in eager mode; so do ones and zeros of its own, which are no bias."""
     layer = llama()
-    function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
-    mask = submodule("integration.attention_masks").mask(
-        batch_size=2,
-        q_length=5,
-        kv_length=5,
-        mask_function=function,
-        attention_mask=PADDING,
-        config=layer.config,
-    )
+    mask = made(submodule, 5, 5, causal, PADDING)
     assert mask.shape == (2, 5)
     q, k, v = states(5, 5)
     seen = (PADDING > 0)[:, None, None, :].expand(2, 1, 5, 5)
@@ -58,3 +61,28 @@ def test_a_mask_that_a_model_reshapes_says_the_same(
         got = attend(layer, q, k, v, given[:, None, None, :], **others)
         exact = in_float64(q, k, v, allowed)
         assert_close([got[PADDING > 0]], [exact[PADDING > 0]], 1e-5)
+
+
+def test_a_mask_made_for_one_query_serves_a_layers_many(attention, submodule) -> None:
+    """As LightGlue's, whose keypoints all see the same ones; also from another image, by a mask that it reshapes."""
+    mask = made(submodule, 1, 5, False, PADDING)
+    q, k, v = states(5, 5)
+    for given, padding in (
+        (mask, PADDING),
+        (mask.reshape(1, 2, 1, 1, 5).flip(1).view(2, 1, 1, 5), PADDING.flip(0)),
+    ):
+        seen = (padding > 0)[:, None, None, :]
+        assert_close([attend(llama(), q, k, v, given)], [in_float64(q, k, v, seen)], 1e-5)
+
+
+def test_queries_that_a_causal_mask_says_nothing_of_are_refused(attention, submodule) -> None:
+    mask = made(submodule, 1, 5, True)
+    q, k, v = states(5, 5)
+    with pytest.raises(ValueError, match=r"attention_mask: .*5 queries, got one for 1;"):
+        attend(llama(), q, k, v, mask)
+    # The last of those that it is for are.
+    whole = made(submodule, 5, 5, True, PADDING.flip(1))
+    exact = in_float64(
+        q, k, v, (PADDING.flip(1) > 0)[:, None, None, :] & torch.ones(5, 5, dtype=torch.bool).tril()
+    )
+    assert_close([attend(llama(), q[:, :, 3:], k, v, whole)], [exact[:, 3:]], 1e-5)

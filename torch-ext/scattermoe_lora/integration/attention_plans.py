@@ -40,6 +40,7 @@ class Plan(NamedTuple):
         sequences: None where every row of the batch is one sequence.
         packed: Whether a row holds several sequences, so that no query sees another sequence's keys.
         deferred: Whether the sequences are still to be found, when a traced graph runs.
+        queries: The number of queries that the sequences are for; None where any will do.
     """
 
     causal: bool
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     sequences: Sequences | None
     packed: bool = False
     deferred: bool = False
+    queries: int | None = None
 
 
 def with_plan(segments: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -83,7 +85,7 @@ def make_plan(
         sequences = _packed(segments)
     elif padded:
         sequences = _padded(segments > 0, queries, same_tokens=causal or window != (-1, -1))
-    return Plan(causal, window, sequences, packed)
+    return Plan(causal, window, sequences, packed, queries=queries)
 
 
 def _packed(segments: torch.Tensor) -> Sequences:
@@ -122,11 +124,23 @@ def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
 def plan_of(segments: torch.Tensor, queries: int, causal: bool, window: tuple[int, int]) -> Plan:
     """The plan that ``segments`` came with, made anew where something copied the tensor (models over several GPUs).
 
-    ``causal`` and ``window`` count for a padding mask ``[B, K]`` of a model's own, which never had a plan.
+    It is made anew for another number of ``queries``, too: of a mask that is not causal, a model may have asked for one
+    row. ``causal`` and ``window`` count for a padding mask ``[B, K]`` of a model's own, which never had a plan.
+
+    Raises:
+        ValueError: Queries that the mask, which is causal or has a window, says nothing of.
     """
     plan: Plan | None = getattr(segments, _PLAN, None)
     if plan is not None:
-        return plan
+        if plan.queries is None or plan.queries == queries:
+            return plan
+        if queries > plan.queries and (plan.causal or plan.window != (-1, -1)):
+            raise ValueError(
+                f"scattermoe attention: attention_mask: expected a mask for the layer's {queries} queries, got one for "
+                f"{plan.queries}; make it with inputs_embeds of the layer's length"
+            )
+        padded = plan.sequences is not None and not plan.packed
+        return make_plan(segments, queries, plan.causal, plan.window, plan.packed, padded)
     smallest, largest = torch.stack(segments.long().aminmax()).tolist()
     header, number = largest >> _NUMBER_BITS, largest & (1 << _NUMBER_BITS) - 1
     if header:
