@@ -86,3 +86,11 @@ def test_queries_that_a_causal_mask_says_nothing_of_are_refused(attention, submo
         q, k, v, (PADDING.flip(1) > 0)[:, None, None, :] & torch.ones(5, 5, dtype=torch.bool).tril()
     )
     assert_close([attend(llama(), q[:, :, 3:], k, v, whole)], [exact[:, 3:]], 1e-5)
+
+
+@pytest.mark.parametrize("others", [{}, {"dropout": 1e-9}])
+def test_a_layer_that_sees_both_ways_has_no_window_without_a_mask(attention, others: dict[str, Any]) -> None:
+    """As in DiffusionGemma's decoder, whose layers name their window and see all of the canvas where none is a mask."""
+    q, k, v = states(5, 9)
+    got = attend(llama(), q, k, v, None, sliding_window=3, is_causal=False, **others)
+    assert_close([got], [in_float64(q, k, v, torch.ones(2, 1, 5, 9, dtype=torch.bool))], 1e-5)

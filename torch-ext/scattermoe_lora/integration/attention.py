@@ -134,7 +134,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Forward of an attention layer, the signature that transformers' ``AttentionInterface`` calls.
 
-    What the mask says counts; ``is_causal`` and ``sliding_window`` do where there is no mask.
+    What the mask says counts; ``is_causal`` does where there is no mask, and so does ``sliding_window`` if causal.
 
     Args:
         module: The attention module.
@@ -174,8 +174,10 @@ def attention_forward(
         return paths.transformers_own(call, attention_mask, masks.reason_of(attention_mask))
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = window_of(causal, sliding_window, key.shape[2])
     segments = attention_mask
+    # Without a mask, transformers' own attentions know of causality at most. We keep a window with it, as
+    # FlashAttention does; a layer that sees both ways names the one that its masks have when there are any.
+    window = (-1, -1) if segments is None and not causal else window_of(causal, sliding_window, key.shape[2])
     plan = Plan(causal, window, None)
     if segments is not None:
         plan = plan_of(segments, query.shape[2], causal, window)
