@@ -353,7 +353,7 @@ def test_compiled_model_has_the_operator_in_one_graph(kernel) -> None:
 
 
 def fused(layer: torch.nn.Module) -> bool:
-    return "forward" in layer.__dict__
+    return any(each.__name__.startswith("Fused") for each in type(layer).__mro__)
 
 
 def attentions(model: Any) -> list[Any]:
@@ -372,6 +372,7 @@ def test_it_is_idempotent_reversible_and_leaves_the_state_as_it_is(kernel) -> No
     assert kernel.remove_from(model) == 6
     assert kernel.remove_from(model) == 0
     assert not any(fused(layer) for layer in attentions(model))
+    assert {type(layer) for layer in attentions(model)} == {modeling_gemma4.Gemma4TextAttention}
     layer = attentions(model)[2]
     assert kernel.apply_to(layer) == 1
     assert [fused(each) for each in attentions(model)] == [False, False, True, False, False, False]
@@ -388,12 +389,47 @@ def test_a_copy_runs_fused_on_its_own_weights(kernel) -> None:
     assert all(fused(layer) for layer in attentions(model))
 
 
-def test_a_pickle_is_of_the_model_alone(kernel) -> None:
+def replica(module: Any) -> Any:
+    """What ``nn.DataParallel`` makes of every module for every device."""
+    twin = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(twin, name, parameter)
+    return twin
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, replica])
+def test_a_shallow_copy_runs_fused_on_its_own_weights(kernel, duplicate) -> None:
+    model = build("dense")
+    kernel.apply_to(model)
+    layer = attentions(model)[0]
+    hidden = torch.randn(2, 5, 32)
+    angles = model.model.rotary_emb(hidden, torch.arange(5)[None], "sliding_attention")
+
+    def run(each: Any) -> torch.Tensor:
+        return each(hidden, angles, None, {})[0]
+
+    before = run(layer)
+    twin = duplicate(layer)
+    assert fused(twin)
+    assert torch.equal(run(twin), before)
+    twin._modules = dict(layer._modules, q_norm=duplicate(layer.q_norm))
+    twin.q_norm.with_scale = False
+    got = run(twin)
+    assert torch.equal(run(layer), before)
+    assert kernel.remove_from(twin) == 1
+    assert fused(layer)
+    assert torch.equal(run(twin), got)
+    assert not torch.allclose(got, before)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
+def test_a_pickle_is_of_the_model_alone(kernel, protocol) -> None:
     model = build()
     kernel.apply_to(model)
-    written = pickle.dumps(model)
+    written = pickle.dumps(model, protocol)
     assert kernel.__name__.split(".")[0].encode() not in written
     read = pickle.loads(written)
+    assert not any(fused(layer) for layer in attentions(read))
     assert torch.equal(step(read)[0], step(model)[0])
     assert kernel.remove_from(read) == 0
     assert kernel.apply_to(read) == 6
@@ -472,6 +508,18 @@ def test_a_model_without_such_attention_is_refused(kernel) -> None:
     with pytest.raises(ValueError, match=message):
         kernel.apply_to(model)
     assert kernel.remove_from(model) == 0
+
+
+def test_a_fused_layer_that_was_subclassed_is_not_undone(kernel) -> None:
+    model = build()
+    kernel.apply_to(model)
+    layer = attentions(model)[1]
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    assert kernel.apply_to(model) == 6
+    message = "remove_from: model.layers.1.self_attn: something else made it a Sharded after apply_to; undo that first"
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        kernel.remove_from(model)
+    assert all(fused(layer) for layer in attentions(model))
 
 
 class Subclass(modeling_gemma4.Gemma4TextAttention):

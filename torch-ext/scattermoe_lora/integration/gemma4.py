@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -53,8 +54,9 @@ def apply_to(model: torch.nn.Module) -> int:
     values, and whatever ``attn_implementation`` names, run as before, and so do norms that have hooks or a class of
     their own. Under checkpointing, keys and values that layers share are held by the graph of those layers alone.
 
-    Parameters, buffers and ``state_dict`` stay as they are, and so does the model's class. The change is part of a
-    ``copy.deepcopy``, and not of a pickle, which needs this kernel then no more than the model did before. Calling it
+    Parameters, buffers and ``state_dict`` stay as they are, and so does the model's class; the layers become instances
+    of a subclass of theirs. The change is part of a copy, deep or shallow (``nn.DataParallel``'s replicas), which runs
+    on its own weights, and not of a pickle, which needs this kernel then no more than the model did before. Calling it
     again does nothing.
 
     Args:
@@ -75,9 +77,12 @@ def apply_to(model: torch.nn.Module) -> int:
         raise ValueError(
             f"apply_to: expected a model with layers of {names}, got a {type(model).__name__} without"
         )
-    places = [_place(name, layer, family) for name, layer, family in layers]
-    for (_, layer, family), place in zip(layers, places, strict=True):
-        layer.__dict__[place] = types.MethodType(_fused_forward(family), layer)
+    for name, layer, family in layers:
+        _check(name, layer, family)
+    for _, layer, family in layers:
+        if not _is_fused(layer, family):
+            plain: Any = type(layer)  # mypy takes a Module's class for unhashable
+            _become(layer, _fused_class(plain, family))
     return len(layers)
 
 
@@ -86,18 +91,20 @@ def remove_from(model: torch.nn.Module) -> int:
 
     Returns:
         The number of layers that ran fused.
+
+    Raises:
+        NotImplementedError: A fused layer's class was subclassed since then; the message names it. Nothing is changed.
     """
-    removed = 0
-    for _, layer, family in _layers(model):
-        for place in _PLACES:
-            if not _is_ours(layer.__dict__.get(place), family):
-                continue
-            removed += 1
-            if place == "forward":
-                del layer.__dict__[place]
-            else:
-                layer.__dict__[place] = types.MethodType(type(layer).forward, layer)
-    return removed
+    fused = [(name, layer) for name, layer, family in _layers(model) if _is_fused(layer, family)]
+    for name, layer in fused:
+        if "forward" not in vars(type(layer)):
+            raise NotImplementedError(
+                f"remove_from: {name or type(layer).__name__}: something else made it a {type(layer).__name__} after "
+                "apply_to; undo that first; nothing was changed"
+            )
+    for _, layer in fused:
+        _become(layer, type(layer).__bases__[0])
+    return len(fused)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, _Family]]:
@@ -109,28 +116,72 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, _Fam
                 yield name, module, family
 
 
-def _is_ours(method: Any, family: _Family) -> bool:
-    return getattr(method, "__func__", None) is _fused_forward(family)
+def _is_fused(layer: torch.nn.Module, family: _Family) -> bool:
+    return type(layer).forward is _fused_forward(family)
 
 
-def _place(name: str, layer: torch.nn.Module, family: _Family) -> str:
-    """The attribute of ``layer`` that holds the forward of its class.
+def _check(name: str, layer: torch.nn.Module, family: _Family) -> None:
+    """Whether what runs is the forward of the layer's class, and that is transformers' or ours.
 
     Raises:
-        NotImplementedError: It holds another one.
+        NotImplementedError: It is not.
     """
     base = getattr(sys.modules[family.modeling], family.attention)
     place = _PLACES["_old_forward" in layer.__dict__]
     present = layer.__dict__.get(place)
-    if type(layer).forward is not base.forward:
-        reason = f"{type(layer).__name__} overrides the forward of {family.attention}"
-    elif list(inspect.signature(base.forward).parameters) != _PARAMETERS:
+    if list(inspect.signature(base.forward).parameters) != _PARAMETERS:
         reason = f"this transformers' {family.attention}.forward takes {inspect.signature(base.forward)}"
-    elif present is None or getattr(present, "__func__", None) is base.forward or _is_ours(present, family):
-        return place
-    else:
+    elif type(layer).forward is not base.forward and not _is_fused(layer, family):
+        reason = f"{type(layer).__name__} overrides the forward of {family.attention}"
+    elif present is not None and getattr(present, "__func__", None) is not type(layer).forward:
         reason = f"something else replaced its {place} already; undo that, or call apply_to before it"
+    else:
+        return
     raise NotImplementedError(f"apply_to: {name or type(layer).__name__}: {reason}; nothing was changed")
+
+
+def _become(layer: torch.nn.Module, new: type[torch.nn.Module]) -> None:
+    """Makes ``layer`` an instance of ``new``, and bound forwards of its old class those of ``new``."""
+    old = type(layer)
+    layer.__class__ = new
+    for place in _PLACES:
+        if getattr(layer.__dict__.get(place), "__func__", None) is not old.forward:
+            continue
+        if place == "forward":
+            del layer.__dict__[place]  # the class has it
+        else:
+            layer.__dict__[place] = types.MethodType(new.forward, layer)
+
+
+@functools.cache
+def _fused_class(plain: Any, family: _Family) -> type[torch.nn.Module]:
+    """The subclass of ``plain`` that runs fused; the same object for the same arguments.
+
+    A class, because a method bound to one layer would run that layer's weights in its shallow copies, too.
+    """
+
+    def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
+        """A pickle is of the plain layer, in the form of protocol 0: that of 2 insists on the object's own class."""
+        made, arguments, *rest = plain.__reduce_ex__(self, 0)
+        return (made, tuple(plain if each is fused else each for each in arguments), *rest)
+
+    def shallow(self: Any) -> Any:
+        twin = self.__new__(type(self))
+        twin.__setstate__(self.__dict__)
+        return twin
+
+    def deep(self: Any, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    members = {"forward": _fused_forward(family), "__reduce_ex__": reduce, "__module__": __name__}
+    # Both would go by the pickle otherwise. A class that has its own has a reason.
+    for name, copier in (("__copy__", shallow), ("__deepcopy__", deep)):
+        if not hasattr(plain, name):
+            members[name] = copier
+    fused: type[torch.nn.Module] = type(f"Fused{plain.__name__}", (plain,), members)
+    return fused
 
 
 def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
