@@ -94,3 +94,30 @@ def test_a_layer_that_sees_both_ways_has_no_window_without_a_mask(attention, oth
     q, k, v = states(5, 9)
     got = attend(llama(), q, k, v, None, sliding_window=3, is_causal=False, **others)
     assert_close([got], [in_float64(q, k, v, torch.ones(2, 1, 5, 9, dtype=torch.bool))], 1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [4, 8])
+def test_keys_that_a_mask_says_nothing_of_are_refused(attention, submodule, causal: bool, keys: int) -> None:
+    for padding in (None, PADDING):
+        mask = made(submodule, 5, 5, causal, padding)
+        with pytest.raises(ValueError, match=f"attention_mask: .* layer's {keys} keys, got one for 5;"):
+            attend(llama(), *states(5, keys), mask)
+    if keys < 5:
+        # Nor is a copy, which does not know of a static cache's empty rest, or a padding mask of a model's own.
+        for copy in (mask.clone(), PADDING):
+            with pytest.raises(ValueError, match="layer's 4 keys, got one for 5;"):
+                attend(llama(), *states(4, keys), copy)
+
+
+def test_the_empty_rest_of_a_static_cache_is_not_seen(attention, submodule) -> None:
+    layer, (q, k, v) = llama(), states(5, 8)
+    mask = submodule("integration.attention_masks").mask(
+        batch_size=2, q_length=5, kv_length=8, attention_mask=PADDING.flip(1), config=layer.config
+    )
+    assert mask.shape == (2, 5)
+    seen = (PADDING.flip(1) > 0)[:, None, None, :] & torch.ones(5, 5, dtype=torch.bool).tril()
+    exact = in_float64(q, k[:, :, :5], v[:, :, :5], seen)
+    for given in (mask, mask.clone()):
+        got = attend(layer, q, k, v, given)
+        assert_close([got[PADDING.flip(1) > 0]], [exact[PADDING.flip(1) > 0]], 1e-5)

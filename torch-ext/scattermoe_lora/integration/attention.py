@@ -154,6 +154,7 @@ def attention_forward(
 
     Raises:
         NotImplementedError: A paged cache (continuous batching).
+        ValueError: A mask ``[B, K]`` for other keys or queries than the layer's.
     """
     if kwargs.get("cache") is not None:
         raise NotImplementedError(
@@ -182,6 +183,7 @@ def attention_forward(
     if segments is not None:
         plan = plan_of(segments, query.shape[2], causal, window)
         keys = segments.shape[1]
+        _check_keys(key.shape[2], keys, keys if plan.deferred else plan.kv_length)
         # Keys after the last query's are the empty rest of a static cache.
         if key.shape[2] > keys:
             key = key[:, :, :keys]
@@ -196,3 +198,12 @@ def attention_forward(
     if hybrid is not None and paths.fits_hybrid(call, plan, hybrid):
         return paths.hybrid(call, plan, segments, hybrid)
     return paths.kernel(call, plan, segments)
+
+
+def _check_keys(given: int, keys: int, kv_length: int | None) -> None:
+    """Refuses ``given`` keys with a mask for ``keys`` of ``kv_length``; a copy does not know how many it left out."""
+    if given < keys or (given > keys and kv_length not in (None, given)):
+        raise ValueError(
+            f"scattermoe attention: attention_mask: expected a mask for the layer's {given} keys, got one for "
+            f"{keys if kv_length is None else kv_length}; make it for the cache, and the tokens, that the layer has"
+        )

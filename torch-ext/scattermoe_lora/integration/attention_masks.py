@@ -132,7 +132,8 @@ def _segments(
     else:
         segments = torch.ones(batch, keys, dtype=torch.int32, device=device)
     left, right = (-1 if reach >= keys - 1 else reach for reach in (pattern.left, pattern.right))
-    return with_plan(segments, make_plan(segments, queries, pattern.causal, (left, right), packed, padded))
+    plan = make_plan(segments, queries, pattern.causal, (left, right), packed, padded)
+    return with_plan(segments, plan._replace(kv_length=kv_length))
 
 
 def _valid_keys(attention_mask: torch.Tensor, begin: int, end: int) -> torch.Tensor | None:

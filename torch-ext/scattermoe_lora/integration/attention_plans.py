@@ -41,6 +41,7 @@ class Plan(NamedTuple):
         packed: Whether a row holds several sequences, so that no query sees another sequence's keys.
         deferred: Whether the sequences are still to be found, when a traced graph runs.
         queries: The number of queries that the sequences are for; None where any will do.
+        kv_length: The number of a layer's keys, among them those that segments leave out; None where it is not known.
     """
 
     causal: bool
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
     packed: bool = False
     deferred: bool = False
     queries: int | None = None
+    kv_length: int | None = None
 
 
 def with_plan(segments: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -140,7 +142,8 @@ def plan_of(segments: torch.Tensor, queries: int, causal: bool, window: tuple[in
                 f"{plan.queries}; make it with inputs_embeds of the layer's length"
             )
         padded = plan.sequences is not None and not plan.packed
-        return make_plan(segments, queries, plan.causal, plan.window, plan.packed, padded)
+        again = make_plan(segments, queries, plan.causal, plan.window, plan.packed, padded)
+        return again._replace(kv_length=plan.kv_length)
     smallest, largest = torch.stack(segments.long().aminmax()).tolist()
     header, number = largest >> _NUMBER_BITS, largest & (1 << _NUMBER_BITS) - 1
     if header:
