@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     masking_utils,
 )
 
@@ -111,6 +112,31 @@ def test_a_model_that_takes_no_flash_attention_has_the_mask_of_eager(kernel, sub
     got = masks.mask(batch_size=1, q_length=4, kv_length=4, config=Config())
     assert got.shape == (1, 1, 4, 4)
     assert masks.reason_of(got) == "transformers gives this model no flash attention"
+
+
+def test_a_users_class_around_a_model_does_not_speak_for_it(kernel, submodule) -> None:
+    supports = submodule("integration.attention_masks").supports
+
+    class Config(LlamaConfig):
+        pass
+
+    # Before and after what transformers was asked of first.
+    for kind, expected in ((LlamaConfig, True), (Config, False), (LlamaConfig, True)):
+        Config.__module__ = "somewhere.else"
+        assert supports(kind(), "_supports_flash_attn") is expected
+
+        class Reward(PreTrainedModel):
+            config_class = kind
+
+        assert not Reward._supports_flash_attn
+        assert supports(kind(), "_supports_flash_attn") is expected
+
+    class Own(LlamaForCausalLM):
+        config_class = Config
+        _supports_flash_attn = True
+
+    # A class that says something counts from when it is there.
+    assert supports(Config(), "_supports_flash_attn")
 
 
 def test_a_padding_mask_of_a_models_own_is_read_by_what_the_layer_says(submodule) -> None:

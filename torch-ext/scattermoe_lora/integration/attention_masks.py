@@ -17,7 +17,6 @@ from .attention_plans import make_plan, with_plan
 
 _REASON = "_scattermoe_reason"
 _kinds: list[tuple[CodeType, str]] = []
-_supported: dict[tuple[type, str], bool] = {}
 
 
 class Pattern(NamedTuple):
@@ -264,17 +263,27 @@ def _closure(function: Any) -> dict[str, Any]:
 def supports(config: Any, flag: str) -> bool:
     """Whether every model class for configs of this class has ``flag`` set.
 
-    ``_supports_flash_attn`` says that a model sends masks on unread: towers with an attention of their own (Gemma 4's
-    for audio) slice, add or gather the mask that eager mode takes.
+    Those are the classes beside the config, and others that set the flag themselves: a user's class around a model that
+    says nothing of it does not speak for the model. ``_supports_flash_attn`` says that a model sends masks on unread:
+    towers with an attention of their own (Gemma 4's for audio) slice, add or gather the mask that eager mode takes.
     """
-    kind = type(config)
-    if (kind, flag) not in _supported:
-        from transformers import PreTrainedModel
+    from transformers import PreTrainedModel
 
-        pending, flags = [PreTrainedModel], []
-        while pending:
-            subclasses = pending.pop().__subclasses__()
-            flags += [getattr(each, flag, False) for each in subclasses if each.config_class is kind]
-            pending += subclasses
-        _supported[kind, flag] = bool(flags) and all(flags)
-    return _supported[kind, flag]
+    kind = type(config)
+    # Not kept: a class may come later, and to look takes some 10 microseconds.
+    pending, flags = [PreTrainedModel], []
+    while pending:
+        subclasses = pending.pop().__subclasses__()
+        flags += [
+            getattr(each, flag, False)
+            for each in subclasses
+            if each.config_class is kind and (flag in vars(each) or _beside(kind, each))
+        ]
+        pending += subclasses
+    return bool(flags) and all(flags)
+
+
+def _beside(kind: type, model: type) -> bool:
+    """Whether a model's class is defined in the module of its config, or in one next to it."""
+    here, there = (each.__module__.rpartition(".") for each in (kind, model))
+    return here == there or (here[0] == there[0] != "")
