@@ -48,9 +48,8 @@ def obstacle(call: Call, plan: Plan) -> str | None:
         return "sinks in a traced graph"
     if call.dropout:
         return f"dropout {call.dropout}"
-    for name in _EAGER_ALONE:
-        if call.others.get(name) is not None and call.others[name] is not False:
-            return name
+    if (name := _for_eager(call)) is not None:
+        return name
     if query.device.type not in ("cpu", "cuda"):
         return f"the device {query.device.type}"
     if not query.dtype == key.dtype == value.dtype:
@@ -63,6 +62,15 @@ def obstacle(call: Call, plan: Plan) -> str | None:
         return "head_dim, of which the kernel takes multiples of 8 from 16 to 512"
     if query.shape[1] % key.shape[1]:
         return f"{query.shape[1]} query heads over {key.shape[1]} key heads"
+    return None
+
+
+def _for_eager(call: Call) -> str | None:
+    """What the model asks of eager mode, by its argument's name."""
+    # output_attentions=False is an argument, too, and no tensor may be asked whether it is true.
+    for name in _EAGER_ALONE:
+        if call.others.get(name) is not None and call.others[name] is not False:
+            return name
     return None
 
 
@@ -174,7 +182,7 @@ def transformers_own(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     needs_eager = call.softcap is not None or call.s_aux is not None
-    needs_eager |= any(call.others.get(name) is not None for name in _EAGER_ALONE)
+    needs_eager |= _for_eager(call) is not None
     config = getattr(call.module, "config", None)
     if needs_eager or not supports(config, "_supports_sdpa"):
         function, where = _eager(call.module), "eager"
