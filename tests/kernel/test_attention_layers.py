@@ -121,3 +121,19 @@ def test_the_empty_rest_of_a_static_cache_is_not_seen(attention, submodule) -> N
     for given in (mask, mask.clone()):
         got = attend(layer, q, k, v, given)
         assert_close([got[PADDING.flip(1) > 0]], [exact[PADDING.flip(1) > 0]], 1e-5)
+
+
+def test_dropout_alone_is_no_matter_for_eager(attention, said) -> None:
+    q, k, v = states(5, 5)
+    attend(llama(), q, k, v, None, dropout=0.5, output_attentions=False)
+    assert said() == ["attention of LlamaAttention, head_dim 16: transformers' sdpa, because of dropout 0.5"]
+
+
+def test_lengths_of_packed_sequences_need_no_longest(attention) -> None:
+    q, k, v = (x[:1] for x in states(6, 6))
+    starts = torch.tensor([0, 2, 6])
+    ids = torch.tensor([0, 0, 1, 1, 1, 1])
+    exact = in_float64(q, k, v, (ids[:, None] == ids) & torch.ones(6, 6, dtype=torch.bool).tril())
+    assert_close([attend(llama(), q, k, v, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts)], [exact], 1e-5)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k: .* got None"):
+        attend(llama(), q, k, v, None, cu_seq_lens_q=starts)

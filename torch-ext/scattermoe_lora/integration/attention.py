@@ -146,8 +146,8 @@ def attention_forward(
         sliding_window: Keys that a query sees, its own among them.
         is_causal: None for ``module.is_causal``.
         hybrid: As in :func:`register_attention`.
-        **kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` of packed sequences, all
-            or none; whatever else the model passes.
+        **kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` of packed sequences, both or none, and where they are known
+            ``max_length_q`` and ``max_length_k``; whatever else the model passes.
 
     Returns:
         ``[B, Sq, Hq, D]``, and the attention weights where eager mode ran, else None.

@@ -170,16 +170,24 @@ def window_of(causal: bool, sliding_window: int | None, keys: int) -> tuple[int,
 
 
 def with_given_sequences(plan: Plan, given: Mapping[str, Any]) -> Plan:
-    """``plan`` for packed sequences whose lengths a model hands over, by transformers' names for them."""
-    sequences = Sequences(
-        None,
-        None,
-        given["cu_seq_lens_q"].int(),
-        given["cu_seq_lens_k"].int(),
-        int(given["max_length_q"]),
-        int(given["max_length_k"]),
-    )
-    return plan._replace(sequences=sequences, packed=True)
+    """``plan`` for packed sequences whose lengths a model hands over, by transformers' names for them.
+
+    Raises:
+        ValueError: Lengths of the queries without those of the keys.
+    """
+    if given.get("cu_seq_lens_k") is None:
+        raise ValueError(
+            "scattermoe attention: cu_seq_lens_k: expected where the sequences of cu_seq_lens_q begin in the keys, "
+            "got None; pass both"
+        )
+    (cu_query, max_query), (cu_key, max_key) = (_lengths(given, side) for side in "qk")
+    return plan._replace(sequences=Sequences(None, None, cu_query, cu_key, max_query, max_key), packed=True)
+
+
+def _lengths(given: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
+    """Where the sequences begin, and the longest's length, which waits for the device where nobody says it."""
+    cu, longest = given[f"cu_seq_lens_{side}"].int(), given.get(f"max_length_{side}")
+    return cu, int(cu.diff().max() if longest is None else longest)
 
 
 def segments_of(plan: Plan, key: torch.Tensor) -> torch.Tensor:
