@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from transformers import (
     AttentionMaskInterface,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_the_log_says_each_thing_once(attention, said) -> None:
@@ -47,6 +52,47 @@ def test_registering_twice_is_registering_once_and_unregistering_undoes_it(kerne
     assert flash_utils._loaded_implementation != FLASH
     kernel.unregister_attention()
     assert state() == before
+
+
+@pytest.fixture(scope="module")
+def another(kernel, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Another build of the kernel package."""
+    from kernelpress.spec import load_spec
+    from kernelpress.variant import build
+    from kernels import get_local_kernel
+
+    there = tmp_path_factory.mktemp("another")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "torch-ext", there / "torch-ext", ignore=ignored)
+    for name in ("build.toml", "LICENSE"):
+        shutil.copy(REPOSITORY / name, there)
+    with (there / "torch-ext/scattermoe_lora/ops/routing.py").open("a") as source:
+        source.write("# attention of another build\n")
+    build(load_spec(there), there / "build")
+    built = get_local_kernel(there / "build")
+    assert built.__name__ != kernel.__name__
+    return built
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_builds_leave_transformers_as_it_was_whichever_goes_first(
+    kernel, another: ModuleType, first: int
+) -> None:
+    from transformers import modeling_flash_attention_utils as flash_utils
+
+    before = flash_utils._lazy_imports
+    builds = {"one_flash": kernel, "another_flash": another}
+    for name, build in builds.items():
+        build.register_attention(name)
+    for name, build in builds.items():
+        assert flash_utils._lazy_imports(name)[0].__module__.startswith(build.__name__)
+    (gone, leaving), (left, staying) = list(builds.items())[:: 1 if first == 0 else -1]
+    leaving.unregister_attention()
+    assert flash_utils._lazy_imports is not before
+    assert flash_utils._lazy_imports(left)[0].__module__.startswith(staying.__name__)
+    assert gone not in AttentionInterface._global_mapping
+    staying.unregister_attention()
+    assert flash_utils._lazy_imports is before
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2"])

@@ -14,7 +14,7 @@ from . import attention_paths as paths
 from .attention_plans import Plan, plan_of, reshaped_back, segments_of, window_of, with_given_sequences
 
 _registered: dict[str, Callable[..., Any]] = {}
-_replaced: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+_replaced: Any = None
 
 
 def register_attention(name: str = "scattermoe_flash", hybrid: str | None = None) -> None:
@@ -70,11 +70,24 @@ def unregister_attention() -> None:
     _registered.clear()
     paths.forget()
     if _replaced is not None:
-        original, ours = _replaced
-        # Where another build came after this one, its function holds ours, which passes everything on from now on.
-        if flash_utils._lazy_imports is ours:
-            flash_utils._lazy_imports = original
+        _unlink(flash_utils, _replaced)
         _replaced = None
+
+
+def _unlink(flash_utils: Any, ours: Any) -> None:
+    """Takes our function out of the chain of those that builds put around transformers' own.
+
+    A wrapper that is not a build's stays around ours, which passes everything on once no name is registered.
+    """
+    outer = flash_utils._lazy_imports
+    if outer is ours:
+        flash_utils._lazy_imports = ours.scattermoe_inner[0]
+        return
+    while hasattr(outer, "scattermoe_inner"):
+        if outer.scattermoe_inner[0] is ours:
+            outer.scattermoe_inner[0] = ours.scattermoe_inner[0]
+            return
+        outer = outer.scattermoe_inner[0]
 
 
 def _check_hybrid(name: str, hybrid: str) -> None:
@@ -104,16 +117,18 @@ def _answer_for_flash_functions() -> None:
         return
     from transformers import modeling_flash_attention_utils as flash_utils
 
-    original = flash_utils._lazy_imports
+    # A list, so that another build, which came before and leaves first, can take itself out of the chain.
+    inner: list[Callable[..., Any]] = [flash_utils._lazy_imports]
 
-    @functools.wraps(original)
+    @functools.wraps(inner[0])
     def lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         if implementation not in _registered:
-            return original(implementation, *args, **kwargs)
+            return inner[0](implementation, *args, **kwargs)
         return flash_attn_func, flash_attn_varlen_func, None, flash_utils._pad_input, flash_utils._unpad_input
 
+    _replaced = lazy_imports
+    _replaced.scattermoe_inner = inner
     flash_utils._lazy_imports = lazy_imports
-    _replaced = original, lazy_imports
 
 
 def attention_forward(
