@@ -270,7 +270,7 @@ def supports(config: Any, flag: str) -> bool:
     from transformers import PreTrainedModel
 
     kind = type(config)
-    # Not kept: a class may come later, and to look takes some 10 microseconds.
+    # Not kept: a class may come later, and to look takes 10 microseconds (1 ms with all of transformers loaded).
     pending, flags = [PreTrainedModel], []
     while pending:
         subclasses = pending.pop().__subclasses__()
