@@ -46,10 +46,34 @@ def test_products_of_any_size_through_onednn_match_the_reference(
         assert all(rows % 16 == 0 for rows in asked)
 
 
-def test_number_of_shapes_asked_of_onednn_stays_small(submodule) -> None:
-    rounded = submodule("ops.products").rounded
-    assert all(rows <= rounded(rows) <= max(rows + 15, rows * 9 / 8) for rows in range(5000))
-    assert len({rounded(rows) for rows in range(1, 8193)}) <= 56
+def test_pieces_cover_the_rows_with_few_sizes(submodule) -> None:
+    products = submodule("ops.products")
+    sizes = set()
+    for rows in range(1, 3000):
+        end = 0
+        for start, size in products.pieces(rows):
+            assert start == end < rows
+            end = start + size
+            sizes.add(size)
+        assert end == products.rounded(rows) < rows + 16
+    assert len(sizes) == 9
+
+
+@pytest.mark.parametrize("rows", [1, 16, 127, 129, 200, 300, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_many_pieces_are_whole(submodule, rows: int, dtype: torch.dtype) -> None:
+    products = submodule("ops.products")
+    x = torch.randn(products.rounded(rows), 96).to(dtype)[:rows]
+    weight, before = torch.randn(104, 96).to(dtype), torch.randn(products.rounded(rows), 104).to(dtype)[:rows]
+    exact_product = x.double() @ weight.double().T
+    sums = before.new_empty((products.rounded(rows), 104))[:rows].copy_(before)
+    got = [
+        products.product(x, weight, torch.empty(rows, 104).to(dtype)),
+        products.add_product(x, weight, sums),
+    ]
+    assert_close(
+        got, [exact_product, exact_product + before.double()], 1e-5 if dtype == torch.float32 else 1e-2
+    )
 
 
 def test_equal_calls_give_equal_bits(kernel) -> None:

@@ -3,8 +3,8 @@
 ``torch.mm`` hands float32 to MKL, which with the few dozen rows of an expert spends as much on packing the weight as on
 the product, and on some processors leaves half of the vector width unused. bfloat16 it hands to oneDNN, which generates
 code for every shape it meets, half a megabyte and a third of a millisecond each; and a router gives an expert another
-number of rows each time. Both are mended by asking oneDNN for a few more rows than there are: numbers of rows repeat,
-and the result's surplus is dropped. The surplus rows are whatever the caller's buffer holds behind ``x``.
+number of rows each time. Both are mended by asking oneDNN for pieces of few different sizes. The last piece may hold
+more rows than there are: the surplus is whatever the caller's buffer holds behind ``x``, and its results are dropped.
 
 No public function reaches oneDNN with float32 without first copying the weight. The one called here is what
 torch.compile emits on a CPU.
@@ -16,13 +16,23 @@ import torch
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
-_ROWS = 16
+_ROWS, _MOST_ROWS = 16, 128
 
 
 def rounded(rows: int) -> int:
-    """The number of rows that oneDNN is asked for: the next multiple of 16, from 128 on the next of eight an octave."""
-    step = max(_ROWS, (1 << max(rows - 1, 0).bit_length()) // 16)
-    return -(-rows // step) * step
+    """The number of rows that a product of ``rows`` may read: the next multiple of 16."""
+    return -(-rows // _ROWS) * _ROWS
+
+
+def pieces(rows: int) -> list[tuple[int, int]]:
+    """``(start, size)`` of what oneDNN is asked for: sizes of 256, and multiples of 16 up to 128."""
+    found = []
+    start = 0
+    while rows - start > _MOST_ROWS:
+        size = 2 * _MOST_ROWS if rows - start >= 2 * _MOST_ROWS else _MOST_ROWS
+        found.append((start, size))
+        start += size
+    return [*found, (start, rounded(rows - start))] if start < rows else found
 
 
 def _serves(dtype: torch.dtype, multiplications: int) -> bool:
@@ -52,25 +62,41 @@ def _widened(x: torch.Tensor, rows: int) -> torch.Tensor | None:
     return x.as_strided((rows, x.shape[1]), x.stride())
 
 
+def _onednn(x: torch.Tensor, weight: torch.Tensor, add: torch.Tensor | None) -> torch.Tensor:
+    operator = torch.ops.mkldnn._linear_pointwise
+    result: torch.Tensor = (
+        operator(x, weight, None, "none", [], "")
+        if add is None
+        else operator.binary(x, add, weight, None, "add")
+    )
+    return result
+
+
 def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``x W^T`` into ``out``: ``x`` ``[m, k]``, ``weight`` ``[n, k]``, contiguous or transposed, ``out`` ``[m, n]``."""
     rows = x.shape[0]
-    if _serves(x.dtype, rows * weight.numel()):
-        wide = _widened(x, rounded(rows))
-        if wide is not None:
-            result = torch.ops.mkldnn._linear_pointwise(wide, weight, None, "none", [], "")
-            return out.copy_(result[:rows])
-    return torch.mm(x, weight.t(), out=out)
+    wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * weight.numel()) else None
+    if wide is None:
+        return torch.mm(x, weight.t(), out=out)
+    for start, size in pieces(rows):
+        part = out[start : start + size]
+        part.copy_(_onednn(wide[start : start + size], weight, None)[: part.shape[0]])
+    return out
 
 
 def add_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``out += x W^T``, rounded once; shapes as for :func:`product`."""
     rows = x.shape[0]
-    if _serves(x.dtype, rows * weight.numel()):
-        wide, sums = _widened(x, rounded(rows)), _widened(out, rounded(rows))
-        if wide is not None and x.dtype == torch.float32:
-            return out.add_(torch.ops.mkldnn._linear_pointwise(wide, weight, None, "none", [], "")[:rows])
-        if wide is not None and sums is not None:
-            result = torch.ops.mkldnn._linear_pointwise.binary(wide, sums, weight, None, "add")
-            return out.copy_(result[:rows])
-    return out.addmm_(x, weight.t())
+    wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * weight.numel()) else None
+    # float32 is added to in place; a sum in bfloat16 would be rounded twice that way.
+    sums = out if wide is None or x.dtype == torch.float32 else _widened(out, rounded(rows))
+    if wide is None or sums is None:
+        return out.addmm_(x, weight.t())
+    for start, size in pieces(rows):
+        part = out[start : start + size]
+        if x.dtype == torch.float32:
+            part.add_(_onednn(wide[start : start + size], weight, None)[: part.shape[0]])
+        else:
+            result = _onednn(wide[start : start + size], weight, sums[start : start + size])
+            part.copy_(result[: part.shape[0]])
+    return out

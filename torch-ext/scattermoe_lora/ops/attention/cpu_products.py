@@ -7,12 +7,15 @@ what it returns: two products give it back in full, and where a processor multip
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..products import has_onednn, multiplies_bfloat16
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
+_REGULAR = 64
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,8 +32,10 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a: ``[H, m, k]``.
         b: ``[H, n, k]``, each matrix contiguous or transposed.
     """
-    is_large = a.shape[1] * b.shape[1] * b.shape[2] >= _LARGE
-    if a.dtype == torch.float32 and is_large and has_onednn():
+    sizes = (a.shape[1], b.shape[1], b.shape[2])
+    # oneDNN generates code for every shape it meets, half a megabyte each: lengths that recur are worth it.
+    is_regular = math.prod(sizes) >= _LARGE and not any(size % _REGULAR for size in sizes)
+    if a.dtype == torch.float32 and is_regular and has_onednn():
         by_head = [
             torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
             for x, y in zip(a.unbind(), b.unbind(), strict=True)
