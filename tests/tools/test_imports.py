@@ -40,6 +40,7 @@ FORMS = (
     "import importlib; got = importlib.import_module('.core', '{top}.nn.fast').X",
     "import importlib; got = importlib.import_module('.core', package='{top}.nn.fast').X",
     "import sys, {top}.nn.fast.core; got = sys.modules['{top}.nn.fast.core'].X",
+    "import sys, {top}.nn.fast.core; M = '{top}.nn.fast.core'; got = sys.modules[M].X + sys.modules.get(M).X",
     "import sys as s, {top}.nn.fast.core; got = s.modules.get('{top}.nn.fast.core').X",
     "from sys import modules; got = ('{top}.nn.fast' in modules, not '{top}.nn.fast' in modules)",
     "from importlib import resources; got = resources.files('{top}.nn.fast').joinpath('core.py').is_file()",
@@ -138,7 +139,7 @@ def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
     [
         "import sys\nx = f'{sys.modules[\"p.q\"]}'\n",
         "import importlib.resources as r\nr.files('p.' + x)\n",
-        "P = 'p.q'\nimport sys; sys.modules[P]\n",
+        "P = 'p.q' if x else 'p'\nimport sys; import importlib as i; i.import_module('p.' + P)\n",
         "import importlib\nimportlib.import_module('.x', 'p.' f'{q}')\n",
         "import importlib\nimportlib.import_module('p.q.a', None)\n",
     ],

@@ -281,7 +281,8 @@ class _Imports(ScopedVisitor):
             if module.partition(".")[0] in self.layout.tops and "." in module:
                 self.unknown.append(node.lineno)
         elif module.partition(".")[0] in self.layout.tops:
-            self.own_by_name(node, module, name if found.alone and name is found.name else None)
+            # A variable that holds nothing else is given the new name where it gets its value.
+            self.own_by_name(node, module, name if found.alone else None)
         elif found.does == "import":
             self.note(self.outside, module, node)
 
@@ -297,4 +298,6 @@ class _Imports(ScopedVisitor):
             start, end = self.text.span(literal)
             new = f'{_TOP} + ".{".".join(place)}"' if place else _TOP
             pad = b"".join(b" \\" + newline for newline in self.text.newlines(start, end))
-            self.edits.append(Edit(start, end, new.encode("utf-8") + pad))
+            edit = Edit(start, end, new.encode("utf-8") + pad)
+            if edit not in self.edits:
+                self.edits.append(edit)
