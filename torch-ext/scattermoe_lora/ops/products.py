@@ -16,16 +16,16 @@ import torch
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
-_ROWS, _MOST_ROWS = 16, 128
+_ROWS, _MOST_ROWS = 32, 128
 
 
 def rounded(rows: int) -> int:
-    """The number of rows that a product of ``rows`` may read: the next multiple of 16."""
+    """The number of rows that a product of ``rows`` may read: the next multiple of 32."""
     return -(-rows // _ROWS) * _ROWS
 
 
 def pieces(rows: int) -> list[tuple[int, int]]:
-    """``(start, size)`` of what oneDNN is asked for: sizes of 256, and multiples of 16 up to 128."""
+    """``(start, size)`` of what oneDNN is asked for: sizes of 256, and multiples of 32 up to 128."""
     found = []
     start = 0
     while rows - start > _MOST_ROWS:
