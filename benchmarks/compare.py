@@ -92,6 +92,17 @@ def median_seconds(
     return statistics.median(seconds), len(seconds)
 
 
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's as Linux gives it, with its number of cores."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()}, {os.cpu_count()} cores"
+
+
 def start_memory(device: str) -> int:
     """Forgets the peak so far and returns the bytes in use."""
     import torch
@@ -175,9 +186,7 @@ def measure(shape: Shape, implementation: str, device: str) -> dict[str, Any]:
         "share_of_dense_rate": shape.flops() / seconds / dense_rate,
         "dense_gflops": dense_rate / 1e9,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": device_name(device),
     }
 
 

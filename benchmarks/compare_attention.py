@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare import REPOSITORY, median_seconds, peak_memory, provenance, start_memory
+from compare import REPOSITORY, device_name, median_seconds, peak_memory, provenance, start_memory
 
 HEADS, KEY_HEADS = 8, 4
 
@@ -323,8 +322,11 @@ def main() -> None:
             results[name] = measure(kernel, case, arguments.device, arguments.seconds)
             show(name, case, results[name], rates[case.dtype])
     if arguments.output:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor()
-        described = {"device": device, "threads": torch.get_num_threads(), "dense_flops": rates}
+        described = {
+            "device": device_name(arguments.device),
+            "threads": torch.get_num_threads(),
+            "dense_flops": rates,
+        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(
             json.dumps({**provenance(), **described, "results": results}, indent=2) + "\n"
