@@ -7,8 +7,10 @@ import io
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-from kernelpress.by_name import may_name, named
+from kernelpress.by_name import Named, may_name, named, readings
+from kernelpress.expressions import rebound
 from kernelpress.layout import VENDOR, Layout
 from kernelpress.names import ScopedVisitor
 from kernelpress.text import Edit, Text
@@ -100,6 +102,7 @@ class _Imports(ScopedVisitor):
         self.unread: list[int] = []
 
     def visit_Module(self, node: ast.Module) -> None:
+        self.tree = node
         self.when = {
             id(child): when
             for child, when in timed(node, calls=self.calls)
@@ -263,16 +266,26 @@ class _Imports(ScopedVisitor):
         found = named(node, self.names)
         if found is None:
             return
-        name = found.name
-        if isinstance(name, ast.Name) and len(values := self.bound(name.id) or []) == 1:
-            name = values[0] if isinstance(values[0], ast.Constant) else name
+        elsewhere = isinstance(found.name, ast.Name) and found.name.id in self.rebound
+        for value in readings(found.name, self.bound):
+            self.read_name(node, value, found, alone=found.alone and not elsewhere)
+
+    @cached_property
+    def rebound(self) -> frozenset[str]:
+        """Variables that functions assign outside of themselves."""
+        return rebound(self.tree)
+
+    def read_name(self, node: ast.expr, name: ast.expr, found: Named, *, alone: bool) -> None:
+        """One expression that a module's name may be read from; ``alone`` as in ``Named``."""
         leading = name.left if isinstance(name, ast.BinOp) else name
         if isinstance(leading, ast.JoinedStr) and leading.values:
             leading = leading.values[0]
         if not (isinstance(leading, ast.Constant) and isinstance(leading.value, str)):
             own = ("__name__", "__package__")
-            if found.does == "import" and not any(
-                isinstance(each, ast.Name) and each.id in own for each in ast.walk(name)
+            if (
+                found.does == "import"
+                and node.lineno not in self.unread
+                and not any(isinstance(each, ast.Name) and each.id in own for each in ast.walk(name))
             ):
                 self.unread.append(node.lineno)
             return
@@ -281,8 +294,8 @@ class _Imports(ScopedVisitor):
             if module.partition(".")[0] in self.layout.tops and "." in module:
                 self.unknown.append(node.lineno)
         elif module.partition(".")[0] in self.layout.tops:
-            # A variable that holds nothing else is given the new name where it gets its value.
-            self.own_by_name(node, module, name if found.alone else None)
+            # A variable is given the new name wherever it gets its value.
+            self.own_by_name(node, module, leading if alone else None)
         elif found.does == "import":
             self.note(self.outside, module, node)
 
