@@ -4,7 +4,7 @@ VENV := .venv
 CONSUMER := .venv-consumer
 BIN := $(VENV)/bin
 
-.PHONY: setup publish test lint bench compile clean
+.PHONY: setup publish test fuzz lint bench bench-hub compile clean
 
 setup: $(VENV)/.ready $(CONSUMER)/.ready
 
@@ -31,6 +31,10 @@ lint: $(VENV)/.ready
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# Property tests on examples that no run has seen before; a failure prints how to repeat it.
+fuzz: setup
+	$(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile=random
 
 publish: setup
 	$(BIN)/python tools/mainjob

@@ -9,17 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-import hypothesis
 import pytest
 import torch
-from helpers import INTERPRETED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-# Triton's interpreter runs each program in numpy, one after the other.
-hypothesis.settings.register_profile("native", max_examples=40, deadline=None)
-hypothesis.settings.register_profile("interpreter", max_examples=6, deadline=None)
-hypothesis.settings.load_profile("interpreter" if INTERPRETED else "native")
 
 
 @pytest.fixture(scope="session")

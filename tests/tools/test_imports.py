@@ -49,7 +49,7 @@ FORMS = (
     "import pkgutil; got = pkgutil.get_data('{top}.nn.fast', 'core.py')",
     "import importlib as i; got = i.import_module(\n    '{top}.nn.fast'\n).MARK",
     "import importlib; M = '{top}.nn.fast.core' if OUT else '{top}.nn.fast.core'; got = importlib.import_module(M).X",
-    "import sys, {top}.tools.shape as o; M = '{top}.tools' if o else 'm'; got = sys.modules[M if o else 'm'].shape.WIDE",
+    "import sys, {top}.tools as o; M = '{top}.tools' if o else 'm'; got = sys.modules[M if o else 'm'].__name__[-5:]",
 )
 WRAPS = (
     "{form}\n",
