@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kernelpress.localhub import RunningHub
 
@@ -324,6 +324,7 @@ def test_any_address_gets_2xx_3xx_or_4xx(client: httpx2.Client, prefix: str, par
 
 @fuzz
 @given(revision=text.filter(bool), path=paths.filter(bool))
+@example(revision=" ", path="a ")
 def test_any_revision_and_path_get_an_answer(client: httpx2.Client, revision: str, path: str) -> None:
     rev, encoded = (quote(part.encode("utf-8", "replace"), safe="") for part in (revision, path))
     for url in (

@@ -142,9 +142,9 @@ def number(request: Request, name: str, default: int, *, lowest: int) -> int:
 
 def problem_response(problem: Problem) -> Response:
     """A problem as the Hub answers it: JSON for people and scripts, headers for the client."""
-    # A header holds Latin-1 only, and no line breaks.
+    # A header holds Latin-1 only, no line breaks, and no blanks at its ends.
     message = printable(problem.message.replace("\n", " ")).encode("ascii", "replace").decode("ascii")
-    headers = {"X-Error-Message": message, **problem.headers}
+    headers = {"X-Error-Message": message.strip(), **problem.headers}
     if problem.code is not None:
         headers["X-Error-Code"] = problem.code
     return AsciiJSONResponse({"error": problem.message, **problem.extra}, problem.status, headers)
