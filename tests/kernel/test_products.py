@@ -50,13 +50,10 @@ def test_pieces_cover_the_rows_with_few_sizes(submodule) -> None:
     products = submodule("ops.products")
     sizes = set()
     for rows in range(1, 3000):
-        end = 0
-        for start, size in products.pieces(rows):
-            assert start == end < rows
-            end = start + size
-            sizes.add(size)
-        assert end == products.rounded(rows) < rows + 32
-    assert sizes == {32, 64, 96, 128, 256}
+        found = products.pieces(rows)
+        assert sum(found[:-1]) < rows <= sum(found) == products.rounded(rows) < rows + 16
+        sizes.update(found)
+    assert sizes == {16, 32, 48, 64, 80, 96, 112, 128, 256}
 
 
 @pytest.mark.parametrize("rows", [1, 16, 127, 129, 200, 300, 600])
@@ -67,13 +64,17 @@ def test_products_of_many_pieces_are_whole(submodule, rows: int, dtype: torch.dt
     weight, before = torch.randn(104, 96).to(dtype), torch.randn(products.rounded(rows), 104).to(dtype)[:rows]
     exact_product = x.double() @ weight.double().T
     sums = before.new_empty((products.rounded(rows), 104))[:rows].copy_(before)
+    low, low_right = torch.randn(rows, 5).to(dtype), torch.randn(104, 5).to(dtype).t()
+    both = torch.empty(products.rounded(rows), 104).to(dtype)[:rows]
     got = [
-        products.product(x, weight, torch.empty(rows, 104).to(dtype)),
-        products.add_product(x, weight, sums),
+        products.product(x, weight.t(), torch.empty(rows, 104).to(dtype)),
+        products.add_product(x, weight.t(), sums),
+        products.two_products(x, weight.t(), low, low_right, both),
     ]
-    assert_close(
-        got, [exact_product, exact_product + before.double()], 1e-5 if dtype == torch.float32 else 1e-2
-    )
+    expected = [
+        exact_product, exact_product + before.double(), exact_product + low.double() @ low_right.double()
+    ]  # fmt: skip
+    assert_close(got, expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_equal_calls_give_equal_bits(kernel) -> None:
@@ -103,8 +104,8 @@ def test_rows_behind_an_experts_own_do_not_reach_its_results(submodule, dtype: t
     before = torch.randn(19, 200).to(dtype)
     sums[:19] = before
     exact_product = x.double() @ weight.double().T
-    got = products.product(x, weight, torch.empty(19, 200).to(dtype))
-    added = products.add_product(x, weight, sums[:19])
+    got = products.product(x, weight.t(), torch.empty(19, 200).to(dtype))
+    added = products.add_product(x, weight.t(), sums[:19])
     rounding = 1e-5 if dtype == torch.float32 else 1e-2
     assert_close([got, added], [exact_product, exact_product + before.double()], rounding)
     assert sums[19:].isnan().all()

@@ -12,27 +12,28 @@ torch.compile emits on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
-_ROWS, _MOST_ROWS = 32, 128
+_ROWS, _MOST_ROWS = 16, 128
 
 
 def rounded(rows: int) -> int:
-    """The number of rows that a product of ``rows`` may read: the next multiple of 32."""
+    """The number of rows that a product of ``rows`` may read: the next multiple of 16."""
     return -(-rows // _ROWS) * _ROWS
 
 
-def pieces(rows: int) -> list[tuple[int, int]]:
-    """``(start, size)`` of what oneDNN is asked for: sizes of 256, and multiples of 32 up to 128."""
-    found = []
-    start = 0
-    while rows - start > _MOST_ROWS:
-        size = 2 * _MOST_ROWS if rows - start >= 2 * _MOST_ROWS else _MOST_ROWS
-        found.append((start, size))
-        start += size
-    return [*found, (start, rounded(rows - start))] if start < rows else found
+def pieces(rows: int) -> list[int]:
+    """The sizes that oneDNN is asked for: 256, and multiples of 16 up to 128; the last may reach beyond ``rows``."""
+    whole, rest = divmod(rows, 2 * _MOST_ROWS)
+    sizes = [2 * _MOST_ROWS] * whole
+    if rest > _MOST_ROWS:
+        sizes.append(_MOST_ROWS)
+        rest -= _MOST_ROWS
+    return [*sizes, rounded(rest)] if rest else sizes
 
 
 def _serves(dtype: torch.dtype, multiplications: int) -> bool:
@@ -62,41 +63,69 @@ def _widened(x: torch.Tensor, rows: int) -> torch.Tensor | None:
     return x.as_strided((rows, x.shape[1]), x.stride())
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, add: torch.Tensor | None) -> torch.Tensor:
-    operator = torch.ops.mkldnn._linear_pointwise
-    result: torch.Tensor = (
-        operator(x, weight, None, "none", [], "")
-        if add is None
-        else operator.binary(x, add, weight, None, "add")
-    )
-    return result
+def _cut(x: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """``x`` in pieces; the last ends with ``x``."""
+    if len(sizes) == 1:
+        return (x,)
+    return x.split([*sizes[:-1], x.shape[0] - sum(sizes[:-1])])
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``x W^T`` into ``out``: ``x`` ``[m, k]``, ``weight`` ``[n, k]``, contiguous or transposed, ``out`` ``[m, n]``."""
+def _onednn(
+    x: torch.Tensor, right: torch.Tensor, rows: int, sizes: list[int], add: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
+    """``x @ right`` (plus ``add``), a piece at a time and without the surplus behind ``rows``."""
+    operator, weight = torch.ops.mkldnn._linear_pointwise, right.t()
+    for i, piece in enumerate(_cut(x, sizes)):
+        if add is None:
+            result = operator(piece, weight, None, "none", [], "")
+        else:
+            result = operator.binary(piece, _cut(add, sizes)[i], weight, None, "add")
+        yield result if i < len(sizes) - 1 or sum(sizes) == rows else result[: rows - sum(sizes)]
+
+
+def product(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``x @ right`` into ``out``: ``x`` ``[m, k]``, ``right`` ``[k, n]``, it or its transpose contiguous."""
     rows = x.shape[0]
-    wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * weight.numel()) else None
+    wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * right.numel()) else None
     if wide is None:
-        return torch.mm(x, weight.t(), out=out)
-    for start, size in pieces(rows):
-        part = out[start : start + size]
-        part.copy_(_onednn(wide[start : start + size], weight, None)[: part.shape[0]])
+        return torch.mm(x, right, out=out)
+    sizes = pieces(rows)
+    for part, result in zip(_cut(out, sizes), _onednn(wide, right, rows, sizes), strict=True):
+        part.copy_(result)
     return out
 
 
-def add_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out += x W^T``, rounded once; shapes as for :func:`product`."""
+def add_product(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out += x @ right``, rounded once; shapes as for :func:`product`."""
     rows = x.shape[0]
-    wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * weight.numel()) else None
+    wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * right.numel()) else None
     # float32 is added to in place; a sum in bfloat16 would be rounded twice that way.
-    sums = out if wide is None or x.dtype == torch.float32 else _widened(out, rounded(rows))
-    if wide is None or sums is None:
-        return out.addmm_(x, weight.t())
-    for start, size in pieces(rows):
-        part = out[start : start + size]
-        if x.dtype == torch.float32:
-            part.add_(_onednn(wide[start : start + size], weight, None)[: part.shape[0]])
-        else:
-            result = _onednn(wide[start : start + size], weight, sums[start : start + size])
-            part.copy_(result[: part.shape[0]])
+    in_place = x.dtype == torch.float32
+    sums = None if wide is None or in_place else _widened(out, rounded(rows))
+    if wide is None or (sums is None and not in_place):
+        return out.addmm_(x, right)
+    sizes = pieces(rows)
+    for part, result in zip(_cut(out, sizes), _onednn(wide, right, rows, sizes, sums), strict=True):
+        part.add_(result) if in_place else part.copy_(result)
+    return out
+
+
+def two_products(
+    x: torch.Tensor, right: torch.Tensor, low: torch.Tensor, low_right: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """``x @ right + low @ low_right`` into ``out``, the second of them the smaller one.
+
+    The small terms come first, so that the sum is rounded once, after the large ones. float32 has digits to spare, and
+    adding to oneDNN's result while it is copied saves a pass.
+    """
+    rows = x.shape[0]
+    wide = None
+    if x.dtype == torch.float32 and _serves(x.dtype, rows * right.numel()):
+        wide = _widened(x, rounded(rows))
+    if wide is None:
+        return add_product(x, right, product(low, low_right, out))
+    sizes = pieces(rows)
+    parts = zip(_cut(out, sizes), _cut(low, sizes), _onednn(wide, right, rows, sizes), strict=True)
+    for part, low_part, result in parts:
+        torch.addmm(result, low_part, low_right, out=part)
     return out

@@ -16,7 +16,7 @@ import torch
 from .. import activation
 from ..activation import Gate
 from ..grouped_linear.cpu import accumulator, linear, outer, per_expert, segments, sum_rows
-from ..products import add_product, product, rounded
+from ..products import product, rounded, two_products
 
 Part = tuple[int, int, int]
 Views = tuple[torch.Tensor, ...] | None
@@ -95,9 +95,9 @@ def forward(
     u1_buffer = x.new_empty((0 if keep else most, 0 if gate_up_a is None else gate_up_a.shape[1]))
     u2_buffer = x.new_empty((0 if keep else most, 0 if down_a is None else down_a.shape[1]))
     # Views are made for all experts at once: one by one they would cost as much as the smaller products.
-    gate_ups, downs = gate_up.unbind(), down.unbind()
-    a1s, b1s, bias1s = _unbind(gate_up_a), _unbind(gate_up_b), _unbind(gate_up_bias)
-    a2s, b2s, bias2s = _unbind(down_a), _unbind(down_b), _unbind(down_bias)
+    gate_ups, downs = gate_up.mT.unbind(), down.mT.unbind()
+    a1s, b1s, bias1s = _unbind_t(gate_up_a), _unbind_t(gate_up_b), _unbind(gate_up_bias)
+    a2s, b2s, bias2s = _unbind_t(down_a), _unbind_t(down_b), _unbind(down_bias)
     for chunk in chunks:
         first, last = chunk[0][1], chunk[-1][2]
         n = last - first
@@ -184,8 +184,8 @@ def backward(
     dh_buffer = x.new_empty((most, 2 * intermediate))
     du1_buffer = x.new_empty((most, 0 if gate_up_a is None else gate_up_a.shape[1]))
     du2_buffer = x.new_empty((most, 0 if down_a is None else down_a.shape[1]))
-    gate_ups_t, downs_t = gate_up.mT.unbind(), down.mT.unbind()
-    a1s_t, b1s_t, a2s_t, b2s_t = (_unbind_t(t) for t in (gate_up_a, gate_up_b, down_a, down_b))
+    gate_ups, downs = gate_up.unbind(), down.unbind()
+    a1s, b1s, a2s, b2s = (_unbind(t) for t in (gate_up_a, gate_up_b, down_a, down_b))
     da1s, db1s, da2s, db2s = _unbind(da1), _unbind(db1), _unbind(da2), _unbind(db2)
     for chunk in chunks:
         first, last = chunk[0][1], chunk[-1][2]
@@ -202,11 +202,10 @@ def backward(
         # The gradient before the routing weight comes first: <dy, down(a)> = <da, a> + <dy, bias> is then the routing
         # weight's own gradient, without keeping down(a).
         for e, dy_e, da_e, du_e in zip(experts, dy_parts, da.split(sizes), du2_parts, strict=True):
-            if a2s_t is not None and b2s_t is not None:
-                product(product(dy_e, b2s_t[e], du_e), a2s_t[e], da_e)
-                add_product(dy_e, downs_t[e], da_e)
+            if a2s is not None and b2s is not None:
+                two_products(dy_e, downs[e], product(dy_e, b2s[e], du_e), a2s[e], da_e)
             else:
-                product(dy_e, downs_t[e], da_e)
+                product(dy_e, downs[e], da_e)
         if need_weights:
             torch.linalg.vecdot(da.to(wide), a.to(wide), out=d_weights[first:last])
             if down_bias is not None:
@@ -241,16 +240,15 @@ def backward(
                 outer(dh_e, x_e, d_gate_up[e])
             if db1s is not None:
                 torch.mm(dh_e.t(), u_e, out=db1s[e])
-            if a1s_t is not None and b1s_t is not None:
-                du1 = product(dh_e, b1s_t[e], du_e)
+            if a1s is not None and b1s is not None:
+                du1 = product(dh_e, b1s[e], du_e)
                 if da1s is not None:
                     torch.mm(du1.t(), x_e, out=da1s[e])
                 if dx is not None:
                     # The gradient takes the place of the rows, which have served.
-                    product(du1, a1s_t[e], x_e)
-                    add_product(dh_e, gate_ups_t[e], x_e)
+                    two_products(dh_e, gate_ups[e], du1, a1s[e], x_e)
             elif dx is not None:
-                product(dh_e, gate_ups_t[e], x_e)
+                product(dh_e, gate_ups[e], x_e)
         if dx is not None:
             dx.index_add_(
                 0, tokens[first:last], rows if rows.dtype == dx.dtype else sum_buffer[:n].copy_(rows)

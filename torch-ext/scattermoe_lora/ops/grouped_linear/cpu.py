@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from ..products import add_product, product, rounded
+from ..products import add_product, product, rounded, two_products
 from ..routing import empty_gradient
 
 
@@ -44,18 +44,18 @@ def per_expert(like: torch.Tensor, parts: list[tuple[int, int, int]]) -> torch.T
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    right: torch.Tensor,
     out: torch.Tensor,
     bias: torch.Tensor | None = None,
     low: torch.Tensor | None = None,
-    b: torch.Tensor | None = None,
+    low_right: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x W^T (+ low B^T) (+ bias)`` of one expert into ``out``."""
-    if low is None or b is None:
-        return product(x, weight, out) if bias is None else add_product(x, weight, out.copy_(bias))
-    # The small terms first: the sum is then rounded once, after the large one.
-    small = product(low, b, out) if bias is None else add_product(low, b, out.copy_(bias))
-    return add_product(x, weight, small)
+    """``x @ right (+ low @ low_right) (+ bias)`` of one expert into ``out``."""
+    if low is None or low_right is None:
+        return product(x, right, out) if bias is None else add_product(x, right, out.copy_(bias))
+    if bias is None:
+        return two_products(x, right, low, low_right, out)
+    return add_product(x, right, add_product(low, low_right, out.copy_(bias)))
 
 
 def outer(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -99,10 +99,10 @@ def forward(
         torch.index_select(x, 0, rows_of[start:end], out=x_e)
         bias_e = None if bias is None else bias[e]
         if a is not None and b is not None:
-            u_e = product(x_e, a[e], low[start:end])
-            linear(x_e, weight[e], y_e, bias_e, u_e, b[e])
+            u_e = product(x_e, a[e].t(), low[start:end])
+            linear(x_e, weight[e].t(), y_e, bias_e, u_e, b[e].t())
         else:
-            linear(x_e, weight[e], y_e, bias_e)
+            linear(x_e, weight[e].t(), y_e, bias_e)
         y.index_copy_(0, order[start:end], y_e)
     return y, low
 
@@ -137,7 +137,7 @@ def backward(
         rows = rows_of[start:end]
         dy_e, x_e = dy_buffer[: end - start], x_buffer[: end - start]
         torch.index_select(dy, 0, order[start:end], out=dy_e)
-        du = None if a is None or b is None else product(dy_e, b[e].t(), du_buffer[: end - start])
+        du = None if a is None or b is None else product(dy_e, b[e], du_buffer[: end - start])
         if d_weight is not None or da is not None:
             torch.index_select(x, 0, rows, out=x_e)
             if d_weight is not None:
@@ -149,9 +149,6 @@ def backward(
         if d_bias is not None:
             sum_rows(dy_e, d_bias[e])
         if dx is not None:
-            if a is not None and du is not None:
-                dx_e = add_product(dy_e, weight[e].t(), product(du, a[e].t(), x_e))
-            else:
-                dx_e = product(dy_e, weight[e].t(), x_e)
+            dx_e = linear(dy_e, weight[e], x_e, low=du, low_right=None if a is None else a[e])
             dx.index_add_(0, rows, dx_e.to(dx.dtype))
     return [None if dx is None else dx.to(x.dtype), d_weight, da, db, d_bias]
