@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -43,12 +44,15 @@ IDS = torch.arange(4 * 13).view(4, 13) * 7 % 64
 def build(name: str, adapted: bool) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
-    if adapted:
-        targets = ["experts.gate_up_proj", "experts.down_proj"]
-        lora = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_parameters=targets)
-        model = inject_adapter_in_model(lora, model)
     model.set_experts_implementation("scattermoe")
-    return model
+    return adapt(model) if adapted else model
+
+
+def adapt(model: Any) -> Any:
+    torch.manual_seed(1)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_parameters=targets)
+    return inject_adapter_in_model(lora, model)
 
 
 def train(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -105,14 +109,35 @@ def expert_parallel(rank: int, folder: Path) -> None:
         if rank == 0:
             whole.save_pretrained(folder / name)
         dist.barrier()
-        exact = train(whole, [IDS])
         config = DistributedConfig(tp_size=PROCESSES, tp_plan={}, ep_size=PROCESSES, ep_plan=plan)
         model = AutoModelForCausalLM.from_pretrained(
             folder / name, dtype=torch.float32, distributed_config=config, experts_implementation="scattermoe"
         )
         experts = [m for m in model.modules() if hasattr(m, "has_gate")]
         assert all(m._is_expert_parallel and m.num_experts == 2 for m in experts)
-        assert_equal(train(model, [IDS]), exact)
+        assert_equal(train(model, [IDS]), train(whole, [IDS]))
+        # transformers and PEFT alone cannot do this: PEFT adds a plain tensor to a part of a weight.
+        for each in (whole, model):
+            each.zero_grad()
+            adapt(each)
+        got = train(model, [IDS])
+        assert_equal(got, train(whole, [IDS]))
+        assert len(got) == 2 * 2 * 2
+        torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
+
+    # Where each process has a batch of its own, it is for nobody to say how often the gradients are averaged.
+    apart = DistributedConfig(fsdp_size=PROCESSES, ep_size=PROCESSES)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "qwen3_moe", distributed_config=apart, experts_implementation="scattermoe"
+    )
+    with pytest.raises(NotImplementedError, match="got ep_size=2 with tp_size=1"):
+        adapt(model)(input_ids=IDS)
+
+
+def decoded(model: Any) -> torch.Tensor:
+    """Logits of one more token, where few experts get anything to do."""
+    with torch.no_grad():
+        return model(input_ids=IDS[:1, :1]).logits
 
 
 def main(rank: int, folder: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .expert_parallel import check_split, handed, is_split, own_part
+
 _hooked: Any = None
 _warned: set[str] = set()
 
@@ -47,10 +49,18 @@ def hook(names: Collection[str]) -> None:
                 "scattermoe: LoRA on experts takes one set of adapters for all samples of a batch"
             )
         index = args[0] if args else kwargs.get("top_k_index")
-        factors = active_factors(self, _few_experts(index, self.num_experts))
+        parameter, experts = self.get_param(), self.get_base_layer()
+        split = is_split(parameter)
+        if split:
+            check_split(experts, self.parameter_name, parameter)
+        factors = active_factors(self, None if split else _few_experts(index, self.num_experts))
+        lora = kwargs.pop("lora", {})
         if factors is not None:
-            kwargs["lora"] = {**kwargs.get("lora", {}), self.parameter_name: factors}
-        return self.base_layer(x, *args, **kwargs)
+            lora = {**lora, self.parameter_name: own_part(factors, parameter) if split else factors}
+        if split and self.base_layer is experts:
+            with handed(experts, lora):
+                return experts(x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs, **({"lora": lora} if lora else {}))
 
     _hooked = forward
     _hooked.scattermoe_inner = inner

@@ -12,6 +12,7 @@ from ..ops.grouped_linear.op import grouped_linear_forward
 from ..ops.routing import sort_by_expert
 from . import peft
 from .checks import LowRank, check_inputs
+from .expert_parallel import handed_factors
 from .layout import fused_gate, mark_constants, read_weights
 
 _registered: set[str] = set()
@@ -85,7 +86,7 @@ def experts_forward(
     """
     experts: Any = module
     weights = read_weights(experts)
-    lora = lora or {}
+    lora = lora or handed_factors(experts)
     check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
     a1, b1 = _contiguous(lora.get(weights.up_name))
     a2, b2 = _contiguous(lora.get("down_proj"))

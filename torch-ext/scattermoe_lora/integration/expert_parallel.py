@@ -1,0 +1,84 @@
+"""LoRA on experts that transformers' expert parallelism has split: a process holds some, but factors of all.
+
+The weights are then ``DTensor``s that are split along the experts. Each process takes the factors of its own experts,
+without communication; in the backward the gradients of all of them are gathered, so that the factors stay equal on all
+processes, and what is saved is the whole adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .checks import LowRank
+
+_HANDED = "_scattermoe_lora"
+
+
+def is_split(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is spread over processes, and this one holds a part of it."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def check_split(experts: Any, name: str, parameter: Any) -> None:
+    """Raises NotImplementedError where factors cannot be taken apart as the parameter was.
+
+    Args:
+        experts: The experts module.
+        name: The parameter's name in it.
+        parameter: The parameter, which :func:`is_split`.
+    """
+    from torch.distributed.tensor import Shard
+
+    parallel = getattr(experts.config, "distributed_config", None)
+    if parallel is not None and (parallel.ep_size or 1) > (parallel.tp_size or 1):
+        # Each batch's gradients would be summed here and averaged elsewhere, or not.
+        raise NotImplementedError(
+            f"scattermoe: LoRA on {name}: expected processes of one expert-parallel group to share their batch, got "
+            f"ep_size={parallel.ep_size} with tp_size={parallel.tp_size or 1}; make the two equal"
+        )
+    if tuple(parameter.placements) != (Shard(0),):
+        raise NotImplementedError(
+            f"scattermoe: LoRA on {name}: expected a weight that is whole or split along its experts alone (an ep_plan "
+            f"of transformers), got placements {tuple(parameter.placements)}"
+        )
+
+
+def own_part(factors: LowRank, parameter: Any) -> LowRank:
+    """The factors of this process's experts: of ``[E, *, *]`` the part that ``parameter`` has here."""
+    a, b = (_own_part(factor, parameter) for factor in factors)
+    return a, b
+
+
+def _own_part(factor: torch.Tensor, parameter: Any) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(factor, parameter.device_mesh, [Replicate()], run_check=False)
+    part = everywhere.redistribute(parameter.device_mesh, parameter.placements).to_local()
+    return part.contiguous()
+
+
+@contextmanager
+def handed(experts: Any, lora: Mapping[str, LowRank]) -> Iterator[None]:
+    """Within it, :func:`handed_factors` of the module are ``lora``.
+
+    transformers puts a function of its own before an expert-parallel module's forward, and that takes no arguments but
+    the interface's.
+    """
+    setattr(experts, _HANDED, lora)
+    try:
+        yield
+    finally:
+        delattr(experts, _HANDED)
+
+
+def handed_factors(experts: Any) -> Mapping[str, LowRank]:
+    """The factors that the module was handed, if any."""
+    return getattr(experts, _HANDED, None) or {}
