@@ -1,18 +1,33 @@
-"""How hypothesis looks for examples: the same ones each time, so that a commit passes or fails wherever it is tested.
+"""What makes a commit pass or fail alike wherever it is tested: the same examples.
 
-``make fuzz`` looks for new ones.
+``make fuzz`` looks for new examples.
 """
 
 from __future__ import annotations
 
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 # Triton's interpreter runs each program in numpy, one after the other.
 settings.register_profile(
     "random", max_examples=6 if os.environ.get("TRITON_INTERPRET") == "1" else 40, deadline=None
 )
-settings.register_profile("repeatable", settings.get_profile("random"), derandomize=True)
+settings.register_profile(
+    "repeatable",
+    settings.get_profile("random"),
+    derandomize=True,
+    # Measures the machine.
+    suppress_health_check=[HealthCheck.too_slow],
+)
 # Before the modules of tests, whose own settings begin with these; --hypothesis-profile comes later still.
 settings.load_profile("repeatable")
+
+
+# Of the constants in imported modules, hypothesis makes examples too; which modules those are depends on the tests that
+# ran before in the same process. It has no setting for this.
+_local_constants = providers._get_local_constants
+providers._get_local_constants = lambda: (
+    providers._local_constants if settings.default.derandomize else _local_constants()
+)
