@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,7 @@ def test_the_version_is_the_installed_one():
     assert re.fullmatch(r"kernelpress \d+\.\d+\.\d+\S*\n", kernelpress("--version").stdout)
 
 
-def test_build_is_done_within_two_seconds(make_kernel):
+def test_build_takes_at_most_two_seconds_of_the_processor(make_kernel):
     root = make_kernel(
         **{
             f"torch-ext/demo_kernel/m{n}.py": "import torch\n\n\ndef f(x):\n    return torch.ops.aten.mm(x, x)\n"
@@ -80,10 +80,15 @@ def test_build_is_done_within_two_seconds(make_kernel):
         }
     )
     kernelpress("build", str(root))
-    start = time.monotonic()
+    start = processor_seconds_of_children()
     assert kernelpress("build", str(root)).returncode == 0
-    # Twice the goal, since this machine may be doing other things.
-    assert time.monotonic() - start < 4
+    # Not by the clock, since this machine may be doing other things; and twice the goal, since it may be a slow one.
+    assert processor_seconds_of_children() - start < 4
+
+
+def processor_seconds_of_children() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def test_a_hub_is_served_until_interrupted(tmp_path):
@@ -96,7 +101,7 @@ def test_a_hub_is_served_until_interrupted(tmp_path):
         assert "http://127.0.0.1:" in process.stdout.readline()
     finally:
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=120)
     assert "Traceback" not in output + errors
 
 
