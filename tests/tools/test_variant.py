@@ -257,10 +257,11 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_build_and_the_next_one_clea
         "import sys; from pathlib import Path\n"
         "from kernelpress.spec import load_spec; from kernelpress.variant import build\n"
         "spec = load_spec(Path(sys.argv[1])); source = spec.package_dir / 'ops' / 'common.py'\n"
-        "print('ready', flush=True)\n"
         "for number in range(100000):\n"
         "    source.write_text(f'DEFAULT = 3.0\\nN = {number}\\n'); build(spec)\n"
+        "    if number == 0: print('built', flush=True)\n"
     )
+    # Each is killed so long after the end of its first build, however slow this machine is.
     for delay in (0.02, 0.05, 0.09, 0.14, 0.2):
         process = subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE)
         assert process.stdout is not None

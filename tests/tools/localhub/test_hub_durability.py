@@ -48,7 +48,7 @@ def raw_commit(hub: RunningHub, repo: str, number: int) -> str:
         {"key": "file", "value": {"path": path, "content": content, "encoding": "base64"}} for path in FILES
     ]
     body = "\n".join(json.dumps(line) for line in lines)
-    answer = httpx2.post(f"{hub.endpoint}/api/kernels/{repo}/commit/main", content=body, timeout=20)
+    answer = httpx2.post(f"{hub.endpoint}/api/kernels/{repo}/commit/main", content=body, timeout=60)
     return str(answer.raise_for_status().json()["commitOid"])
 
 
@@ -103,11 +103,13 @@ def test_a_killed_hub_comes_back_with_every_acknowledged_commit_and_no_mixed_tre
             assert_sound(root, "org/k")
             delay = random.Random(attempt).uniform(0.05, 0.3)
             killer = threading.Timer(delay, os.kill, (hub.pid, signal.SIGKILL))
-            killer.start()
             try:
                 while True:
                     number += 1
                     acknowledged.append(raw_commit(hub, "org/k", number))
+                    # Not before the first is there, however slow this machine is.
+                    if killer.ident is None:
+                        killer.start()
             except httpx2.TransportError:
                 killer.join()
     assert acknowledged
@@ -396,7 +398,7 @@ def test_a_signal_stops_the_hub_with_exit_code_zero_and_one_line_printed(root: P
     assert line.startswith("kernelpress Hub at http://127.0.0.1:")
     assert line.endswith(f"  (root {root}; trusted: org)\n")
     hub.send_signal(number)
-    assert hub.wait(20) == 0
+    assert hub.wait(60) == 0
     assert hub.stdout.read() == ""
 
 
