@@ -1,12 +1,14 @@
-"""What makes a commit pass or fail alike wherever it is tested: the same examples.
+"""What makes a commit pass or fail alike wherever it is tested: the same examples, and patience with a slow machine.
 
 ``make fuzz`` looks for new examples.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 
+import httpx2
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
@@ -31,3 +33,11 @@ _local_constants = providers._get_local_constants
 providers._get_local_constants = lambda: (
     providers._local_constants if settings.default.derandomize else _local_constants()
 )
+
+# A Hub that does not answer fails its test all the same, a little later than by these libraries' 5 and 10 seconds.
+# Processes that tests start take over the variables; huggingface_hub reads them when it is imported.
+_PATIENCE = 120
+for _name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+    os.environ.setdefault(_name, str(_PATIENCE))
+_shared = inspect.signature(httpx2.request).parameters["timeout"].default
+_shared.connect = _shared.read = _shared.write = _shared.pool = _PATIENCE

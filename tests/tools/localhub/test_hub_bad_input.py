@@ -26,7 +26,7 @@ def client(hub: RunningHub, api: HfApi) -> Iterator[httpx2.Client]:
         "org/target", [CommitOperationAdd("a.txt", b"a"), CommitOperationAdd("d/b.txt", b"b")],
         commit_message="m", repo_type="kernel",
     )  # fmt: skip
-    with httpx2.Client(base_url=hub.endpoint, timeout=20) as client:
+    with httpx2.Client(base_url=hub.endpoint, timeout=60) as client:
         yield client
 
 
@@ -223,7 +223,7 @@ def test_an_invalid_branch_or_tag_name_is_refused(client: httpx2.Client, unchang
 def test_resolving_what_is_no_file_is_a_4xx(hub: RunningHub, client: httpx2.Client, path: str) -> None:
     # By socket: an HTTP library would tidy these paths up.
     host, port = hub.endpoint.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(
             f"GET /kernels/org/target/resolve/main/{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         )
@@ -254,7 +254,7 @@ def test_a_connection_cut_in_the_middle_of_a_commit_changes_nothing(
     hub: RunningHub, client: httpx2.Client, unchanged: None
 ) -> None:
     host, port = hub.endpoint.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(
             b"POST /api/kernels/org/target/commit/main HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
             + ndjson(HEADER, file("half"))
@@ -350,7 +350,7 @@ def test_the_log_holds_no_traceback_after_all_this(hub: RunningHub, client: http
 
 def test_a_flood_of_open_connections_does_not_stop_the_hub(hub: RunningHub, client: httpx2.Client) -> None:
     host, port = hub.endpoint.removeprefix("http://").split(":")
-    idle = [socket.create_connection((host, int(port)), timeout=10) for _ in range(100)]
+    idle = [socket.create_connection((host, int(port)), timeout=60) for _ in range(100)]
     try:
         assert client.get("/healthz").status_code == 200
     finally:

@@ -101,7 +101,7 @@ def send_any(endpoint: str, surface: list[tuple[str, str, list[str]]], data: st.
         content=body,
         headers=data.draw(headers),
         params=data.draw(queries),
-        timeout=20,
+        timeout=60,
     )
     assert answer.status_code < 500, (method, path, body, answer.text)
 

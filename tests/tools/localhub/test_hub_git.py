@@ -100,6 +100,6 @@ def test_clone_of_a_missing_repository_fails(hub: RunningHub, tmp_path: Path) ->
 def test_malformed_fetch_requests_are_4xx_or_empty(hub: RunningHub, repo: str, body: bytes) -> None:
     for headers in ({}, {"Content-Encoding": "gzip"}):
         answer = httpx2.post(
-            f"{hub.endpoint}/kernels/{repo}/git-upload-pack", content=body, headers=headers, timeout=20
+            f"{hub.endpoint}/kernels/{repo}/git-upload-pack", content=body, headers=headers, timeout=60
         )
         assert answer.status_code < 500

@@ -69,7 +69,7 @@ def test_a_client_that_would_use_xet_is_told_at_once_what_to_set(
     done = upload(hub, new_repo(), big)
     assert done.returncode != 0
     assert "HF_HUB_DISABLE_XET=1" in done.stderr
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 60
 
 
 def announce(hub: RunningHub, repo: str, data: bytes, size: int | None = None) -> dict[str, str]:

@@ -52,7 +52,7 @@ def search(endpoint: str, examples: int, **only: str) -> None:
         if likely:
             for name in set(LIKELY) & set(case.path_parameters):
                 case.path_parameters[name] = quote(LIKELY[name], safe="")
-        case.call_and_validate(base_url=endpoint, checks=[not_a_server_error], timeout=20)
+        case.call_and_validate(base_url=endpoint, checks=[not_a_server_error], timeout=60)
 
     one()
 
