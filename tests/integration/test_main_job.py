@@ -26,7 +26,7 @@ def copy_of_the_repository(target: Path) -> Path:
 
 def main_job(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(repository / "tools/mainjob"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
 
 
 def test_the_main_job_publishes_and_trains_and_a_second_run_commits_nothing(tmp_path: Path) -> None:
