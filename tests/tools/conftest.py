@@ -142,7 +142,7 @@ def run_clean(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
             env=kept | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
 

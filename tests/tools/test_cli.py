@@ -18,7 +18,7 @@ def kernelpress(
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "COLUMNS"))}
     return subprocess.run(
         [sys.executable, "-m", "kernelpress", *arguments],
-        cwd=cwd, env=kept | {"COLUMNS": "200"} | environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=cwd, env=kept | {"COLUMNS": "200"} | environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ SECRET = "hf_" + "aB3" * 11 + "x"
 def kernelpress(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "kernelpress", *arguments],
-        env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def contents(api: HfApi, repo: str, revision: str) -> dict[str, str]:
 def kernelpress(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "kernelpress", *arguments],
-        env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 

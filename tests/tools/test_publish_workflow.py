@@ -47,7 +47,7 @@ def run_job(
         script.write_text(step["run"])
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)],
-            cwd=root, env=environment, capture_output=True, text=True, timeout=180, check=False,
+            cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         output += done.stdout + done.stderr
         if done.returncode:

@@ -49,7 +49,7 @@ def contents(api: HfApi, repo: str, revision: str) -> dict[str, str]:
 def killed(root: Path, repo: str, server: RunningHub) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_THE_PROOF, str(root), repo, server.endpoint],
-        env=os.environ, capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == -9, done.stderr
 

@@ -25,7 +25,7 @@ def test_a_new_project_builds_passes_its_checks_and_tests_and_publishes(tmp_path
     assert check(made.directory) == []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=root, capture_output=True,
-        text=True, timeout=120, check=False,
+        text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout or "10 passed" in done.stdout

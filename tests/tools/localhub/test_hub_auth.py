@@ -160,7 +160,7 @@ def test_git_clones_a_private_repository_with_the_token_as_password(guarded: Gua
     for user, expected in ((f"alice:{guarded.owner_token}@", 0), ("", 128), ("alice:wrong@", 128)):
         target = tmp_path / str(expected) / user.replace(":", "_")
         command = ["git", "clone", f"http://{user}{host}/kernels/secretive/private", str(target)]
-        assert subprocess.run(command, env=quiet, capture_output=True, timeout=60).returncode == expected
+        assert subprocess.run(command, env=quiet, capture_output=True, timeout=600).returncode == expected
 
 
 def test_a_private_repository_on_a_hub_without_tokens_is_refused(api: HfApi) -> None:

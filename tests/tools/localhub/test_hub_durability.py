@@ -285,7 +285,7 @@ def test_commits_of_parallel_processes_without_a_parent_all_land(
         subprocess.Popen([sys.executable, "-c", _PUBLISHER, hub.endpoint, repo, str(number)])
         for number in range(4)
     ]
-    assert [publisher.wait(60) for publisher in publishers] == [0] * 4
+    assert [publisher.wait(600) for publisher in publishers] == [0] * 4
     expected = {f"{publisher}-{number}" for publisher in range(4) for number in range(5)}
     titles = [item.title for item in api.list_repo_commits(repo, repo_type="kernel")]
     assert len(titles) == 21

@@ -17,7 +17,7 @@ def git(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     # Neither the developer's configuration nor a prompt may get in the way.
     clean = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
     return subprocess.run(
-        ["git", *arguments], cwd=cwd, env={**os.environ, **clean}, capture_output=True, text=True, timeout=60
+        ["git", *arguments], cwd=cwd, env={**os.environ, **clean}, capture_output=True, text=True, timeout=600
     )
 
 

@@ -32,7 +32,7 @@ def upload(hub: RunningHub, repo: str, file: Path, **environment: str) -> subpro
     return subprocess.run(
         [sys.executable, "-c", UPLOAD, str(file), repo],
         env=os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(file.parent / "home")} | environment,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def load(hub: RunningHub, repo: str, home: Path) -> subprocess.CompletedProcess[
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -50,7 +50,7 @@ def test_git_clones_from_the_former_address(hub: RunningHub, moved: tuple[str, s
     for suffix in ("", ".git"):
         place = tmp_path / f"clone{suffix}"
         command = ["git", "clone", "--quiet", f"{hub.endpoint}/kernels/{moved[0]}{suffix}", str(place)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, check=True, capture_output=True, timeout=600)
         assert (place / "a" / "b c.txt").read_bytes() == b"here"
 
 
