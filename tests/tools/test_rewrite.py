@@ -45,6 +45,61 @@ def test_a_registration_gets_the_new_namespace_in_every_form(before, after):
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        "co = torch.library.custom_op if torch else f",
+        "co = getattr(torch.library, 'custom_op', None) or f",
+        "co = hasattr(torch.library, 'custom_op') and torch.library.custom_op or f",
+        "co = getattr(torch.library, 'new_name', torch.library.custom_op)",
+        "co, rf = torch.library.custom_op, torch.library.register_fake",
+        "co = functools.partial(torch.library.custom_op, mutates_args=())",
+        "if (co := torch.library.custom_op): pass",
+        "x = [co := torch.library.custom_op for _ in 'x']",
+        "from torch._library.custom_ops import custom_op as co",
+        "from torch._library.triton import triton_op as co",
+        "from torch import *; co = torch.library.custom_op",
+        "ö = torch.library.custom_op; co = ö",
+    ],
+)
+def test_a_function_that_registers_is_known_by_whatever_name_it_is_given(function):
+    head = "from somewhere import *\n" if "*;" in function else "import torch, functools\n"
+    assert 'co("NEW::one", f)' in rewritten(f'{head}{function}\nco("demo::one", f)\n')
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'L = x or torch.library.Library("demo", "FRAGMENT"); L.impl("demo::one", f)',
+        'L, M = torch.library.Library("demo", "FRAGMENT"), 1; L.impl("demo::one", f)',
+        'if (L := torch.library.Library("demo", "FRAGMENT")): L.impl("demo::one", f)',
+        'L = torch.library.Library("demo", "FRAGMENT"); K = L; K.impl("demo::one", f)',
+        'from torch.library import Library as Lib; L = Lib("demo", "FRAGMENT"); L.impl("demo::one", f)',
+        'torch.library.Library("demo", "FRAGMENT").impl("demo::one", f)',
+        'L = (torch.library\n  .Library("demo", "DEF")); L.impl("demo::one", f)',
+        'def reg(l: Optional[torch.library.Library]): l.impl("demo::one", f)',
+        'def reg(l: "None | Library"): (l or K).impl("demo::one", f)',
+        'L = torch.library.Library("demo", "DEF"); L.impl(op_name="demo::one", fn=f)',
+        'L = torch.library.Library("demo", "DEF"); L.define(schema="demo::one() -> ()")',
+        'L = torch.library.Library("demo", "DEF"); torch.library.impl(L, "demo::one", "CPU")',
+        'functools.partial(torch.library.custom_op, "demo::one", mutates_args=())',
+        'functools.partial(torch.library.Library, "demo")("DEF")',
+        'torch.library.define(schema="(Tensor x) -> Tensor", qualname="demo::one")',
+        'torch._C._jit_get_operation("demo::one")',
+        'torch._library.utils.lookup_op("demo::one")',
+    ],
+)
+def test_a_library_and_a_function_of_pytorch_are_known_in_every_form(call):
+    assert "demo" not in rewritten(f"{DEFINES}import torch, functools\n{call}\n")
+
+
+def test_one_string_for_a_namespace_and_for_a_module_is_refused_with_its_line():
+    text = "import importlib, torch\nPKG = 'demo'\ntorch.library.Library(PKG, 'DEF')\nimportlib.import_module(PKG)\n"
+    with pytest.raises(SourceError, match="namespace of operators here") as caught:
+        rewritten(text)
+    assert (caught.value.path, caught.value.line) == (HERE / "__init__.py", 2)
+
+
+@pytest.mark.parametrize(
     ("before", "after"),
     [
         ("torch.ops.demo.one(x)", "torch.ops.NEW.one(x)"),
@@ -181,6 +236,13 @@ def test_the_library_of_another_file_is_recognized():
         "torch.library.register_fake(self.op)",
         "torch.library.register_fake(nowhere)",
         "NAME = 3; torch.library.register_fake(NAME)",
+        'NAME = "demo::one"; x = (NAME := "demo::two"); torch.library.register_fake(NAME)',
+        'NAME = "demo::one"; [NAME := "demo::two" for _ in x]; torch.library.register_fake(NAME)',
+        'NAME = "demo::one"; f(lambda y=(NAME := "demo::two"): y); torch.library.register_fake(NAME)',
+        "torch.library.custom_op(*names)",
+        'torch.library.custom_op(**{"name": "demo::two"})',
+        "torch.library.Library(*x)",
+        "torch.ops.\uff44emo.one",
         'NAME = "demo::one"; NAME = "demo::two"; torch.library.register_fake(NAME)',
         'NAME = "demo"; NAME += "::one"; torch.library.register_fake(NAME)',
         "vars(torch.ops)",

@@ -86,7 +86,7 @@ def imported_modules(tree: ast.Module, path: str, module: str) -> Iterator[tuple
 
 class _Imports(ScopedVisitor):
     def __init__(self, text: Text, path: str, module: str, layout: Layout) -> None:
-        super().__init__()
+        super().__init__(walrus=b":=" in text.data)
         self.text = text
         self.path = path
         self.module = module

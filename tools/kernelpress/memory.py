@@ -27,6 +27,7 @@ _CODE = (
     "memory",
     "names",
     "occurrences",
+    "registering",
     "shared",
     "sites",
     "text",

@@ -8,33 +8,37 @@ from collections.abc import Iterator
 _Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda | ast.expr
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+# Of a function or a class, what belongs to the scope around it.
+_OUTSIDE = ("decorator_list", "args", "returns", "bases", "keywords")
 # The full name of an import (relative ones with their dots), an expression, a function or class, or something else.
 Binding = str | ast.expr | ast.stmt | None
 
 
 class ScopedVisitor(ast.NodeVisitor):
-    """Visits a tree and knows at each node what names mean there."""
+    """Visits a tree and knows at each node what names mean there.
 
-    def __init__(self) -> None:
+    ``walrus`` is whether the source holds assignments within expressions; it is faster not to look for them.
+    """
+
+    def __init__(self, *, walrus: bool = True) -> None:
         self.scopes: list[ast.AST] = []
+        self.walrus = walrus
         self._bound: dict[int, dict[str, list[Binding]]] = {}
 
     def names(self, node: ast.AST, _seen: frozenset[int] = frozenset()) -> frozenset[str]:
         """Full dotted names that an expression may stand for, such as ``torch.library.custom_op``."""
         if isinstance(node, ast.Attribute):
             return frozenset(f"{name}.{node.attr}" for name in self.names(node.value, _seen))
-        if isinstance(node, ast.Call) and len(node.args) >= 2:
-            attribute = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
-            if not isinstance(node.func, ast.Name) or not isinstance(attribute, str):
-                return frozenset()
-            looked_up = "builtins.getattr" in self.names(node.func, _seen)
-            found = self.names(node.args[0], _seen) if looked_up else ()
-            return frozenset(f"{name}.{attribute}" for name in found)
+        if isinstance(node, ast.Call):
+            return self._names_of_call(node, _seen)
+        if isinstance(node, ast.IfExp | ast.BoolOp | ast.NamedExpr):
+            return frozenset(name for each in choices(node) for name in self.names(each, _seen))
         if not isinstance(node, ast.Name) or id(node) in _seen:
             return frozenset()
         bindings = self.bound(node.id)
         if bindings is None:
-            return frozenset((f"builtins.{node.id}",))
+            # What nothing binds but PyTorch is called by came with an import of everything.
+            return frozenset(("torch" if node.id == "torch" else f"builtins.{node.id}",))
         names: set[str] = set()
         for each in bindings:
             if isinstance(each, str):
@@ -43,13 +47,26 @@ class ScopedVisitor(ast.NodeVisitor):
                 names |= self.names(each, _seen | {id(node)})
         return frozenset(names)
 
+    def _names_of_call(self, call: ast.Call, _seen: frozenset[int]) -> frozenset[str]:
+        """What ``getattr`` looks up, and what ``functools.partial`` passes on without arguments of its own."""
+        called = self.names(call.func, _seen) if call.args else frozenset()
+        if "functools.partial" in called and len(call.args) == 1:
+            return self.names(call.args[0], _seen)
+        if "builtins.getattr" not in called or len(call.args) < 2:
+            return frozenset()
+        wanted = call.args[1].value if isinstance(call.args[1], ast.Constant) else None
+        attribute = wanted if isinstance(wanted, str) else None
+        found = self.names(call.args[0], _seen) if attribute else ()
+        default = self.names(call.args[2], _seen) if len(call.args) > 2 else ()
+        return frozenset((*(f"{name}.{attribute}" for name in found), *default))
+
     def bound(self, name: str) -> list[Binding] | None:
         """All that a name is bound to in the innermost scope that binds it; ``None`` where none does."""
         for depth, scope in enumerate(reversed(self.scopes)):
             if isinstance(scope, ast.ClassDef) and depth:
                 continue
             if id(scope) not in self._bound:
-                self._bound[id(scope)] = _bindings(scope)
+                self._bound[id(scope)] = _bindings(scope, self.walrus)
             if name in self._bound[id(scope)]:
                 return self._bound[id(scope)][name]
         return None
@@ -97,7 +114,32 @@ class ScopedVisitor(ast.NodeVisitor):
         self.scopes.pop()
 
 
-def _bindings(scope: ast.AST) -> dict[str, list[Binding]]:
+def choices(node: ast.expr) -> list[ast.expr]:
+    """The expressions one of which is an expression's value: those of a condition, of ``or`` and ``and``, or itself."""
+    if isinstance(node, ast.IfExp):
+        return [*choices(node.body), *choices(node.orelse)]
+    if isinstance(node, ast.BoolOp):
+        return [each for value in node.values for each in choices(value)]
+    if isinstance(node, ast.NamedExpr):
+        return choices(node.value)
+    return [node]
+
+
+def assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.Name, ast.expr]]:
+    """The names that an assignment binds to an expression each, through tuples on both sides."""
+    if isinstance(target, ast.Name):
+        yield target, value
+    elif (
+        isinstance(target, ast.Tuple | ast.List)
+        and isinstance(value, ast.Tuple | ast.List)
+        and len(target.elts) == len(value.elts)
+        and not any(isinstance(each, ast.Starred) for each in (*target.elts, *value.elts))
+    ):
+        for inner, part in zip(target.elts, value.elts, strict=True):
+            yield from assigned(inner, part)
+
+
+def _bindings(scope: ast.AST, walrus: bool) -> dict[str, list[Binding]]:
     found: dict[str, list[Binding]] = {}
     elsewhere: set[str] = set()
     whole: set[int] = set()
@@ -124,10 +166,12 @@ def _bindings(scope: ast.AST) -> dict[str, list[Binding]]:
                 found.setdefault(alias.asname or alias.name, []).append(full)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
+                if node.value is None:
                     whole.add(id(target))
-                    if node.value is not None:
-                        found.setdefault(target.id, []).append(node.value)
+                    continue
+                for name, value in assigned(target, node.value):
+                    whole.add(id(name))
+                    found.setdefault(name.id, []).append(value)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
             # Loops, unpacking, `with` and `+=`: not one expression's value.
             found.setdefault(node.id, []).extend([None] * (id(node) not in whole))
@@ -135,9 +179,31 @@ def _bindings(scope: ast.AST) -> dict[str, list[Binding]]:
             found.setdefault(node.name, []).append(node)
         elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
             found.setdefault(node.name, []).append(None)
+        elif isinstance(node, ast.MatchMapping) and node.rest:
+            found.setdefault(node.rest, []).append(None)
         elif isinstance(node, ast.Global | ast.Nonlocal):
             elsewhere.update(node.names)
+    if walrus and not isinstance(scope, _COMPREHENSIONS):
+        for named in _named(scope):
+            found.setdefault(named.target.id, []).append(named.value)
     return {name: bound for name, bound in found.items() if name not in elsewhere}
+
+
+def _named(scope: ast.AST) -> Iterator[ast.NamedExpr]:
+    """Assignments within the expressions of a scope; a comprehension's are those of the scope around it."""
+    pending = _listed(getattr(scope, "body", None))
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.NamedExpr):
+            yield node
+        if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Lambda)):
+            pending.extend(each for name in _OUTSIDE for each in _listed(getattr(node, name, None)))
+        else:
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def _listed(value: ast.AST | list[ast.AST] | None) -> list[ast.AST]:
+    return [*value] if isinstance(value, list) else [] if value is None else [value]
 
 
 def _inside(scope: ast.AST) -> Iterator[ast.AST]:

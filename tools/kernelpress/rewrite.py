@@ -103,7 +103,7 @@ def examine(
     findings = [
         finding
         for file, each in looked
-        for finding in sorted(_findings(file, each, bool(own)), key=lambda finding: finding.line or 0)
+        for finding in sorted(_findings(file, each, own), key=lambda finding: finding.line or 0)
     ]
     findings += _clashes(looked, own)
     return Rewritten(
@@ -137,7 +137,12 @@ def _followed(looked: list[tuple[SourceFile, Analysis]], layout: Layout) -> list
 
 
 def _cut(file: SourceFile, found: Analysis, own: set[str]) -> tuple[bytes, ...]:
-    edits = {Edit(site.start, site.end, None) for site in found.sites if site.namespace in own}
+    taken = _both(found, own)
+    edits = {
+        Edit(site.start, site.end, None)
+        for site in found.sites
+        if site.namespace in own and site.start not in taken
+    }
     chunks, piece, at = [], b"", 0
     for edit in sorted([*edits, *found.edits], key=lambda edit: edit.start):
         piece += file.data[at : edit.start]
@@ -150,11 +155,27 @@ def _cut(file: SourceFile, found: Analysis, own: set[str]) -> tuple[bytes, ...]:
     return (*chunks, piece + file.data[at:])
 
 
-def _findings(file: SourceFile, found: Analysis, registers: bool) -> Iterator[Finding]:
+def _both(found: Analysis, own: set[str]) -> tuple[int, ...]:
+    """Where the name of a namespace stands in what is replaced as the name of a module."""
+    return tuple(
+        site.start
+        for site in found.sites
+        if site.namespace in own and any(edit.start <= site.start < edit.end for edit in found.edits)
+    )
+
+
+def _findings(file: SourceFile, found: Analysis, own: set[str]) -> Iterator[Finding]:
     path = _at(file)
     for each in found.problems:
         yield Finding("KP304", "error", path, each.line, each.message, each.fix)
-    if registers:
+    for start in sorted(_both(found, own)):
+        yield Finding(
+            "KP304", "error", path, Text(file.data).line_of(start),
+            "this is a namespace of operators here and the name of a module there, and the build has two names for "
+            "them",
+            "write out either where it is used",
+        )  # fmt: skip
+    if own:
         for line in found.escapes:
             yield Finding(
                 "KP304", "error", path, line, "torch.ops is passed on, which hides the namespace that is used",

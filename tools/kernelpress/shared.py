@@ -11,7 +11,7 @@ from kernelpress.files import SourceFile
 _ANNOTATION = rb"\s*(?::[^=\n]*)?=\s*"
 _LIBRARY = re.compile(
     rb"^\s*(?:[\w.]+\.)?([A-Za-z_]\w*)" + _ANNOTATION + rb"[\w.]*\b(?:Library|_scoped_library)\("
-    rb"|\b([A-Za-z_]\w*)\s*:\s*[\"']?(?:[\w.]+\.)?Library\b"
+    rb"|\b([A-Za-z_]\w*)\s*:\s*[\"']?(?:[\w.]+\[|None\s*\|\s*)*(?:[\w.]+\.)?Library\b"
     rb"|\b(?:Library|_scoped_library)\([^\n]*\)\s+as\s+(\w+)",
     re.MULTILINE,
 )

@@ -6,36 +6,27 @@ import ast
 import re
 from functools import cached_property
 
-from kernelpress.expressions import ALWAYS, first_literal, is_text, naming_argument, rebound, words
-from kernelpress.names import ScopedVisitor
+from kernelpress.expressions import ALWAYS, first_literal, is_text, mentions, rebound, words
+from kernelpress.names import ScopedVisitor, choices
 from kernelpress.occurrences import Kind, Problem, Site, Sites, Wanted
+from kernelpress.registering import (
+    LIBRARIES,
+    LIBRARY_METHODS,
+    OPS,
+    attaches,
+    creates,
+    dispatches,
+    implements,
+    may_take_names,
+    naming_argument,
+    unpacks,
+)
 from kernelpress.shared import Shared
 from kernelpress.text import Text
 
-# Functions whose first argument names an operator: those that bring it into being, and those that take one
-# that exists (and then also accept the operator itself).
-_CREATE = frozenset(f"torch.library.{name}" for name in ("custom_op", "triton_op", "define"))
-_ATTACH = frozenset(
-    f"torch.library.{name}"
-    for name in (
-        "impl",
-        "impl_abstract",
-        "register_fake",
-        "register_kernel",
-        "register_autograd",
-        "register_autocast",
-        "register_vmap",
-        "register_torch_dispatch",
-        "opcheck",
-        "get_kernel",
-    )
-)
-_LIBRARIES = frozenset(("torch.library.Library", "torch.library._scoped_library"))
-_LIBRARY_METHODS = ("define", "impl", "fallback", "_register_fake", "_register_torch_dispatch_rule")
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
-_OPS = frozenset(("torch.ops", "torch._ops.ops"))
 _LOOK_UP = ("__getattr__", "__getattribute__")
-_MENTIONS = re.compile(rb"\b(?:%s)\b" % "|".join(ALWAYS).encode("ascii"))
+_MENTIONS = mentions(ALWAYS)
 
 _RUN_TIME_OPERATOR = (
     "the namespace of this operator is only known when the code runs",
@@ -74,7 +65,7 @@ class Finder(ScopedVisitor):
     """Collects what ``find_sites`` returns while it visits a tree."""
 
     def __init__(self, tree: ast.Module, text: Text, shared: Shared) -> None:
-        super().__init__()
+        super().__init__(walrus=b":=" in text.data)
         self.text = text
         self.shared = shared
         self.sites: list[Site] = []
@@ -83,7 +74,7 @@ class Finder(ScopedVisitor):
         self.wanted: list[Wanted] = []
         self.accounted: set[int] = set()
         self.tree = tree
-        self.words = words(tree, shared.libraries | shared.ops)
+        self.words = words(tree, shared.libraries | shared.ops, walrus=self.walrus)
 
     @cached_property
     def rebound(self) -> frozenset[str]:
@@ -104,26 +95,24 @@ class Finder(ScopedVisitor):
     def is_ops(self, node: ast.AST) -> bool:
         """Whether an expression stands for ``torch.ops``."""
         return any(
-            name in _OPS
+            name in OPS
             or (self.shared.own(name) and name.rpartition(".")[2] in self.shared.ops and "_ops." not in name)
             for name in self.names(node)
         )
 
     def visit_Call(self, node: ast.Call) -> None:
         called = self.names(node.func)
-        if called & _CREATE or called & _ATTACH:
-            self.operator_argument(node, creates=bool(called & _CREATE))
-        elif called & _LIBRARIES:
-            self.library_argument(node)
-        elif any(name.startswith("torch._C._dispatch_") for name in called):
-            self.operator_argument(node, creates=False, strict=False)
+        if "functools.partial" in called and len(node.args) > 1:
+            self.registration(node, self.names(node.args[0]), skip=1)
+        elif self.registration(node, called):
+            pass
         elif (
             isinstance(node.func, ast.Attribute)
-            and node.func.attr in _LIBRARY_METHODS
+            and node.func.attr in LIBRARY_METHODS
             and self.is_library(node.func.value)
         ):
             # A method of a `Library` takes names without a namespace, but also with its own.
-            argument = naming_argument(node)
+            argument = naming_argument(node, method=True)
             if argument is not None and not self.literal_operator(self.resolved(argument), creates=False):
                 self.imported(argument, self.resolved(argument), "name", creates=False)
         elif called & _GETATTR and len(node.args) >= 2 and self.is_ops(node.args[0]):
@@ -170,6 +159,9 @@ class Finder(ScopedVisitor):
             start = end - len(node.attr.encode("utf-8"))
             if node.attr.startswith("__"):
                 self.escapes.append(node.lineno)
+            elif self.text.data[start:end] != node.attr.encode("utf-8"):
+                # Python takes letters for others that look alike.
+                self.refuse(node, _IN_PIECES)
             else:
                 self.sites.append(Site(start, end, node.attr))
         elif id(node) not in self.accounted and self.is_ops(node):
@@ -186,12 +178,31 @@ class Finder(ScopedVisitor):
         if node.module == "torch.library" and not node.level and node.names[0].name == "*":
             self.refuse(node, _HIDDEN)
 
-    def operator_argument(self, call: ast.Call, *, creates: bool, strict: bool = True) -> None:
-        argument = naming_argument(call)
-        if argument is not None:
-            self.operator(argument, creates=creates, strict=strict)
-            if self.is_library(argument) and len(call.args) > 1:
-                self.literal_operator(self.resolved(call.args[1]), creates=False)
+    def registration(self, call: ast.Call, called: frozenset[str], skip: int = 0) -> bool:
+        """Look at a call of a function of these names; false where it takes neither operators nor namespaces.
+
+        What takes the name comes after ``skip`` other arguments.
+        """
+        argument = naming_argument(call, skip=skip)
+        if creates(called) or attaches(called):
+            if argument is None and unpacks(call):
+                self.refuse(call, _RUN_TIME_OPERATOR)
+            if argument is not None:
+                self.operator(argument, creates=creates(called))
+                if self.is_library(argument) and len(call.args) > skip + 1:
+                    self.literal_operator(self.resolved(call.args[skip + 1]), creates=False)
+        elif called & LIBRARIES:
+            if argument is None and unpacks(call):
+                self.refuse(call, _RUN_TIME_NAMESPACE)
+            if argument is not None:
+                self.whole(argument, creates=not implements(call, skip))
+        elif argument is not None and dispatches(called):
+            self.operator(argument, creates=False, strict=False)
+        elif argument is not None and may_take_names(called):
+            self.literal_operator(self.resolved(argument), creates=False)
+        else:
+            return False
+        return True
 
     def resolved(self, node: ast.expr) -> ast.expr:
         """What a name stands for, if it is bound once, by an assignment."""
@@ -204,9 +215,20 @@ class Finder(ScopedVisitor):
             node = bindings[0]
         return node
 
-    def is_library(self, node: ast.expr) -> bool:
+    def is_library(self, node: ast.expr, depth: int = 20) -> bool:
+        """Whether an expression may stand for a ``Library``, by its name or by what the name is bound to."""
         name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
-        return name in self.shared.libraries
+        if name in self.shared.libraries or any(
+            self.shared.own(each) and each.rpartition(".")[2] in self.shared.libraries
+            for each in self.names(node)
+        ):
+            return True
+        parts = choices(node)
+        if isinstance(node, ast.Name) and depth:
+            parts = [each for each in self.bound(node.id) or () if isinstance(each, ast.expr)]
+        elif isinstance(node, ast.Call):
+            return not self.names(node.func).isdisjoint(LIBRARIES)
+        return any(each is not node and self.is_library(each, depth - 1) for each in parts)
 
     def is_operator(self, node: ast.AST, depth: int = 20) -> bool:
         """Whether an expression stands for an operator itself, and cannot be its name.
@@ -219,7 +241,7 @@ class Finder(ScopedVisitor):
         ):
             return True
         if isinstance(node, ast.Call):
-            return bool(self.names(node.func) & _CREATE) or (
+            return creates(self.names(node.func)) or (
                 isinstance(node.func, ast.Call) and self.is_operator(node.func)
             )
         if isinstance(node, ast.Attribute):
@@ -271,13 +293,6 @@ class Finder(ScopedVisitor):
         names = [name for name in self.names(node) if self.shared.own(name)]
         self.wanted += (Wanted(name, asked.lineno, kind, creates) for name in sorted(names))
         return bool(names)
-
-    def library_argument(self, call: ast.Call) -> None:
-        kinds = [*call.args[1:2], *(each.value for each in call.keywords if each.arg == "kind")]
-        implements = bool(kinds) and isinstance(kinds[0], ast.Constant) and kinds[0].value == "IMPL"
-        argument = naming_argument(call)
-        if argument is not None:
-            self.whole(argument, creates=not implements)
 
     def whole(self, node: ast.expr, *, creates: bool) -> None:
         """An expression whose value is a namespace."""
