@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress.bundle import bundle, unbundle
 from kernelpress.errors import PublishError
-from kernelpress.history import info, redirect, restore, rollback, yank
+from kernelpress.history import info, redirect, restore, rollback, version_at, yank
 from kernelpress.hubs import RefusedError, heads, tree
 from kernelpress.plan import SIGNATURE, plan
 from kernelpress.publish import publish
@@ -177,6 +177,20 @@ def test_a_rollback_is_a_commit_with_the_files_of_before(make_kernel, api, repo)
     history = [each.commit_id for each in api.list_repo_commits(repo, repo_type="kernel", revision="v1")]
     assert history[:2] == [commit, newest]
     assert rollback(api, repo, "v1", first["v1"]) == commit
+
+
+def test_a_rollback_takes_a_commit_as_messages_shorten_it(make_kernel, api, repo):
+    root = make_kernel()
+    publish(make(root), repo, api)
+    first, before = heads(api, repo), contents(api, repo, "v1")
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
+    publish(make(root), repo, api)
+    shortened = first["v1"][:12]
+    assert version_at(api, repo, shortened) == 1
+    rollback(api, repo, "v1", shortened)
+    assert contents(api, repo, "v1") == before
+    with pytest.raises(PublishError, match=f"{repo} has no such branch, tag or commit"):
+        rollback(api, repo, "v1", "0" * 12)
 
 
 def test_a_branch_does_not_roll_back_to_another_version(make_kernel, api, repo):

@@ -10,7 +10,17 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import EntryNotFoundError
 
 from kernelpress.errors import PublishError
-from kernelpress.hubs import MAIN, TYPE, RefusedError, checked_repo_id, content_id, explained, heads, tree
+from kernelpress.hubs import (
+    MAIN,
+    TYPE,
+    RefusedError,
+    checked_repo_id,
+    content_id,
+    explained,
+    full_commit,
+    heads,
+    tree,
+)
 from kernelpress.notice import notice
 from kernelpress.plan import SIGNATURE, STATUS, YANKED, fetch, status_of, versions_of
 from kernelpress.variant import METADATA
@@ -81,7 +91,8 @@ def version_at(api: HfApi, repo_id: str, revision: str) -> int:
     """
     checked_repo_id(repo_id)
     with explained(api, repo_id):
-        version = _metadata(api, repo_id, revision, tuple(tree(api, repo_id, revision))).get("version")
+        at = full_commit(api, repo_id, revision)
+        version = _metadata(api, repo_id, at, tuple(tree(api, repo_id, at))).get("version")
     if not isinstance(version, int):
         raise PublishError(f"{revision} of {repo_id} holds no build; name a commit that does")
     return version
@@ -94,7 +105,7 @@ def rollback(api: HfApi, repo_id: str, branch: str, to: str) -> str:
         api: The Hub.
         repo_id: The kernel.
         branch: A version's branch, or ``main``.
-        to: A commit, tag or branch of the repository.
+        to: A commit (its first digits will do), tag or branch of the repository.
 
     Returns:
         The new commit; the present one where the content is the same already.
@@ -109,7 +120,9 @@ def rollback(api: HfApi, repo_id: str, branch: str, to: str) -> str:
             f"{to} holds version {version}, and {branch} cannot: name a commit of {branch} "
             f"(`kernelpress info {repo_id}` lists versions)"
         )
-    return restore(api, repo_id, branch, to, f"Roll {branch} back to {to}")
+    with explained(api, repo_id):
+        commit = full_commit(api, repo_id, to)
+    return restore(api, repo_id, branch, commit, f"Roll {branch} back to {to}")
 
 
 def restore(api: HfApi, repo_id: str, branch: str, to: str, message: str, *, since: str | None = None) -> str:

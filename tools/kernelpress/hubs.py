@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
@@ -28,6 +30,7 @@ MAIN = "main"
 # The client itself waits for ever. A proxy that takes a request and never answers must end in a message; a
 # Hub that hashes a large commit before it answers must not.
 _TIMEOUT = httpx2.Timeout(120.0, connect=20.0)
+_SHORTENED = re.compile(r"[0-9a-f]{4,39}")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -96,6 +99,32 @@ def tree(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
     """Every file of a revision by its path."""
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=TYPE)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def full_commit(api: HfApi, repo_id: str, revision: str) -> str:
+    """A revision as the Hub takes it: the whole id of a commit of which the beginning is given.
+
+    Messages name commits by their first digits, and the Hub knows them by all of them alone.
+
+    Raises:
+        PublishError: Several commits of the repository's branches begin like this.
+    """
+    if not _SHORTENED.fullmatch(revision):
+        return revision
+    refs = api.list_repo_refs(repo_id, repo_type=TYPE)
+    if any(ref.name == revision for ref in (*refs.branches, *refs.tags)):
+        return revision
+    found = {
+        commit.commit_id
+        for branch in refs.branches
+        for commit in api.list_repo_commits(repo_id, repo_type=TYPE, revision=branch.target_commit)
+        if commit.commit_id.startswith(revision)
+    }
+    if len(found) > 1:
+        raise PublishError(
+            f"several commits of {repo_id} begin with {revision}: {', '.join(sorted(found))}; give one of them"
+        )
+    return found.pop() if found else revision
 
 
 def content_id(entry: RepoFile) -> str:
@@ -169,6 +198,10 @@ def _from_answer(error: HfHubHTTPError, repo_id: str) -> PublishError:
     if status == 403:
         return PublishError(
             f"the token may not write to {repo_id}; use one of its organization's, or another --repo-id ({said})"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return PublishError(
+            f"{repo_id} has no such branch, tag or commit; `kernelpress info {repo_id}` lists versions ({said})"
         )
     if status == 404:
         return PublishError(
