@@ -24,6 +24,11 @@ class Layer(torch.nn.Module):
         self.experts = experts
 
 
+class Exported(Layer):
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return self.experts(*arguments)
+
+
 def adapt(experts: Any) -> Layer:
     weights = [name for name, parameter in experts.named_parameters() if parameter.dim() == 3]
     config = LoraConfig(
@@ -128,6 +133,41 @@ def test_a_gate_that_only_looks_like_gpt_oss_is_not_taken_for_it(submodule: Any)
     assert fused_gate(module) is not None
     module.__class__ = Different
     assert fused_gate(module) is None
+
+
+@pytest.mark.parametrize("name", ["GptOssExperts", "DeepseekV4Experts"])
+def test_a_layer_with_a_clamped_gate_is_exported_before_it_ever_ran(
+    registered: ModuleType, name: str
+) -> None:
+    base = build(CLASSES[name], torch.float32)
+    base.config._experts_implementation = "scattermoe"
+    index, x, weights = (t.detach() for t in inputs())
+    arguments = (x.float(), index, weights.float())
+    program = torch.export.export(Exported(base), arguments)
+    assert any("experts_forward" in str(node.target) for node in program.graph.nodes)
+    assert_close([program.module()(*arguments)], [base(*arguments)], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["GptOssExperts", "DeepseekV4Experts"])
+def test_a_clamped_gate_on_the_meta_device_gives_shapes(registered: ModuleType, name: str) -> None:
+    with torch.device("meta"):
+        base = build(CLASSES[name], torch.float32)
+        base.config._experts_implementation = "scattermoe"
+        x, index = torch.empty(TOKENS, HIDDEN), torch.empty(TOKENS, TOP_K, dtype=torch.int64)
+        out = base(x, index, torch.empty(TOKENS, TOP_K))
+        out.sum().backward()
+    assert out.shape == x.shape
+    assert base.down_proj.grad.shape == base.down_proj.shape
+
+
+def test_a_gate_that_refuses_numbers_of_another_dtype_runs_as_it_is(submodule: Any) -> None:
+    class Narrow(CLASSES["GptOssExperts"]):  # type: ignore[misc]
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            return super()._apply_gate(gate_up) @ torch.eye(gate_up.shape[-1] // 2, dtype=torch.float32)
+
+    module = build(CLASSES["GptOssExperts"], torch.float32)
+    module.__class__ = Narrow
+    assert submodule("integration.layout").fused_gate(module) is None
 
 
 def test_two_modules_of_a_class_may_differ_in_their_gate(submodule: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def _recognised_gate(module: Any) -> Gate | None:
         return None
     limit = _number(module, "limit", "swiglu_limit", default=math.inf)
     alpha = _number(module, "alpha", "swiglu_alpha", default=1.0) if name == "silu" else 1.0
-    key = (type(module), name, module.is_concatenated, limit, alpha)
+    key = (type(module)._apply_gate, name, module.is_concatenated, limit, alpha)
     if module not in _recognised or _recognised[module][0] != key:
         candidates = [
             Gate(name, not module.is_concatenated, alpha, limit, shift=1.0),
@@ -128,12 +129,24 @@ def _number(module: Any, *names: str, default: float) -> float:
     return next((float(v) for v in values if isinstance(v, (int, float))), default)
 
 
-@torch.no_grad()
 def _agrees(module: Any, gate: Gate) -> bool:
+    # In a thread of its own no mode of the caller's is on: under fake tensors, or with the meta device as the default,
+    # the probe would have no numbers to compare.
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(_agrees_on_numbers, module, gate).result()
+
+
+@torch.no_grad()
+def _agrees_on_numbers(module: Any, gate: Gate) -> bool:
     reaches = [1e-2, 8.0, 1e2, 1e4] + ([2.0 * gate.limit] if gate.limit != math.inf else [])
     # Steps of 37 in 128 put values of every sign and size beside each other. In float64 a gate that rounds to float32
-    # on its way is seen, and kept.
-    device = module.down_proj.device
-    steps = (torch.arange(128, device=device) * 37 % 128).to(torch.float64)
-    probe = (steps / 64 - 1) * torch.tensor(reaches, device=device, dtype=torch.float64).unsqueeze(-1)
-    return torch.allclose(module._apply_gate(probe), activation.apply(gate, probe), rtol=1e-10, atol=1e-10)
+    # on its way is seen, and kept. On the CPU wherever the weights are: nothing waits for a device, or needs one.
+    steps = (torch.arange(128, device="cpu") * 37 % 128).to(torch.float64)
+    probe = (steps / 64 - 1) * torch.tensor(reaches, device="cpu", dtype=torch.float64).unsqueeze(-1)
+    try:
+        return torch.allclose(
+            module._apply_gate(probe), activation.apply(gate, probe), rtol=1e-10, atol=1e-10
+        )
+    except RuntimeError:
+        # One with tensors of its own on another device or of other sizes, or with results of another dtype.
+        return False
