@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from kernelpress import aot
+from kernelpress import aot, specifications
+from kernelpress.specifications import name_of
 
 # 99 KB of shared memory a block, and 227 KB with instructions of its own.
 TARGETS = {"sm_86": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64n256k16"}
@@ -21,9 +22,9 @@ TARGETS = {"sm_86": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.
 )
 def test_head_of_512_fits_and_multiplies_on_tensor_cores(submodule, target, name, label) -> None:
     specs = submodule("ops.attention.specs").COMPILE_SPECS
-    (spec,) = (s for s in specs if aot.name_of(s) == name and s.label == label and target in s.targets)
+    (spec,) = (s for s in specs if name_of(s) == name and s.label == label and target in s.targets)
     compiled = aot.compiled_kernel(spec, target)
-    assert compiled.metadata.shared <= aot.TARGETS[target].shared_limit
+    assert compiled.metadata.shared <= specifications.TARGETS[target].shared_limit
     _, spilled = aot._cuda_needs(compiled.asm)
     assert spilled == 0
     assert TARGETS[target] in compiled.asm["ptx"]
@@ -39,7 +40,7 @@ def test_every_tile_of_every_device_is_compiled(submodule) -> None:
         "dq": "attention_dq_kernel",
     }
     compiled = {
-        (aot.name_of(s), target, s.constants["HEAD_DIM"], s.constants["BLOCK_M"], s.constants["BLOCK_N"])
+        (name_of(s), target, s.constants["HEAD_DIM"], s.constants["BLOCK_M"], s.constants["BLOCK_N"])
         for s in specs
         for target in s.targets
         if "BLOCK_M" in s.constants

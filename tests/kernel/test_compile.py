@@ -10,8 +10,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from kernelpress import aot
+from kernelpress import aot, specifications
 from kernelpress.errors import BuildError
+from kernelpress.specifications import name_of
 
 # One of each generation that compiles differently.
 TARGETS = ("sm_80", "sm_90", "sm_120", "gfx942")
@@ -31,7 +32,7 @@ def widest(submodule):
         found = [
             spec
             for spec in submodule(f"ops.{of}.specs").COMPILE_SPECS
-            if aot.name_of(spec) == name and spec.label.startswith(f"{use} bf16") and target in spec.targets
+            if name_of(spec) == name and spec.label.startswith(f"{use} bf16") and target in spec.targets
         ]
         return max(found, key=size)
 
@@ -52,7 +53,7 @@ def widest(submodule):
 def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, name, use, target) -> None:
     compiled = aot.compile_one(widest(name, use, target), target)
     assert compiled.error is None
-    assert compiled.shared <= aot.TARGETS[target].shared_limit
+    assert compiled.shared <= specifications.TARGETS[target].shared_limit
     assert compiled.registers > 0
     assert compiled.spilled == 0
 

@@ -12,7 +12,7 @@ import torch
 from helpers import INTERPRETED, error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernelpress.aot import TARGETS
+from kernelpress.specifications import TARGETS
 
 BLOCKS = {
     "grouped_matmul": {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"},

@@ -2,15 +2,12 @@
 
     python -m kernelpress.aot [DIRECTORY] [--target sm_90 ...]
 
-A package says what to compile in ``COMPILE_SPECS``, a list at the top level of any of its modules, of objects with
-the attributes of :class:`Specification`. Only the modules that hold one are imported.
+What a package says to compile is in :mod:`kernelpress.specifications`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
 import multiprocessing
 import os
 import re
@@ -22,64 +19,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kernelpress.errors import BuildError, KernelpressError
 from kernelpress.spec import load_spec
-
-_MARK = "COMPILE_SPECS"
-
-
-@dataclass(frozen=True)
-class Target:
-    """An architecture: its name for Triton, threads a warp, and the most shared memory a block may ask for."""
-
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit: int
-
-
-# Shared memory a block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (a kilobyte of
-# the multiprocessor's is the system's), and 64 KB of LDS in AMD's CDNA 2 and CDNA 3 instruction set guides.
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * 1024),
-    "sm_86": Target("cuda", 86, 32, 99 * 1024),
-    "sm_89": Target("cuda", 89, 32, 99 * 1024),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, 227 * 1024),
-    "sm_120": Target("cuda", 120, 32, 99 * 1024),
-    "gfx90a": Target("hip", "gfx90a", 64, 64 * 1024),
-    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
-}
-
-
-class Specification(Protocol):
-    """One compilation of one kernel.
-
-    Attributes:
-        kernel: The ``@triton.jit`` function.
-        label: Tells this compilation from the kernel's others.
-        arguments: For each argument that is not in ``constants`` its type as Triton writes it (``*bf16``, ``i32``),
-            with ``:16`` after it where the value is divisible by 16. Triton turns an integer that equals 1 into a
-            constant: such an argument is in ``constants`` as 1.
-        constants: Values of the ``tl.constexpr`` arguments.
-        options: ``num_warps``, ``num_stages``.
-        targets: The architectures it ships for, keys of :data:`TARGETS`.
-    """
-
-    @property
-    def kernel(self) -> Any: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def arguments(self) -> Mapping[str, str]: ...
-    @property
-    def constants(self) -> Mapping[str, Any]: ...
-    @property
-    def options(self) -> Mapping[str, int]: ...
-    @property
-    def targets(self) -> Collection[str]: ...
+from kernelpress.specifications import (
+    MARK,
+    TARGETS,
+    Specification,
+    load_specifications,
+    modules_with_specs,
+    name_of,
+)
 
 
 @dataclass(frozen=True)
@@ -96,63 +47,6 @@ class Compiled:
     registers: int = 0
     spilled: int = 0
     error: str | None = None
-
-
-def modules_with_specs(package: Path) -> list[str]:
-    """Names of the modules of ``package`` that assign ``COMPILE_SPECS``, found without importing any.
-
-    Args:
-        package: The package's directory; its name is the package's.
-
-    Raises:
-        BuildError: A module is not valid Python.
-    """
-    found = []
-    for path in sorted(package.rglob("*.py")):
-        try:
-            body = ast.parse(path.read_bytes()).body
-        except SyntaxError as error:
-            raise BuildError(f"not valid Python: {error.msg}", path=path, line=error.lineno) from error
-        targets = [
-            target
-            for node in body
-            if isinstance(node, ast.Assign | ast.AnnAssign)
-            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        ]
-        if any(isinstance(target, ast.Name) and target.id == _MARK for target in targets):
-            parts = path.relative_to(package.parent).with_suffix("").parts
-            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return found
-
-
-def load_specifications(module: str) -> Sequence[Specification]:
-    """Import ``module`` and return its ``COMPILE_SPECS``.
-
-    Raises:
-        BuildError: One of them names an argument that its kernel has not, leaves one out, or names no target that
-            kernelpress knows.
-    """
-    specifications: Sequence[Specification] = getattr(importlib.import_module(module), _MARK)
-    for each in specifications:
-        where = f"{module}.{_MARK}: {name_of(each)} {each.label}"
-        given = {*each.arguments, *each.constants}
-        if given != set(each.kernel.arg_names) or len(given) != len(each.arguments) + len(each.constants):
-            missing = sorted(set(each.kernel.arg_names) - given)
-            unknown = sorted(given - set(each.kernel.arg_names))
-            raise BuildError(
-                f"{where}: every argument stands once in `arguments` or `constants`; "
-                f"missing {missing}, unknown {unknown}"
-            )
-        if not set(each.targets) <= set(TARGETS):
-            raise BuildError(
-                f"{where}: targets {sorted(set(each.targets) - set(TARGETS))} are none of {list(TARGETS)}"
-            )
-    return specifications
-
-
-def name_of(specification: Specification) -> str:
-    """The kernel's name."""
-    return str(specification.kernel.__name__)
 
 
 def compile_one(specification: Specification, target: str) -> Compiled:
@@ -260,7 +154,7 @@ def compile_package(package: Path, targets: Collection[str], processes: int) -> 
         ]
     if not jobs:
         raise BuildError(
-            f"nothing to compile: no module of the package has a {_MARK} for {', '.join(targets)}",
+            f"nothing to compile: no module of the package has a {MARK} for {', '.join(targets)}",
             path=package,
         )
     context = multiprocessing.get_context("spawn")
@@ -283,13 +177,14 @@ def table(results: Sequence[Compiled]) -> str:
     groups: dict[tuple[str, str], list[Compiled]] = {}
     for each in sorted(results, key=lambda r: (r.kernel, order[r.target], r.label)):
         groups.setdefault((each.kernel, each.target), []).append(each)
+    width = max(len(kernel) for kernel, _ in groups) + 2
     lines = [
-        f"{'kernel':<24}{'target':<8}{'compiled':>9}{'shared':>9}{'of':>8}{'registers':>11}{'spilled':>9}{'spill':>7}"
+        f"{'kernel':<{width}}{'target':<8}{'compiled':>9}{'shared':>9}{'of':>8}{'registers':>11}{'spilled':>9}{'spill':>7}"
     ]
     for (kernel, target), members in groups.items():
         spilling = sum(m.spilled > 0 for m in members)
         lines.append(
-            f"{kernel:<24}{target:<8}{len(members):>9}{max(m.shared for m in members):>9}"
+            f"{kernel:<{width}}{target:<8}{len(members):>9}{max(m.shared for m in members):>9}"
             f"{TARGETS[target].shared_limit:>8}{max(m.registers for m in members):>11}"
             f"{max(m.spilled for m in members):>9}{spilling:>7}"
         )
