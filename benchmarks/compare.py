@@ -74,17 +74,25 @@ def status(field: str) -> int:
 
 
 def median_seconds(
-    step: Callable[[], Any], finish: Callable[[], None], repeats: int = 7, budget: float = 30.0
+    step: Callable[[], Any],
+    finish: Callable[[], None],
+    repeats: int = 7,
+    budget: float = 30.0,
+    steady: float = 0.0,
 ) -> tuple[float, int]:
-    """Median seconds of ``step`` over at most ``repeats`` runs or ``budget`` seconds, and the number of runs.
+    """Median seconds of ``step``, and the number of runs that it is the median of.
 
-    The first run warms up and is not counted. ``finish`` waits until the device is done.
+    The first run warms up and is not counted. At least ``repeats`` runs follow, and as many more as ``steady`` seconds
+    hold (a few dozen milliseconds are soon disturbed); but none begins after ``budget`` seconds. ``finish`` waits until
+    the device is done.
     """
     start = time.perf_counter()
     step()
     finish()
     seconds: list[float] = []
-    while len(seconds) < repeats and (not seconds or time.perf_counter() - start < budget):
+    while not seconds or (
+        time.perf_counter() - start < budget and (len(seconds) < repeats or sum(seconds) < steady)
+    ):
         begin = time.perf_counter()
         step()
         finish()
@@ -173,7 +181,7 @@ def measure(shape: Shape, implementation: str, device: str) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     before = start_memory(device)
-    seconds, repeats = median_seconds(step, finish)
+    seconds, repeats = median_seconds(step, finish, steady=3.0)
     peak = peak_memory(device) - before
     side = 8192 if device == "cuda" else 2048
     a = torch.randn(side, side).to(dtype)
