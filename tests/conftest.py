@@ -1,4 +1,4 @@
-"""What makes a commit pass or fail alike wherever it is tested: the same examples, and patience with a slow machine.
+"""What makes a commit pass or fail alike wherever it is tested: the same examples, and patience with a busy machine.
 
 ``make fuzz`` looks for new examples.
 """
@@ -41,3 +41,7 @@ for _name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
     os.environ.setdefault(_name, str(_PATIENCE))
 _shared = inspect.signature(httpx2.request).parameters["timeout"].default
 _shared.connect = _shared.read = _shared.write = _shared.pool = _PATIENCE
+
+# Threads that wait for one another spin by default: fast where each has a core, and several times slower where two
+# workers, or other work, share the cores. libgomp reads this when torch is imported, here and in processes of tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
