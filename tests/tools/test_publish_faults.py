@@ -104,9 +104,11 @@ def test_a_fault_at_any_one_request_of_a_publish_is_survived_with_one_commit(mak
         paths.append(path)
         return ""
 
-    with proxy(server.endpoint, watch) as endpoint:
-        publish(made, "org/watched", client(endpoint))
     name = str(what).replace(" ", "-")
+    with proxy(server.endpoint, watch) as endpoint:
+        publish(made, f"org/watched-{name}", client(endpoint))
+    # Those that write too: of a second publish to one repository there would be none.
+    assert any("/commit/" in path for path in paths)
     # Not the very first: a Hub that was never reached is an address to check.
     for spoiled in range(1, len(paths), 2 if what == "cut before" else 1):
         repo = f"org/fault-{name}-{spoiled}"

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status
 from huggingface_hub.utils._http import hf_request_event_hook
 
 from kernelpress.errors import PublishError
@@ -62,9 +62,15 @@ def hub(endpoint: str | None = None) -> HfApi:
 
 
 def _client() -> httpx2.Client:
-    return httpx2.Client(
-        event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=_TIMEOUT
-    )
+    hooks = {"request": [hf_request_event_hook], "response": [_refuse_a_fault_about_a_card]}
+    return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=_TIMEOUT)
+
+
+def _refuse_a_fault_about_a_card(response: httpx2.Response) -> None:
+    # Of this one request, the client reads the answer as JSON before it looks at the status.
+    if response.url.path.endswith("/api/validate-yaml") and response.status_code in _TRANSIENT_STATUS:
+        response.read()
+        hf_raise_for_status(response)
 
 
 def token_of(api: HfApi) -> str | None:
