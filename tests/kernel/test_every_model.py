@@ -240,3 +240,15 @@ def test_bfloat16_is_as_close_to_the_truth_as_eager(registered: ModuleType, name
         results.append(run(layer, layer.experts, implementation, index, *leaves))
     for true, ours, theirs in zip(*results, strict=True):
         assert (ours.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layer_that_gets_no_tokens_gives_none_back(registered: ModuleType, name: str) -> None:
+    # As with token dispatch, where a process may get none: its weights' gradients are waited for all the same.
+    layer = Layer(build(CLASSES[name]))
+    x = torch.empty(0, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights = torch.empty(0, TOP_K, dtype=torch.float64, requires_grad=True)
+    index = torch.empty(0, TOP_K, dtype=torch.int64)
+    out, *gradients = run(layer, layer.experts, "scattermoe", index, x, weights)
+    assert out.shape == gradients[0].shape == x.shape
+    assert not any(gradient.any() for gradient in gradients)

@@ -111,7 +111,7 @@ def experts_forward(
     y, _ = grouped_linear_forward(h, down, a2, b2, weights.down_bias, order, offsets, top_k, sentinels)
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
-    weighted = y.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
+    weighted = y.view(tokens, top_k, y.shape[-1]) * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
