@@ -361,6 +361,37 @@ def test_another_module_may_take_a_name_for_all_operators():
     assert made["use.py"].endswith("T.NEW.one(x), compat.T.NEW.one(x)\n")
 
 
+@pytest.mark.parametrize(
+    ("compat", "use"),
+    [
+        ("from torch.library import custom_op", "from .compat import custom_op\ncustom_op('spot::two')"),
+        ("from torch.library import (\n  custom_op as co,\n)", "from demo.compat import co as c\nc('spot::two')"),
+        ("import torch\nrk = torch.library.register_kernel", "from . import compat as m\nm.rk('spot::one', 'cpu')"),
+        ("import torch\ntry:\n  rf = torch.library.register_fake\nexcept AttributeError:\n  def rf(x): ...",
+         "from .compat import *\nrf('spot::one')"),
+        ("from .deep import *", "from .compat import Lib\nLib('spot', 'DEF')"),
+        ("from .deep import lib, oops", "from .compat import lib as l\nl.define('spot::two', '')"),
+        ("from .deep import oops as o", "from .compat import o\no.spot.one(x)"),
+        ("from .deep import oops as o", "import demo.compat\ndemo.compat.o.spot.one(x)"),
+        ("import torch", "from .compat import torch\ntorch.ops.spot.one(x)"),
+        ("import torch", "from .compat import *\ntorch.ops.spot.one(x)"),
+        ("import torch", "from . import compat\ncompat.torch.ops.spot.one(x)"),
+        ("import torch\nL = torch.library.Library('spot', 'DEF')", "from .compat import L as M\nM.impl('spot::one')"),
+        ("FWD = 'spot::one'", "import torch\nfrom .compat import *\ntorch.library.register_fake(FWD)"),
+    ],
+)  # fmt: skip
+def test_what_a_module_hands_on_of_pytorchs_is_known_in_those_that_import_it(compat, use):
+    deep = "from torch import library as lib, ops as oops\nLib = lib.Library"
+    made = package(init=DEFINES.replace("demo", "spot"), compat=compat, deep=deep, use=use)
+    assert "spot" not in "".join(made.values())
+
+
+def test_a_module_named_torch_in_the_package_is_not_pytorch():
+    use = "from .torch import ops\nfrom . import torch as t\nops.demo.one, t.ops.demo.one\n"
+    made = package(init=DEFINES, torch="class ops:\n    class demo:\n        one = 1", use=use)
+    assert made["use.py"] == f"{use}\n"
+
+
 def test_a_local_name_hides_one_of_the_module():
     text = (
         f"{DEFINES}import torch\nNAME = 'demo::one is a text'\n"

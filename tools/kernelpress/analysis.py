@@ -42,7 +42,7 @@ class Analysis:
 
 def analyse(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> list[Analysis]:
     """Look at every file of a package, in the order given, as far as it is not in memory."""
-    common = shared(files, layout.tops)
+    common = shared(files, layout, memory)
     around = json.dumps(
         [
             layout.package,
@@ -50,6 +50,7 @@ def analyse(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> list
             layout.named_whole,
             sorted(common.libraries),
             sorted(common.ops),
+            sorted((name, sorted(found)) for name, found in common.given.items()),
         ]
     ).encode()
     keys = [key("analysis", around, file.path.encode("utf-8"), file.data) for file in files]
@@ -78,8 +79,9 @@ def _analyse(file: SourceFile, layout: Layout, common: Shared) -> Analysis:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, _FRAMES * MOST_NESTED + limit))
     try:
-        sites: Sites = find_sites(tree, text, common)
-        imports: Imports = find_imports(tree, text, file.path, layout.module_at(file.path), layout)
+        module = layout.module_at(file.path)
+        sites: Sites = find_sites(tree, text, common, module, file.path)
+        imports: Imports = find_imports(tree, text, file.path, module, layout)
     finally:
         sys.setrecursionlimit(limit)
     return Analysis(

@@ -14,18 +14,23 @@ ALWAYS = ("ops", "library", "_C", "_library", "_custom_op", "_custom_ops")
 _GIVING = ("getattr", "partial", "Library", "_scoped_library")
 
 
-def words(tree: ast.Module, further: frozenset[str], *, walrus: bool) -> re.Pattern[bytes]:
+def words(
+    tree: ast.Module, further: frozenset[str], tops: frozenset[str], *, walrus: bool
+) -> re.Pattern[bytes]:
     """What a statement must mention to be of interest: parts of torch, or names that stand for them.
 
     Args:
         tree: The source.
         further: Names that other sources know.
+        tops: First parts of the names of the package's modules.
         walrus: Whether there are assignments within expressions.
     """
     words = {*ALWAYS, *further}
     pairs: list[tuple[ast.Name, ast.expr]] = []
     for node in statements(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("torch")):
+        if isinstance(node, ast.ImportFrom) and (
+            node.level or (node.module or "").partition(".")[0] in ("torch", *tops)
+        ):
             words |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             words |= {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kernelpress.files import SourceFile
+from kernelpress.handed_on import absolute
 from kernelpress.layout import Layout
 from kernelpress.occurrences import Problem, Site, Wanted
 from kernelpress.shared import Shared
@@ -65,7 +66,7 @@ class _Modules:
         self, wanted: Wanted, module: str, path: str, depth: int = _REDIRECTS
     ) -> list[tuple[str, Site]] | None:
         """Where a name is written that the module at ``path`` wants; ``None`` if that cannot be told."""
-        parts = _absolute(wanted.name, module, path)
+        parts = absolute(wanted.name, module, path)
         count = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in self.files), 0)
         if not depth or count == len(parts):
             return None
@@ -97,16 +98,6 @@ class _Modules:
         if module not in self.finders:
             data = self.files[module].data
             tree = parse(data)
-            self.finders[module] = Finder(tree, Text(data), self.shared)
+            self.finders[module] = Finder(tree, Text(data), self.shared, module, self.files[module].path)
             self.finders[module].scopes = [tree]
         return self.finders[module]
-
-
-def _absolute(name: str, module: str, path: str) -> list[str]:
-    """The parts of a name as an import in a module has it, in full."""
-    dots = len(name) - len(name.lstrip("."))
-    parts = name[dots:].split(".")
-    if not dots:
-        return parts
-    around = module.split(".") if path.endswith("__init__.py") else module.split(".")[:-1]
-    return [*around[: len(around) - (dots - 1)], *parts]

@@ -22,6 +22,7 @@ _CODE = (
     "by_name",
     "expressions",
     "files",
+    "handed_on",
     "imports",
     "layout",
     "memory",

@@ -71,6 +71,13 @@ class ScopedVisitor(ast.NodeVisitor):
                 return self._bound[id(scope)][name]
         return None
 
+    def bound_here(self) -> tuple[str, ...]:
+        """All names that the innermost scope binds; ``*`` for an import of everything."""
+        scope = self.scopes[-1]
+        if id(scope) not in self._bound:
+            self._bound[id(scope)] = _bindings(scope, self.walrus)
+        return tuple(self._bound[id(scope)])
+
     def visit_Module(self, node: ast.Module) -> None:
         """The outermost scope."""
         self.within(node, node.body)

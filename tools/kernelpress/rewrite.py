@@ -92,12 +92,14 @@ def examine(
 ) -> Rewritten:
     """The same, with what stands in the way as findings."""
     layout = Layout(package) if isinstance(package, str) else package
+    memory = memory or Memory()
     looked = _followed(
         [
             (replace(file, origin=file.origin or package_dir / file.path), each)
-            for file, each in zip(files, analyse(files, layout, memory or Memory()), strict=True)
+            for file, each in zip(files, analyse(files, layout, memory), strict=True)
         ],
         layout,
+        memory,
     )
     own = {site.namespace for _, each in looked for site in each.sites if site.creates} - _FOREIGN
     findings = [
@@ -114,14 +116,16 @@ def examine(
     )
 
 
-def _followed(looked: list[tuple[SourceFile, Analysis]], layout: Layout) -> list[tuple[SourceFile, Analysis]]:
+def _followed(
+    looked: list[tuple[SourceFile, Analysis]], layout: Layout, memory: Memory
+) -> list[tuple[SourceFile, Analysis]]:
     """With what files want of one another, which is not known of one alone."""
     if not any(each.wanted for _, each in looked):
         return looked
     found = follow(
         [(file, each.wanted) for file, each in looked],
         layout,
-        shared([file for file, _ in looked], layout.tops),
+        shared([file for file, _ in looked], layout, memory),
     )
     return [
         (

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from kernelpress.files import SourceFile
+from kernelpress.handed_on import handed_on
+from kernelpress.layout import Layout
+from kernelpress.memory import Memory
 
 _ANNOTATION = rb"\s*(?::[^=\n]*)?=\s*"
 _LIBRARY = re.compile(
@@ -20,19 +24,31 @@ _OPS = re.compile(rb"^([A-Za-z_]\w*)" + _ANNOTATION + rb"(?:[\w.]*\.)?ops\b\s*(?
 
 @dataclass(frozen=True)
 class Shared:
-    """``libraries`` are names of a ``Library`` in any file, ``ops`` those of modules that stand for ``torch.ops``, and
-    ``tops`` the first parts of the names under which the package's own modules are imported."""
+    """What the files of a package share.
+
+    ``libraries`` are names of a ``Library`` in any file, ``ops`` those of modules that stand for ``torch.ops``,
+    ``tops`` the first parts of the names under which the package's own modules are imported, ``given`` full names in
+    the package with those of PyTorch's that they stand for, and ``torch`` is whether what the package's modules call
+    ``torch`` is PyTorch itself.
+    """
 
     libraries: frozenset[str] = frozenset()
     ops: frozenset[str] = frozenset()
     tops: frozenset[str] = frozenset()
+    given: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    torch: bool = True
 
     def own(self, name: str) -> bool:
         """Whether a full name, as an import has it, is of the package."""
         return name.startswith(".") or name.partition(".")[0] in self.tops
 
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Names that mean something in whichever file they are imported to."""
+        return self.libraries | self.ops | {name.rpartition(".")[2] for name in self.given}
 
-def shared(files: Iterable[SourceFile], tops: frozenset[str]) -> Shared:
+
+def shared(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> Shared:
     """What the files of a package share."""
     sources = [file.data for file in files if file.path.endswith(".py")]
     return Shared(
@@ -43,5 +59,7 @@ def shared(files: Iterable[SourceFile], tops: frozenset[str]) -> Shared:
             for match in _LIBRARY.finditer(data)
         ),
         frozenset(name.decode("ascii") for data in sources for name in _OPS.findall(data)),
-        tops,
+        layout.tops,
+        handed_on(files, layout, memory),
+        not any("torch" in layout.module_at(file.path).split(".")[1:] for file in files),
     )

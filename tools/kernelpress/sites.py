@@ -7,6 +7,7 @@ import re
 from functools import cached_property
 
 from kernelpress.expressions import ALWAYS, first_literal, is_text, mentions, rebound, words
+from kernelpress.handed_on import absolute, stands_for
 from kernelpress.names import ScopedVisitor, choices
 from kernelpress.occurrences import Kind, Problem, Site, Sites, Wanted
 from kernelpress.registering import (
@@ -40,18 +41,19 @@ _HIDDEN = (
 )
 
 
-def find_sites(tree: ast.Module, text: Text, shared: Shared) -> Sites:
+def find_sites(tree: ast.Module, text: Text, shared: Shared, module: str, path: str) -> Sites:
     """Find where a file names operators or their namespaces.
 
     Args:
         tree: The file's syntax tree.
         text: Its content.
         shared: What the files of its package share.
+        module: Its module's name in place.
+        path: Its path in the kernel.
     """
-    further = shared.libraries | shared.ops
-    if not _MENTIONS.search(text.data) and not any(name.encode() in text.data for name in further):
+    if not _MENTIONS.search(text.data) and not any(name.encode() in text.data for name in shared.words):
         return Sites()
-    finder = Finder(tree, text, shared)
+    finder = Finder(tree, text, shared, module, path)
     finder.visit(tree)
     return Sites(
         tuple(sorted(set(finder.sites), key=lambda site: site.start)),
@@ -64,17 +66,19 @@ def find_sites(tree: ast.Module, text: Text, shared: Shared) -> Sites:
 class Finder(ScopedVisitor):
     """Collects what ``find_sites`` returns while it visits a tree."""
 
-    def __init__(self, tree: ast.Module, text: Text, shared: Shared) -> None:
+    def __init__(self, tree: ast.Module, text: Text, shared: Shared, module: str, path: str) -> None:
         super().__init__(walrus=b":=" in text.data)
         self.text = text
         self.shared = shared
+        self.module = module
+        self.path = path
         self.sites: list[Site] = []
         self.escapes: list[int] = []
         self.problems: list[Problem] = []
         self.wanted: list[Wanted] = []
         self.accounted: set[int] = set()
         self.tree = tree
-        self.words = words(tree, shared.libraries | shared.ops, walrus=self.walrus)
+        self.words = words(tree, shared.words, shared.tops, walrus=self.walrus)
 
     @cached_property
     def rebound(self) -> frozenset[str]:
@@ -91,6 +95,29 @@ class Finder(ScopedVisitor):
 
     def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
         self.problems.append(Problem(node.lineno, *reason))
+
+    def names(self, node: ast.AST, _seen: frozenset[int] = frozenset()) -> frozenset[str]:
+        """With PyTorch's own names of what the package's modules hand on."""
+        found = super().names(node, _seen)
+        if isinstance(node, ast.Name) and f"builtins.{node.id}" in found:
+            everything = self.everything
+            found |= {f"{star}.{node.id}" for star in everything}
+        more: set[str] = set()
+        for name in found:
+            if self.shared.own(name):
+                parts = absolute(name, self.module, self.path)
+                more |= stands_for(parts, self.shared.given)
+                if self.shared.torch and "torch" in parts[1:]:
+                    more.add(".".join(parts[parts.index("torch") :]))
+        return found | more if more else found
+
+    @cached_property
+    def everything(self) -> tuple[str, ...]:
+        """Modules of the package all of whose names the file imports."""
+        found = ScopedVisitor(walrus=False)
+        found.scopes = [self.tree]
+        stars = [star for star in found.bound("*") or () if isinstance(star, str) and self.shared.own(star)]
+        return tuple(star.removesuffix(".*") for star in stars)
 
     def is_ops(self, node: ast.AST) -> bool:
         """Whether an expression stands for ``torch.ops``."""
