@@ -9,6 +9,7 @@ from kernelpress.localhub import running_hub
 from kernelpress.published import published_files
 from kernelpress.reproduce import reproduce
 from kernelpress.spec import load_spec
+from kernelpress.stale import check_current
 from kernelpress.variant import build
 from typer.testing import CliRunner
 
@@ -93,6 +94,28 @@ def test_check_speaks_json_and_githubs_language(make_kernel):
     found = json.loads(run("check", str(root), "--output", "json", code=1))
     assert "KP303" in [each["code"] for each in found]
     assert "::error file=" in run("check", str(root), "--output", "github", code=1)
+
+
+def test_check_says_that_the_build_is_of_other_sources(make_kernel):
+    root = make_kernel()
+    run("build", str(root))
+    assert "KP108" not in run("check", str(root))
+    break_twice(root)
+    said = run("check", str(root), code=1)
+    assert "KP108 built torch-cpu, torch-cuda, torch-universal of other sources than these" in said
+    run("build", str(root))
+    toml = (root / "build.toml").read_text()
+    (root / "build.toml").write_text(toml.replace('"cuda"]', '"cuda", "xpu"]'))
+    assert "and torch-xpu not at all" in run("check", str(root), code=1)
+
+
+def test_a_build_of_another_tool_is_not_compared_with_the_sources(make_kernel):
+    root = make_kernel()
+    build(load_spec(root))
+    for metadata in (root / "build").glob("*/metadata.json"):
+        metadata.write_text(metadata.read_text().replace("kernelpress-", "kernel-builder "))
+    break_twice(root)
+    assert check_current(load_spec(root), root / "build") == []
 
 
 def test_a_rule_is_explained():

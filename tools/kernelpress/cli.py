@@ -110,17 +110,20 @@ def check(
     from kernelpress.check import check as examine
     from kernelpress.output import render, summary
     from kernelpress.source_rules import as_finding, check_sources
+    from kernelpress.stale import check_current
 
     found = []
     if source_dir is not None or any(
         (directory / each).exists() for each in ("build.toml", "pyproject.toml")
     ):
         try:
-            found += check_sources(_spec(directory, source_dir, package, name, license, include))
+            spec = _spec(directory, source_dir, package, name, license, include)
+            found += check_sources(spec)
             if compile:
                 from kernelpress.compile_rule import check_compilation
 
-                found += check_compilation(_spec(directory, source_dir, package, name, license, include))
+                found += check_compilation(spec)
+            found += check_current(spec, directory / "build")
         except KernelpressError as error:
             found.append(as_finding(error))
     # Sources that cannot be built may leave no build behind; then what is found in them is the answer.

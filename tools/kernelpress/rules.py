@@ -109,6 +109,14 @@ _ALL = (
         "Rename one of the files.",
     ),
     Rule(
+        "KP108",
+        "error",
+        "the build is of these sources",
+        "What is checked in build/ is what `kernelpress build` last wrote there. If the sources or build.toml have "
+        "changed since, nothing that is found in it, or not found, holds for them.",
+        "Run `kernelpress build`, then `kernelpress check`.",
+    ),
+    Rule(
         "KP201",
         "error",
         "each variant loads in a clean process",
