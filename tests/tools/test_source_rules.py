@@ -31,6 +31,7 @@ def found_in(make_kernel, text: str) -> list[Finding]:
         ("import importlib\ndef f(name):\n    return importlib.import_module(name)\n", "KP305", 3),
         ('import torch.library as t\nt.define("a::twice", "()")\n', "KP306", None),
         ("TOKEN = 'hf_" + "a" * 34 + "'\n", "KP104", 1),
+        ("x = 1\nTOKEN = 'kp_" + "0a" * 20 + "'\n", "KP104", 2),
         ("x = 1\nKEY = '''-----BEGIN RSA PRIVATE KEY-----'''\n", "KP104", 2),
         ("PATH = '/home/me/tiles.json'\n", "KP105", 1),
         ("X = '" + "x" * 1_000_001 + "'\n", "KP106", None),
@@ -64,6 +65,57 @@ def test_a_breach_is_found_where_it_stands(make_kernel, text, code, line):
 def test_what_is_allowed_is_no_finding(make_kernel, text):
     other = {f"{PACKAGE}/other.py": "from . import extra\n"}
     assert check_sources(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other))) == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python refuses it by itself")
+@pytest.mark.parametrize("text", ["d[*a]", "d[1, *a]", "d[1:2, *a]", "d[(a), *(a)]", "d[\n  *a, # why\n]"])
+def test_a_star_in_a_subscript_is_newer_syntax(make_kernel, text):
+    found = found_in(make_kernel, f"a, d = (1,), {{}}\n\n\ndef f():\n    return {text}\n")
+    assert [(each.code, each.path.name) for each in found] == [("KP301", "extra.py")]
+    assert found[0].line in (5, 6)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python refuses it by itself")
+def test_a_star_in_an_annotation_is_newer_syntax(make_kernel):
+    found = found_in(make_kernel, "x = 1\n\n\ndef f(*args: *tuple[int]):\n    pass\n")
+    assert [(each.code, each.line) for each in found] == [("KP301", 4)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'f"{d["a"]}"',
+        "f'{\", \".join(d['a'])}'",
+        "f\"{'\\n'.join(a)}\"",
+        'f"{a  # why\n}"',
+        'f"{d[\n0]}"',
+        'f"{f"{a}"}"',
+        "f'''{a} {'''b'''}'''",
+    ],
+)
+def test_what_fstrings_may_hold_since_python_3_12_is_newer_syntax(make_kernel, text):
+    found = found_in(make_kernel, f"a, d = (1,), {{}}\nx = {text}\n")
+    # To an older Python it is just an error.
+    assert {each.code for each in found} == {"KP301" if sys.version_info >= (3, 12) else "KP002"}
+    assert found[0].line in (2, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "d[(*a,)]",
+        "d[(1, *a)]",
+        "d[((*a,))]",
+        "d[f(*a), 1]",
+        "d[a, [*a]]",
+        'f"{d[\'a\']}\\n{a!r:>{a}}\\""',
+        "f'''{d[\"a\"]}{d['a']}\n{\n a}'''",
+        'f"{\'#\'}" f\'{"x"}\'  # "why"',
+        "rf\"\\d{f'{a}'}\"",
+    ],
+)
+def test_what_python_3_10_reads_is_no_newer_syntax(make_kernel, text):
+    assert found_in(make_kernel, f"a, d, f = (1,), {{}}, print\nx = lambda: {text}\n") == []
 
 
 def test_names_that_differ_in_case_alone_are_found(make_kernel):

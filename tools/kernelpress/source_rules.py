@@ -16,6 +16,7 @@ from kernelpress.findings import Finding
 from kernelpress.imports import Import, imported_modules
 from kernelpress.layout import Layout
 from kernelpress.memory import Memory
+from kernelpress.newer_syntax import newer_syntax
 from kernelpress.rewrite import examine
 from kernelpress.source import Source, read_source
 from kernelpress.spec import Spec
@@ -25,7 +26,7 @@ OLDEST_PYTHON = (3, 10)
 _ALLOWED = frozenset(("torch", "triton", *sys.stdlib_module_names))
 _LIMIT = 1_000_000
 _SECRETS = re.compile(
-    rb"hf_[A-Za-z0-9]{34}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9]{32,}"
+    rb"hf_[A-Za-z0-9]{34}|\bkp_[0-9a-f]{40}\b|gh[pousr]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9]{32,}"
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 _HOMES = re.compile(rb"""["'](?:/home/|/Users/|/root/|[A-Z]:\\+Users\\+)[^"'\n]*""")
@@ -101,16 +102,18 @@ def _undeclared(outside: Iterable[tuple[Path, Import]], spec: Spec) -> Iterator[
 
 
 def _old_syntax(sources: Iterable[SourceFile]) -> Iterator[Finding]:
+    version = ".".join(map(str, OLDEST_PYTHON))
     for file in sources:
         if not file.path.endswith(".py"):
             continue
+        found: Iterable[tuple[int | None, str]]
         try:
-            ast.parse(file.data, feature_version=OLDEST_PYTHON)
+            found = newer_syntax(file.data, ast.parse(file.data, feature_version=OLDEST_PYTHON))
         except SyntaxError as error:
-            version = ".".join(map(str, OLDEST_PYTHON))
+            found = [(_newer(file) or error.lineno, error.msg)]
+        for line, what in dict.fromkeys(found):
             yield Finding(
-                "KP301", "error", _at(file), _newer(file) or error.lineno,
-                f"no syntax of Python {version}: {error.msg}",
+                "KP301", "error", _at(file), line, f"no syntax of Python {version}: {what}",
                 f"write it as Python {version} reads it",
             )  # fmt: skip
 
