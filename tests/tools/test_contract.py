@@ -37,7 +37,7 @@ def changes(old: str, new: str) -> list[tuple[str, str]]:
         ("def f(**a): ...", "def f(): ...", "f: no longer takes **a"),
         ("def f() -> int: ...", "def f() -> str: ...", "f: return annotation changed from int to str"),
         ("def f() -> int: ...", "def f(): ...", "f: return annotation changed from int to none"),
-        ("def f(): ...", "f = 3", "f: was a function and is now a attribute"),
+        ("def f(): ...", "f = 3", "f: was a function and is now an attribute"),
         ("class C:\n    def m(self): ...", "class C: ...", "C.m: removed"),
         ("class C:\n    def m(self, a): ...", "class C:\n    def m(self): ...", "C.m: parameter 'a' removed"),
         ("class C:\n    def __init__(self): ...", "class C:\n    def __init__(self, a): ...",
@@ -83,6 +83,49 @@ def test_a_break_is_named(old, new, said):
 )
 def test_what_every_caller_survives_is_no_break(old, new):
     assert [each for each in changes(old, new) if each[0] == "breaks"] == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("class L: ...", "class M: ...", [("adds", "layers.M: new"), ("breaks", "layers.L: removed")]),
+        ("def f(a): ...", "def f(a, b): ...", [("breaks", "layers.f: required parameter 'b' added")]),
+        ("__all__ = ['f']\ndef f(): ...", "__all__ = []\ndef f(): ...",
+         [("breaks", "layers.f: removed from __all__")]),
+        ("import os\ndef f(): ...\ndef _g(): ...", "import re\ndef f(): ...", []),
+    ],
+)  # fmt: skip
+def test_what_a_public_module_holds_is_public(old, new, said):
+    head = b"__all__ = ['layers']\nfrom . import layers\n"
+    found = compare_files(
+        {"__init__.py": head, "layers.py": old.encode()}, {"__init__.py": head, "layers.py": new.encode()}
+    )
+    assert sorted((each.effect, str(each)) for each in found) == said
+
+
+def test_a_public_module_that_imports_its_package_is_compared_once():
+    head = b"__all__ = ['layers', 'f']\nfrom . import layers\ndef f(): ...\n"
+    layers = b"__all__ = ['package', 'g']\nimport kernel as package\ndef g(): ...\n"
+    new = {"__init__.py": head, "layers.py": layers.replace(b"g()", b"g(a)")}
+    found = compare_files({"__init__.py": head, "layers.py": layers}, new)
+    assert ("breaks", "layers.g: required parameter 'a' added") in [
+        (each.effect, str(each)) for each in found
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("def g(a): ...\nf = g", "def g(a, b): ...\nf = g", ["f: required parameter 'b' added"]),
+        ("def g(a): ...\nf = g", "def f(a): ...", []),
+        ("D = 1\ndef f(a=D): ...", "D = 2\ndef f(a=D): ...", ["f: default of 'a' changed from 1 to 2"]),
+        ("D = 1\ndef f(a=D): ...", "def f(a=1): ...", []),
+        ("def f(a=None): ...\nclass C:\n    g = f", "def f(a=1): ...\nclass C:\n    g = f",
+         ["C.g: default of 'a' changed from None to 1", "f: default of 'a' changed from None to 1"]),
+    ],
+)  # fmt: skip
+def test_names_are_followed_to_what_they_stand_for(old, new, said):
+    assert sorted(text for effect, text in changes(old, new) if effect == "breaks") == said
 
 
 def test_a_name_taken_from_all_breaks_and_one_put_in_adds():

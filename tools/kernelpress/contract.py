@@ -19,6 +19,8 @@ _PACKAGE = "kernel"
 _INIT = "__init__.py"
 # Imports from module to module that are followed for one name.
 _REDIRECTS = 20
+# Modules within modules that are public.
+_NESTED = 5
 
 Effect = Literal["breaks", "adds"]
 
@@ -93,27 +95,32 @@ def _load(files: Mapping[str, bytes], root: Path) -> griffe.Module:
     return loaded
 
 
-def _changes(old: griffe.Module, new: griffe.Module, scratch: Path) -> Iterator[ApiChange]:
+def _changes(old: griffe.Module, new: griffe.Module, scratch: Path, within: str = "") -> Iterator[ApiChange]:
+    """What changed between two forms of the package, or of a module of it; ``within`` is its name and a dot."""
     names, now = _public(old), _public(new)
+    home = _place(new, scratch)[0] or _INIT
     for name in names:
+        shown = within + name
         if name not in now:
-            yield ApiChange("breaks", name, "removed from __all__")
+            lost = "removed from __all__" if old.exports is not None else "removed"
+            yield ApiChange("breaks", shown, lost, home if within else "")
             continue
         before, after = _target(old, name), _target(new, name)
         if before is not None and after is not None:
-            yield from _between(name, before, after, scratch)
+            yield from _between(shown, before, after, scratch)
             continue
         outside = _outside(new, name)
         if outside is not None and outside != _outside(old, name):
             yield ApiChange(
-                "breaks", name, f"is now taken from {outside}, where nothing can be compared", _INIT
+                "breaks", shown, f"is now taken from {outside}, where nothing can be compared", home
             )
         elif outside is None and after is None and _defined(old, name) and not _defined(new, name):
-            yield ApiChange("breaks", name, "still in __all__ and no longer defined", _INIT)
+            yield ApiChange("breaks", shown, "still in __all__ and no longer defined", home)
     for name in now:
         if name not in names:
             added = _target(new, name)
-            yield ApiChange("adds", name, "new", *(_place(added, scratch) if added is not None else ()))
+            place = _place(added, scratch) if added is not None else ()
+            yield ApiChange("adds", within + name, "new", *place)
 
 
 def _public(module: griffe.Module) -> list[str]:
@@ -182,19 +189,35 @@ def _target(module: griffe.Module, name: str) -> griffe.Object | None:
 
 
 def _final(member: griffe.Object | griffe.Alias) -> griffe.Object | None:
-    """A member itself where it was imported or inherited; nothing where it comes from outside of the package."""
-    if isinstance(member, griffe.Alias):
+    """A member itself where it was imported, inherited or assigned (``f = g``); nothing where it comes from outside
+    of the package."""
+    for _ in range(_REDIRECTS):
+        if isinstance(member, griffe.Alias):
+            try:
+                member = member.final_target
+            except (griffe.AliasResolutionError, griffe.CyclicAliasError):
+                return None
+        value = member.value if isinstance(member, griffe.Attribute) else None
+        if not isinstance(value, griffe.ExprName | griffe.ExprAttribute):
+            break
         try:
-            return member.final_target
-        except (griffe.AliasResolutionError, griffe.CyclicAliasError):
-            return None
-    return member
+            assigned = member.modules_collection[value.canonical_path]
+        except (KeyError, griffe.AliasResolutionError, griffe.CyclicAliasError):
+            break
+        if assigned.is_module:
+            break
+        member = assigned
+    return None if isinstance(member, griffe.Alias) else member
 
 
 def _between(name: str, old: griffe.Object, new: griffe.Object, scratch: Path) -> Iterator[ApiChange]:
     place = _place(new, scratch)
-    if old.kind is not new.kind:
-        yield ApiChange("breaks", name, f"was a {old.kind.value} and is now a {new.kind.value}", *place)
+    if isinstance(old, griffe.Module) and isinstance(new, griffe.Module):
+        # Upstream's convention for layers: `from . import layers`. What a module imports of itself ends there.
+        if name.count(".") < _NESTED:
+            yield from _changes(old, new, scratch, f"{name}.")
+    elif old.kind is not new.kind:
+        yield ApiChange("breaks", name, f"was {_a(old)} and is now {_a(new)}", *place)
     elif isinstance(old, griffe.Function) and isinstance(new, griffe.Function):
         for what in (*labels(old, new), *overloads(old, new)):
             yield ApiChange("breaks", name, what, *place)
@@ -211,6 +234,10 @@ def _between(name: str, old: griffe.Object, new: griffe.Object, scratch: Path) -
             yield ApiChange("breaks", name, what, *place)
         if old.annotation is not None and str(old.annotation) != str(new.annotation):
             yield ApiChange("breaks", name, f"type changed from {old.annotation} to {new.annotation}", *place)
+
+
+def _a(what: griffe.Object) -> str:
+    return f"{'an' if what.kind.value.startswith('a') else 'a'} {what.kind.value}"
 
 
 def _members(name: str, old: griffe.Class, new: griffe.Class, scratch: Path) -> Iterator[ApiChange]:

@@ -14,6 +14,8 @@ _LABELS = {
     "writable": ("", "can no longer be set"),
     "deletable": ("", "can no longer be deleted"),
 }
+# Constants that are named by one another.
+_CONSTANTS = 20
 _POSITIONAL = (griffe.ParameterKind.positional_only, griffe.ParameterKind.positional_or_keyword)
 
 
@@ -69,14 +71,32 @@ def signature(old: griffe.Function, new: griffe.Function) -> Iterator[str]:
             yield f"parameter {name!r} was {_kind(parameter)} and is now {_kind(after)}"
         elif after.required and not parameter.required:
             yield f"parameter {name!r} is now required"
-        elif not parameter.required and str(parameter.default) != str(after.default):
-            yield f"default of {name!r} changed from {parameter.default} to {after.default}"
+        elif not parameter.required and (was := _default(old, parameter)) != (now := _default(new, after)):
+            yield f"default of {name!r} changed from {was} to {now}"
     known = {parameter.name for parameter in old.parameters}
     for parameter in new.parameters:
         if parameter.name not in known and parameter.required and parameter.kind not in variadic:
             yield f"required parameter {parameter.name!r} added"
     if old.returns is not None and str(old.returns) != str(new.returns):
         yield f"return annotation changed from {old.returns} to {new.returns or 'none'}"
+
+
+def _default(function: griffe.Function, parameter: griffe.Parameter) -> str:
+    """A default as it is written; a constant of the package is followed to its value."""
+    value = parameter.default
+    for _ in range(_CONSTANTS):
+        if not isinstance(value, griffe.ExprName | griffe.ExprAttribute):
+            break
+        try:
+            constant = function.modules_collection[value.canonical_path]
+            if constant.is_alias:
+                constant = constant.final_target
+        except (KeyError, griffe.AliasResolutionError, griffe.CyclicAliasError):
+            break
+        if not constant.is_attribute or constant.value is None:
+            break
+        value = constant.value
+    return str(value)
 
 
 def _accepts(old: griffe.Parameter, new: griffe.Parameter) -> bool:
