@@ -116,3 +116,9 @@ def test_a_token_made_on_the_command_line_is_what_the_hub_then_asks_for(make_ker
     assert without.returncode == 1
     assert "token" in without.stderr
     assert given.returncode == 0, given.stderr
+
+
+def test_unbundling_to_a_directory_and_to_a_hub_at_once_is_wrong_usage(tmp_path):
+    done = kernelpress("unbundle", "k.tar", "--into", str(tmp_path / "new"), "--repo-id", "org/k")
+    assert done.returncode == 2
+    assert "--into unpacks to a directory" in done.stderr

@@ -245,6 +245,10 @@ def test_readers_of_a_redirected_kernel_are_told_and_the_status_file_is_upstream
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
     with pytest.raises(RefusedError, match="redirects its readers"):
         publish(make(root), repo, api)
+    before = heads(api, new)
+    with pytest.raises(RefusedError, match=f"{repo} itself redirects to {new}"):
+        redirect(api, new, repo)
+    assert heads(api, new) == before
 
 
 def two_versions(root: Path, repo: str, api: HfApi) -> None:

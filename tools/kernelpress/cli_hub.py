@@ -150,6 +150,10 @@ def unbundle(
     from kernelpress.hubs import hub
     from kernelpress.upload import upload
 
+    if into is not None and (repo_id is not None or endpoint is not None or private):
+        raise typer.BadParameter(
+            "--into unpacks to a directory and reaches no Hub; give it alone, or leave it out"
+        )
     if into is not None:
         done = unpack(archive, into)
         for name in done.commits:

@@ -190,7 +190,7 @@ def redirect(api: HfApi, repo_id: str, to: str) -> dict[str, str]:
     which warn that the kernel has moved.
 
     Raises:
-        RefusedError: The other repository lacks a version that this one has.
+        RefusedError: The other repository lacks a version that this one has, or redirects itself.
         PublishError: One of them is not there, or the Hub refuses or does not answer.
     """
     checked_repo_id(repo_id)
@@ -199,6 +199,10 @@ def redirect(api: HfApi, repo_id: str, to: str) -> dict[str, str]:
         raise PublishError(f"{repo_id} cannot redirect to itself")
     with explained(api, to):
         there = heads(api, to)
+        onward = status_of(api, to, there[MAIN], tree(api, to, there[MAIN]))[1] if MAIN in there else None
+    if onward is not None:
+        # Nobody follows a second one, and two that name each other lead nowhere.
+        raise RefusedError(f"{to} itself redirects to {onward}; name where readers shall end up")
     done: dict[str, str] = {}
     with explained(api, repo_id):
         names = [MAIN, *(f"v{number}" for number in versions_of(heads(api, repo_id)))]
