@@ -117,6 +117,7 @@ def test_one_string_for_a_namespace_and_for_a_module_is_refused_with_its_line():
         ('torch.library.opcheck("demo::one", ())', '("NEW::one", ())'),
         ('L = torch.library.Library("demo", "IMPL")\nL.impl("demo::one", f)', 'L.impl("NEW::one", f)'),
         ('torch._C._dispatch_has_kernel("demo::one")', '("NEW::one")'),
+        ('torch._C._jit_get_operation("demo::one")', '("NEW::one")'),
         ("def f():\n    import torch as tt\n    return tt.ops.demo.one", "tt.ops.NEW.one"),
         ("ops = torch.ops\nops.demo.one(x)", "ops.NEW.one(x)"),
         ("ops: object = torch.ops\ndef f(): return ops.demo.one(x)", "ops.NEW.one(x)"),

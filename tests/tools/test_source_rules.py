@@ -27,6 +27,10 @@ def found_in(make_kernel, text: str) -> list[Finding]:
         ("if True:\n    x = 1\nfrom peft.tuners import x\n", "KP303", 3),
         ("match 1:\n    case 1:\n        pass\ntry:\n    pass\nexcept* OSError:\n    pass\n", "KP301", 4),
         ('import torch\nns = "x"\ntorch.library.define(f"{ns}::a", "()")\n', "KP304", 3),
+        ("def f(n):\n    return n.name() == 'demo_kernel::twice'\n", "KP304", 2),
+        ("def f(n):\n    return str(n) in ('a', 'demo_kernel.twice.default')\n", "KP304", 2),
+        ("def f(n):\n    return n.startswith('demo_kernel::')\n", "KP304", 2),
+        ("x = {\n    'demo_kernel::twice': 1}\n", "KP304", 2),
         ("import importlib\nimportlib.import_module(f'demo_kernel.{1}')\n", "KP305", 2),
         ("import importlib\ndef f(name):\n    return importlib.import_module(name)\n", "KP305", 3),
         ('import torch.library as t\nt.define("a::twice", "()")\n', "KP306", None),
@@ -60,6 +64,9 @@ def test_a_breach_is_found_where_it_stands(make_kernel, text, code, line):
         "import importlib\nimportlib.import_module(f'{__name__}.x')\n",
         "TOKEN = 'hf_short'\nPATH = '/homework/x'\n",
         "def f():\n    from . import other\n",
+        "def f(n):\n    return n == 'aten::mul' or n != 'demo_kernels::twice' or 'demo_kernel.twice' in n\n",
+        "import torch\ndef f(n):\n    return n == torch._C._jit_get_operation('demo_kernel::twice')\n",
+        "NAME = 'demo_kernel::twice'\nprint('in', NAME, 'demo_kernel::twice')\n",
     ],
 )
 def test_what_is_allowed_is_no_finding(make_kernel, text):
