@@ -49,6 +49,23 @@ def test_an_older_edition_is_brought_up_to_date_with_its_comments(tmp_path, text
     assert [each.name for each in tmp_path.iterdir()] == ["build.toml"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [V4, V3, V4.replace("version", "edition = 4\nversion"), V4.replace("version", "edition = 3\nversion")],
+)
+def test_an_older_edition_is_read_as_what_migrating_makes_of_it(tmp_path, text):
+    (tmp_path / "build.toml").write_text(text)
+    read = load_spec(tmp_path)
+    assert (tmp_path / "build.toml").read_text() == text
+    assert read == migrate(tmp_path)
+
+
+def test_what_is_wrong_in_an_older_edition_is_named_with_its_own_line(tmp_path):
+    (tmp_path / "build.toml").write_text(V4.replace("org/demo-kernel", "nowhere"))
+    with pytest.raises(SpecError, match=r"build\.toml:10: 'nowhere' is no repository id"):
+        load_spec(tmp_path)
+
+
 def test_a_universal_kernel_gets_its_name_backends_and_licence(tmp_path):
     (tmp_path / "build.toml").write_text(V2)
     spec = migrate(tmp_path, "apache-2.0")

@@ -37,28 +37,15 @@ def migrate(directory: Path, license: str | None = None) -> Spec | None:
     path = directory / "build.toml"
     try:
         before = path.read_bytes().decode("utf-8")
-        document = tomlkit.parse(before)
     except FileNotFoundError:
         raise SpecError(
             "there is no build.toml here; name the directory of a kernel", path=directory
         ) from None
     except UnicodeDecodeError as error:
         raise SpecError(f"not UTF-8 (byte {error.start})", path=path) from None
-    except ParseError as error:
-        raise SpecError(f"malformed TOML: {error}", path=path, line=error.line) from None
-    if "general" not in document:
-        raise SpecError("there is no [general] table, so this is no build.toml", path=path)
-    for name in ("general", "torch", "torch-noarch"):
-        if not isinstance(document.get(name, {}), Mapping):
-            raise SpecError(f"`{name}` must be a table; write it as [{name}]", path=path)
-    general: Any = document["general"]
-    if general.get("edition") == EDITION:
+    after = upgraded(before, path, license)
+    if after is None:
         return None
-    if isinstance(general.get("edition"), int) and general["edition"] > EDITION:
-        raise SpecError(f"edition {general['edition']} is newer than kernelpress; update it", path=path)
-    _framework(document, path)
-    _general(general, license, path)
-    after = tomlkit.dumps(document)
     # Beside the old file, so that what does not hold even now never takes its place.
     scratch = path.with_name(f".build.toml.{os.getpid()}")
     scratch.mkdir()
@@ -72,6 +59,33 @@ def migrate(directory: Path, license: str | None = None) -> Spec | None:
         (scratch / path.name).unlink(missing_ok=True)
         scratch.rmdir()
     return load_spec(directory)
+
+
+def upgraded(before: str, path: Path, license: str | None = None) -> str | None:
+    """The text of a build.toml in today's edition; ``None`` if it is in that already.
+
+    Raises:
+        SpecError: As ``migrate``, less what today's edition forbids.
+    """
+    try:
+        document = tomlkit.parse(before)
+    except ParseError as error:
+        raise SpecError(f"malformed TOML: {error}", path=path, line=error.line) from None
+    if "general" not in document:
+        raise SpecError("there is no [general] table, so this is no build.toml", path=path)
+    for name in ("general", "torch", "torch-noarch"):
+        if not isinstance(document.get(name, {}), Mapping):
+            raise SpecError(f"`{name}` must be a table; write it as [{name}]", path=path)
+    general: Any = document["general"]
+    if general.get("edition") == EDITION:
+        return None
+    if isinstance(general.get("edition"), int) and general["edition"] > EDITION:
+        raise SpecError(
+            f"edition {general['edition']} is newer than kernelpress; update kernelpress", path=path
+        )
+    _framework(document, path)
+    _general(general, license, path)
+    return tomlkit.dumps(document)
 
 
 def _framework(document: tomlkit.TOMLDocument, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Spec:
 
 
 def load_spec(directory: Path) -> Spec:
-    """Read and check ``build.toml``.
+    """Read and check ``build.toml``, of today's edition or an older one without compiled parts.
 
     Args:
         directory: The directory that holds ``build.toml``.
@@ -111,8 +112,28 @@ def load_spec(directory: Path) -> Spec:
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise SpecError(f"malformed TOML: {error.msg}", path=path, line=error.lineno) from None
-    spec = read_document(path, text, document)
-    return with_kernel_dependencies(spec, path)
+    newer = _in_todays_edition(path, text, document)
+    if newer is None:
+        return with_kernel_dependencies(read_document(path, text, document), path)
+    with tempfile.TemporaryDirectory(prefix="kernelpress-spec-") as folder:
+        Path(folder, path.name).write_text(newer, "utf-8")
+        return with_kernel_dependencies(read_document(path, text, tomli.loads(newer)), path, Path(folder))
+
+
+def _in_todays_edition(path: Path, text: str, document: dict[str, Any]) -> str | None:
+    """An older build.toml as it is today, if that needs nothing that only its author knows."""
+    general = document.get("general")
+    if not isinstance(general, dict) or general.get("edition") == EDITION:
+        return None
+    if "edition" in general and type(general["edition"]) is not int:
+        return None
+    from kernelpress.migrate import upgraded
+
+    try:
+        return upgraded(text, path)
+    except SpecError:
+        # Reading the file as it stands says why, with the line.
+        return None
 
 
 def read_document(path: Path, text: str, document: dict[str, Any]) -> Spec:

@@ -78,13 +78,8 @@ class Reader:
         return SpecError(message, path=self.path, line=_line_of(self.text, keys))
 
     def read(self) -> Spec:
-        for table in self.document:
-            if table in ("torch", "tvm-ffi", "kernel"):
-                raise self.error(
-                    f"[{table}] describes compiled sources, which need kernel-builder; "
-                    "kernelpress builds Python and Triton packages: use [torch-noarch]",
-                    table,
-                )
+        self.compiled()
+        self.edition()
         self.known(self.document, ("general", "torch-noarch"))
         for table in ("general", "torch-noarch"):
             if not isinstance(self.document.get(table), dict):
@@ -93,22 +88,9 @@ class Reader:
         self.known(general, tuple(_GENERAL), "general")
         for key in _REQUIRED:
             if key not in general:
-                if key == "edition":
-                    raise self.error(
-                        "[general] has no `edition`, so this is an older form; `kernelpress migrate` brings it to "
-                        f"edition {EDITION}",
-                        "general",
-                    )
                 raise self.error(f"[general] has no `{key}`; add it", "general")
         for key, value in general.items():
             self.typed(value, _GENERAL[key], "general", key)
-        if general["edition"] != EDITION:
-            raise self.error(
-                f"edition {general['edition']} is not supported; `kernelpress migrate` brings the file to "
-                f"edition {EDITION}",
-                "general",
-                "edition",
-            )
         backends = self.backends(general["backends"])
         archs = self.archs(backends)
         return Spec(
@@ -125,6 +107,38 @@ class Reader:
             pyext=self.pyext(),
             upstream=general.get("upstream"),
             source=general.get("source"),
+        )
+
+    def compiled(self) -> None:
+        for table, value in self.document.items():
+            # Once, [torch] held what [torch-noarch] holds today.
+            sources = isinstance(value, dict) and bool(value.get("src"))
+            if table in ("tvm-ffi", "kernel") or (table == "torch" and (sources or self.is_todays())):
+                raise self.error(
+                    f"[{table}] describes compiled sources, which need kernel-builder; "
+                    "kernelpress builds Python and Triton packages: use [torch-noarch]",
+                    table,
+                )
+
+    def is_todays(self) -> bool:
+        general = self.document.get("general")
+        return not isinstance(general, dict) or general.get("edition") == EDITION
+
+    def edition(self) -> None:
+        if self.is_todays():
+            return
+        edition = self.document["general"].get("edition")
+        if edition is not None:
+            self.typed(edition, int, "general", "edition")
+        if edition is not None and edition > EDITION:
+            raise self.error(
+                f"edition {edition} is newer than kernelpress; update kernelpress", "general", "edition"
+            )
+        which = "has no `edition`" if edition is None else f"is of edition {edition}"
+        raise self.error(
+            f"[general] {which}, so this is an older form; `kernelpress migrate` brings it to edition {EDITION}",
+            "general",
+            "edition",
         )
 
     def known(self, table: dict[str, Any], keys: tuple[str, ...], *where: str) -> None:
