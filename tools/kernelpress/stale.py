@@ -33,7 +33,7 @@ def check_current(spec: Spec, build_dir: Path) -> list[Finding]:
         return []
     other = sorted(name for name, id in held.items() if wanted.get(name) != id)
     lost = sorted(name for name in wanted if not (build_dir / name).is_dir())
-    said = [f"{', '.join(other)} of other sources than these"] * bool(other)
+    said = [f"{', '.join(other)} of other sources than these, or by another kernelpress"] * bool(other)
     said += [f"{', '.join(lost)} not at all"] * bool(lost)
     if not said:
         return []
