@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, get_token, set_client_factory
@@ -62,7 +63,10 @@ def hub(endpoint: str | None = None) -> HfApi:
 
 
 def _client() -> httpx2.Client:
-    hooks = {"request": [hf_request_event_hook], "response": [_refuse_a_fault_about_a_card]}
+    hooks: dict[str, list[Callable[..., Any]]] = {
+        "request": [hf_request_event_hook],
+        "response": [_refuse_a_fault_about_a_card],
+    }
     return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=_TIMEOUT)
 
 
