@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Whether the Triton kernels run, which take no float64: in the interpreter, or on the GPU that test_gpu.py asks for.
+TRITON = INTERPRETED or os.environ.get("KERNEL_TESTS_DEVICE", "cpu") != "cpu"
 ACTIVATION_NAMES = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import INTERPRETED
+from helpers import INTERPRETED, TRITON
 
 # The interpreter multiplies float32 and float16; native code float64, too, where a wrong formula cannot hide.
-EXACT = torch.float32 if INTERPRETED else torch.float64
+EXACT = torch.float32 if TRITON else torch.float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

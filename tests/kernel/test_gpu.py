@@ -12,8 +12,17 @@ import torch
 
 HERE = Path(__file__).parent
 # Operators against their references; the rest of the tests is about what does not depend on the device.
-CHOSEN = "reference or any_shape or bits or half_precision or one_expert or sentinels or no_tokens or nan_in_one_token"
-MODULES = ["test_experts.py", "test_grouped_linear.py", "test_attention.py", "test_norm_rotary.py"]
+CHOSEN = (
+    "reference or any_shape or bits or half_precision or one_expert or sentinels or no_tokens or nan_in_one_token "
+    "or nan_passes or every_dtype or both_gradients or sees_nothing or any_strides or sink"
+)
+MODULES = [
+    "test_experts.py",
+    "test_grouped_linear.py",
+    "test_layouts.py",
+    "test_attention.py",
+    "test_norm_rotary.py",
+]
 
 
 def run_on(device: str, module: str, *options: str, chosen: str = CHOSEN) -> subprocess.CompletedProcess[str]:
@@ -41,6 +50,18 @@ def test_triton_passes_the_same_tests_on_a_gpu(module: str) -> None:
     done = run_on("cuda", module)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_float64_which_no_triton_kernel_takes_is_not_asked_of_a_gpu() -> None:
+    code = (
+        "import torch, test_attention as a, test_norm_rotary as n; "
+        "print(a.EXACT, torch.float64 in n.TOLERANCE, torch.bfloat16 in n.TOLERANCE)"
+    )
+    environment = {**os.environ, "KERNEL_TESTS_DEVICE": "cuda", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["torch.float32", "False", "True"]
 
 
 def test_the_device_asked_for_is_where_tensors_are_made() -> None:
