@@ -78,7 +78,17 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float(difference / exact.detach().double().abs().max().clamp(min=1e-12))
 
 
-def assert_close(got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], tolerance: float) -> None:
+def assert_close(
+    got: Sequence[torch.Tensor],
+    exact: Sequence[torch.Tensor],
+    tolerance: float,
+    plain: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """``plain`` are the reference's results in the precision of ``got``: where they are off, ``got`` may be as well.
+
+    A gradient whose parts cancel out is nearly zero, and then rounding alone is large beside it.
+    """
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         assert g.shape == e.shape
-        assert error(g, e) < tolerance, f"tensor {i} of shape {list(g.shape)}: error {error(g, e):.2e}"
+        allowed = tolerance if plain is None else max(tolerance, 3 * error(plain[i], e))
+        assert error(g, e) < allowed, f"tensor {i} of shape {list(g.shape)}: error {error(g, e):.2e}"

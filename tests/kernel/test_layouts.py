@@ -55,16 +55,19 @@ def assert_experts_match(submodule, shape, gate, transposed, biased, adapted, se
     )
     got = [out, *torch.autograd.grad(out, leaves, grad)]
 
-    def wide(t):
-        return None if t is None else t.detach().double().requires_grad_()
+    def reference(dtype: torch.dtype) -> list[torch.Tensor]:
+        def fresh(t):
+            return None if t is None else t.detach().to(dtype).requires_grad_()
 
-    x, routing_weights = wide(x), wide(routing_weights)
-    bases, biases, factors = (list(map(wide, ts)) for ts in (bases, biases, factors))
-    out = submodule("ops.experts.reference").experts(
-        x, *oriented(bases), index, routing_weights, *factors, spec, *biases
-    )
-    leaves = [t for t in (x, *bases, routing_weights, *factors, *biases) if t is not None]
-    assert_close(got, [out, *torch.autograd.grad(out, leaves, grad.double())], 3e-5)
+        inputs = [x, *bases, routing_weights, *factors, *biases]
+        own_x, up, down, weights, *others = map(fresh, inputs)
+        result = submodule("ops.experts.reference").experts(
+            own_x, *oriented([up, down]), index, weights, *others[:4], spec, *others[4:]
+        )
+        own = [t for t in (own_x, up, down, weights, *others) if t is not None]
+        return [result, *torch.autograd.grad(result, own, grad.to(dtype))]
+
+    assert_close(got, reference(torch.float64), 3e-5, reference(torch.float32))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
