@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from kernelpress.built import other_sources
 from kernelpress.cli import app
 from kernelpress.errors import BuildError, CheckError
 from kernelpress.localhub import running_hub
 from kernelpress.published import published_files
 from kernelpress.reproduce import reproduce
 from kernelpress.spec import load_spec
-from kernelpress.stale import check_current
-from kernelpress.variant import build
+from kernelpress.variant import build, prepare
 from typer.testing import CliRunner
 
 PACKAGE = "torch-ext/demo_kernel"
@@ -115,7 +115,27 @@ def test_a_build_of_another_tool_is_not_compared_with_the_sources(make_kernel):
     for metadata in (root / "build").glob("*/metadata.json"):
         metadata.write_text(metadata.read_text().replace("kernelpress-", "kernel-builder "))
     break_twice(root)
-    assert check_current(load_spec(root), root / "build") == []
+    assert other_sources(prepare(load_spec(root)), root / "build") == []
+
+
+def test_what_every_variant_shows_is_found_once_and_in_the_sources(make_kernel):
+    init = "from .twice import twice\n\n__all__ = ['twice', 'gone']\n"
+    root = make_kernel(
+        **{
+            f"{PACKAGE}/__init__.py": init,
+            TWICE: "import functools\n\n\n@functools.cache\ndef twice(x): ...\n",
+        }
+    )
+    run("build", str(root))
+    found = json.loads(run("check", str(root), "--output", "json", code=1))
+    assert [(each["code"], each["path"], each["line"]) for each in found] == [
+        ("KP202", str(root / PACKAGE / "__init__.py"), 3),
+    ]
+    (root / TWICE).write_text("def other(): ...\n\n\ndef twice(x): ...\n")
+    run("build", str(root))
+    found = json.loads(run("check", str(root), "--output", "json", code=1))
+    assert ("KP208", str(root / TWICE), 4) in [(each["code"], each["path"], each["line"]) for each in found]
+    assert len(found) == 2
 
 
 def test_a_rule_is_explained():

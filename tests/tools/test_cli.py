@@ -42,9 +42,9 @@ def test_check_prints_findings_and_fails(make_kernel):
     kernelpress("build", str(root))
     done = kernelpress("check", str(root))
     assert done.returncode == 1
-    assert "twice.py:1: KP201" in done.stdout
-    assert "twice.py:1: KP303 not_there" in done.stdout
-    assert "4 errors" in done.stdout
+    assert "torch-ext/demo_kernel/twice.py:1: KP201" in done.stdout
+    assert "torch-ext/demo_kernel/twice.py:1: KP303 not_there" in done.stdout
+    assert "2 errors" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ A rule is a function that looks at one variant and yields what it finds; ``@rule
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,14 +150,28 @@ def loads(subject: Subject) -> Iterator[Finding]:
 def public_names(subject: Subject) -> Iterator[Finding]:
     if subject.probed is None or subject.probed.error is not None:
         return
+    path, line = _init_and_all(subject.directory)
     if subject.probed.public is None:
         yield subject.find(
-            "the package has no __all__", "list the public names in __all__ of its __init__.py"
+            "the package has no __all__", "list the public names in __all__ of its __init__.py", path
         )
     for name in subject.probed.absent:
-        yield subject.find(
-            f"__all__ names {name!r}, which the package does not have", "define it or take it from __all__"
+        found = subject.find(
+            f"__all__ names {name!r}, which the package does not have",
+            "define it or take it from __all__",
+            path,
         )
+        yield replace(found, line=line)
+
+
+def _init_and_all(variant: Path) -> tuple[str, int | None]:
+    """The package's own module within a variant, flat or nested, and the first line where it binds ``__all__``."""
+    init = min(variant.rglob("__init__.py"), key=lambda path: (len(path.parts), path), default=None)
+    if init is None:
+        return "", None
+    bound = re.search(rb"^__all__\b", init.read_bytes(), re.MULTILINE)
+    line = None if bound is None else init.read_bytes().count(b"\n", 0, bound.start()) + 1
+    return init.relative_to(variant).as_posix(), line
 
 
 @rule("KP203")
@@ -235,5 +250,7 @@ def traceable(subject: Subject) -> Iterator[Finding]:
 
 @rule("KP208")
 def documented(subject: Subject) -> Iterator[Finding]:
-    for name in subject.probed.undocumented if subject.probed is not None else ():
-        yield subject.find(f"{name} is public and has no docstring", "write one", severity="warning")
+    for name, file, line in subject.probed.undocumented if subject.probed is not None else ():
+        yield Finding(
+            "", "warning", Path(file or subject.directory), line, f"{name} is public and has no docstring", "write one"
+        )  # fmt: skip

@@ -107,12 +107,13 @@ def check(
     ] = False,
 ) -> None:
     """Check the sources and the build in build/: imports, operators, metadata, digests, loading and more."""
+    from kernelpress.built import check_built
     from kernelpress.check import check as examine
     from kernelpress.output import render, summary
     from kernelpress.source_rules import as_finding, check_sources
-    from kernelpress.stale import check_current
 
     found = []
+    spec = None
     if source_dir is not None or any(
         (directory / each).exists() for each in ("build.toml", "pyproject.toml")
     ):
@@ -123,12 +124,12 @@ def check(
                 from kernelpress.compile_rule import check_compilation
 
                 found += check_compilation(spec)
-            found += check_current(spec, directory / "build")
         except KernelpressError as error:
             found.append(as_finding(error))
     # Sources that cannot be built may leave no build behind; then what is found in them is the answer.
     if (directory / "build").is_dir() or not any(each.severity == "error" for each in found):
-        found += examine(directory / "build")
+        build_dir = directory / "build"
+        found += examine(build_dir) if spec is None else check_built(spec, build_dir)
     out = console()
     if output != "text" or found:
         out.print(render(found, output), soft_wrap=True, markup=output == "text")

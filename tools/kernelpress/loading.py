@@ -96,7 +96,7 @@ def _load(variant: Path) -> dict[str, Any]:
     public = getattr(module, "__all__", None)
     absent = [name for name in public or () if not hasattr(module, name)]
     undocumented = [
-        name
+        (name, *_defined_at(found, variant))
         for name in public or ()
         if (inspect.isfunction(found := getattr(module, name, None)) or inspect.isclass(found))
         and not (found.__dict__.get("__doc__") if inspect.isclass(found) else found.__doc__)
@@ -105,6 +105,17 @@ def _load(variant: Path) -> dict[str, Any]:
         "public": public and list(public), "absent": absent, "undocumented": undocumented,
         "effects": watch.effects,
     }  # fmt: skip
+
+
+def _defined_at(found: Any, variant: Path) -> tuple[str | None, int | None]:
+    """The file of the variant and the line where a function or a class is defined."""
+    try:
+        # Of a function that is wrapped by a decorator, the one that its author wrote.
+        found = inspect.unwrap(found)
+        file, line = inspect.getsourcefile(found), max(1, inspect.getsourcelines(found)[1])
+    except (OSError, TypeError, ValueError):
+        return None, None
+    return (file, line) if file is not None and Path(file).is_relative_to(variant) else (None, None)
 
 
 def _untraceable(ops: list[str]) -> list[str]:

@@ -38,11 +38,11 @@ class Probed:
 
     ``error`` says why it failed, with the ``file`` and ``line`` of the variant where there is one, and
     ``unmet`` the declared dependencies this machine has not. ``public`` is ``__all__``, ``absent`` those of
-    its names that cannot be had, ``undocumented`` those without a docstring, ``foreign_ops`` operators that
-    came into being outside ``namespace``, ``untraceable`` those in it without an implementation for fake tensors,
-    ``calls`` what came of calling each of the others (in the first of the variants that hold the same code),
-    ``effects`` what importing did to its surroundings, ``without_triton`` why it fails where there is none, and
-    ``twin_error`` what goes wrong beside another build of it in one process.
+    its names that cannot be had, ``undocumented`` those without a docstring (name, file and line), ``foreign_ops``
+    operators that came into being outside ``namespace``, ``untraceable`` those in it without an implementation for
+    fake tensors, ``calls`` what came of calling each of the others (in the first of the variants that hold the same
+    code), ``effects`` what importing did to its surroundings, ``without_triton`` why it fails where there is none,
+    and ``twin_error`` what goes wrong beside another build of it in one process.
     """
 
     namespace: str
@@ -53,7 +53,7 @@ class Probed:
     public: tuple[str, ...] | None = None
     absent: tuple[str, ...] = ()
     foreign_ops: tuple[str, ...] = ()
-    undocumented: tuple[str, ...] = ()
+    undocumented: tuple[tuple[str, str | None, int | None], ...] = ()
     untraceable: tuple[str, ...] = ()
     calls: tuple[Called, ...] = ()
     effects: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def _probed(id: str, depends: list[str], answer: dict[str, Any]) -> Probed:
         public=None if answer["public"] is None else tuple(answer["public"]),
         absent=tuple(answer["absent"]),
         foreign_ops=tuple(sorted(foreign)),
-        undocumented=tuple(answer["undocumented"]),
+        undocumented=tuple((name, file, line) for name, file, line in answer["undocumented"]),
         untraceable=tuple(op for op in answer["untraceable"] if op.partition("::")[0] == id),
         calls=_calls(answer, id),
         effects=tuple(answer["effects"]),
