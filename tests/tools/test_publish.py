@@ -272,3 +272,24 @@ def test_the_plan_names_each_file_with_its_sizes(make_kernel, api, repo):
     assert [(cpu[name].kind, cpu[name].before, cpu[name].after) for name in ("extra.py", "other.py", "new.py")] == [
         ("removed", 6, None), ("changed", 6, 8), ("added", None, 0)
     ]  # fmt: skip
+
+
+def test_a_proposal_changes_no_branch_and_the_same_one_is_opened_once(make_kernel, api, repo):
+    root = make_kernel()
+    first = publish(make(root), repo, api, create_pr=True)
+    assert first.changed
+    assert first.pull_request is not None
+    assert first.pull_request.endswith("/discussions/1")
+    assert files(api, repo, "main").isdisjoint({"README.md"})
+    assert set(heads(api, repo)) == {"main"}
+    assert "build/torch-cpu/twice.py" in files(api, repo, "refs/pr/1")
+    again = publish(make(root), repo, api, create_pr=True)
+    assert (again.pull_request, again.changed) == (first.pull_request, False)
+    forced = publish(make(root), repo, api, create_pr=True, force=True)
+    assert forced.pull_request == first.pull_request.replace("discussions/1", "discussions/2")
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
+    other = publish(make(root), repo, api, create_pr=True)
+    assert (other.pull_request, other.changed) == (
+        first.pull_request.replace("discussions/1", "discussions/3"),
+        True,
+    )

@@ -171,7 +171,8 @@ def _print_release(done: Release, signed: tuple[str, ...]) -> None:
     if published.newer is not None:
         out.print(f"main   [yellow]kept[/] it holds the newer version {published.newer}")
     if published.pull_request is not None:
-        out.print(f"pull request {escape(published.pull_request)}", soft_wrap=True)
+        was = "" if published.opened else " [yellow]unchanged[/] it holds this build already"
+        out.print(f"pull request {escape(published.pull_request)}{was}", soft_wrap=True)
         out.print("publish again once it is merged: that makes the version's branch", soft_wrap=True)
     for each in published.overridden:
         out.print(f"[yellow]forced[/] {escape(each)}", soft_wrap=True)

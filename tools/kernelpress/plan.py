@@ -138,7 +138,7 @@ def plan(build: Build, repo_id: str, api: HfApi) -> Plan:
         newest = max(versions_of(at), default=build.spec.version)
         newer = newest if newest > build.spec.version else None
         names = [own] if newer is not None else [own, MAIN]
-        branches = tuple(_plan_branch(api, repo_id, name, at, wanted) for name in names)
+        branches = tuple(plan_branch(api, repo_id, name, at, wanted) for name in names)
         against, changes = _api(build, repo_id, api, at, branches[0])
         objections = _objections(build, repo_id, api, branches)
     if against == build.spec.version:
@@ -199,9 +199,10 @@ def fetch(api: HfApi, repo_id: str, revision: str, path: str) -> bytes:
         return Path(file).read_bytes()
 
 
-def _plan_branch(
+def plan_branch(
     api: HfApi, repo_id: str, name: str, at: Mapping[str, str], wanted: Mapping[str, bytes]
 ) -> BranchPlan:
+    """What would change on a branch so that it holds ``wanted``; ``at`` are all branches and their commits."""
     base = at.get(name, at[MAIN])
     there = tree(api, repo_id, base)
     add = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -26,6 +26,7 @@ from kernelpress.hubs import (
     staging,
 )
 from kernelpress.plan import BranchPlan, Plan, plan
+from kernelpress.proposed import proposed
 from kernelpress.source_rules import check_sources
 from kernelpress.variant import Build
 
@@ -54,7 +55,8 @@ class PublishedBranch:
 
 @dataclass(frozen=True)
 class Published:
-    """The outcome of publishing a build. ``overridden`` is what ``force`` set aside."""
+    """The outcome of publishing a build. ``overridden`` is what ``force`` set aside, and ``opened`` is false for a pull
+    request that was there before."""
 
     repo_id: str
     url: str
@@ -63,11 +65,14 @@ class Published:
     overridden: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     pull_request: str | None = None
+    opened: bool = True
 
     @property
     def changed(self) -> bool:
         """Whether anything was published."""
-        return self.pull_request is not None or any(branch.changed for branch in self.branches)
+        return (self.pull_request is not None and self.opened) or any(
+            branch.changed for branch in self.branches
+        )
 
 
 def publish(
@@ -92,7 +97,8 @@ def publish(
         api: The Hub.
         private: Whether a repository that does not exist yet is made private.
         force: Publish in spite of the plan's objections.
-        create_pr: Propose the change of ``main`` as a pull request instead of making any.
+        create_pr: Propose the change of ``main`` as a pull request instead of making any, unless one holds this build
+            already and ``force`` does not ask for another.
         say: Told about every pause and every new plan.
         changing: Told of each branch that is about to change, and the commit that it is at (``None``: it is new).
 
@@ -247,13 +253,16 @@ class _Attempt:
             )
         if main.unchanged:
             return self._published(todo, tuple(self._outcome(each) for each in todo.branches))
+        before = None if self._force else proposed(self._build, self._repo_id, self._api)
+        if before is not None:
+            return replace(self._published(todo, (), before), opened=False)
         try:
             with explained(self._api, self._repo_id):
                 url = self._commit(main, MAIN, create_pr=True)
         except TransientError as error:
-            # Trying again could open a second one.
+            # It may be open by now; the next run looks for it.
             raise PublishError(
-                f"{error.message}; look at {self._repo_id} for the pull request before you try again"
+                f"{error.message}; run this again, which opens one if it is not there yet"
             ) from error
         return self._published(todo, (), url)
 
