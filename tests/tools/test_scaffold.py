@@ -38,9 +38,10 @@ def test_a_new_project_builds_passes_its_checks_and_tests_and_publishes(tmp_path
     ("name", "organization"), [("New", "org"), ("a--b", "org"), ("new", "no/org"), ("n", "o")]
 )
 def test_a_name_that_the_hub_refuses_leaves_nothing_behind(tmp_path, name, organization):
-    with pytest.raises(SpecError):
+    with pytest.raises(SpecError) as caught:
         scaffold(name, organization, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+    assert ".tmp-" not in str(caught.value)
 
 
 def test_what_is_there_already_is_kept(tmp_path):

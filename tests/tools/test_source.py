@@ -65,7 +65,7 @@ def test_other_suffixes_ship_when_the_spec_names_them(make_kernel):
         ({f"{PACKAGE}/__init__.py": None}, None, "no __init__.py"),
         ({f"{PACKAGE}/bad.py": "x = 1\ndef f(:\n"}, 2, "syntax error"),
         ({f"{PACKAGE}/bad.py": "x = 1\n  y = 2\n"}, 2, "syntax error"),
-        ({f"{PACKAGE}/bad.py": "x = '\0'\n"}, None, "null bytes"),
+        ({f"{PACKAGE}/bad.py": "x = 1\ny = '\0'\n"}, 2, "null bytes"),
     ],
 )
 def test_sources_that_are_no_package_are_refused(make_kernel, changed, line, part):

@@ -67,9 +67,11 @@ def _check_syntax(path: Path, data: bytes) -> None:
             )
         line, deepest = nesting(parse(data, str(path)))
     except SyntaxError as error:
-        raise SourceError(f"syntax error: {error.msg}", path=path, line=error.lineno) from None
+        raise SourceError(
+            f"syntax error: {error.msg}", path=path, line=error.lineno or _line_of_nul(data)
+        ) from None
     except ValueError as error:
-        raise SourceError(f"not Python source: {error}", path=path) from None
+        raise SourceError(f"not Python source: {error}", path=path, line=_line_of_nul(data)) from None
     except (MemoryError, RecursionError):
         raise SourceError("nested too deeply for Python's own parser; take it apart", path=path) from None
     if deepest > MOST_NESTED:
@@ -79,3 +81,9 @@ def _check_syntax(path: Path, data: bytes) -> None:
             path=path,
             line=line,
         )
+
+
+def _line_of_nul(data: bytes) -> int | None:
+    """Python refuses a source with a zero byte without saying where."""
+    at = data.find(b"\0")
+    return None if at < 0 else data.count(b"\n", 0, at) + 1

@@ -52,7 +52,11 @@ def scaffold(name: str, organization: str, where: Path) -> Path:
                 path = fresh / _fill(target, filled)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, "utf-8")
-            load_spec(fresh)  # refuses a name that the loader would
+            try:
+                load_spec(fresh)  # refuses a name that the loader would
+            except SpecError as error:
+                # The file it names is gone with the message.
+                raise SpecError(error.message) from None
             fresh.chmod(0o755)
             fresh.rename(where)
         finally:
