@@ -157,6 +157,14 @@ def test_a_public_name_that_is_not_there_is_found(make_kernel):
     assert "'thrice'" in found.message
 
 
+@pytest.mark.parametrize("text", ["[twice]", "'twice'", "{'twice'}"])
+def test_a_list_of_public_names_that_is_none_is_found_where_it_stands(make_kernel, text):
+    init = f"from .twice import twice\n__all__ = {text}\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": init})))
+    assert (found.code, found.path.name, found.line) == ("KP202", "__init__.py", 2)
+    assert "as strings" in found.fix
+
+
 def test_an_operator_outside_of_the_builds_namespace_is_found(make_kernel):
     hidden = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
     root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{hidden}DEFAULT = 3.0\n"})

@@ -151,7 +151,12 @@ def public_names(subject: Subject) -> Iterator[Finding]:
     if subject.probed is None or subject.probed.error is not None:
         return
     path, line = _init_and_all(subject.directory)
-    if subject.probed.public is None:
+    if subject.probed.malformed is not None:
+        found = subject.find(
+            f"__all__ is {subject.probed.malformed}", "make it a list of the public names, as strings", path
+        )
+        yield replace(found, line=line)
+    elif subject.probed.public is None:
         yield subject.find(
             "the package has no __all__", "list the public names in __all__ of its __init__.py", path
         )

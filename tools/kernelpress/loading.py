@@ -77,7 +77,7 @@ def _load(variant: Path) -> dict[str, Any]:
     from kernels import get_local_kernel  # type: ignore[import-untyped]
 
     nothing: dict[str, Any] = {"error": None, "file": None, "line": None, "public": None, "absent": []}
-    nothing |= {"undocumented": [], "effects": []}
+    nothing |= {"undocumented": [], "effects": [], "malformed": None}
     try:
         with Watch(f"{variant}{os.sep}") as watch:
             module = get_local_kernel(variant)
@@ -94,6 +94,9 @@ def _load(variant: Path) -> dict[str, Any]:
             at = (error.filename, error.lineno)
         return nothing | {"error": f"{type(error).__name__}: {error}", "file": at[0], "line": at[1]}
     public = getattr(module, "__all__", None)
+    malformed = None if public is None else _malformed(public)
+    if malformed is not None:
+        return nothing | {"malformed": malformed, "effects": watch.effects}
     absent = [name for name in public or () if not hasattr(module, name)]
     undocumented = [
         (name, *_defined_at(found, variant))
@@ -105,6 +108,14 @@ def _load(variant: Path) -> dict[str, Any]:
         "public": public and list(public), "absent": absent, "undocumented": undocumented,
         "effects": watch.effects,
     }  # fmt: skip
+
+
+def _malformed(public: Any) -> str | None:
+    """What ``__all__`` is, where it is no list of names."""
+    if not isinstance(public, list | tuple):
+        return f"a {type(public).__name__}"
+    kinds = sorted({type(name).__name__ for name in public if not isinstance(name, str)})
+    return f"a {type(public).__name__} with a {kinds[0]} in it" if kinds else None
 
 
 def _defined_at(found: Any, variant: Path) -> tuple[str | None, int | None]:

@@ -37,12 +37,13 @@ class Probed:
     """What loading a variant showed.
 
     ``error`` says why it failed, with the ``file`` and ``line`` of the variant where there is one, and
-    ``unmet`` the declared dependencies this machine has not. ``public`` is ``__all__``, ``absent`` those of
-    its names that cannot be had, ``undocumented`` those without a docstring (name, file and line), ``foreign_ops``
-    operators that came into being outside ``namespace``, ``untraceable`` those in it without an implementation for
-    fake tensors, ``calls`` what came of calling each of the others (in the first of the variants that hold the same
-    code), ``effects`` what importing did to its surroundings, ``without_triton`` why it fails where there is none,
-    and ``twin_error`` what goes wrong beside another build of it in one process.
+    ``unmet`` the declared dependencies this machine has not. ``public`` is ``__all__``, or ``malformed`` what that is
+    instead of a list of names, ``absent`` those of its names that cannot be had, ``undocumented`` those without a
+    docstring (name, file and line), ``foreign_ops`` operators that came into being outside ``namespace``,
+    ``untraceable`` those in it without an implementation for fake tensors, ``calls`` what came of calling each of the
+    others (in the first of the variants that hold the same code), ``effects`` what importing did to its surroundings,
+    ``without_triton`` why it fails where there is none, and ``twin_error`` what goes wrong beside another build of it
+    in one process.
     """
 
     namespace: str
@@ -51,6 +52,7 @@ class Probed:
     line: int | None = None
     unmet: tuple[str, ...] = ()
     public: tuple[str, ...] | None = None
+    malformed: str | None = None
     absent: tuple[str, ...] = ()
     foreign_ops: tuple[str, ...] = ()
     undocumented: tuple[tuple[str, str | None, int | None], ...] = ()
@@ -107,6 +109,7 @@ def _probed(id: str, depends: list[str], answer: dict[str, Any]) -> Probed:
         line=answer["line"],
         unmet=_unmet(depends),
         public=None if answer["public"] is None else tuple(answer["public"]),
+        malformed=answer["malformed"],
         absent=tuple(answer["absent"]),
         foreign_ops=tuple(sorted(foreign)),
         undocumented=tuple((name, file, line) for name, file, line in answer["undocumented"]),
