@@ -82,8 +82,8 @@ class Setup:
 
 def measure(implementation: str, kind: str, dtype: str, device: str) -> dict[str, float]:
     """Runs in the child: milliseconds and memory of a forward and a step, and a copy's bandwidth."""
-    from compare import median_seconds, peak_memory, start_memory
     from kernels import get_kernel
+    from measuring import median_seconds, peak_memory, start_memory
 
     torch.manual_seed(0)
     setup = Setup(LAYERS[kind], TOKENS[device], getattr(torch, dtype), device)
@@ -170,9 +170,9 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments.device)))
         return
-    from compare import REPOSITORY, provenance
     from kernelpress.spec import load_spec
     from kernelpress.variant import build
+    from measuring import REPOSITORY, provenance
 
     with tempfile.TemporaryDirectory() as scratch:
         results = compare_all(

@@ -4,52 +4,31 @@ Every row is a process of its own, so that one implementation's memory is not an
 ``--output`` also writes the figures as JSON, with the date, the device, the versions and the commit they belong to.
 
     python benchmarks/compare.py [--device cuda] [--shapes small,medium,large] [--implementations scattermoe,...]
+    python benchmarks/compare.py --device cuda --wheels wheels      and axolotl's and Unsloth's layers (see peers.py)
     python benchmarks/compare.py --plot growth.png      time and memory against tokens and against experts
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import gc
 import json
 import os
-import platform
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RANK = 16
-IMPLEMENTATIONS = ("scattermoe", "grouped_mm", "batched_mm", "eager")
-BASELINES = IMPLEMENTATIONS[1:]
+import peers
+from layer import RANK, Shape, measure
+from measuring import REPOSITORY, provenance
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one layer: experts, hidden, intermediate, top-k, tokens."""
-
-    experts: int
-    hidden: int
-    intermediate: int
-    top_k: int
-    tokens: int
-    dtype: str
-
-    def flops(self) -> int:
-        """Multiplications and additions of the base weights' products, forward and backward of a frozen base."""
-        pairs = self.tokens * self.top_k
-        return 2 * (2 * pairs * self.hidden * 3 * self.intermediate)
-
-
+BASELINES = ("grouped_mm", "batched_mm", "eager")
+OURS = ("scattermoe", *BASELINES)
+IMPLEMENTATIONS = (*OURS, *peers.PEERS)
 SHAPES = {
     "small": Shape(32, 512, 256, 4, 512, "float32"),
     "medium": Shape(64, 1024, 512, 4, 1024, "float32"),
@@ -60,6 +39,8 @@ SHAPES = {
     "mixtral": Shape(8, 4096, 14336, 2, 8192, "bfloat16"),
 }
 DEFAULT_SHAPES = {"cpu": "small,medium,large", "cuda": "gemma4,qwen3,mixtral"}
+# The peers are made for GPUs.
+DEFAULT_IMPLEMENTATIONS = {"cpu": OURS, "cuda": IMPLEMENTATIONS}
 # What --plot varies the small shape (on a GPU Gemma 4's layer) over.
 GROWTH = {"tokens": (128, 256, 512, 1024, 2048), "experts": (8, 16, 32, 64, 128)}
 GROWING = ("scattermoe", "grouped_mm")
@@ -67,154 +48,60 @@ GROWING = ("scattermoe", "grouped_mm")
 TOO_LARGE = {(name, "batched_mm") for name in SHAPES if name != "small"}
 
 
-def status(field: str) -> int:
-    """A size from Linux's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+def run_child(
+    shape: Shape, implementation: str, device: str, build: Path, unpacked: Path | None = None
+) -> dict[str, Any] | None:
+    """The child's figures, or None where it was killed or its GPU's memory did not suffice.
 
-
-def median_seconds(
-    step: Callable[[], Any],
-    finish: Callable[[], None],
-    repeats: int = 7,
-    budget: float = 30.0,
-    steady: float = 0.0,
-) -> tuple[float, int]:
-    """Median seconds of ``step``, and the number of runs that it is the median of.
-
-    The first run warms up and is not counted. At least ``repeats`` runs follow, and as many more as ``steady`` seconds
-    hold (a few dozen milliseconds are soon disturbed); but none begins after ``budget`` seconds. ``finish`` waits until
-    the device is done.
+    Raises:
+        peers.PeerError: The child failed, on code that is neither ours nor transformers' (``unpacked`` is given).
+        SystemExit: It failed on ours or transformers'.
     """
-    start = time.perf_counter()
-    step()
-    finish()
-    seconds: list[float] = []
-    while not seconds or (
-        time.perf_counter() - start < budget and (len(seconds) < repeats or sum(seconds) < steady)
-    ):
-        begin = time.perf_counter()
-        step()
-        finish()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds), len(seconds)
-
-
-def device_name(device: str) -> str:
-    """The GPU's name, or the processor's as Linux gives it, with its number of cores."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.machine()}, {os.cpu_count()} cores"
-
-
-def start_memory(device: str) -> int:
-    """Forgets the peak so far and returns the bytes in use."""
-    import torch
-
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def peak_memory(device: str) -> int:
-    """The most bytes in use since :func:`start_memory`."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
-
-
-def measure(shape: Shape, implementation: str, device: str) -> dict[str, Any]:
-    """Runs in the child: seconds, peak memory above the weights and the dense rate of the same process."""
-    import torch
-    from kernels import get_kernel
-    from peft import LoraConfig, inject_adapter_in_model
-    from transformers import Gemma4TextConfig
-    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
-
-    torch.manual_seed(0)
-    torch.set_default_device(device)
-    dtype = getattr(torch, shape.dtype)
-    get_kernel("org/scattermoe-lora", version=1).register()
-    config = Gemma4TextConfig(
-        num_experts=shape.experts,
-        hidden_size=shape.hidden,
-        moe_intermediate_size=shape.intermediate,
-        top_k_experts=shape.top_k,
-        enable_moe_block=True,
-    )
-    config._experts_implementation = implementation
-    layer = torch.nn.Module()
-    layer.experts = Gemma4TextExperts(config).to(dtype)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    lora = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-        init_lora_weights=False,
-    )
-    layer = inject_adapter_in_model(lora, layer)
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    x = torch.randn(shape.tokens, shape.hidden).to(dtype).requires_grad_()
-    index = torch.rand(shape.tokens, shape.experts).topk(shape.top_k).indices
-    weights = torch.rand(shape.tokens, shape.top_k).to(dtype).requires_grad_()
-    grad = torch.randn(shape.tokens, shape.hidden).to(dtype)
-    leaves = [x, weights, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        layer.experts(x, index, weights).backward(grad)
-
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    before = start_memory(device)
-    seconds, repeats = median_seconds(step, finish, steady=3.0)
-    peak = peak_memory(device) - before
-    side = 8192 if device == "cuda" else 2048
-    a = torch.randn(side, side).to(dtype)
-    dense_seconds, _ = median_seconds(lambda: a @ a, finish, repeats=15)
-    dense_rate = 2 * side**3 / dense_seconds
-    return {
-        "ms": 1000 * seconds,
-        "repeats": repeats,
-        "peak_bytes_above_weights": peak,
-        "share_of_dense_rate": shape.flops() / seconds / dense_rate,
-        "dense_gflops": dense_rate / 1e9,
-        "threads": torch.get_num_threads(),
-        "device": device_name(device),
-    }
-
-
-def run_child(shape: Shape, implementation: str, device: str, build: Path) -> dict[str, Any] | None:
-    """The child's figures, or None where it was killed or its GPU's memory did not suffice."""
     environment = {**os.environ, "LOCAL_KERNELS": f"org/scattermoe-lora={build}"}
     command = [sys.executable, __file__, "--child", json.dumps(asdict(shape)), implementation, device]
+    if unpacked is not None:
+        command.append(str(unpacked))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode < 0 or "OutOfMemoryError" in done.stderr:
+    if done.returncode == -signal.SIGKILL or "OutOfMemoryError" in done.stderr:
         return None
+    if done.returncode and unpacked is not None:
+        said = done.stderr.strip().splitlines()
+        raise peers.PeerError(said[-1] if said else f"exit status {done.returncode}")
     if done.returncode:
-        raise SystemExit(f"{implementation} failed on {shape}:\n{done.stderr}")
+        raise SystemExit(f"{implementation} failed on {shape} ({done.returncode}):\n{done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
+def prepare_peers(implementations: Sequence[str], wheels: Path | None, scratch: Path) -> dict[str, Path]:
+    """Where each of the peers among ``implementations`` was prepared; says which cannot be, and how they could."""
+    asked = [name for name in implementations if name in peers.PEERS]
+    ready: dict[str, Path] = {}
+    missing = []
+    for name in asked:
+        try:
+            found = peers.find_wheels(name, wheels)
+            if found is None:
+                missing.append(name)
+            else:
+                ready[name] = peers.prepare(name, found, scratch)
+        except peers.PeerError as error:
+            print(f"{name}: left out: {error}", flush=True)
+    if missing:
+        print(
+            f"{', '.join(missing)}: left out; `{peers.how_to_get(missing)}`, and --wheels wheels", flush=True
+        )
+    return ready
+
+
 def compare(
-    shapes: Sequence[str], implementations: Sequence[str], device: str, build: Path
+    shapes: Sequence[str],
+    implementations: Sequence[str],
+    device: str,
+    build: Path,
+    unpacked: Mapping[str, Path],
 ) -> dict[str, Any]:
-    """Runs every row and prints it as it comes."""
+    """Runs every row and prints it as it comes; a peer's that fails says why, and the others run."""
     results: dict[str, Any] = {}
     header = f"{'':<12}{'ms':>9}{'runs':>6}{'MB above weights':>18}{'of dense rate':>15}"
     for name in shapes:
@@ -222,7 +109,12 @@ def compare(
         rows = results.setdefault(name, {})
         for implementation in implementations:
             too_large = (name, implementation) in TOO_LARGE
-            row = None if too_large else run_child(SHAPES[name], implementation, device, build)
+            folder = unpacked.get(implementation)
+            try:
+                row = None if too_large else run_child(SHAPES[name], implementation, device, build, folder)
+            except peers.PeerError as error:
+                print(f"{implementation:<12}  failed: {error}", flush=True)
+                continue
             if row is None:
                 print(f"{implementation:<12}  does not fit in memory", flush=True)
                 continue
@@ -233,7 +125,7 @@ def compare(
                 f"{row['share_of_dense_rate']:>15.0%}",
                 flush=True,
             )
-        print_ratio(rows)
+        print_ratios(rows)
     return results
 
 
@@ -252,29 +144,21 @@ def grow(device: str, build: Path) -> dict[str, dict[str, list[dict[str, Any]]]]
     return grown
 
 
-def provenance() -> dict[str, Any]:
-    """The date, the versions and the commit that figures belong to."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": done.stdout.strip(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "transformers", "peft", "kernels")},
-    }
-
-
-def print_ratio(rows: dict[str, Any]) -> None:
-    baselines = [rows[name] for name in BASELINES if name in rows]
-    if "scattermoe" not in rows or not baselines:
+def print_ratios(rows: Mapping[str, Any]) -> None:
+    """Ours against the best of transformers + PEFT, and where peers ran, against the best of all."""
+    if "scattermoe" not in rows:
         return
-    ours, best = rows["scattermoe"], min(baselines, key=lambda row: row["ms"])
-    memory = ours["peak_bytes_above_weights"] / best["peak_bytes_above_weights"]
-    print(
-        f"{'':<12}{best['ms'] / ours['ms']:>8.2f}x the best of transformers + PEFT, with {memory:.0%} of its memory"
-    )
+    everyone = [name for name in rows if name != "scattermoe"]
+    against = [("the best of transformers + PEFT", [name for name in everyone if name in BASELINES])]
+    if any(name in peers.PEERS for name in everyone):
+        against.append(("the best of all", everyone))
+    ours = rows["scattermoe"]
+    for what, names in against:
+        if names:
+            best = min(names, key=lambda name: rows[name]["ms"])
+            memory = ours["peak_bytes_above_weights"] / rows[best]["peak_bytes_above_weights"]
+            speed = rows[best]["ms"] / ours["ms"]
+            print(f"{'':<12}{speed:>8.2f}x {what} ({best}), with {memory:.0%} of its memory")
 
 
 def main() -> None:
@@ -283,25 +167,31 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu")
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; default {DEFAULT_SHAPES}")
-    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS))
+    parser.add_argument("--implementations", help=f"of {', '.join(IMPLEMENTATIONS)}; on a GPU all")
+    parser.add_argument("--wheels", type=Path, help="the folder that holds the wheels of axolotl and Unsloth")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument(
         "--plot", type=Path, help="instead draw time and memory against tokens and experts (PNG)"
     )
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        shape, implementation, device = arguments.child
-        print(json.dumps(measure(Shape(**json.loads(shape)), implementation, device)))
+        shape, implementation, device, *unpacked = arguments.child
+        row = measure(Shape(**json.loads(shape)), implementation, device, *map(Path, unpacked))
+        print(json.dumps(row))
         return
     shapes = (arguments.shapes or DEFAULT_SHAPES[arguments.device]).split(",")
-    implementations = arguments.implementations.split(",")
+    implementations = DEFAULT_IMPLEMENTATIONS[arguments.device]
+    if arguments.implementations:
+        implementations = tuple(arguments.implementations.split(","))
     for option, names, known in (
         ("shapes", shapes, tuple(SHAPES)),
         ("implementations", implementations, IMPLEMENTATIONS),
     ):
         if unknown := set(names) - set(known):
             parser.error(f"--{option}: {', '.join(sorted(unknown))}: none of {', '.join(known)}")
+    if arguments.wheels and not arguments.wheels.is_dir():
+        parser.error(f"--wheels: {arguments.wheels} is no folder")
     if arguments.plot:
         try:
             from plot import draw
@@ -317,7 +207,9 @@ def main() -> None:
             results = grow(arguments.device, built)
             draw(results, arguments.plot)
         else:
-            results = compare(shapes, implementations, arguments.device, built)
+            unpacked = prepare_peers(implementations, arguments.wheels, Path(scratch))
+            chosen = [name for name in implementations if name in OURS or name in unpacked]
+            results = compare(shapes, chosen, arguments.device, built, unpacked)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps({**provenance(), "results": results}, indent=2) + "\n")

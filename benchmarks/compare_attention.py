@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare import REPOSITORY, device_name, median_seconds, peak_memory, provenance, start_memory
+from measuring import REPOSITORY, device_name, median_seconds, peak_memory, provenance, start_memory
 
 HEADS, KEY_HEADS = 8, 4
 
