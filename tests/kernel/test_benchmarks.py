@@ -89,7 +89,8 @@ def test_comparison_measures_one_layer_in_a_process_of_its_own(script, kernel) -
     build = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
     row = compare.run_child(tiny, "scattermoe", "cpu", build)
     assert row["ms"] > 0
-    assert row["repeats"] == 7
+    # A step of microseconds is timed for as long as a slow one.
+    assert row["repeats"] > 7
     assert 0 < row["share_of_dense_rate"] < 1
     assert len(compare.provenance()["commit"].removesuffix("-dirty")) == 40
 
