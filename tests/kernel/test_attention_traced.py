@@ -50,6 +50,28 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_eager(
     assert [run[3] is None for run in runs] == [False] * len(m.model.layers) + [True] * len(m.model.layers)
 
 
+def test_a_compiled_model_takes_the_lengths_that_it_is_given(attention) -> None:
+    """As DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives them."""
+    m = model(CONFIGS["gemma4 dense"]())
+    torch._dynamo.reset()
+    m.set_attn_implementation(FLASH)
+    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+    for lengths in (LENGTHS, (9, 3)):
+        ids = tokens(1, sum(lengths))
+        given = {"labels": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+        cu = torch.tensor([0, *lengths]).cumsum(0).int()
+        m.set_attn_implementation(FLASH)
+        m.zero_grad()
+        handed_over = {
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu),
+            **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
+        }
+        loss = compiled(input_ids=ids, use_cache=False, **given, **handed_over).loss
+        loss.backward()
+        got = [loss.detach(), *(p.grad.clone() for p in m.parameters() if p.grad is not None)]
+        assert_close(got, results(m, "eager", input_ids=ids, **given), 1e-3)
+
+
 def test_a_traced_graph_leaves_to_transformers_what_it_cannot_look_into(attention, submodule) -> None:
     masks = submodule("integration.attention_masks")
     spans = torch.tensor([[-1, 0, 0, -1]])

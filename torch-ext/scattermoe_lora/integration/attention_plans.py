@@ -181,7 +181,8 @@ def with_given_sequences(plan: Plan, given: Mapping[str, Any]) -> Plan:
             "got None; pass both"
         )
     (cu_query, max_query), (cu_key, max_key) = (_lengths(given, side) for side in "qk")
-    return plan._replace(sequences=Sequences(None, None, cu_query, cu_key, max_query, max_key), packed=True)
+    sequences = Sequences(None, None, cu_query, cu_key, max_query, max_key)
+    return plan._replace(sequences=sequences, packed=True, deferred=False)
 
 
 def _lengths(given: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
