@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers import Shape, experts_module
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 
 def test_kernels_launch_on_the_tensors_device_and_without_autocast(
@@ -38,6 +41,38 @@ def test_kernels_launch_on_the_tensors_device_and_without_autocast(
         with submodule("ops.dispatch").undisturbed(torch.empty(2)):
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
+
+
+EXPERTS = experts_module(Shape(tokens=4, experts=2, top_k=1, hidden=16, intermediate=8, rank=1))
+CALLS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "grouped_linear": lambda kernel, x: kernel.grouped_linear(
+        x[0, 0], torch.randn(2, 3, 16), torch.zeros(4, 1, dtype=torch.int64)
+    ),
+    "grouped_linear of a dual weight": lambda kernel, x: kernel.grouped_linear(
+        torch.randn(5, 16), x[0], torch.zeros(5, 1, dtype=torch.int64)
+    ),
+    "flash_attn_func": lambda kernel, x: kernel.flash_attn_func(torch.randn_like(x), x, x),
+    "rms_norm_rotary": lambda kernel, x: kernel.rms_norm_rotary(x),
+    "experts_forward": lambda kernel, x: kernel.experts_forward(
+        EXPERTS,
+        x[0, 0],
+        torch.zeros(4, 1, dtype=torch.int64),
+        torch.ones(4, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_tangent_is_refused_and_never_dropped(kernel: Any, name: str) -> None:
+    x, tangent = torch.randn(2, 1, 3, 4, 16)
+    message = f"{name.split()[0]}: forward-mode differentiation"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda x: CALLS[name](kernel, x), (x,), (tangent,))
+    with forward_ad.dual_level():
+        # What carries none is computed as ever.
+        assert CALLS[name](kernel, x).isfinite().all()
+        with pytest.raises(NotImplementedError, match=message):
+            CALLS[name](kernel, forward_ad.make_dual(x, tangent))
 
 
 SWITCHES = {

@@ -1,4 +1,4 @@
-"""Which implementation runs for a tensor: native CPU code, or Triton kernels."""
+"""Which implementation runs for a tensor, native CPU code or Triton kernels, and what no implementation takes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -40,3 +41,18 @@ def undisturbed(x: torch.Tensor) -> Iterator[None]:
         if device.type != "cpu":
             stack.enter_context(torch.accelerator.device_index(device.index))
         yield
+
+
+def refuse_tangents(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raises NotImplementedError where a tensor carries a tangent, as in ``torch.func.jvp``.
+
+    torch drops them at an operator that has a rule for the backward alone, and the derivative would come out as zero.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported; use backward, "
+                "or transformers' eager mode in a model"
+            )

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .. import dispatch
 from .geometry import Window
 from .op import attention_forward
 
@@ -55,7 +56,7 @@ def flash_attn_func(
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
-        NotImplementedError: Dropout, ALiBi, returned probabilities.
+        NotImplementedError: Dropout, ALiBi, returned probabilities, forward-mode differentiation.
     """
     name = "flash_attn_func"
     _refuse(name, dropout_p, alibi_slopes, return_attn_probs)
@@ -208,6 +209,7 @@ def _attend(
             f"{name}: s_aux: expected {[q.shape[-2]]} (the heads of q) on {q.device}, got {list(s_aux.shape)} on "
             f"{s_aux.device}"
         )
+    dispatch.refuse_tangents(name, q, k, v, s_aux)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     window = Window(max(-1, window_size[0]), 0 if causal else max(-1, window_size[1]))
     is_one = v is k

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import dispatch
 from .op import norm_rotary_forward
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,9 +41,10 @@ def rms_norm_rotary(
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
-        NotImplementedError: float64 on a GPU.
+        NotImplementedError: float64 on a GPU; forward-mode differentiation.
     """
     _check(x, weight, cos, sin)
+    dispatch.refuse_tangents("rms_norm_rotary", x, weight, cos, sin)
     return norm_rotary_forward(x, weight, cos, sin, eps)
 
 
