@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile
-from kernelpress.rewrite import rewrite
+from kernelpress.rewrite import examine, rewrite
 
 HERE = Path("torch-ext/demo")
 DEFINES = 'from torch.library import define\ndefine("demo::one", "(Tensor x) -> Tensor")\n'
@@ -255,6 +255,44 @@ def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
     with pytest.raises(SourceError) as caught:
         rewritten(f"{DEFINES}import torch\n{text}\n")
     assert (caught.value.path, caught.value.line) == (HERE / "__init__.py", 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'R = {"op": torch.library.custom_op}; R["op"]("demo::two")',
+        'def reg(lib): lib.impl("demo::one", f)',
+        'has_kernel("demo::one.out", "CUDA")',
+        'm = LIB.impl; m("demo::one", f)',
+        'libs[0].define("demo::two(Tensor x) -> Tensor")',
+        'reg(f"demo::{name}")',
+        'reg("demo::" + name)',
+        "import importlib; importlib.import_module('torch').ops.demo.one",
+        "class A:\n    from torch import ops; one = lambda self: self.ops.demo.one",
+        'assert op.name() == "demo::one"',
+    ],
+)
+def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_its_line(text):
+    file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
+    (found,) = examine([file], "demo", HERE).findings
+    assert (found.code, found.severity, found.line) == ("KP304", "warning", 4 + text.count("\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"""demo::one"""',
+        "# demo::one, torch.ops.demo.one",
+        'raise ValueError("demo::one needs a GPU")',
+        'print(f"{x} demo::one")',
+        'x = "aten::mm", "theirs::one", torch.ops.aten.mm, other.ops.theirs.one',
+        "x = torch.ops.demo.one, getattr(torch.ops, 'demo').one",
+        'FWD = "demo::one"\ntorch.library.register_fake(FWD)',
+    ],
+)
+def test_what_names_no_operator_of_the_package_or_is_renamed_is_no_warning(text):
+    file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
+    assert examine([file], "demo", HERE).findings == ()
 
 
 def test_names_made_by_the_generated_helper_are_left_to_it():

@@ -13,8 +13,9 @@ from typing import Any
 from kernelpress.files import SourceFile
 from kernelpress.imports import Import, Imports, find_imports
 from kernelpress.layout import Layout
+from kernelpress.leftovers import mentions
 from kernelpress.memory import Memory, key
-from kernelpress.occurrences import Problem, Site, Sites, Wanted
+from kernelpress.occurrences import Mention, Problem, Site, Sites, Wanted
 from kernelpress.shared import Shared, shared
 from kernelpress.sites import find_sites
 from kernelpress.text import MOST_NESTED, Edit, Text, parse
@@ -27,7 +28,7 @@ _FRAMES = 6
 
 @dataclass(frozen=True)
 class Analysis:
-    """One file: see ``Sites`` and ``Imports`` for what each part is."""
+    """One file: see ``Sites`` and ``Imports`` for what each part is; ``mentions`` are found beside them."""
 
     sites: tuple[Site, ...] = ()
     escapes: tuple[int, ...] = ()
@@ -38,6 +39,7 @@ class Analysis:
     unknown: tuple[int, ...] = ()
     unread: tuple[int, ...] = ()
     wanted: tuple[Wanted, ...] = ()
+    mentions: tuple[Mention, ...] = ()
 
 
 def analyse(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> list[Analysis]:
@@ -94,6 +96,7 @@ def _analyse(file: SourceFile, layout: Layout, common: Shared) -> Analysis:
         imports.unknown,
         imports.unread,
         sites.wanted,
+        mentions(tree, text, sites.sites),
     )
 
 
@@ -108,11 +111,12 @@ def _to_json(analysis: Analysis) -> list[Any]:
         analysis.unknown,
         analysis.unread,
         [astuple(each) for each in analysis.wanted],
+        [astuple(each) for each in analysis.mentions],
     ]
 
 
 def _from_json(kept: list[Any]) -> Analysis:
-    sites, escapes, problems, edits, missing, outside, unknown, unread, wanted = kept
+    sites, escapes, problems, edits, missing, outside, unknown, unread, wanted, mentioned = kept
     return Analysis(
         tuple(Site(*each) for each in sites),
         tuple(escapes),
@@ -123,4 +127,5 @@ def _from_json(kept: list[Any]) -> Analysis:
         tuple(unknown),
         tuple(unread),
         tuple(Wanted(*each) for each in wanted),
+        tuple(Mention(*each) for each in mentioned),
     )

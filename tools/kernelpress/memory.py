@@ -25,6 +25,7 @@ _CODE = (
     "handed_on",
     "imports",
     "layout",
+    "leftovers",
     "memory",
     "names",
     "occurrences",

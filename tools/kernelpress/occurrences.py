@@ -29,6 +29,14 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Mention:
+    """A line that names an operator of a namespace and is left as it is."""
+
+    line: int
+    namespace: str
+
+
+@dataclass(frozen=True)
 class Wanted:
     """A name that another module of the package binds, where an operator or its name, a namespace, or a name with or
     without one (``"name"``) is called for.

@@ -168,6 +168,15 @@ def _both(found: Analysis, own: set[str]) -> tuple[int, ...]:
     )
 
 
+def _left(file: SourceFile, found: Analysis, own: set[str]) -> list[int]:
+    """Lines that name an operator and stay, other than those of a name that another file has asked for."""
+    of = Text(file.data).line_of
+    known = (
+        {of(site.start) for site in found.sites} if any(m.namespace in own for m in found.mentions) else set()
+    )
+    return sorted({each.line for each in found.mentions if each.namespace in own} - known)
+
+
 def _findings(file: SourceFile, found: Analysis, own: set[str]) -> Iterator[Finding]:
     path = _at(file)
     for each in found.problems:
@@ -185,6 +194,13 @@ def _findings(file: SourceFile, found: Analysis, own: set[str]) -> Iterator[Find
                 "KP304", "error", path, line, "torch.ops is passed on, which hides the namespace that is used",
                 'write `torch.ops.<namespace>` or `getattr(torch.ops, "<namespace>")` here',
             )  # fmt: skip
+    for line in _left(file, found, own):
+        yield Finding(
+            "KP304", "warning", path, line,
+            "this names an operator of the package in a way that is not known, and stays as it is; in the build the "
+            "operator has another name",
+            "give the operator itself, or name it as a function of torch.library or torch.ops takes it",
+        )  # fmt: skip
     for module in found.missing:
         if module.when in ("load", "call"):
             yield Finding(

@@ -226,8 +226,8 @@ _ALL = (
         "The build gives operators a namespace of their own by rewriting their names. It follows a name through "
         "variables that are assigned once, imports within the package, and variables that stand for `torch.ops`. It "
         "cannot follow a name that is put together when the code runs or taken out of a table, nor `torch.ops` handed "
-        "on as a value; and what is neither a name nor an operator for certain is refused, too. Any other string stays "
-        "as it is; one that looks like an operator of the package and is compared or looked up is a warning.",
+        "on as a value; and what is neither a name nor an operator for certain is refused, too. A string that is an "
+        "operator's name, but is not handed to anything that is known to take one, is a warning: it stays.",
         'Write `"namespace::operator"` out, give the operator itself, or use add_op_namespace_prefix from ._ops.',
     ),
     Rule(

@@ -15,10 +15,9 @@ from kernelpress.files import SourceFile
 from kernelpress.findings import Finding
 from kernelpress.imports import Import, imported_modules
 from kernelpress.layout import Layout
-from kernelpress.lookalikes import lookalikes
 from kernelpress.memory import Memory
 from kernelpress.newer_syntax import newer_syntax
-from kernelpress.rewrite import Rewritten, examine
+from kernelpress.rewrite import examine
 from kernelpress.source import Source, read_source
 from kernelpress.spec import Spec
 from kernelpress.text import parse, statements
@@ -49,7 +48,6 @@ def check_sources(spec: Spec) -> list[Finding]:
     found = [
         *rewritten.findings,
         *_undeclared(rewritten.outside, spec),
-        *_left_alone(source.files, rewritten),
         *_old_syntax(source.files),
         *_circles(source.files, source.layout),
         *_contents(source),
@@ -100,19 +98,6 @@ def _undeclared(outside: Iterable[tuple[Path, Import]], spec: Spec) -> Iterator[
             yield Finding(
                 "KP303", "error", path, each.line, f"{top} is imported with the module, and not declared",
                 "import it inside the function that needs it, or name it in `python-depends`",
-            )  # fmt: skip
-
-
-def _left_alone(sources: Iterable[SourceFile], rewritten: Rewritten) -> Iterator[Finding]:
-    for file, cut in zip(sources, rewritten.files, strict=True):
-        # A build's namespace is unlike any in place, and on the same line.
-        for line, text in (
-            lookalikes(cut.render("_"), rewritten.namespaces) if file.path.endswith(".py") else ()
-        ):
-            yield Finding(
-                "KP304", "warning", _at(file), line,
-                f"{text!r} is compared or looked up, and stays as it is while the operators get another namespace",
-                "if it names one, take that from the operator: torch.ops.<namespace>.<op>.default.name()",
             )  # fmt: skip
 
 

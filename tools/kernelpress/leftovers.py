@@ -1,0 +1,70 @@
+"""Names of operators that stand in a source as plain text, which the build leaves as they are."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+
+from kernelpress.expressions import first_literal
+from kernelpress.occurrences import Mention, Site
+from kernelpress.text import Text
+
+# A name or a schema as a whole, or the beginning of a name that is put together; and as graphs of torch.fx have it.
+_NAME = re.compile(r"([A-Za-z_]\w*)(?:::\w*(?:\.\w+)?(?:\(.*)?|\.\w+\.default)", re.DOTALL)
+# A source without any of these holds none.
+_MENTIONS = re.compile(rb"\w::|\.default['\"]|\bops\s*[.\\)]")
+
+
+def mentions(tree: ast.Module, text: Text, sites: Iterable[Site]) -> tuple[Mention, ...]:
+    """Where a source names operators that were not recognized as such.
+
+    Those are strings that are handed to a function, compared or looked up, and attributes of an ``ops`` that may be
+    any. What is only said or returned is none.
+
+    Args:
+        tree: The file's syntax tree.
+        text: Its content.
+        sites: The names that were recognized.
+    """
+    if not _MENTIONS.search(text.data):
+        return ()
+    known = sorted(site.start for site in sites)
+    found = set()
+    for node in ast.walk(tree):
+        for expression, namespace in _named(node):
+            start, end = text.span(expression)
+            if not any(start <= at < end for at in known):
+                found.add(Mention(expression.lineno, namespace))
+    return tuple(sorted(found, key=lambda mention: (mention.line, mention.namespace)))
+
+
+def _named(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+    """The namespaces that an expression names, and where."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute | ast.Name):
+        holder = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
+        if holder == "ops":
+            yield node, node.attr
+    for part in _handed(node):
+        for each in part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]:
+            leading = first_literal(each)
+            match = _NAME.fullmatch(leading[1]) if leading else None
+            if leading and match:
+                yield leading[0], match[1]
+
+
+def _handed(node: ast.AST) -> list[ast.expr]:
+    """What an expression hands on, compares or looks up."""
+    if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Name) and node.func.id == "print":
+            return []
+        return [*node.args, *(each.value for each in node.keywords)]
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    if isinstance(node, ast.Subscript):
+        return [node.slice]
+    if isinstance(node, ast.MatchValue):
+        return [node.value]
+    if isinstance(node, ast.Dict):
+        return [each for each in node.keys if each is not None]
+    return []
