@@ -49,6 +49,19 @@ FORMS = (
     "import pkgutil; got = pkgutil.get_data('{top}.nn.fast', 'core.py')",
     "import importlib as i; got = i.import_module(\n    '{top}.nn.fast'\n).MARK",
     "import importlib; M = '{top}.nn.fast.core' if OUT else '{top}.nn.fast.core'; got = importlib.import_module(M).X",
+    "é = 'ü'; import {top}.nn.fast.core as ñ, os; got = ñ.X + é",
+    "é = 'ü'; from {top}.nn.fast . core import (X as ñ,  # \u2028 ö\n    Y); got = é + ñ + Y",
+    "from\t{top}.nn.fast.core\\\n\timport X; got = X; import {top}.tools.up as u; got += u.HIGH",
+    "from ..core import X, Y; from {top}.nn.fast import (core as c,); got = [each.X for each in (c,)][0] + X",
+    "import {top}.nn.fast.core as \\\n    m, \\\n    os; got = m.Y",
+    "import importlib; got = importlib.import_module(M := '{top}.tools.up').HIGH",
+    "import importlib; M = None or '{top}.tools.up'; got = importlib.import_module(M or '{top}.nn.fast').HIGH",
+    "import importlib\nmatch OUT:\n    case _: got = importlib.import_module(name=('{top}.nn'\n '.fast.core')).X",
+    "import sys, {top}.tools.up; got = '{top}.tools.up' in sys.modules and '{top}.nn.fast' not in sys.modules or 1",
+    "import importlib; im = importlib.import_module if OUT is not None else None; got = im('{top}.tools.up').HIGH",
+    "import importlib, functools; im = functools.partial(importlib.import_module); got = im('{top}.tools.up').HIGH",
+    "import importlib; A, B = '{top}.tools.up', 'HIGH'; got = getattr(importlib.import_module(A), B)",
+    "import {top}.tools as t, importlib; got = (importlib.import_module('{top}.tools.up') if t else None).HIGH",
     "import sys, {top}.tools as o; M = '{top}.tools' if o else 'm'; got = sys.modules[M if o else 'm'].__name__[-5:]",
 )
 WRAPS = (
@@ -57,6 +70,11 @@ WRAPS = (
     "try:\n    {inner}\nexcept ImportError:\n    got = 'not there'\n",
     "if True:\n    {inner}\n",
     "class C:\n    {inner}\n    kept = got\ngot = C.kept\n",
+    "async def f():\n    {inner}\n    return got\nimport asyncio; got = asyncio.run(f())\n",
+    "with __import__('contextlib').nullcontext():\n    {inner}\ndone = 1\n",
+)
+HEADS = st.sampled_from(
+    ("", "\ufeff", "# coding: utf-8\n", "\x0c\n# ä\n", '"""ü"""; from __future__ import annotations\n')
 )
 
 
@@ -87,17 +105,22 @@ def forget(package: str) -> None:
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(pieces=st.lists(st.tuples(st.sampled_from(FORMS), st.sampled_from(WRAPS)), min_size=1, max_size=5))
-def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypatch, pieces):
+@given(
+    pieces=st.lists(st.tuples(st.sampled_from(FORMS), st.sampled_from(WRAPS)), min_size=1, max_size=5),
+    head=HEADS,
+    newline=st.sampled_from(("\n", "\r\n", "\r")),
+)
+def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypatch, pieces, head, newline):
     # Names that are new to this process, but the same when hypothesis comes back to an example.
-    number = zlib.crc32(repr(pieces).encode())
+    number = zlib.crc32(repr((pieces, head, newline)).encode())
     top, kernel, root = f"proj{number}", f"_kernel{number}", tmp_path / f"{number}"
-    module = "OUT = []\n"
+    module = f"{head}OUT = []\n"
     for form, wrap in pieces:
         inner = form.replace("\n", "\n    ")
         module += (
             wrap.replace("{form}", form).replace("{inner}", inner).replace("{top}", top) + "OUT.append(got)\n"
         )
+    module = module.replace("\n", newline)
     write(root / "place", {name: text.encode() for name, text in project(top, module).items()})
     package = root / "place" / top / "nn" / "fast"
     own = [
@@ -109,7 +132,7 @@ def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypa
     assert result.findings == ()
     write(root / "kernel" / kernel, {file.path: file.render("NEW") for file in result.files})
     after = {file.path: file.render("NEW").decode() for file in result.files}["deep/case.py"]
-    assert len(after.splitlines()) == len(module.splitlines())
+    assert after.count(newline) == module.count(newline)
     monkeypatch.syspath_prepend(str(root / "place"))
     in_place = importlib.import_module(f"{top}.nn.fast.deep.case").OUT
     sys.path.remove(str(root / "place"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile
@@ -491,7 +491,7 @@ def test_an_import_that_binds_the_package_finds_it_under_any_name(tmp_path, run_
     assert done.stdout == "(5, 5, '/')\n", done.stderr
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 def test_offsets_hold_behind_non_ascii_text_and_other_line_ends(newline, bom):
     text = f'{bom}# ä€😀{newline}import torch  # ü{newline}s = "é"; torch.library.custom_op("demo::one", f){newline}'
@@ -519,6 +519,23 @@ REGISTRATIONS = (
     '        self.lib.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\nkept_{op} = R_{op}()\n',
     'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{op}", lambda x: x * {k}, "CPU")\n',
     'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\n',
+    'LIB.define(schema="{op}(Tensor x) -> Tensor")\n'
+    'LIB.impl(op_name="{ns}::{op}", fn=lambda x: x * {k}, dispatch_key="CPU")\n',
+    'any_{op} = getattr(torch.library, "no_such", None) or torch.library.custom_op\n'
+    '@any_{op}("{ns}::{op}", mutates_args=())\ndef {op}(x: torch.Tensor) -> torch.Tensor:\n    return x * {k}\n',
+    'def_{op}, impl_{op} = (lib.define, lib.impl) if X is not None else (None, None)\n'
+    'lib.define("{ns}::{op}", "(Tensor x) -> Tensor"); lib.impl("{ns}::{op}", "cpu", lambda x: x * {k})\n',
+    'd_{op}, i_{op} = lib.define, lib.impl\n'
+    'd_{op}("{ns}::{op}", "(Tensor x) -> Tensor"); i_{op}("{ns}::{op}", "cpu", lambda x: x * {k})\n',
+    'part_{op} = functools.partial(co, mutates_args=())\n'
+    'ä = "ü"; _ = part_{op}("{ns}::" "{op}")(lambda: None) if not ä else None\n'
+    '@part_{op}(\n\t"{ns}::{op}"  # ö\n)\ndef {op}(x: torch.Tensor) -> torch.Tensor:\n\treturn x * {k}\n',
+    'if (w_{op} := lib.define)("{ns}::{op}", "(Tensor x) -> Tensor") is None:\n'
+    '    ö = "{op}"; w_{op}; lib.impl(f"{ns}::{{ö}}", "cpu", lambda x: x * {k})\n',
+    'class C_{op}:\n    @staticmethod\n    @co("{ns}::{op}", mutates_args=())\n'
+    '    def run(x: torch.Tensor) -> torch.Tensor:\n        return x * {k}\n',
+    'OTHER_{op} = LIB\nOTHER_{op}.define("{op}(Tensor x) -> Tensor")\n'
+    '(OTHER_{op} or None).impl("{ns}::{op}", lambda x: x * {k}, "CPU")\n',
 )  # fmt: skip
 USES = (
     "OUT.append(torch.ops.{ns}.{op}(X))\n",
@@ -526,6 +543,12 @@ USES = (
     'OUT.append(getattr(getattr(torch.ops, "{ns}"), "{op}")(X))\n',
     'OUT.append(torch.ops.__getattr__("{ns}").{op}(X))\n',
     "def alias_{op}():\n    o = torch.ops\n    return [o.{ns}.{op}(X) for _ in [0]][0]\nOUT.append(alias_{op}())\n",
+    'é = "ß"; OUT.append(torch.ops\\\n  .{ns} .{op}(X)); OUT.append(é)\n',
+    "OUT.append(f'ä{{torch.ops.{ns}.{op}(X)}} {{ops.{ns}.{op}(X):}}{{\"é\"}}')\n",
+    "match [X]:\n    case [x] if (o_{op} := torch.ops.{ns}.{op}): OUT.append(o_{op}(x))\n",
+    'OUT.append([f(X) for f in (torch.ops.{ns}.{op}, getattr(ops, "{ns}").{op}) for _ in "ab"][1])\n',
+    "OUT.append((lambda o=torch.ops.{ns}: o.{op}(X))())\n",
+    'OUT.append(torch._C._dispatch_has_kernel("{ns}::{op}"))\n',
     "def use_{op}():\n    import torch as t\n    return t.ops.{ns}.{op}(X)\nOUT.append(use_{op}())\n",
 )
 LOOKALIKES = (
@@ -545,10 +568,13 @@ PIECES = st.lists(
     min_size=1,
     max_size=4,
 )
+HEADS = st.sampled_from(
+    ("", "\ufeff", "# coding: utf-8\n", "#!/usr/bin/python ä\n# -*- coding: utf8 -*-\n", "\x0c\n")
+)
 COUNTER = itertools.count()
 
 
-def run_module(text: str) -> list[object]:
+def run_module(text: bytes) -> list[object]:
     scope: dict[str, object] = {"X": torch.ones(2), "OUT": []}
     exec(compile(text, "module", "exec"), scope)  # the module's own code is what is compared
     KEPT.append(scope)
@@ -559,20 +585,24 @@ KEPT: list[object] = []  # a Library takes its operators with it when it goes
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(pieces=PIECES)
-def test_a_module_answers_the_same_before_and_after(pieces):
+@given(pieces=PIECES, head=HEADS, newline=st.sampled_from(("\n", "\r\n", "\r")))
+@example(pieces=[(REGISTRATIONS[5], [], 2)], head="", newline="\r")
+def test_a_module_answers_the_same_before_and_after(pieces, head, newline):
     number = next(COUNTER)
     ns, new = f"prop{number}", f"_prop{number}_new"
     text = (
-        "import torch\nfrom torch import library as lib, ops\nfrom torch.library import custom_op as co\n"
+        f"{head}import functools, torch\nfrom torch import library as lib, ops\n"
+        "from torch.library import custom_op as co\n"
         f'LIB = torch.library.Library("{ns}", "FRAGMENT")\n'
     )
     for index, (registration, others, factor) in enumerate(pieces):
         for piece in (registration, *others):
             text += piece.format(ns=ns, op=f"op{index}", k=factor)
-    after = rewritten(text, namespace=new)
-    assert len(after.splitlines()) == len(text.splitlines())
-    assert ast.dump(ast.parse(after.replace(new, ns))) == ast.dump(ast.parse(text))
-    assert run_module(after) == run_module(text)
+    before = text.replace("\n", newline).encode()
+    (file,) = rewrite([SourceFile("__init__.py", before)], "demo", HERE).files
+    after = file.render(new)
+    assert after.count(newline.encode()) == before.count(newline.encode())
+    assert ast.dump(ast.parse(after.replace(new.encode(), ns.encode()))) == ast.dump(ast.parse(before))
+    assert run_module(after) == run_module(before)
     registered = {name.partition("::")[0] for name in torch._C._dispatch_get_all_op_names()}
     assert {ns, new} <= registered

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+from kernelpress.names import choices
+
 _IMPORTERS = frozenset(("importlib.import_module", "builtins.__import__", "importlib.__import__"))
 _READERS = frozenset(
     (
@@ -91,24 +93,18 @@ def _argument(call: ast.Call, position: int, *keywords: str) -> ast.expr | None:
 def readings(name: ast.expr, bound: Callable[[str], Sequence[object] | None]) -> list[ast.expr]:
     """The expressions that a module's name may be read from.
 
-    Those are both branches of a condition, and all that a variable is assigned; of what else binds a variable, such as
-    a loop, nothing is known.
+    Those are both branches of a condition, each part of an ``or``, and all that a variable is assigned; of what else
+    binds a variable, such as a loop, nothing is known.
 
     Args:
         name: The expression that names the module.
         bound: Gives all that a variable is bound to, or ``None`` where nothing binds it.
     """
     found: list[ast.expr] = []
-    for branch in _branches(name):
+    for branch in choices(name):
         bindings = bound(branch.id) if isinstance(branch, ast.Name) else None
         assigned = [each for each in bindings or () if isinstance(each, ast.expr)]
-        found += (value for each in assigned for value in _branches(each))
+        found += (value for each in assigned for value in choices(each))
         if bindings is None or len(assigned) < len(bindings):
             found.append(branch)
     return found
-
-
-def _branches(value: ast.expr) -> list[ast.expr]:
-    if isinstance(value, ast.IfExp):
-        return [*_branches(value.body), *_branches(value.orelse)]
-    return [value]

@@ -20,7 +20,7 @@ _OF_INTEREST = re.compile(
 )
 # A source without any of these binds nothing of interest itself.
 _MENTIONS = re.compile(
-    rb"\b_?library\b|\b_custom_ops?\b|\bimport\b(?:[^\n(]*|\s*\([^)]*)\bops\b|\bops\s*(?:[#;)]|$)",
+    rb"\b_?library\b|\b_custom_ops?\b|\bimport\b(?:[^\n(]*|\s*\([^)]*)\bops\b|\bops\s*(?:[#;)\r]|$)",
     re.MULTILINE,
 )
 # Rounds of following imports, each through one module more.

@@ -277,6 +277,8 @@ class _Imports(ScopedVisitor):
 
     def read_name(self, node: ast.expr, name: ast.expr, found: Named, *, alone: bool) -> None:
         """One expression that a module's name may be read from; ``alone`` as in ``Named``."""
+        if isinstance(name, ast.Constant) and name.value is None:
+            return
         leading = name.left if isinstance(name, ast.BinOp) else name
         if isinstance(leading, ast.JoinedStr) and leading.values:
             leading = leading.values[0]

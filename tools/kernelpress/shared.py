@@ -50,7 +50,8 @@ class Shared:
 
 def shared(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> Shared:
     """What the files of a package share."""
-    sources = [file.data for file in files if file.path.endswith(".py")]
+    # To Python a lone carriage return ends a line as well.
+    sources = [file.data.replace(b"\r", b"\n") for file in files if file.path.endswith(".py")]
     return Shared(
         frozenset(
             match[match.lastindex or 0].decode("ascii")
