@@ -118,9 +118,10 @@ def test_a_kernel_without_digests_is_yanked_too(api, repo, digest):
     assert info(api, repo).versions[0].yanked == "wrong"
 
 
-def test_metadata_that_cannot_be_read_is_said_when_a_version_is_yanked(api, repo, make_kernel, tmp_path):
+@pytest.mark.parametrize("metadata", [b"no json", b"[" * 100_000], ids=["text", "deep"])
+def test_metadata_that_cannot_be_read_is_said_when_a_version_is_yanked(api, repo, metadata):
     api.create_repo(repo, repo_type="kernel")
-    _add(api, repo, metadata=b"no json")
+    _add(api, repo, metadata=metadata)
     api.create_branch(repo, branch="v1", repo_type="kernel")
     done = kernelpress("yank", repo, "v1", "--reason", "wrong", "--endpoint", api.endpoint)
     assert done.returncode == 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -344,6 +346,17 @@ def test_a_bundle_that_names_a_path_outside_is_refused(make_kernel, api, repo, t
     name = b"v1/build/torch-cpu/twice.py"
     assert data.count(name) > 1
     archive.write_bytes(data.replace(name, b"v1/../../../../tmp/twice.py"))
+    with pytest.raises(PublishError, match="manifest is damaged"):
+        unbundle(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"format":' * 100_000, b"\xff", b"[]", b"1" * 5000])
+def test_a_bundle_whose_manifest_is_none_is_refused(text, tmp_path):
+    archive = tmp_path / "kernel.tar"
+    with tarfile.open(archive, "w") as out:
+        member = tarfile.TarInfo("manifest.json")
+        member.size = len(text)
+        out.addfile(member, io.BytesIO(text))
     with pytest.raises(PublishError, match="manifest is damaged"):
         unbundle(archive, tmp_path / "out")
 

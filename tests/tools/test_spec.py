@@ -73,6 +73,8 @@ def test_other_kernels_are_named_by_version_or_revision(tmp_path):
         ("version = 1", "version = true", 3, "a whole number"),
         ("version = 1", "version = ", 3, "malformed TOML"),
         ("version = 1", "version = 1\nversion = 2", 4, "malformed TOML"),
+        ("version = 1", f"version = {'[' * 9999}", None, "malformed TOML"),
+        ("version = 1", f"{'.'.join('a' * 9999)} = 1", None, "malformed TOML"),
         ("edition = 5", "edition = 6", 4, "newer than kernelpress"),
         ("edition = 5", "edition = true", 4, "must be a whole number"),
         ("demo-kernel", "Demo_Kernel", 2, "no kernel name"),

@@ -169,7 +169,7 @@ def _manifest(source: tarfile.TarFile, archive: Path) -> dict[str, Any]:
             and all(isinstance(commit, str) for commit in commits.values())
             and all(_is_inside(path, commits) and isinstance(digest, str) for path, digest in digests.items())
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise PublishError("the archive's manifest is damaged; make it again", path=archive)

@@ -286,6 +286,6 @@ def _metadata(api: HfApi, repo_id: str, revision: str, files: Sequence[str]) -> 
         return {}
     try:
         fields = json.loads(fetch(api, repo_id, revision, path))
-    except (ValueError, EntryNotFoundError):
+    except (ValueError, RecursionError, EntryNotFoundError):
         return {}
     return fields if isinstance(fields, dict) else {}

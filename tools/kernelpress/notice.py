@@ -62,7 +62,7 @@ def notice(api: HfApi, repo_id: str, revision: str, text: str) -> list[Operation
 def _metadata(data: bytes, repo_id: str, root: str) -> dict[str, Any]:
     try:
         fields = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise PublishError(f"{root}{METADATA} of {repo_id} is no JSON object; publish this version anew")

@@ -137,6 +137,8 @@ def _pyproject(directory: Path) -> tuple[Path, str, dict[str, Any], dict[str, An
         raise SpecError(f"not UTF-8 (byte {error.start})", path=path) from None
     except tomli.TOMLDecodeError as error:
         raise SpecError(f"malformed TOML: {error.msg}", path=path, line=error.lineno) from None
+    except RecursionError as error:
+        raise SpecError(f"malformed TOML: {error}", path=path) from None
     # Lines are looked up by the names that build.toml has for these tables.
     known = text.replace("[tool.kernelpress]", "[general]")
     tool, project = document.get("tool", {}), document.get("project", {})

@@ -78,5 +78,5 @@ def _read(path: Path) -> tuple[_Before, set[str]]:
         if time.time() - path.stat().st_mtime > _FORGET:
             before = {}
         return before, {str(each) for each in held["verified"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, set()

@@ -112,6 +112,8 @@ def load_spec(directory: Path) -> Spec:
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise SpecError(f"malformed TOML: {error.msg}", path=path, line=error.lineno) from None
+    except RecursionError as error:
+        raise SpecError(f"malformed TOML: {error}", path=path) from None
     newer = _in_todays_edition(path, text, document)
     if newer is None:
         return with_kernel_dependencies(read_document(path, text, document), path)
@@ -155,7 +157,7 @@ def read_document(path: Path, text: str, document: dict[str, Any]) -> Spec:
 def _has_table(pyproject: Path) -> bool:
     try:
         return "kernelpress" in tomli.loads(pyproject.read_text("utf-8")).get("tool", {})
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 
