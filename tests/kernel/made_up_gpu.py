@@ -1,0 +1,102 @@
+"""Launches the operators' Triton kernels as on a GPU, but for the launch itself; run by test_launches.py.
+
+Triton compiles for the arguments that it gets: an integer that is 1 becomes a constant, None too, and of what 16
+divides it knows that. The specifications of ``make compile`` have the values that models have; here are those of the
+smallest inputs, where code that takes a constant for a tensor no longer compiles.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from kernels import get_kernel
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class MadeUp:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+launched: set[tuple[str, str]] = set()
+run = JITFunction.run
+
+
+def compile_alone(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+    # What CUDA takes for a grid.
+    assert all(
+        isinstance(size, int) and 0 < size < limit
+        for size, limit in zip(grid, (2**31, 2**16, 2**16), strict=False)
+    )
+    launched.add((self.fn.__name__, compiled.hash))
+    return compiled
+
+
+driver.set_active(MadeUp())
+JITFunction.run = compile_alone
+kernel = get_kernel("org/scattermoe-lora", version=1)
+dispatch = importlib.import_module(f"{kernel.__name__}.ops.dispatch")
+dispatch.use_triton = lambda x: True
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
+
+
+def experts(tokens: int, count: int, size: int, rank: int, weights: bool) -> None:
+    op = importlib.import_module(f"{kernel.__name__}.ops.experts.op")
+    routing = importlib.import_module(f"{kernel.__name__}.ops.routing")
+    up, down = leaf(count, 2 * size, size), leaf(count, size, size).detach()
+    base = (up, down.requires_grad_(weights), torch.rand(tokens, 1).requires_grad_())
+    pairs = (
+        leaf(count, rank, size),
+        leaf(count, 2 * size, rank),
+        leaf(count, rank, size),
+        leaf(count, size, rank),
+    )
+    biases = (leaf(count, 2 * size), leaf(count, size))
+    sorting = routing.sort_by_expert(torch.zeros(tokens, 1, dtype=torch.int64), count)
+    out, *_ = op.experts_forward(
+        leaf(tokens, size),
+        *base,
+        *pairs,
+        *biases,
+        *sorting,
+        "silu",
+        False,
+        1.0,
+        float("inf"),
+        0.0,
+        False,
+        True,
+    )
+    out.sum().backward()
+
+
+experts(tokens=1, count=1, size=1, rank=1, weights=True)
+experts(tokens=1, count=3, size=16, rank=1, weights=False)
+for heads, length, packed in ((1, 1, False), (1, 1, True), (2, 1, False)):
+    q, k = leaf(length, heads, 16), leaf(length, 1, 16)
+    if packed:
+        starts = torch.tensor([0, length], dtype=torch.int32)
+        out = kernel.flash_attn_varlen_func(q, k, k, starts, starts, length, length, causal=True)
+    else:
+        out = kernel.flash_attn_func(q[None], k[None], k[None].clone(), window_size=(1, 1), softcap=1.0)
+    out.sum().backward()
+for weight in (None, leaf(2)):
+    kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight, *(2 * [torch.ones(1, 1, 2)])).sum().backward()
+    kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight).sum().backward()
+print(*sorted({name for name, _ in launched}))
