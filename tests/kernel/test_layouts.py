@@ -130,3 +130,21 @@ def test_nan_passes_through_a_clamped_gate(submodule) -> None:
     arguments = (x, torch.ones(1, 2, 1), torch.ones(1, 1, 1), torch.ones(2, 1), *[None] * 6)
     out, *_ = submodule("ops.experts.op").experts_forward(*arguments, order, offsets, *gate, False, False)
     assert out.isnan().tolist() == [[True], [False]]
+
+
+def test_nan_reaches_the_gradients_that_it_reaches_without_fusion(submodule) -> None:
+    gate = submodule("ops.activation").Gate(**GATES["gpt-oss"])
+    index = torch.zeros(1, 1, dtype=torch.long)
+    order, offsets = submodule("ops.routing").sort_by_expert(index, 1)
+    bias = torch.randn(1, 10)
+    # Of two gates and of one factor; and a gate and a factor that no number is above.
+    bias[0, [1, 2, 7]], bias[0, [3, 9]] = float("nan"), float("inf")
+    bias.requires_grad_()
+    x, up, down, weights = torch.randn(1, 3), torch.randn(1, 10, 3), torch.randn(1, 3, 5), torch.ones(1, 1)
+    arguments = (x, up, down, weights, *[None] * 4, bias, None)
+    out, *_ = submodule("ops.experts.op").experts_forward(*arguments, order, offsets, *gate, False, True)
+    reference = submodule("ops.experts.reference").experts
+    exact = reference(x, up, down, index, weights, *[None] * 4, gate, bias)
+    got, expected = (torch.autograd.grad(each.sum(), bias)[0] for each in (out, exact))
+    assert got.isfinite().tolist() == expected.isfinite().tolist()
+    torch.testing.assert_close(got, expected, equal_nan=True)

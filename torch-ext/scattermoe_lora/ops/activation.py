@@ -108,10 +108,13 @@ def backward(
         act_backward(gate.activation, da.mul_(u), g, out=dg)
         return dh
     g, u, wide = _wide(g), _wide(u), _wide(da)
-    du.copy_((wide * value).masked_fill_(u.abs() > gate.limit, 0.0))
+    # A NaN is within no bounds, and a clamp lets no gradient through to it; without bounds there is no clamp.
+    clamped = gate.limit < math.inf
+    d_up = wide * value
+    du.copy_(d_up.masked_fill_((u.abs() <= gate.limit).logical_not_(), 0.0) if clamped else d_up)
     grad = wide * (u.clamp(-gate.limit, gate.limit) + gate.shift)
     slope = act_backward(gate.activation, grad, gate.alpha * g.clamp(max=gate.limit), torch.empty_like(grad))
-    dg.copy_(slope.masked_fill_(g > gate.limit, 0.0))
+    dg.copy_(slope.masked_fill_((g <= gate.limit).logical_not_(), 0.0) if clamped else slope)
     return dh
 
 

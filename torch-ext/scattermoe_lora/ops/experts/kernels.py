@@ -49,11 +49,11 @@ def _gated(
         factor = up + SHIFT
         passes = tl.full(up.shape, 1.0, tl.float32)
     else:
-        # Comparisons, not minimum and maximum: these would lose a NaN.
+        # Comparisons, not minimum and maximum: these would lose a NaN. It is within no bounds, and gets no gradient.
         value, slope = _activation(tl.where(gate > LIMIT, LIMIT, gate), ACTIVATION, ALPHA)
-        slope = tl.where(gate > LIMIT, 0.0, slope)
+        slope = tl.where(gate <= LIMIT, slope, 0.0)
         factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + SHIFT
-        passes = tl.where(tl.abs(up) > LIMIT, 0.0, 1.0)
+        passes = tl.where(tl.abs(up) <= LIMIT, 1.0, 0.0)
     return value, slope, factor, passes
 
 
@@ -113,6 +113,9 @@ def gate_backward_kernel(
         da = da * weight
         dtype = dh_ptr.dtype.element_ty
         tl.store(a_ptr + row * I + column, a.to(dtype), mask=mask)
-        tl.store(dh_ptr + at, (da * factor * slope).to(dtype), mask=mask)
-        tl.store(dh_ptr + at + (1 if INTERLEAVED else I), (da * value * passes).to(dtype), mask=mask)
+        # No product with a zero where a clamp lets nothing through: with a NaN on the other side it would be one.
+        d_gate = tl.where(slope != 0.0, da * factor * slope, 0.0)
+        d_up = tl.where(passes != 0.0, da * value * passes, 0.0)
+        tl.store(dh_ptr + at, d_gate.to(dtype), mask=mask)
+        tl.store(dh_ptr + at + (1 if INTERLEAVED else I), d_up.to(dtype), mask=mask)
     tl.store(d_row_weight_ptr + pair, tl.sum(total, axis=0))
