@@ -95,6 +95,17 @@ def test_flas_gla_says_which_import_by_name_keeps_it_from_loading(wheel, tmp_pat
         tmp_path, source_dir=top / "fla/ops/gla", package="fla.ops.gla", name="fla-gla", license="MIT",
         include=["fla/utils", "fla/ops/utils", "fla/ops/common"],
     )  # fmt: skip
+    backends = top / "fla/backends.py"
+    with pytest.raises(FindingsError) as refused:
+        build(spec)
+    (error,) = refused.value.findings
+    assert (error.code, error.path) == ("KP305", backends)
+    assert error.line is not None
+    text = backends.read_text("utf-8")
+    assert "importlib.import_module(module_path)" in text.splitlines()[error.line - 1]
+    written = "f'fla.ops.{operation}.backends'"
+    assert text.count(written) == 1
+    backends.write_text(text.replace(written, "f'{__name__}.ops.{operation}.backends'"), "utf-8")
     made = build(spec)
     done = run_clean(LOAD, str(made.directory / "torch-cpu"), "chunk_gla")
     assert "No module named 'fla'" in done.stderr
