@@ -316,9 +316,12 @@ def test_a_directory_of_the_builds_own_name_without_its_mark_is_in_the_way(make_
     assert (root / ASIDE / "old").is_dir()
 
 
-def test_a_build_killed_before_it_left_its_mark_is_no_matter(make_kernel):
+@pytest.mark.parametrize("left", [None, 0, 9])
+def test_a_build_killed_before_it_left_its_mark_is_no_matter(make_kernel, left):
     root = make_kernel()
     (root / ASIDE).mkdir()
+    if left is not None:
+        (root / ASIDE / place._MARK).write_text(place._MARK_TEXT[:left])
     make(root)
     assert not (root / ASIDE).exists()
 

@@ -115,13 +115,21 @@ def _recover(directory: Path) -> None:
     aside = _aside(directory)
     if not os.path.lexists(aside):
         return
-    mark = aside / _MARK
-    ours = mark.is_file() and not aside.is_symlink() and mark.read_text("utf-8", "replace") == _MARK_TEXT
-    if not ours and not (aside.is_dir() and not aside.is_symlink() and not any(aside.iterdir())):
+    if aside.is_symlink() or not aside.is_dir() or not _ours(aside):
         raise BuildError("this is in the way of the build, which did not make it; move it", path=aside)
     if (aside / "old").is_dir() and not directory.exists():
         (aside / "old").rename(directory)
     _discard(aside)
+
+
+def _ours(aside: Path) -> bool:
+    inside = {path.name for path in aside.iterdir()}
+    if not inside:
+        return True
+    mark = aside / _MARK
+    text = mark.read_text("utf-8", "replace") if mark.is_file() else None
+    # A build that was killed while it left the mark leaves some of it, and nothing else.
+    return text == _MARK_TEXT or (text is not None and inside == {_MARK} and _MARK_TEXT.startswith(text))
 
 
 def _discard(aside: Path) -> None:
