@@ -85,6 +85,8 @@ def test_a_universal_kernel_gets_its_name_backends_and_licence(tmp_path):
         (V4.replace('backends = ["cpu", "cuda"]\n', ""), "no backends"),
         (V4.replace('"MIT"', '"mine"'), "no SPDX licence"),
         (V4.replace("version = 2", "version = "), "malformed TOML"),
+        (V4.replace("version = 2", "version = 2\nhub = {}\n[general.hub]\n"), "malformed TOML"),
+        (V4.replace("version = 2", f"version = {'[' * 9999}"), "malformed TOML"),
         ("", "no .general. table"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
-from tomlkit.exceptions import ParseError
+from tomlkit.exceptions import ParseError, TOMLKitError
 
 from kernelpress.errors import SpecError
 from kernelpress.spec import BACKENDS, EDITION, Spec, load_spec
@@ -69,8 +69,10 @@ def upgraded(before: str, path: Path, license: str | None = None) -> str | None:
     """
     try:
         document = tomlkit.parse(before)
-    except ParseError as error:
-        raise SpecError(f"malformed TOML: {error}", path=path, line=error.line) from None
+    except TOMLKitError as error:
+        # A key that is there twice is none of the parser's errors, and has no line.
+        line = error.line if isinstance(error, ParseError) else None
+        raise SpecError(f"malformed TOML: {error}", path=path, line=line) from None
     if "general" not in document:
         raise SpecError("there is no [general] table, so this is no build.toml", path=path)
     for name in ("general", "torch", "torch-noarch"):
