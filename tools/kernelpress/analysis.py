@@ -66,8 +66,12 @@ def analyse(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> list
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
+        from kernelpress.interrupts import left_to_this_process
+
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            looked = list(pool.map(look, new.values(), chunksize=16))
+            with left_to_this_process():
+                coming = pool.map(look, new.values(), chunksize=16)
+            looked = list(coming)
     for each, analysis in zip(new, looked, strict=True):
         memory.put(each, _to_json(analysis))
         found[each] = analysis

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.errors import BuildError, KernelpressError
+from kernelpress.interrupts import left_to_this_process
 from kernelpress.spec import load_spec
 from kernelpress.specifications import (
     MARK,
@@ -159,7 +160,8 @@ def compile_package(package: Path, targets: Collection[str], processes: int) -> 
         )
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_worker, (parent,)) as pool:
-        running = [pool.submit(_compile_in_worker, *job) for job in jobs]
+        with left_to_this_process():
+            running = [pool.submit(_compile_in_worker, *job) for job in jobs]
         try:
             for done in as_completed(running):
                 yield done.result()

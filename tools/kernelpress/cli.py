@@ -17,6 +17,8 @@ from kernelpress.errors import KernelpressError, SpecError
 from kernelpress.output import Form
 from kernelpress.spec import Spec
 
+# What Typer ends with after Ctrl-C, without a word.
+_INTERRUPTED = 130
 _WHOLE = "[green]the build loads and is whole[/]"
 
 # Each command imports its step when it runs: a build must not wait for the Hub's client, nor for torch.
@@ -269,3 +271,7 @@ def main() -> None:
     except KernelpressError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            print("error: interrupted; run the same command again to finish", file=sys.stderr)
+        raise

@@ -1,0 +1,27 @@
+"""Ctrl-C while work is spread over processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+
+@contextmanager
+def left_to_this_process() -> Iterator[None]:
+    """Processes that are started here do not hear of an interrupt, which a terminal sends to all of them.
+
+    A worker that it ends while it starts leaves its pool waiting for it for ever. This process gets one that comes
+    meanwhile when it is done here.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    # Where none runs yet, starting one would lift the mask again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
