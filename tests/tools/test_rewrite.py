@@ -443,6 +443,13 @@ def test_a_local_name_hides_one_of_the_module():
     assert "g(NAME='demo::one')" in made
 
 
+def test_variables_assigned_over_and_over_from_one_another_take_no_time():
+    names = "abcdefgh"
+    again = "".join(f"{x} = {y}.t if {y} else {x} or {y}\n" for _ in range(4) for x in names for y in names)
+    text = f"{DEFINES}import torch\na = torch.ops\nb = torch.library\n{again}h.demo.one\nh.impl('demo::one', 'cpu')\n"
+    assert b"h.NEW.one" in examine([SourceFile("a.py", text.encode())], "demo", HERE).files[0].render("NEW")
+
+
 def test_two_namespaces_become_one():
     text = 'import torch.library as t\nt.define("a::one", "()")\nt.define("b::two", "()")\n'
     assert rewritten(text) == text.replace("a::", "NEW::").replace("b::", "NEW::")

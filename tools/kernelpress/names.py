@@ -12,6 +12,8 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _OUTSIDE = ("decorator_list", "args", "returns", "bases", "keywords")
 # The full name of an import (relative ones with their dots), an expression, a function or class, or something else.
 Binding = str | ast.expr | ast.stmt | None
+# What variables are known to stand for while an expression is looked at.
+Known = dict[int, frozenset[str]]
 
 
 class ScopedVisitor(ast.NodeVisitor):
@@ -25,39 +27,41 @@ class ScopedVisitor(ast.NodeVisitor):
         self.walrus = walrus
         self._bound: dict[int, dict[str, list[Binding]]] = {}
 
-    def names(self, node: ast.AST, _seen: frozenset[int] = frozenset()) -> frozenset[str]:
+    def names(self, node: ast.AST, _known: Known | None = None) -> frozenset[str]:
         """Full dotted names that an expression may stand for, such as ``torch.library.custom_op``."""
+        known = {} if _known is None else _known
         if isinstance(node, ast.Attribute):
-            return frozenset(f"{name}.{node.attr}" for name in self.names(node.value, _seen))
+            return frozenset(f"{name}.{node.attr}" for name in self.names(node.value, known))
         if isinstance(node, ast.Call):
-            return self._names_of_call(node, _seen)
+            return self._names_of_call(node, known)
         if isinstance(node, ast.IfExp | ast.BoolOp | ast.NamedExpr):
-            return frozenset(name for each in choices(node) for name in self.names(each, _seen))
-        if not isinstance(node, ast.Name) or id(node) in _seen:
+            return frozenset(name for each in choices(node) for name in self.names(each, known))
+        if not isinstance(node, ast.Name):
             return frozenset()
         bindings = self.bound(node.id)
         if bindings is None:
             # What nothing binds but PyTorch is called by came with an import of everything.
             return frozenset(("torch" if node.id == "torch" else f"builtins.{node.id}",))
-        names: set[str] = set()
-        for each in bindings:
-            if isinstance(each, str):
-                names.add(each)
-            elif each is not None:
-                names |= self.names(each, _seen | {id(node)})
-        return frozenset(names)
+        # Once for each variable: what is assigned over and over from one another would take forever.
+        key = id(bindings)
+        if key not in known:
+            known[key] = frozenset()
+            for each in bindings:
+                if each is not None:
+                    known[key] |= {each} if isinstance(each, str) else self.names(each, known)
+        return known[key]
 
-    def _names_of_call(self, call: ast.Call, _seen: frozenset[int]) -> frozenset[str]:
+    def _names_of_call(self, call: ast.Call, known: Known) -> frozenset[str]:
         """What ``getattr`` looks up, and what ``functools.partial`` passes on without arguments of its own."""
-        called = self.names(call.func, _seen) if call.args else frozenset()
+        called = self.names(call.func, known) if call.args else frozenset()
         if "functools.partial" in called and len(call.args) == 1:
-            return self.names(call.args[0], _seen)
+            return self.names(call.args[0], known)
         if "builtins.getattr" not in called or len(call.args) < 2:
             return frozenset()
         wanted = call.args[1].value if isinstance(call.args[1], ast.Constant) else None
         attribute = wanted if isinstance(wanted, str) else None
-        found = self.names(call.args[0], _seen) if attribute else ()
-        default = self.names(call.args[2], _seen) if len(call.args) > 2 else ()
+        found = self.names(call.args[0], known) if attribute else ()
+        default = self.names(call.args[2], known) if len(call.args) > 2 else ()
         return frozenset((*(f"{name}.{attribute}" for name in found), *default))
 
     def bound(self, name: str) -> list[Binding] | None:

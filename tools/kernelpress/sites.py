@@ -8,7 +8,7 @@ from functools import cached_property
 
 from kernelpress.expressions import ALWAYS, first_literal, is_text, mentions, rebound, words
 from kernelpress.handed_on import absolute, stands_for
-from kernelpress.names import ScopedVisitor, choices
+from kernelpress.names import Known, ScopedVisitor, choices
 from kernelpress.occurrences import Kind, Problem, Site, Sites, Wanted
 from kernelpress.registering import (
     LIBRARIES,
@@ -96,9 +96,9 @@ class Finder(ScopedVisitor):
     def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
         self.problems.append(Problem(node.lineno, *reason))
 
-    def names(self, node: ast.AST, _seen: frozenset[int] = frozenset()) -> frozenset[str]:
+    def names(self, node: ast.AST, _known: Known | None = None) -> frozenset[str]:
         """With PyTorch's own names of what the package's modules hand on."""
-        found = super().names(node, _seen)
+        found = super().names(node, _known)
         if isinstance(node, ast.Name) and f"builtins.{node.id}" in found:
             everything = self.everything
             found |= {f"{star}.{node.id}" for star in everything}
@@ -242,7 +242,7 @@ class Finder(ScopedVisitor):
             node = bindings[0]
         return node
 
-    def is_library(self, node: ast.expr, depth: int = 20) -> bool:
+    def is_library(self, node: ast.expr, _seen: set[int] | None = None) -> bool:
         """Whether an expression may stand for a ``Library``, by its name or by what the name is bound to."""
         name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
         if name in self.shared.libraries or any(
@@ -250,12 +250,15 @@ class Finder(ScopedVisitor):
             for each in self.names(node)
         ):
             return True
+        seen = set() if _seen is None else _seen
         parts = choices(node)
-        if isinstance(node, ast.Name) and depth:
-            parts = [each for each in self.bound(node.id) or () if isinstance(each, ast.expr)]
+        if isinstance(node, ast.Name):
+            bindings = self.bound(node.id) or []
+            parts = [each for each in bindings if isinstance(each, ast.expr) and id(bindings) not in seen]
+            seen.add(id(bindings))
         elif isinstance(node, ast.Call):
             return not self.names(node.func).isdisjoint(LIBRARIES)
-        return any(each is not node and self.is_library(each, depth - 1) for each in parts)
+        return any(each is not node and self.is_library(each, seen) for each in parts)
 
     def is_operator(self, node: ast.AST, depth: int = 20) -> bool:
         """Whether an expression stands for an operator itself, and cannot be its name.
