@@ -21,7 +21,7 @@ from kernelpress.sites import find_sites
 from kernelpress.text import MOST_NESTED, Edit, Text, parse
 
 # Bytes of sources from which on it is faster to start further processes than to do without.
-_WORTH_PROCESSES = 3_000_000
+_WORTH_PROCESSES = 1_000_000
 # Calls of a visitor for each level of a syntax tree, at most.
 _FRAMES = 6
 

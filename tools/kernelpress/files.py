@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 import io
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernelpress.bindings import MENTIONS, bound_names
 from kernelpress.errors import SourceError
 from kernelpress.memory import Memory, key
 from kernelpress.text import MOST_NESTED, nesting, parse
@@ -35,7 +37,10 @@ def read_python(path: Path, memory: Memory) -> bytes:
     data = read_bytes(path)
     known = key("syntax", data)
     if not memory.get(known):
-        _check_syntax(path, data)
+        tree = _checked(path, data)
+        if MENTIONS.search(data):
+            # Asked for later, when the tree is no more.
+            bound_names(data, memory, tree)
         memory.put(known, True)
     return data
 
@@ -52,7 +57,7 @@ def read_bytes(path: Path) -> bytes:
         raise SourceError(f"cannot be read: {error.strerror}", path=path) from None
 
 
-def _check_syntax(path: Path, data: bytes) -> None:
+def _checked(path: Path, data: bytes) -> ast.Module:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,7 +70,8 @@ def _check_syntax(path: Path, data: bytes) -> None:
                 f"its first lines say that it is {encoding}; save it as UTF-8 and take that comment out",
                 path=path,
             )
-        line, deepest = nesting(parse(data, str(path)))
+        tree = parse(data, str(path))
+        line, deepest = nesting(tree)
     except SyntaxError as error:
         raise SourceError(
             f"syntax error: {error.msg}", path=path, line=error.lineno or _line_of_nul(data)
@@ -81,6 +87,7 @@ def _check_syntax(path: Path, data: bytes) -> None:
             path=path,
             line=line,
         )
+    return tree
 
 
 def _line_of_nul(data: bytes) -> int | None:

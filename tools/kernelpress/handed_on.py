@@ -5,23 +5,16 @@ An import of ``custom_op`` from a module of the package shows nothing of what it
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping, Sequence
 
+from kernelpress.bindings import MENTIONS, bound_names
 from kernelpress.files import SourceFile
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory, key
-from kernelpress.names import ScopedVisitor
-from kernelpress.text import parse
+from kernelpress.memory import Memory
 
 _OF_INTEREST = re.compile(
     r"torch\.(ops|_ops|_ops\.ops|library(\.\w+)?|(_library|_custom_ops?)(\.[\w.]+)?)",
-)
-# A source without any of these binds nothing of interest itself.
-_MENTIONS = re.compile(
-    rb"\b_?library\b|\b_custom_ops?\b|\bimport\b(?:[^\n(]*|\s*\([^)]*)\bops\b|\bops\s*(?:[#;)\r]|$)",
-    re.MULTILINE,
 )
 # Rounds of following imports, each through one module more.
 _ROUNDS = 20
@@ -58,11 +51,11 @@ def handed_on(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> di
     sources = [(file, layout.module_at(file.path)) for file in files if file.path.endswith(".py")]
     tables: dict[str, tuple[str, dict[str, list[str]]]] = {}
     given: dict[str, frozenset[str]] = {}
-    wanted = _MENTIONS
+    wanted = MENTIONS
     for _ in range(_ROUNDS):
         for file, module in sources:
             if module not in tables and wanted.search(file.data):
-                tables[module] = file.path, _table(file, memory)
+                tables[module] = file.path, bound_names(file.data, memory)
         before = None
         while before != (before := dict(given)):
             for module, (path, table) in tables.items():
@@ -95,27 +88,3 @@ def _add(given: dict[str, frozenset[str]], module: str, path: str, table: dict[s
                 found = stands_for(absolute(full, module, path), given)
             if found:
                 given[f"{module}.{name}"] = given.get(f"{module}.{name}", frozenset()) | found
-
-
-def _table(file: SourceFile, memory: Memory) -> dict[str, list[str]]:
-    """What the names of a module may stand for, of other modules; under ``*``, where all names are taken from."""
-    known = key("names", file.data)
-    table: dict[str, list[str]] | None = memory.get(known)
-    if table is None:
-        tree = parse(file.data)
-        table = {}
-        visitor = ScopedVisitor(walrus=b":=" in file.data)
-        visitor.scopes = [tree]
-        for name in visitor.bound_here():
-            fulls = [
-                full for full in visitor.names(ast.Name(name, ast.Load())) if not full.startswith("builtins.")
-            ]
-            if fulls:
-                table[name] = sorted(map(_holder, fulls) if name == "*" else fulls)
-        memory.put(known, table)
-    return table
-
-
-def _holder(star: str) -> str:
-    """Where an import takes all names from."""
-    return star[:-1].rstrip(".") or star[:-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 from kernelpress.expressions import first_literal
@@ -27,16 +28,38 @@ def mentions(tree: ast.Module, text: Text, sites: Iterable[Site]) -> tuple[Menti
         text: Its content.
         sites: The names that were recognized.
     """
-    if not _MENTIONS.search(text.data):
+    recognized = list(sites)
+    starts, ends = {site.start for site in recognized}, {site.end for site in recognized}
+    left = [
+        match.start()
+        for match in _MENTIONS.finditer(text.data)
+        if match.end() not in starts and match.start() + 1 not in ends
+    ]
+    if not left:
         return ()
-    known = sorted(site.start for site in sites)
+    known = sorted(starts)
     found = set()
-    for node in ast.walk(tree):
+    for node in _around(tree, text, left):
         for expression, namespace in _named(node):
             start, end = text.span(expression)
             if not any(start <= at < end for at in known):
                 found.add(Mention(expression.lineno, namespace))
     return tuple(sorted(found, key=lambda mention: (mention.line, mention.namespace)))
+
+
+def _around(tree: ast.Module, text: Text, places: list[int]) -> Iterator[ast.AST]:
+    """The nodes of a tree, without statements that hold none of some places, in order: most of it, and of the time."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        # Decorators stand before the statement that they are of.
+        if isinstance(node, ast.stmt) and not getattr(node, "decorator_list", ()):
+            start, end = text.span(node)
+            at = bisect_left(places, start)
+            if at == len(places) or places[at] >= end:
+                continue
+        yield node
+        pending.extend(ast.iter_child_nodes(node))
 
 
 def _named(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
