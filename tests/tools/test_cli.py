@@ -140,6 +140,8 @@ def test_an_interrupt_while_processes_share_the_work_ends_them_all_and_keeps_the
         [sys.executable, "-m", "kernelpress", "build", str(root)],
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "new-cache")}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # As from a terminal: what a shell runs in the background ignores interrupts, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
