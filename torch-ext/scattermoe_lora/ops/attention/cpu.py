@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_products import exact_product, operand_dtype, product
+from .cpu_products import REGULAR, exact_product, operand_dtype, product
 from .geometry import Window
 
 # Scores of one block: 4 MB of float32. Half of that made the products slower, twice as much the passes in between.
@@ -83,7 +83,11 @@ def _blocks(part: _Part, window: Window) -> Iterator[_Block]:
     if part.keys:
         for first in range(blind, part.queries, part.rows):
             last = min(first + part.rows, part.queries)
-            yield _Block(first, last, *window.keys(first, last, part.queries, part.keys))
+            begin, end = window.keys(first, last, part.queries, part.keys)
+            # A few keys more, which the window hides, make products of the sizes that are fast.
+            begin -= begin % REGULAR
+            end = min(part.keys, end + -end % REGULAR) if window.right >= 0 else end
+            yield _Block(first, last, begin, end)
 
 
 def _keys(x: torch.Tensor, part: _Part) -> torch.Tensor:

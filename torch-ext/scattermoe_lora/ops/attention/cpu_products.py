@@ -15,7 +15,8 @@ from ..products import has_onednn, multiplies_bfloat16
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
-_REGULAR = 64
+REGULAR = 64
+"""Lengths that are multiples of it are multiplied fastest."""
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +35,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     sizes = (a.shape[1], b.shape[1], b.shape[2])
     # oneDNN generates code for every shape it meets, half a megabyte each: lengths that recur are worth it.
-    is_regular = math.prod(sizes) >= _LARGE and not any(size % _REGULAR for size in sizes)
+    is_regular = math.prod(sizes) >= _LARGE and not any(size % REGULAR for size in sizes)
     if a.dtype == torch.float32 and is_regular and has_onednn():
         by_head = [
             torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
