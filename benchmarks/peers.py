@@ -117,6 +117,7 @@ def prepare(name: str, wheels: Sequence[Path], scratch: Path) -> Path:
                 archive.extractall(unpacked)
         PEERS[name].prepare(unpacked)
     except Exception as error:
+        # A wheel of another version may fail anywhere, in its own code or in the build; the other rows still run.
         raise PeerError(f"{', '.join(wheel.name for wheel in wheels)}: {error}") from error
     return unpacked
 

@@ -113,9 +113,11 @@ def gate_backward_kernel(
         da = da * weight
         dtype = dh_ptr.dtype.element_ty
         tl.store(a_ptr + row * I + column, a.to(dtype), mask=mask)
-        # No product with a zero where a clamp lets nothing through: with a NaN on the other side it would be one.
-        d_gate = tl.where(slope != 0.0, da * factor * slope, 0.0)
-        d_up = tl.where(passes != 0.0, da * value * passes, 0.0)
+        d_gate, d_up = da * factor * slope, da * value * passes
+        if LIMIT is not None:
+            # Nothing comes through a clamp, and of a NaN times zero a NaN would.
+            d_gate = tl.where(slope != 0.0, d_gate, 0.0)
+            d_up = tl.where(passes != 0.0, d_up, 0.0)
         tl.store(dh_ptr + at, d_gate.to(dtype), mask=mask)
         tl.store(dh_ptr + at + (1 if INTERLEAVED else I), d_up.to(dtype), mask=mask)
     tl.store(d_row_weight_ptr + pair, tl.sum(total, axis=0))
