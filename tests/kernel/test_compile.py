@@ -48,6 +48,8 @@ def widest(submodule):
         ("grouped_matmul_kernel", "dx"),
         ("grouped_outer_kernel", "d down"),
         ("gate_backward_kernel", "clamped silu"),
+        ("gate_up_kernel", "clamped silu"),
+        ("gate_up_kernel", "gelu_tanh"),
     ],
 )
 def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, name, use, target) -> None:
@@ -58,7 +60,16 @@ def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, nam
     assert compiled.spilled == 0
 
 
-@pytest.mark.parametrize("use", ["forward", "dx"])
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("grouped_matmul_kernel", "forward"),
+        ("grouped_matmul_kernel", "dx"),
+        ("gate_up_kernel", "gelu_tanh"),
+        ("gate_up_kernel", "silu, transposed"),
+        ("gate_up_kernel", "clamped silu"),
+    ],
+)
 @pytest.mark.parametrize(
     ("target", "copies", "multiplies"),
     [
@@ -67,9 +78,9 @@ def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, nam
     ],
 )
 def test_main_product_copies_ahead_and_multiplies_on_tensor_cores(
-    widest, use, target, copies, multiplies
+    widest, name, use, target, copies, multiplies
 ) -> None:
-    compiled = aot.compiled_kernel(widest("grouped_matmul_kernel", use, target), target)
+    compiled = aot.compiled_kernel(widest(name, use, target), target)
     lines = compiled.asm["ptx"].splitlines()
     assert any(multiplies in line for line in lines)
     copied = [line for line in lines if copies in line]

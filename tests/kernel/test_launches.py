@@ -15,7 +15,7 @@ KERNELS = {
     "attention_dq_kernel",
     "attention_forward_kernel",
     "gate_backward_kernel",
-    "gate_forward_kernel",
+    "gate_up_kernel",
     "grouped_matmul_kernel",
     "grouped_outer_kernel",
     "rotary_backward_kernel",

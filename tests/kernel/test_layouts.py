@@ -50,9 +50,14 @@ def assert_experts_match(submodule, shape, gate, transposed, biased, adapted, se
 
     order, offsets = submodule("ops.routing").sort_by_expert(index, shape.experts)
     spec = submodule("ops.activation").Gate(**gate)
-    out, *_ = submodule("ops.experts.op").experts_forward(
-        x, *oriented(bases), routing_weights, *factors, *biases, order, offsets, *spec, sentinels, True
-    )
+    forward = submodule("ops.experts.op").experts_forward
+    inputs = (x, *oriented(bases), routing_weights, *factors, *biases, order, offsets, *spec, sentinels)
+    out, *_ = forward(*inputs, True)
+    with torch.no_grad():
+        unkept, *kept = forward(*inputs, False)
+    # Checkpointing runs the forward first without what the backward needs, then with it.
+    assert torch.equal(unkept, out)
+    assert not any(t.numel() for t in kept)
     got = [out, *torch.autograd.grad(out, leaves, grad)]
 
     def reference(dtype: torch.dtype) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Triton implementation: two grouped GEMMs around a fused gated activation."""
+"""Triton implementation: two grouped GEMMs, the first of which ends with the gated activation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import torch
 import triton
 
 from ..activation import Gate
-from ..grouped_linear.gpu import bias_gradient, grouped_matmul, grouped_outer, sum_choices, weight_gradient
-from .kernels import gate_backward_kernel, gate_forward_kernel
+from ..grouped_linear.gpu import (
+    bias_gradient,
+    grouped_matmul,
+    grouped_outer,
+    product,
+    sum_choices,
+    weight_gradient,
+)
+from .kernels import gate_backward_kernel, gate_up_kernel
 
 
 def _constants(gate: Gate) -> dict[str, Any]:
@@ -24,14 +31,27 @@ def _constants(gate: Gate) -> dict[str, Any]:
     }
 
 
-def _gate_forward(h: torch.Tensor, gate: Gate) -> torch.Tensor:
-    rows, width = h.shape
-    out = h.new_empty((rows, width // 2))
-    if rows:
-        block = min(1024, triton.next_power_of_2(width // 2))
-        grid = (rows, triton.cdiv(width // 2, block))
-        gate_forward_kernel[grid](h, out, width // 2, **_constants(gate), BLOCK=block)
-    return out
+def _gate_up(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    top_k: int,
+    low: torch.Tensor | None,
+    low_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gate: Gate,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gate/up projection ``[S, 2I]``, empty unless ``keep``, and its gated activation ``[S, I]``."""
+    pairs, width = order.shape[0], weight.shape[1]
+    hidden, a = x.new_empty((pairs if keep else 0, width)), x.new_empty((pairs, width // 2))
+    if pairs:
+        grid, operands, constants = product(
+            x, weight, order, offsets, top_k=top_k, low=low, low_weight=low_weight, bias=bias
+        )
+        gate_up_kernel[grid](*operands, hidden, a, KEEP=keep, **_constants(gate), **constants)
+    return hidden, a
 
 
 def _gate_backward(
@@ -70,10 +90,7 @@ def forward(
     low1 = low2 = None
     if gate_up_a is not None:
         low1 = grouped_matmul(x, gate_up_a, order, offsets, top_k=top_k)
-    hidden = grouped_matmul(
-        x, gate_up, order, offsets, top_k=top_k, low=low1, low_weight=gate_up_b, bias=gate_up_bias
-    )
-    a = _gate_forward(hidden, gate)
+    hidden, a = _gate_up(x, gate_up, order, offsets, top_k, low1, gate_up_b, gate_up_bias, gate, keep)
     if down_a is not None:
         low2 = grouped_matmul(a, down_a, order, offsets)
     y = grouped_matmul(
@@ -88,10 +105,10 @@ def forward(
         scatter=True,
     )
     out = sum_choices(y, x.shape[0])
-    saved = [hidden, *(hidden.new_empty((pairs, 0)) if low is None else low for low in (low1, low2))]
+    low1, low2 = (x.new_empty((pairs, 0)) if low is None else low for low in (low1, low2))
     if not keep:
-        saved = [t.new_empty((0, t.shape[1])) for t in saved]
-    return out, saved[0], saved[1], saved[2]
+        low1, low2 = (low.new_empty((0, low.shape[1])) for low in (low1, low2))
+    return out, hidden, low1, low2
 
 
 def backward(

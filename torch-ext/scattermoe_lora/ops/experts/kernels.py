@@ -1,7 +1,9 @@
-"""Triton kernels: the gated activation between the two grouped GEMMs, forward and backward."""
+"""Triton kernels: the grouped GEMM that ends with the gated activation, and the activation's gradient."""
 
 import triton
 import triton.language as tl
+
+from ..grouped_linear.kernels import find_tile, multiply_rows, program_tile
 
 
 @triton.jit
@@ -30,19 +32,8 @@ def _activation(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _gated(
-    h_tile,
-    I,
-    mask,
-    ACTIVATION: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    """``(value, d value / d gate, factor, d factor / d up)`` of ``value(gate) * factor(up)`` in float32."""
-    gate = tl.load(h_tile, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(h_tile + (1 if INTERLEAVED else I), mask=mask, other=0.0).to(tl.float32)
+def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    """``(value, d value / d gate, factor, d factor / d up)`` of ``value(gate) * factor(up)``, all float32."""
     # An early return would leave the rest to be compiled all the same, with a limit of None.
     if LIMIT is None:
         value, slope = _activation(gate, ACTIVATION, ALPHA)
@@ -58,23 +49,90 @@ def _gated(
 
 
 @triton.jit
-def gate_forward_kernel(
-    h_ptr,
-    out_ptr,
-    I,
+def gate_up_kernel(
+    x_ptr,
+    w_ptr,
+    u_ptr,
+    b_ptr,
+    bias_ptr,
+    order_ptr,
+    offsets_ptr,
+    pairs,
+    num_experts,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    stride_bn,
+    stride_br,
+    hidden_ptr,
+    a_ptr,
+    GATHER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < I
-    h_tile = h_ptr + row * 2 * I + column * (2 if INTERLEAVED else 1)
-    value, _, factor, _ = _gated(h_tile, I, mask, ACTIVATION, INTERLEAVED, ALPHA, LIMIT, SHIFT)
-    tl.store(out_ptr + row * I + column, (value * factor).to(out_ptr.dtype.element_ty), mask=mask)
+    """The gated activation of a product, ``[pairs, N / 2]``, and if ``KEEP`` the product itself, ``[pairs, N]``.
+
+    One accumulator holds a tile's columns of gate and of up, so that it is as large as another product's.
+    """
+    I = N // 2
+    HALF: tl.constexpr = BLOCK_N // 2
+    pid_m, pid_n = program_tile(I, HALF, GROUP_M)
+    expert, row, end = find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+    if row >= end:
+        return
+    position = row + tl.arange(0, BLOCK_M)
+    in_tile = position < end
+    pair = tl.load(order_ptr + position, mask=in_tile, other=0)
+    j = tl.arange(0, BLOCK_N)
+    if INTERLEAVED:
+        n = pid_n * BLOCK_N + j
+        in_n = n < N
+    else:
+        of_gate = pid_n * HALF + j % HALF
+        n = (j // HALF) * I + of_gate
+        in_n = of_gate < I
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if expert < num_experts:
+        # fmt: off
+        acc = multiply_rows(
+            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, n, in_n, N, K, R,
+            stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
+            GATHER, TOP_K, LOW_RANK, BIAS, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        )
+        # fmt: on
+    # Rounded as it is kept: the backward computes the same activation from it, to the bit.
+    h = acc.to(a_ptr.dtype.element_ty)
+    out_row = position.to(tl.int64)[:, None]
+    if KEEP:
+        tl.store(hidden_ptr + out_row * N + n[None, :], h, mask=in_tile[:, None] & in_n[None, :])
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(h, (BLOCK_M, HALF, 2)))
+    else:
+        gate, up = tl.split(tl.permute(tl.reshape(h, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    value, _, factor, _ = _gated(gate.to(tl.float32), up.to(tl.float32), ACTIVATION, ALPHA, LIMIT, SHIFT)
+    column = pid_n * HALF + tl.arange(0, HALF)
+    a_tile = a_ptr + out_row * I + column[None, :]
+    tl.store(a_tile, (value * factor).to(h.dtype), mask=in_tile[:, None] & (column < I)[None, :])
 
 
 @triton.jit
@@ -105,9 +163,9 @@ def gate_backward_kernel(
         mask = column < I
         da = tl.load(da_ptr + row * I + column, mask=mask, other=0.0).to(tl.float32)
         at = row * 2 * I + column * (2 if INTERLEAVED else 1)
-        value, slope, factor, passes = _gated(
-            h_ptr + at, I, mask, ACTIVATION, INTERLEAVED, ALPHA, LIMIT, SHIFT
-        )
+        gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + at + (1 if INTERLEAVED else I), mask=mask, other=0.0).to(tl.float32)
+        value, slope, factor, passes = _gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
         a = value * factor
         total += tl.where(mask, da * a, 0.0)
         da = da * weight

@@ -1,4 +1,4 @@
-"""What ships of the gated activation, for compiling ahead of time."""
+"""What ships of the gated experts beside the grouped GEMMs, for compiling ahead of time."""
 
 from __future__ import annotations
 
@@ -7,35 +7,48 @@ from typing import Any
 
 from ..activation import ACTIVATIONS
 from ..compile_spec import TARGETS, CompileSpec
-from .kernels import gate_backward_kernel, gate_forward_kernel
+from ..grouped_linear.specs import POINTERS, Tile, Use, product_spec, tiles_of
+from .kernels import gate_backward_kernel, gate_up_kernel
 
-# gpt-oss's, beside the plain ones.
+_PLAIN = {"INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
+# gpt-oss's needs most: it stands for the rest on every tile but the widest.
 _CLAMPED = {"ACTIVATION": "silu", "INTERLEAVED": True, "ALPHA": 1.702, "LIMIT": 7.0, "SHIFT": 1.0}
-_POINTERS = {
-    "row_weight_ptr": "*fp32:16",
-    "d_row_weight_ptr": "*fp32:16",
-    "order_ptr": "*i64:16",
+_GATES: dict[str, dict[str, Any]] = {
+    **{name: {"ACTIVATION": name, **_PLAIN} for name in ACTIVATIONS},
+    "clamped silu": _CLAMPED,
 }
 
 
-def _specs() -> Iterator[CompileSpec]:
-    gates: dict[str, dict[str, Any]] = {
-        name: {"ACTIVATION": name, "INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
-        for name in ACTIVATIONS
-    }
-    for label, gate in {**gates, "clamped silu": _CLAMPED}.items():
-        for kernel in (gate_forward_kernel, gate_backward_kernel):
-            for dtype in ("bf16", "fp32"):
-                for block in (128, 1024):
-                    arguments = {
-                        name: _POINTERS.get(name, f"*{dtype}:16") if name.endswith("_ptr") else "i32:16"
-                        for name in kernel.arg_names
-                        if name not in gate and name != "BLOCK"
-                    }
-                    constants = {**gate, "BLOCK": block}
-                    yield CompileSpec(
-                        kernel, f"{label} {dtype} {block}", arguments, constants, {"num_warps": 4}, TARGETS
-                    )
+def _gates(tile: Tile) -> tuple[str, ...]:
+    if tile.is_widest and tile.dtype == "bf16":
+        return tuple(_GATES)
+    return ("clamped silu",) if tile.is_widest or tile.dtype != "fp16" else ()
 
 
-COMPILE_SPECS = list(_specs())
+def _products() -> Iterator[CompileSpec]:
+    for tile in tiles_of("grouped_matmul"):
+        for label in _gates(tile):
+            flags = {"GATHER": True, "LOW_RANK": True, "BIAS": True, "KEEP": True, **_GATES[label]}
+            # Weights are transposed in gpt-oss, and with other gates in Llama 4.
+            yield product_spec(gate_up_kernel, Use(label, flags, transposed=label == "clamped silu"), tile)
+            if label == "silu":
+                yield product_spec(gate_up_kernel, Use("silu, transposed", flags, transposed=True), tile)
+
+
+def _gradients() -> Iterator[CompileSpec]:
+    for label, gate in _GATES.items():
+        for dtype in ("bf16", "fp32"):
+            for block in (128, 1024):
+                constants = {**gate, "BLOCK": block}
+                arguments = {
+                    name: POINTERS.get(name, f"*{dtype}:16") if name.endswith("_ptr") else "i32:16"
+                    for name in gate_backward_kernel.arg_names
+                    if name not in constants
+                }
+                options = {"num_warps": 4}
+                yield CompileSpec(
+                    gate_backward_kernel, f"{label} {dtype} {block}", arguments, constants, options, TARGETS
+                )
+
+
+COMPILE_SPECS = [*_products(), *_gradients()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 
@@ -14,6 +16,64 @@ def float32_precision(x: torch.Tensor) -> str:
     AMD's matrix cores multiply float32 as it is."""
     is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if is_tf32 and x.dtype == torch.float32 and not torch.version.hip else "ieee"
+
+
+class Product(NamedTuple):
+    """A launch of one of the kernels that multiply rows: what they all take."""
+
+    grid: tuple[int]
+    operands: tuple[torch.Tensor | int, ...]
+    constants: dict[str, Any]
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    top_k: int | None,
+    low: torch.Tensor | None,
+    low_weight: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> Product:
+    """The launch of ``x[row] W[e]^T (+ low[s] C[e]^T) (+ bias[e])``; arguments as for :func:`grouped_matmul`."""
+    num_experts, n_out, n_in = weight.shape
+    pairs = order.shape[0]
+    rank = 0 if low is None else low.shape[1]
+    launch = tiles.launch("grouped_matmul", x, pairs / num_experts, n_out, n_in)
+    # At most this many: one is begun for every segment that has rows, and the others are full.
+    tiles_m = pairs // launch["BLOCK_M"] + min(pairs, num_experts + 1)
+    operands: tuple[torch.Tensor | int, ...] = (
+        x,
+        weight,
+        x if low is None else low,
+        weight if low_weight is None else low_weight,
+        weight if bias is None else bias,
+        order,
+        offsets,
+        pairs,
+        num_experts,
+        n_out,
+        n_in,
+        rank,
+        x.stride(0),
+        *weight.stride(),
+        *((0, 0, 0) if low_weight is None else low_weight.stride()),
+    )
+    constants = {
+        "GATHER": top_k is not None,
+        "TOP_K": top_k or 1,
+        "LOW_RANK": low is not None,
+        "BIAS": bias is not None,
+        "EXPERTS_POW2": triton.next_power_of_2(num_experts + 1),
+        "PRECISION": float32_precision(x),
+        "EVEN_K": n_in % launch["BLOCK_K"] == 0,
+        # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
+        "BLOCK_R": min(launch["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
+        **launch,
+    }
+    return Product((tiles_m * triton.cdiv(n_out, launch["BLOCK_N"]),), operands, constants)
 
 
 def grouped_matmul(
@@ -43,46 +103,20 @@ def grouped_matmul(
     Returns:
         ``[S, N_out]``; zero for pairs without an expert here.
     """
-    num_experts, n_out, n_in = weight.shape
     pairs = order.shape[0]
-    out = x.new_empty((pairs, n_out))
+    out = x.new_empty((pairs, weight.shape[1]))
     if pairs == 0:
         return out
-    rank = 0 if low is None else low.shape[1]
-    launch = tiles.launch("grouped_matmul", x, pairs / num_experts, n_out, n_in)
-    # At most this many: one is begun for every segment that has rows, and the others are full.
-    tiles_m = pairs // launch["BLOCK_M"] + min(pairs, num_experts + 1)
-    low_strides = (0, 0, 0) if low_weight is None else low_weight.stride()
-    grouped_matmul_kernel[(tiles_m * triton.cdiv(n_out, launch["BLOCK_N"]),)](
-        x,
-        weight,
-        x if low is None else low,
-        weight if low_weight is None else low_weight,
-        weight if bias is None else bias,
+    grid, operands, constants = product(
+        x, weight, order, offsets, top_k=top_k, low=low, low_weight=low_weight, bias=bias
+    )
+    grouped_matmul_kernel[grid](
+        *operands,
         x if row_weight is None else row_weight,
         out,
-        order,
-        offsets,
-        pairs,
-        num_experts,
-        n_out,
-        n_in,
-        rank,
-        x.stride(0),
-        *weight.stride(),
-        *low_strides,
-        GATHER=top_k is not None,
-        TOP_K=top_k or 1,
         SCATTER=scatter,
-        LOW_RANK=low is not None,
-        BIAS=bias is not None,
         WEIGHTED=row_weight is not None,
-        EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
-        PRECISION=float32_precision(x),
-        EVEN_K=n_in % launch["BLOCK_K"] == 0,
-        # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
-        BLOCK_R=min(launch["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
-        **launch,
+        **constants,
     )
     return out
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+def find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
     """The segment and rows of one M tile: ``(segment, start, end)``.
 
     Segments are the experts, then the pairs without an expert here (segment ``num_experts``). A tile never spans two
@@ -31,14 +31,98 @@ def _find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexp
 
 
 @triton.jit
+def program_tile(columns, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
+    """The tile of this program, ``(pid_m, pid_n)``, among tiles of ``BLOCK`` of the columns.
+
+    GROUP_M tiles of rows take the same columns one after another, so that the L2 cache gives a weight to all of them.
+    """
+    tiles_n = tl.cdiv(columns, BLOCK)
+    tiles_m = tl.num_programs(0) // tiles_n
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group = min(tiles_m - first_m, GROUP_M)
+    return first_m + pid % (GROUP_M * tiles_n) % group, pid % (GROUP_M * tiles_n) // group
+
+
+@triton.jit
+def multiply_rows(
+    x_ptr,
+    w_ptr,
+    u_ptr,
+    b_ptr,
+    bias_ptr,
+    expert,
+    position,
+    pair,
+    in_tile,
+    n,
+    in_n,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    stride_bn,
+    stride_br,
+    GATHER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``x[row] W[expert]^T (+ u B[expert]^T) (+ bias[expert])`` of a tile of rows and columns ``n``, in float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    # 64-bit from here on: a stack of experts passes 2^31 elements, and so does a matrix of rows.
+    e = expert.to(tl.int64)
+    x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
+    x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
+    w_tile = w_ptr + e * stride_we + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_tile, mask=in_tile[:, None], other=0.0)
+            w = tl.load(w_tile, mask=in_n[None, :], other=0.0)
+        else:
+            in_k = k0 + k < K
+            x = tl.load(x_tile, mask=in_tile[:, None] & in_k[None, :], other=0.0)
+            w = tl.load(w_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K * stride_wk
+    if LOW_RANK:
+        r = tl.arange(0, BLOCK_R)
+        u_tile = u_ptr + position[:, None].to(tl.int64) * R + r[None, :]
+        b_tile = (
+            b_ptr + e * stride_be + n[None, :].to(tl.int64) * stride_bn + r[:, None].to(tl.int64) * stride_br
+        )
+        for r0 in range(0, R, BLOCK_R):
+            in_r = r0 + r < R
+            u = tl.load(u_tile, mask=in_tile[:, None] & in_r[None, :], other=0.0)
+            b = tl.load(b_tile, mask=in_r[:, None] & in_n[None, :], other=0.0)
+            acc = tl.dot(u, b, acc, input_precision=PRECISION)
+            u_tile += BLOCK_R
+            b_tile += BLOCK_R * stride_br
+    if BIAS:
+        bias = tl.load(bias_ptr + e * N + n, mask=in_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def grouped_matmul_kernel(
     x_ptr,
     w_ptr,
     u_ptr,
     b_ptr,
     bias_ptr,
-    row_weight_ptr,
-    out_ptr,
     order_ptr,
     offsets_ptr,
     pairs,
@@ -53,6 +137,8 @@ def grouped_matmul_kernel(
     stride_be,
     stride_bn,
     stride_br,
+    row_weight_ptr,
+    out_ptr,
     GATHER: tl.constexpr,
     TOP_K: tl.constexpr,
     SCATTER: tl.constexpr,
@@ -68,15 +154,8 @@ def grouped_matmul_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # GROUP_M tiles of rows take the same columns one after another, so that the L2 cache gives a weight to all of them.
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles_m = tl.num_programs(0) // tiles_n
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group = min(tiles_m - first_m, GROUP_M)
-    pid_m = first_m + pid % (GROUP_M * tiles_n) % group
-    pid_n = pid % (GROUP_M * tiles_n) // group
-    expert, row, end = _find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+    pid_m, pid_n = program_tile(N, BLOCK_N, GROUP_M)
+    expert, row, end = find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
     if row >= end:
         return
     position = row + tl.arange(0, BLOCK_M)
@@ -84,50 +163,17 @@ def grouped_matmul_kernel(
     pair = tl.load(order_ptr + position, mask=in_tile, other=0)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
-
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if expert < num_experts:
-        k = tl.arange(0, BLOCK_K)
-        # 64-bit from here on: a stack of experts passes 2^31 elements, and so does a matrix of rows.
-        e = expert.to(tl.int64)
-        x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
-        x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
-        w_tile = (
-            w_ptr + e * stride_we + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
+        # fmt: off
+        acc = multiply_rows(
+            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, n, in_n, N, K, R,
+            stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
+            GATHER, TOP_K, LOW_RANK, BIAS, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
         )
-        for k0 in range(0, K, BLOCK_K):
-            if EVEN_K:
-                x = tl.load(x_tile, mask=in_tile[:, None], other=0.0)
-                w = tl.load(w_tile, mask=in_n[None, :], other=0.0)
-            else:
-                in_k = k0 + k < K
-                x = tl.load(x_tile, mask=in_tile[:, None] & in_k[None, :], other=0.0)
-                w = tl.load(w_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-            x_tile += BLOCK_K
-            w_tile += BLOCK_K * stride_wk
-        if LOW_RANK:
-            r = tl.arange(0, BLOCK_R)
-            u_tile = u_ptr + position[:, None].to(tl.int64) * R + r[None, :]
-            b_tile = (
-                b_ptr
-                + e * stride_be
-                + n[None, :].to(tl.int64) * stride_bn
-                + r[:, None].to(tl.int64) * stride_br
-            )
-            for r0 in range(0, R, BLOCK_R):
-                in_r = r0 + r < R
-                u = tl.load(u_tile, mask=in_tile[:, None] & in_r[None, :], other=0.0)
-                b = tl.load(b_tile, mask=in_r[:, None] & in_n[None, :], other=0.0)
-                acc = tl.dot(u, b, acc, input_precision=PRECISION)
-                u_tile += BLOCK_R
-                b_tile += BLOCK_R * stride_br
-        if BIAS:
-            bias = tl.load(bias_ptr + e * N + n, mask=in_n, other=0.0)
-            acc += bias.to(tl.float32)[None, :]
+        # fmt: on
         if WEIGHTED:
             acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
-
     out_row = (pair if SCATTER else position).to(tl.int64)
     out_tile = out_ptr + out_row[:, None] * N + n[None, :]
     tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_n[None, :])
