@@ -58,6 +58,43 @@ def test_strided_and_expanded_inputs_are_handled(kernel, submodule) -> None:
     assert_close([kernel.grouped_linear(x, weight, index)], [reference], 2e-5)
 
 
+def far(*shape: int) -> torch.Tensor:
+    """Random float16, its last row or matrix 2^31 elements behind the first: 4 GB of addresses, a few pages touched."""
+    stride = (1 << 31) // (shape[0] - 1)
+    memory = torch.empty((1 << 31) + torch.Size(shape[1:]).numel(), dtype=torch.float16)
+    contiguous = torch.empty(shape[1:], device="meta").stride()
+    return memory.as_strided(shape, (stride, *contiguous)).copy_(torch.randn(shape))
+
+
+def test_rows_and_weights_stand_beyond_two_to_the_31_elements(submodule) -> None:
+    op, experts = submodule("ops.grouped_linear.op"), submodule("ops.experts.op")
+    index = torch.tensor([[2], [0], [1]])
+    routing = submodule("ops.routing").sort_by_expert(index, 3)
+    gate = submodule("ops.activation").Gate("silu")
+    x, dy, weight, down = far(3, 16), far(3, 8), far(3, 8, 16), far(3, 16, 4)
+    a, b, low = far(3, 2, 16), far(3, 8, 2), far(3, 2)
+    results = []
+    for near in (False, True):
+        own = [
+            t.clone(memory_format=torch.contiguous_format) if near else t
+            for t in (x, dy, weight, down, a, b, low)
+        ]
+        own_x, own_dy, own_weight, own_down, own_a, own_b, own_low = own
+        product = (own_x, own_weight, own_a, own_b, None)
+        layer = (own_x, own_weight, own_down, torch.ones(3, 1), own_a, own_b, None, None, None, None)
+        results.append(
+            [
+                *op.grouped_linear_forward(*product, *routing, 1, False),
+                *op.grouped_linear_backward(
+                    own_dy, *product, *routing, own_low.contiguous(), 1, [True, True, True, True, False]
+                ),
+                *experts.experts_forward(*layer, *routing, *gate, False, True),
+            ]
+        )
+    for from_far, from_near in zip(*results, strict=True):
+        assert torch.equal(from_far, from_near)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_index_dtypes(kernel, dtype) -> None:
     index = torch.tensor([[0, 1]], dtype=dtype)

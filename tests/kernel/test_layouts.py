@@ -83,6 +83,9 @@ def test_gates_biases_and_orientations_match_the_reference(submodule, gate, tran
         assert_experts_match(submodule, shape, GATES[gate], transposed, True, True, False)
 
 
+SIDE = st.sampled_from([16, 32, 64])
+
+
 @given(
     shape=st.builds(
         Shape,
@@ -98,9 +101,20 @@ def test_gates_biases_and_orientations_match_the_reference(submodule, gate, tran
     biased=st.booleans(),
     adapted=st.booleans(),
     sentinels=st.booleans(),
+    blocks=st.none() | st.tuples(SIDE, SIDE, SIDE) if INTERPRETED else st.none(),
 )
-def test_any_layout_of_any_shape(submodule, shape, gate, transposed, biased, adapted, sentinels) -> None:
-    assert_experts_match(submodule, shape, GATES[gate], transposed, biased, adapted, sentinels)
+def test_any_layout_of_any_shape(
+    submodule, shape, gate, transposed, biased, adapted, sentinels, blocks
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if blocks is not None:
+            m, n, k = blocks
+            launches = {
+                "grouped_matmul": {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 2},
+                "grouped_outer": {"BLOCK_P": n, "BLOCK_Q": k, "BLOCK_S": m},
+            }
+            patch.setattr(submodule("ops.tiles"), "launch", lambda name, *_: launches[name])
+        assert_experts_match(submodule, shape, GATES[gate], transposed, biased, adapted, sentinels)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
