@@ -83,7 +83,7 @@ class Setup:
 def measure(implementation: str, kind: str, dtype: str, device: str) -> dict[str, float]:
     """Runs in the child: milliseconds and memory of a forward and a step, and a copy's bandwidth."""
     from kernels import get_kernel
-    from measuring import median_seconds, peak_memory, start_memory
+    from measuring import LAUNCHES, median_seconds, peak_memory, start_memory
 
     torch.manual_seed(0)
     setup = Setup(LAYERS[kind], TOKENS[device], getattr(torch, dtype), device)
@@ -97,7 +97,7 @@ def measure(implementation: str, kind: str, dtype: str, device: str) -> dict[str
             torch.cuda.synchronize()
 
     def seconds(step: Callable[[], Any]) -> float:
-        return median_seconds(step, finish, repeats=7, budget=1.5)[0]
+        return median_seconds(step, finish, repeats=7, budget=1.5, least=LAUNCHES[device])[0]
 
     with torch.no_grad():
         forward = seconds(run)
@@ -132,8 +132,8 @@ def run_child(implementation: str, kind: str, dtype: str, device: str, build: Pa
     return row
 
 
-def compare_all(device: str, build: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Runs every row and prints it as it comes."""
+def compare_all(device: str, build: Path, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Runs every row and prints it as it comes, and hands ``keep`` all there are."""
     results: dict[str, dict[str, dict[str, float]]] = {}
     for kind in LAYERS:
         for dtype in DTYPES[device]:
@@ -150,13 +150,13 @@ def compare_all(device: str, build: Path) -> dict[str, dict[str, dict[str, float
                     f"{row['step_of_copy']:>9.0%}{row['peak_mb']:>9.0f}",
                     flush=True,
                 )
+                keep(results)
             ours, theirs = rows["scattermoe"], rows["transformers"]
             ratios = [theirs[key] / ours[key] for key in ("forward_ms", "step_ms", "peak_mb")]
             print("{:<14}{:>10.2f}x{:>17.2f}x{:>17.2f}x".format("", *ratios))
             print(
                 f"{'':<14}a copy of the inputs ({ours['inputs_mb']:.0f} MB): {ours['copy_gb_per_s']:.1f} GB/s"
             )
-    return results
 
 
 def main() -> None:
@@ -172,15 +172,17 @@ def main() -> None:
         return
     from kernelpress.spec import load_spec
     from kernelpress.variant import build
-    from measuring import REPOSITORY, provenance
+    from measuring import REPOSITORY, device_name, require, write
 
+    require(arguments.device)
     with tempfile.TemporaryDirectory() as scratch:
-        results = compare_all(
-            arguments.device, build(load_spec(REPOSITORY), Path(scratch, "build")).directory
+        built = build(load_spec(REPOSITORY), Path(scratch, "build")).directory
+        described = {"device": device_name(arguments.device)}
+        compare_all(
+            arguments.device,
+            built,
+            lambda results: write(arguments.output, {**described, "results": results}),
         )
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**provenance(), "results": results}, indent=2) + "\n")
 
 
 # No Benchmark itself: the runner takes every one in this file, and refuses one without a workload.

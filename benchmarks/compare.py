@@ -17,14 +17,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import peers
 from layer import RANK, Shape, measure
-from measuring import REPOSITORY, provenance
+from measuring import REPOSITORY, require, write
 
 BASELINES = ("grouped_mm", "batched_mm", "eager")
 OURS = ("scattermoe", *BASELINES)
@@ -48,6 +48,10 @@ GROWING = ("scattermoe", "grouped_mm")
 TOO_LARGE = {(name, "batched_mm") for name in SHAPES if name != "small"}
 
 
+class RowError(Exception):
+    """A row of ours or of transformers' failed; what its process said."""
+
+
 def run_child(
     shape: Shape, implementation: str, device: str, build: Path, unpacked: Path | None = None
 ) -> dict[str, Any] | None:
@@ -55,7 +59,7 @@ def run_child(
 
     Raises:
         peers.PeerError: The child failed, on code that is neither ours nor transformers' (``unpacked`` is given).
-        SystemExit: It failed on ours or transformers'.
+        RowError: It failed on ours or transformers'.
     """
     environment = {**os.environ, "LOCAL_KERNELS": f"org/scattermoe-lora={build}"}
     command = [sys.executable, __file__, "--child", json.dumps(asdict(shape)), implementation, device]
@@ -68,7 +72,7 @@ def run_child(
         said = done.stderr.strip().splitlines()
         raise peers.PeerError(said[-1] if said else f"exit status {done.returncode}")
     if done.returncode:
-        raise SystemExit(f"{implementation} failed on {shape} ({done.returncode}):\n{done.stderr}")
+        raise RowError(f"{implementation} failed on {shape} ({done.returncode}):\n{done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -100,9 +104,16 @@ def compare(
     device: str,
     build: Path,
     unpacked: Mapping[str, Path],
-) -> dict[str, Any]:
-    """Runs every row and prints it as it comes; a peer's that fails says why, and the others run."""
+    keep: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> list[RowError]:
+    """Runs every row and prints it as it comes, and hands ``keep`` all there are; one that fails says so, and the
+    others run.
+
+    Returns:
+        What failed of ours and transformers'; that a peer fails is no error.
+    """
     results: dict[str, Any] = {}
+    failed = []
     header = f"{'':<12}{'ms':>9}{'runs':>6}{'MB above weights':>18}{'of dense rate':>15}"
     for name in shapes:
         print(f"\n{name}: {SHAPES[name]}, r={RANK}\n{header}", flush=True)
@@ -115,6 +126,10 @@ def compare(
             except peers.PeerError as error:
                 print(f"{implementation:<12}  failed: {error}", flush=True)
                 continue
+            except RowError as error:
+                print(f"{implementation:<12}  failed", flush=True)
+                failed.append(error)
+                continue
             if row is None:
                 print(f"{implementation:<12}  does not fit in memory", flush=True)
                 continue
@@ -125,8 +140,9 @@ def compare(
                 f"{row['share_of_dense_rate']:>15.0%}",
                 flush=True,
             )
+            keep(results)
         print_ratios(rows)
-    return results
+    return failed
 
 
 def grow(device: str, build: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -158,7 +174,7 @@ def print_ratios(rows: Mapping[str, Any]) -> None:
             best = min(names, key=lambda name: rows[name]["ms"])
             memory = ours["peak_bytes_above_weights"] / rows[best]["peak_bytes_above_weights"]
             speed = rows[best]["ms"] / ours["ms"]
-            print(f"{'':<12}{speed:>8.2f}x {what} ({best}), with {memory:.0%} of its memory")
+            print(f"{'':<12}{speed:>8.2f}x {what} ({best}), with {memory:.0%} of its memory", flush=True)
 
 
 def main() -> None:
@@ -190,6 +206,7 @@ def main() -> None:
     ):
         if unknown := set(names) - set(known):
             parser.error(f"--{option}: {', '.join(sorted(unknown))}: none of {', '.join(known)}")
+    require(arguments.device)
     if arguments.wheels and not arguments.wheels.is_dir():
         parser.error(f"--wheels: {arguments.wheels} is no folder")
     if arguments.plot:
@@ -201,18 +218,25 @@ def main() -> None:
     from kernelpress.spec import load_spec
     from kernelpress.variant import build
 
+    def keep(results: Mapping[str, Any]) -> None:
+        write(arguments.output, {"results": results})
+
+    failed: Sequence[RowError] = ()
     with tempfile.TemporaryDirectory() as scratch:
         built = build(load_spec(REPOSITORY), Path(scratch, "build")).directory
         if arguments.plot:
-            results = grow(arguments.device, built)
+            try:
+                results = grow(arguments.device, built)
+            except RowError as error:
+                sys.exit(str(error))
             draw(results, arguments.plot)
+            keep(results)
         else:
             unpacked = prepare_peers(implementations, arguments.wheels, Path(scratch))
             chosen = [name for name in implementations if name in OURS or name in unpacked]
-            results = compare(shapes, chosen, arguments.device, built, unpacked)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**provenance(), "results": results}, indent=2) + "\n")
+            failed = compare(shapes, chosen, arguments.device, built, unpacked, keep)
+    if failed:
+        sys.exit("\n".join(map(str, failed)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import REPOSITORY, device_name, median_seconds, peak_memory, provenance, start_memory
+from measuring import (
+    LAUNCHES,
+    REPOSITORY,
+    count_for,
+    device_name,
+    median_seconds,
+    peak_memory,
+    require,
+    seconds_each,
+    start_memory,
+    write,
+)
 
 HEADS, KEY_HEADS = 8, 4
 
@@ -64,6 +74,8 @@ CASES = {
         **{f"packed-8x{n}k": Case(n * 1024, 512, "bfloat16", sequences=8) for n in (1, 2, 4, 8)},
     },
 }
+# Rounding makes less of a difference than this.
+CLOSE = 0.05
 # A dense mask or all scores of more tokens than this do not fit.
 MOST_DENSE = 16 * 1024
 
@@ -133,6 +145,8 @@ def flex(case: Case, device: str) -> Attention:
         inside = (k <= q) & (q // case.length == k // case.length)
         return inside & (k > q - case.window) if case.window else inside
 
+    # Else what is compiled for a second length is compiled for any, and after a few cases nothing is compiled at all.
+    torch.compiler.reset()
     tokens = case.length * case.sequences
     mask = create_block_mask(seen, None, None, tokens, tokens, device=device, _compile=True)
     return partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
@@ -231,7 +245,8 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
             peak = peak_bytes(step, device)
         # Whatever an implementation refuses a case with, the others are to be measured.
         except Exception as error:  # noqa: BLE001 - Triton's errors are of no common kind
-            rows[name] = {"not": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"}
+            said = str(error).strip() or "no reason given"
+            rows[name] = {"not": f"{type(error).__name__}: {said.splitlines()[0][:90]}"}
             continue
         if expected is None:
             expected = got
@@ -239,15 +254,13 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
         difference = max(float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
         rows[name] = {"peak_bytes_above_inputs": peak, "difference": difference}
         steps[name] = step
+    counts = {name: count_for(step, finish, LAUNCHES[device]) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
     runs = 0
     while steps and runs < 50 and (runs < 3 or time.perf_counter() - start < seconds):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            finish()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(seconds_each(step, finish, counts[name]))
         runs += 1
     for name, measured in times.items():
         rows[name].update(ms=1000 * statistics.median(measured), runs=len(measured))
@@ -271,7 +284,9 @@ def show(name: str, case: Case, rows: dict[str, Any], rate: float) -> None:
             continue
         share = case.flops() / (row["ms"] / 1000) / rate
         megabytes = row["peak_bytes_above_inputs"] / 1e6
-        print(f"{implementation:<16}{row['ms']:>9.2f}{row['runs']:>6}{megabytes:>17.0f}{share:>15.0%}")
+        # So that NaN is told too.
+        other = "" if row["difference"] < CLOSE else f"  {row['difference']:.0%} off the first"
+        print(f"{implementation:<16}{row['ms']:>9.2f}{row['runs']:>6}{megabytes:>17.0f}{share:>15.0%}{other}")
     mine = rows["scattermoe"]
     others = {name: row for name, row in rows.items() if name != "scattermoe" and "ms" in row}
     if "ms" in mine and others:
@@ -312,6 +327,8 @@ def main() -> None:
     names = arguments.cases.split(",") if arguments.cases else list(cases)
     if unknown := set(names) - set(cases):
         parser.error(f"--cases: {', '.join(sorted(unknown))}: none of {', '.join(cases)}")
+    require(arguments.device)
+    described = {"device": device_name(arguments.device), "threads": torch.get_num_threads()}
     rates: dict[str, float] = {}
     results: dict[str, Any] = {}
     with built_kernel() as kernel:
@@ -321,16 +338,9 @@ def main() -> None:
                 rates[case.dtype] = dense_rate(case.dtype, arguments.device)
             results[name] = measure(kernel, case, arguments.device, arguments.seconds)
             show(name, case, results[name], rates[case.dtype])
-    if arguments.output:
-        described = {
-            "device": device_name(arguments.device),
-            "threads": torch.get_num_threads(),
-            "dense_flops": rates,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(
-            json.dumps({**provenance(), **described, "results": results}, indent=2) + "\n"
-        )
+            write(arguments.output, {**described, "dense_flops": rates, "results": results})
+    if refused := [name for name, rows in results.items() if "not" in rows["scattermoe"]]:
+        sys.exit(f"scattermoe failed: {', '.join(refused)}")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +26,60 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+# A GPU is given its next step while it computes one. Steps of less than a few milliseconds that are waited for one by
+# one would be timed with their launches, which no training step waits for.
+LAUNCHES = {"cpu": 0.0, "cuda": 0.01}
+
+
+def seconds_each(step: Callable[[], Any], finish: Callable[[], None], count: int) -> float:
+    """Seconds of one of ``count`` steps in a row."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        step()
+    finish()
+    return (time.perf_counter() - begin) / count
+
+
+def count_for(step: Callable[[], Any], finish: Callable[[], None], least: float) -> int:
+    """How many steps in a row take ``least`` seconds: 1, 2, 4 ..."""
+    count = 1
+    while least and count * seconds_each(step, finish, count) < least:
+        count *= 2
+    return count
+
+
 def median_seconds(
     step: Callable[[], Any],
     finish: Callable[[], None],
     repeats: int = 7,
     budget: float = 30.0,
     steady: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[float, int]:
     """Median seconds of ``step``, and the number of runs that it is the median of.
 
     The first run warms up and is not counted. At least ``repeats`` runs follow, and as many more as ``steady`` seconds
     hold (a few dozen milliseconds are soon disturbed); but none begins after ``budget`` seconds. ``finish`` waits until
-    the device is done.
+    the device is done; a run is as many steps as take ``least`` seconds.
     """
     start = time.perf_counter()
     step()
     finish()
+    count = count_for(step, finish, least)
     seconds: list[float] = []
     while not seconds or (
-        time.perf_counter() - start < budget and (len(seconds) < repeats or sum(seconds) < steady)
+        time.perf_counter() - start < budget and (len(seconds) < repeats or count * sum(seconds) < steady)
     ):
-        begin = time.perf_counter()
-        step()
-        finish()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(seconds_each(step, finish, count))
     return statistics.median(seconds), len(seconds)
+
+
+def require(device: str) -> None:
+    """Ends with one line where ``device`` is a GPU that torch does not find."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"error: --device cuda: torch {torch.__version__} finds no GPU")
 
 
 def device_name(device: str) -> str:
@@ -83,15 +114,39 @@ def peak_memory(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
 
 
+def commit() -> str | None:
+    """The commit that is checked out, ``-dirty`` behind it where files differ; None where git cannot say: in a copy
+    without the repository, without git, or where the repository is another user's."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, or None. Triton goes by other names with torch for AMD."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def provenance() -> dict[str, Any]:
     """The date, the versions and the commit that figures belong to."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": done.stdout.strip(),
+        "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "transformers", "peft", "kernels")},
+        "versions": {
+            name: installed(name) for name in ("torch", "triton", "transformers", "peft", "kernels")
+        },
     }
+
+
+def write(output: Path | None, figures: Mapping[str, Any]) -> None:
+    """Writes the figures so far as JSON, if anywhere. After each row: a GPU's time may end before the last one."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({**provenance(), **figures}, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -74,6 +75,35 @@ def test_what_an_implementation_refuses_is_named_and_the_others_measured(
     rows = compare.measure(kernel, compare.Case(8, 16, "float32"), "cpu", 0.0)
     assert rows["sdpa"] == {"not": "RuntimeError: no such head size"}
     assert rows["eager"]["ms"] > 0
+
+
+def test_an_error_that_gives_no_reason_is_named_too(kernel, compare, monkeypatch) -> None:
+    def refusing(case: object, device: str) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(compare, "eager", refusing)
+    rows = compare.measure(kernel, compare.Case(8, 16, "float32"), "cpu", 0.0)
+    assert rows["eager"] == {"not": "NotImplementedError: no reason given"}
+
+
+def test_what_differs_from_the_first_is_told_and_a_refusal_of_ours_is_no_success(
+    compare, monkeypatch, capsys, tmp_path
+) -> None:
+    row = {"peak_bytes_above_inputs": 1, "difference": 0.0, "ms": 1.0, "runs": 3}
+    measured = {
+        "global-1k": {"scattermoe": row, "sdpa": {**row, "difference": 0.3}},
+        "sliding-2k": {"scattermoe": {"not": "Shared: out of resource"}, "sdpa": row},
+    }
+    cases = {case: name for name, case in compare.CASES["cpu"].items()}
+    monkeypatch.setattr(compare, "measure", lambda kernel, case, *_: measured[cases[case]])
+    monkeypatch.setattr(compare, "dense_rate", lambda *_: 1.0)
+    output = tmp_path / "figures.json"
+    monkeypatch.setattr("sys.argv", ["_", "--cases", "global-1k,sliding-2k", "--output", str(output)])
+    with pytest.raises(SystemExit, match="scattermoe failed: sliding-2k"):
+        compare.main()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("30% off the first")]
+    assert [line.split()[0] for line in told] == ["sdpa"]
+    assert json.loads(output.read_text())["results"] == measured
 
 
 def test_a_case_that_our_own_kernel_refuses_is_measured_for_the_others(kernel, compare, monkeypatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,76 @@ def test_comparison_measures_one_layer_in_a_process_of_its_own(script, kernel) -
     # A step of microseconds is timed for as long as a slow one.
     assert row["repeats"] > 7
     assert 0 < row["share_of_dense_rate"] < 1
-    assert len(compare.provenance()["commit"].removesuffix("-dirty")) == 40
+    assert len(script("measuring").provenance()["commit"].removesuffix("-dirty")) == 40
+
+
+def test_a_row_that_fails_leaves_the_others_and_is_no_success(script, monkeypatch, capsys, tmp_path) -> None:
+    compare = script("compare")
+
+    def run_child(shape, implementation, device, build, unpacked=None):
+        if implementation == "grouped_mm":
+            raise compare.RowError("grouped_mm failed")
+        return {"ms": 1.0, "repeats": 7, "peak_bytes_above_weights": 1, "share_of_dense_rate": 0.5}
+
+    monkeypatch.setattr(compare, "run_child", run_child)
+    output = tmp_path / "a" / "figures.json"
+    arguments = ["--shapes", "small", "--implementations", "scattermoe,grouped_mm,eager"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, "--output", str(output)])
+    with pytest.raises(SystemExit, match=r"^grouped_mm failed$"):
+        compare.main()
+    assert list(json.loads(output.read_text())["results"]["small"]) == ["scattermoe", "eager"]
+    assert "grouped_mm    failed" in capsys.readouterr().out.splitlines()
+
+
+def test_figures_are_written_after_each_row(script, monkeypatch, tmp_path) -> None:
+    compare = script("compare")
+    output = tmp_path / "figures.json"
+
+    def run_child(shape, implementation, device, build, unpacked=None):
+        if implementation == "eager":
+            # As where the machine goes back.
+            raise KeyboardInterrupt
+        return {"ms": 1.0, "repeats": 7, "peak_bytes_above_weights": 1, "share_of_dense_rate": 0.5}
+
+    monkeypatch.setattr(compare, "run_child", run_child)
+    arguments = ["--shapes", "small", "--implementations", "scattermoe,eager"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, "--output", str(output)])
+    with pytest.raises(KeyboardInterrupt):
+        compare.main()
+    assert list(json.loads(output.read_text())["results"]["small"]) == ["scattermoe"]
+
+
+@pytest.mark.parametrize("path", ["", os.environ["PATH"]], ids=["without git", "without a repository"])
+def test_figures_of_a_copy_that_git_does_not_know_have_no_commit(script, monkeypatch, tmp_path, path) -> None:
+    measuring = script("measuring")
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setattr(measuring, "REPOSITORY", tmp_path)
+    found = measuring.provenance()
+    assert found["commit"] is None
+    assert found["versions"]["torch"]
+    assert measuring.installed("no-such-package") is None
+
+
+@pytest.mark.parametrize("least", [0.0, 0.02])
+def test_short_steps_are_timed_many_in_a_row(script, least) -> None:
+    waited = []
+    seconds, runs = script("measuring").median_seconds(
+        lambda: time.sleep(0.001), lambda: waited.append(0), least=least, budget=5.0
+    )
+    assert 0.001 <= seconds < 0.02
+    assert runs == 7
+    # One wait for the first step, one for each count that was tried: 1, 2, 4, 8 and 16 or 32 in a row.
+    assert len(waited) - runs in ((1,) if not least else (5, 6))
+
+
+@pytest.mark.parametrize("name", ["compare.py", "compare_attention.py", "benchmark_norm_rotary.py"])
+def test_a_comparison_for_a_gpu_says_where_there_is_none(name) -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / name), "--device", "cuda"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --device cuda: torch ")
+    assert done.stderr.endswith(" finds no GPU\n")
 
 
 @pytest.mark.parametrize(
