@@ -1,9 +1,11 @@
 """Times tile configurations on this machine's GPU, prints what it found and writes them for the kernel to ship.
 
-    PYTHONPATH=torch-ext python benchmarks/tune.py [--output torch-ext/scattermoe_lora/ops/tiles/sm_90.json]
+    PYTHONPATH=torch-ext python benchmarks/tune.py [--output FILE] [--minutes N] [--install]
 
-For every rule of the device's table the candidates are timed on a shape that the rule serves; the fastest replaces the
-rule's launch. A candidate that does not fit the GPU is left out. Routing is uniform: each expert has equally many rows.
+For every rule of the device's table, those of two bytes first, the candidates are timed on a shape that the rule
+serves; the fastest replaces the rule's launch. A candidate that does not fit the GPU, or computes something else than
+torch, is left out. Routing is uniform: each expert has equally many rows. The table is written after every rule; rules
+that ``--minutes`` leaves no time for keep their launches. ``--install`` also writes it over the table that ships.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -23,6 +28,7 @@ import triton
 from scattermoe_lora.ops import tiles
 from scattermoe_lora.ops.grouped_linear import gpu
 from scattermoe_lora.ops.routing import sort_by_expert
+from triton.runtime.errors import PTXASError
 from triton.testing import do_bench
 
 EXPERTS = 32
@@ -31,18 +37,38 @@ ROWS, WIDE = 512, 2816
 SIDES = (16, 32, 64, 128, 256)
 
 
+# How many tiles, and then launches, are looked at again.
+BEST_TILES, BEST_LAUNCHES = 3, 3
+# Of a candidate, nearly all of it to compile it: 0.3 to 0.6 on one core, more for the largest tiles.
+SECONDS = 0.7
+# By how much a launch's result may differ from torch's: rounding makes less of a difference, a lost block more.
+CLOSE = 0.01
+
+Launch = dict[str, int]
+# Milliseconds of a launch, or None where it cannot run; measured for longer where that is asked for.
+Timer = Callable[[Launch, bool], "float | None"]
+
+
 @dataclass(frozen=True)
 class Found:
-    """What tuning one rule gave: milliseconds of the launch it had, and of the fastest one."""
+    """What tuning one rule gave: milliseconds of the launch it had, and of the fastest; None where none was timed."""
 
     kernel: str
     rule: tiles.Rule
-    before: float
-    launch: dict[str, int]
-    after: float
+    before: float | None
+    launch: Launch
+    after: float | None
 
 
-def candidates(kernel: str, rule: tiles.Rule) -> Iterator[dict[str, int]]:
+@dataclass(frozen=True)
+class Problem:
+    """A product that a rule serves, on the GPU, as a call to time, and torch's result of it."""
+
+    call: Callable[[], torch.Tensor]
+    expected: torch.Tensor
+
+
+def candidates(kernel: str, rule: tiles.Rule) -> Iterator[Launch]:
     """Launches worth timing: blocks that the rule's shapes fill, and 2 to 128 results a thread, of whose 255 registers
     the rest holds addresses."""
     sides, limits = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), (rule.rows, rule.n, rule.k)
@@ -60,45 +86,121 @@ def candidates(kernel: str, rule: tiles.Rule) -> Iterator[dict[str, int]]:
                 yield {**launch, "num_warps": warps, "num_stages": stages}
 
 
-def problem(kernel: str, rule: tiles.Rule) -> Callable[[], torch.Tensor]:
-    """A product that the rule serves, on the GPU, as a call to time."""
+def tile(launch: Launch) -> tuple[int, ...]:
+    """A launch's blocks; the first two are those of the result."""
+    return tuple(value for name, value in launch.items() if name.startswith("BLOCK"))
+
+
+def results_a_thread(launch: Launch) -> float:
+    rows, columns, _ = tile(launch)
+    return rows * columns / (32 * launch["num_warps"])
+
+
+def search(launches: Sequence[Launch], clock: Timer) -> list[tuple[float, Launch]]:
+    """The fastest few of ``launches`` and their milliseconds, fastest first, without timing them all.
+
+    Each tile is timed with three stages (two where they do not fit) and as few warps as leave a thread at most 64
+    results; the best tiles with every number of warps and stages; and the best of all these again, for longer.
+    """
+    by_tile: dict[tuple[int, ...], list[int]] = {}
+    for index, launch in enumerate(launches):
+        by_tile.setdefault(tile(launch), []).append(index)
+    timed: dict[int, float] = {}
+
+    def look(index: int) -> bool:
+        milliseconds = clock(launches[index], False)
+        if milliseconds is not None:
+            timed[index] = milliseconds
+        return milliseconds is not None
+
+    def best(count: int) -> list[int]:
+        return sorted(timed, key=timed.__getitem__)[:count]
+
+    def heavy(index: int) -> tuple[bool, int]:
+        return results_a_thread(launches[index]) > 64, launches[index]["num_warps"]
+
+    for same in by_tile.values():
+        for stages in (3, 2):
+            if look(min((index for index in same if launches[index]["num_stages"] == stages), key=heavy)):
+                break
+    for chosen in best(BEST_TILES):
+        for index in by_tile[tile(launches[chosen])]:
+            if index not in timed:
+                look(index)
+    again = [(clock(launches[index], True), launches[index]) for index in best(BEST_LAUNCHES)]
+    return sorted(((ms, launch) for ms, launch in again if ms is not None), key=lambda pair: pair[0])
+
+
+def problem(kernel: str, rule: tiles.Rule, device: str = "cuda") -> Problem:
+    """A product that the rule serves."""
     dtype = torch.bfloat16 if rule.bytes == 2 else torch.float32
     rows, n, k = rule.rows or ROWS, rule.n or WIDE, rule.k or WIDE
-    index = torch.arange(EXPERTS, device="cuda").repeat(rows).view(-1, 1)
+    index = torch.arange(EXPERTS, device=device).repeat(rows).view(-1, 1)
     order, offsets = sort_by_expert(index, EXPERTS)
-    left = torch.randn(EXPERTS * rows, k, device="cuda", dtype=dtype)
+    left = torch.randn(EXPERTS * rows, k, device=device, dtype=dtype)
     if kernel == "grouped_matmul":
-        weight = torch.randn(EXPERTS, n, k, device="cuda", dtype=dtype)
-        return lambda: gpu.grouped_matmul(left, weight, order, offsets, top_k=1)
-    right = torch.randn(EXPERTS * rows, n, device="cuda", dtype=dtype)
-    return lambda: gpu.grouped_outer(left, right, order, offsets, top_k_q=1)
+        weight = torch.randn(EXPERTS, n, k, device=device, dtype=dtype)
+        expected = (gathered(left) @ weight.mT).reshape(-1, n)
+        return Problem(lambda: gpu.grouped_matmul(left, weight, order, offsets, top_k=1), expected)
+    right = torch.randn(EXPERTS * rows, n, device=device, dtype=dtype)
+    # In the backward one side is in sorted order as it is.
+    expected = left.view(EXPERTS, rows, k).mT @ gathered(right)
+    return Problem(lambda: gpu.grouped_outer(left, right, order, offsets, top_k_q=1), expected)
 
 
-def milliseconds(call: Callable[[], torch.Tensor], launch: dict[str, int]) -> float | None:
-    """Median time of ``call`` with this launch, or None where the GPU cannot run it."""
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    """``[E, rows, *]``: each expert's rows, which are as far apart as there are experts."""
+    return x.view(-1, EXPERTS, x.shape[1]).transpose(0, 1)
+
+
+@contextmanager
+def launched(launch: Mapping[str, int]) -> Iterator[None]:
     with mock.patch.object(tiles, "launch", return_value=launch):
+        yield
+
+
+def milliseconds(call: Callable[[], torch.Tensor], launch: Launch, longer: bool) -> float | None:
+    """Median time of ``call`` with this launch, or None where the GPU cannot run it."""
+    with launched(launch):
         try:
-            return float(do_bench(call, return_mode="median"))
-        except (triton.OutOfResources, triton.CompilationError):
+            return float(do_bench(call, *((25, 100) if longer else (1, 10)), return_mode="median"))
+        except (triton.OutOfResources, triton.CompilationError, PTXASError):
+            return None
+        except RuntimeError as error:
+            # Of no kind of its own.
+            if "PassManager" not in str(error):
+                raise
             return None
 
 
+def is_right(given: Problem, launch: Launch) -> bool:
+    """Whether a launch computes what torch computes."""
+    with launched(launch):
+        difference = (given.call().float() - given.expected.float()).norm() / given.expected.float().norm()
+    return bool(difference < CLOSE)
+
+
 def tune(kernel: str, rule: tiles.Rule) -> Found:
-    """Time all candidates for one rule."""
-    call = problem(kernel, rule)
-    before = milliseconds(call, dict(rule.launch))
-    timed = [
-        (time, launch)
-        for launch in candidates(kernel, rule)
-        if (time := milliseconds(call, launch)) is not None
-    ]
-    if before is not None:
-        timed.append((before, dict(rule.launch)))
-    after, launch = min(timed, key=lambda pair: pair[0])
-    return Found(kernel, rule, float("inf") if before is None else before, launch, after)
+    """Time the candidates for one rule, and the launch that it has."""
+    given = problem(kernel, rule)
+
+    def clock(launch: Launch, longer: bool) -> float | None:
+        return milliseconds(given.call, launch, longer)
+
+    own = dict(rule.launch)
+    before = clock(own, True)
+    best, after = own, before
+    for took, launch in search(list(candidates(kernel, rule)), clock):
+        if after is not None and took >= after:
+            break
+        if is_right(given, launch):
+            best, after = launch, took
+            break
+        print(f"{kernel}: {launch} computes something else than torch", flush=True)
+    return Found(kernel, rule, before, best, after)
 
 
-def render(measured: dict[str, str], found: list[Found]) -> str:
+def render(measured: Mapping[str, str] | None, found: list[Found]) -> str:
     """The table's file, one rule a line, as :func:`scattermoe_lora.ops.tiles.load` reads it."""
     parts = [f'  "measured": {json.dumps(measured)}']
     for kernel, group in itertools.groupby(found, key=lambda each: each.kernel):
@@ -113,30 +215,70 @@ def render(measured: dict[str, str], found: list[Found]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def estimate(rules: Sequence[tuple[str, tiles.Rule]]) -> tuple[int, float]:
+    """About how many launches are timed for the rules, and the minutes that takes."""
+    count = sum(len({tile(each) for each in candidates(*rule)}) + 5 * BEST_TILES for rule in rules)
+    return count, SECONDS * count / 60
+
+
+def tune_all(
+    rules: Sequence[tuple[str, tiles.Rule]],
+    minutes: float,
+    keep: Callable[[list[Found], int], None],
+    one: Callable[[str, tiles.Rule], Found] = tune,
+) -> None:
+    """Tunes rule by rule, those of two bytes first, and hands ``keep`` the table so far, in the order of ``rules``, and
+    how many of it were timed. No rule is begun after ``minutes``."""
+    begin = time.monotonic()
+    found = [Found(kernel, rule, None, dict(rule.launch), None) for kernel, rule in rules]
+    for done, i in enumerate(sorted(range(len(rules)), key=lambda i: rules[i][1].bytes)):
+        if time.monotonic() - begin >= 60 * minutes:
+            print(
+                f"{len(rules) - done} of {len(rules)} rules keep their launches: the time is up", flush=True
+            )
+            return
+        kernel, rule = rules[i]
+        found[i] = each = one(kernel, rule)
+        times = ["none" if ms is None else f"{ms:.4f}" for ms in (each.before, each.after)]
+        shape = f"bytes {rule.bytes}, rows {rule.rows}, n {rule.n}, k {rule.k}"
+        print(
+            f"{time.monotonic() - begin:>4.0f} s  {kernel} {shape}: {times[0]} -> {times[1]} ms, {each.launch}",
+            flush=True,
+        )
+        keep(found, done + 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="write the table here")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no rule after as many")
+    parser.add_argument("--install", action="store_true", help="write over the table that this GPU takes")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: tuning times kernels on a GPU, and this machine has none")
     device = tiles.table_of(torch.device("cuda", torch.cuda.current_device()))
-    found = []
-    for kernel, rules in tiles.load(device).rules.items():
-        for rule in rules:
-            each = tune(kernel, rule)
-            found.append(each)
-            shape = f"bytes {rule.bytes}, rows {rule.rows}, n {rule.n}, k {rule.k}"
-            print(f"{kernel} {shape}: {each.before:.4f} -> {each.after:.4f} ms, {each.launch}", flush=True)
-    measured = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    if arguments.output:
-        arguments.output.write_text(render(measured, found))
+    if arguments.install and device == tiles.DEFAULT:
+        sys.exit("error: --install: this GPU has no table of its own, and the default serves others, too")
+    rules = [(kernel, rule) for kernel, rules in tiles.load(device).rules.items() for rule in rules]
+    count, minutes = estimate(rules)
+    print(f"{device}: {len(rules)} rules, {count} launches to time: about {minutes:.0f} minutes", flush=True)
+
+    def keep(found: list[Found], timed: int) -> None:
+        measured = {
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "rules": f"{timed} of {len(rules)}",
+        }
+        for path in (arguments.output, tiles.TILES / f"{device}.json" if arguments.install else None):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(render(measured, found))
+
+    tune_all(rules, arguments.minutes, keep)
 
 
 if __name__ == "__main__":

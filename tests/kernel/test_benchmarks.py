@@ -62,29 +62,6 @@ def script():
     return load
 
 
-def test_tuning_considers_every_launch_that_ships_and_writes_tables_as_they_are_read(script) -> None:
-    tune = script("tune")
-    for device in tune.tiles.available():
-        found = []
-        for kernel, rules in tune.tiles.load(device).rules.items():
-            for rule in rules:
-                candidates = list(tune.candidates(kernel, rule))
-                assert all(set(each) == set(rule.launch) for each in candidates)
-                if rule.launch["num_stages"] <= 4:
-                    assert dict(rule.launch) in candidates
-                found.append(tune.Found(kernel, rule, 1.0, dict(rule.launch), 1.0))
-        file = tune.tiles.TILES / f"{device}.json"
-        assert tune.render(None, found) == file.read_text()
-
-
-def test_tuning_without_a_gpu_says_so() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "torch-ext"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "tune.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "error: tuning times kernels on a GPU, and this machine has none\n"
-
-
 def test_comparison_measures_one_layer_in_a_process_of_its_own(script, kernel) -> None:
     compare = script("compare")
     tiny = compare.Shape(experts=4, hidden=32, intermediate=16, top_k=2, tokens=8, dtype="float32")

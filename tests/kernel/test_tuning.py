@@ -1,0 +1,200 @@
+"""Tuning finds the fastest launch of a rule in bounded time, and writes tables as they are read."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDERS = [REPOSITORY / "benchmarks", REPOSITORY / "torch-ext"]
+
+
+@pytest.fixture(scope="module")
+def tune():
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in FOLDERS:
+            patch.syspath_prepend(folder)
+        return importlib.import_module("tune")
+
+
+def test_tuning_considers_every_launch_that_ships_and_writes_tables_as_they_are_read(tune) -> None:
+    for device in tune.tiles.available():
+        found = []
+        for kernel, rules in tune.tiles.load(device).rules.items():
+            for rule in rules:
+                candidates = list(tune.candidates(kernel, rule))
+                assert all(set(each) == set(rule.launch) for each in candidates)
+                if rule.launch["num_stages"] <= 4:
+                    assert dict(rule.launch) in candidates
+                found.append(tune.Found(kernel, rule, 1.0, dict(rule.launch), 1.0))
+        file = tune.tiles.TILES / f"{device}.json"
+        assert tune.render(tune.tiles.load(device).measured, found) == file.read_text()
+
+
+def test_tuning_without_a_gpu_says_so() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "torch-ext"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "tune.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: tuning times kernels on a GPU, and this machine has none\n"
+
+
+@pytest.fixture
+def rules(tune):
+    return [(kernel, rule) for kernel, rules in tune.tiles.load("sm_90").rules.items() for rule in rules]
+
+
+class Clock:
+    """Gives launches made-up times, and counts."""
+
+    def __init__(self, milliseconds) -> None:
+        self.milliseconds, self.short, self.long = milliseconds, 0, 0
+
+    def __call__(self, launch, longer):
+        self.short, self.long = self.short + (not longer), self.long + longer
+        return self.milliseconds(launch)
+
+
+def smooth(launch):
+    """As on a GPU: larger tiles take fewer reads, up to a point, and warps and stages change less than tiles do."""
+    blocks = [value for name, value in launch.items() if name.startswith("BLOCK")]
+    far = sum(
+        abs(block.bit_length() - best.bit_length())
+        for block, best in zip(blocks, (128, 128, 64), strict=True)
+    )
+    return 1 + far + 0.2 * (launch["num_warps"] != 8) + 0.1 * (launch["num_stages"] != 4)
+
+
+def test_search_finds_the_fastest_launch_and_times_a_third_of_them(tune, rules) -> None:
+    total = looked = 0
+    for kernel, rule in rules:
+        launches, clock = list(tune.candidates(kernel, rule)), Clock(smooth)
+        found = tune.search(launches, clock)
+        assert found[0] == (min(map(smooth, launches)), min(launches, key=smooth))
+        assert clock.long == len(found) <= tune.BEST_LAUNCHES
+        total, looked = total + len(launches), looked + clock.short
+    assert looked < total / 3
+    # What is said before it begins.
+    assert looked == pytest.approx(tune.estimate(rules)[0], rel=0.1)
+
+
+def test_a_tile_that_fits_with_two_stages_alone_is_found_and_one_that_does_not_run_is_left_out(
+    tune, rules
+) -> None:
+    kernel, rule = next(pair for pair in rules if (pair[1].rows, pair[1].n, pair[1].k) == (None, None, None))
+    launches = list(tune.candidates(kernel, rule))
+    best = {name: max(each[name] for each in launches) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+
+    def large_is_fast(launch):
+        blocks = [launch[name] for name in best]
+        if launch["num_stages"] > 2 and blocks[0] * blocks[1] > 128 * 128:
+            return None
+        return 1e6 / (blocks[0] * blocks[1] * blocks[2])
+
+    (milliseconds, launch), *_ = tune.search(launches, Clock(large_is_fast))
+    assert launch["num_stages"] == 2
+    assert launch["BLOCK_M"] * launch["BLOCK_N"] > 128 * 128
+    assert milliseconds == large_is_fast(launch)
+    assert tune.search(launches, lambda launch, longer: None) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "triton.OutOfResources(300000, 232448, 'shared memory')",
+        "PTXASError('bad')",
+        "RuntimeError('PassManager::run failed')",
+    ],
+)
+def test_a_launch_that_cannot_run_has_no_time(tune, monkeypatch, error) -> None:
+    def failing(*_, **__):
+        raise eval(error, vars(tune))
+
+    monkeypatch.setattr(tune, "do_bench", failing)
+    assert tune.milliseconds(lambda: None, {}, True) is None
+
+
+def test_an_error_of_the_gpu_ends_tuning(tune, monkeypatch) -> None:
+    def failing(*_, **__):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "do_bench", failing)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tune.milliseconds(lambda: None, {}, True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "taken"), [([], "first"), (["first"], "second"), (["first", "second"], "own")]
+)
+def test_a_launch_that_computes_something_else_is_not_taken(
+    tune, rules, monkeypatch, capsys, wrong, taken
+) -> None:
+    kernel, rule = rules[0]
+    launches = list(tune.candidates(kernel, rule))
+    named = {"own": dict(rule.launch), "first": launches[1], "second": launches[2]}
+    results = {name: torch.full((4,), 2.0 if name in wrong else 1.0) for name in named}
+    running = []
+    monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: 3.0)
+    monkeypatch.setattr(tune, "search", lambda *_: [(1.0, named["first"]), (2.0, named["second"])])
+
+    def call():
+        (name,) = (name for name, launch in named.items() if launch == tune.tiles.launch())
+        running.append(name)
+        return results[name]
+
+    monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(call, torch.ones(4)))
+    found = tune.tune(kernel, rule)
+    assert found.launch == named[taken]
+    assert (found.before, found.after) == (3.0, {"first": 1.0, "second": 2.0, "own": 3.0}[taken])
+    assert capsys.readouterr().out.count("computes something else than torch") == len(wrong)
+
+
+def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeypatch, capsys) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: 10 * next(clock)))
+    kept = []
+
+    def one(kernel, rule):
+        return tune.Found(kernel, rule, 2.0, {**rule.launch, "num_stages": 2}, 1.0)
+
+    tune.tune_all(rules, 1.0, lambda found, timed: kept.append((list(found), timed)), one)
+    found, timed = kept[-1]
+    assert 0 < timed == len(kept) < len(rules)
+    assert [(each.kernel, each.rule) for each in found] == rules
+    done = [each for each in found if each.after is not None]
+    assert len(done) == timed
+    assert {each.rule.bytes for each in done} == {2}
+    assert all(each.launch == dict(each.rule.launch) for each in found if each.after is None)
+    assert (
+        f"{len(rules) - timed} of {len(rules)} rules keep their launches: the time is up"
+        in capsys.readouterr().out
+    )
+
+
+# Triton decides at its import whether it interprets: a process of its own.
+PROBLEMS = """
+import tune
+tune.EXPERTS, tune.ROWS, tune.WIDE = 3, 20, 64
+for kernel, rules in tune.tiles.load("sm_90").rules.items():
+    for rule in rules:
+        if rule.bytes == 4:
+            given = tune.problem(kernel, rule, "cpu")
+            print(tune.is_right(given, dict(rule.launch)), end=" ")
+            wrong = tune.Problem(lambda: 1.02 * given.call(), given.expected)
+            assert not tune.is_right(wrong, dict(rule.launch))
+"""
+
+
+def test_what_is_timed_computes_what_torch_computes() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBLEMS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == 7 * ["True"], done.stderr
