@@ -4,7 +4,7 @@ VENV := .venv
 CONSUMER := .venv-consumer
 BIN := $(VENV)/bin
 
-.PHONY: setup publish test fuzz lint bench bench-hub compile clean
+.PHONY: setup publish test fuzz lint bench bench-hub compile gpu clean
 
 setup: $(VENV)/.ready $(CONSUMER)/.ready
 
@@ -51,6 +51,10 @@ bench-hub: $(VENV)/.ready
 # Every Triton kernel and tile configuration that ships, for every architecture; needs no GPU.
 compile: $(VENV)/.ready
 	$(BIN)/python -m kernelpress.aot
+
+# All that needs a GPU, with any Python that has torch for it: `make gpu PYTHON=python3 GPU="--minutes 30 --wheels wheels"`.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 clean:
 	rm -rf build .hub $(VENV) $(CONSUMER)
