@@ -38,6 +38,25 @@ def test_kernels_benchmark_runs_and_verifies_every_workload(classes, run, name: 
     assert timing.ref_mean_ms > 0
 
 
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_verifies_in_the_dtype_of_a_gpu(classes, run, monkeypatch, name: str) -> None:
+    monkeypatch.setitem(classes[name].setup.__globals__["DTYPES"], "cpu", "bfloat16")
+    (timing,) = run(classes[name]).values()
+    assert timing.verified is True
+
+
+def test_a_result_of_zeros_does_not_verify_with_as_many_tokens_as_on_a_gpu(classes, run, monkeypatch) -> None:
+    tokens = classes["GlobalDecode"].setup.__globals__["TOKENS"]
+    monkeypatch.setitem(tokens, "cpu", tokens["cuda"])
+
+    class Wrong(classes["GlobalDecode"]):
+        def forward(self):
+            return torch.zeros_like(self.q)
+
+    with pytest.raises(RuntimeError, match="Verification failed"):
+        run(Wrong)
+
+
 def test_a_kernel_that_does_not_see_the_window_does_not_verify(classes, run) -> None:
     class Wrong(classes["SlidingTraining"]):
         def forward(self):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_kernels_benchmark_runs_and_verifies_every_workload(classes, run, name) 
     assert timing.verified is True
     assert timing.mean_ms > 0
     assert timing.ref_mean_ms > 0
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_verifies_in_the_dtype_and_with_the_sizes_of_a_gpu(
+    classes, run, monkeypatch, name
+) -> None:
+    sizes = classes[name].setup.__globals__
+    monkeypatch.setitem(sizes, "CPU", replace(sizes["GPU"], experts=16, tokens=256))
+    (timing,) = run(classes[name]).values()
+    assert timing.verified is True
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

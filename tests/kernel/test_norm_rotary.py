@@ -329,13 +329,16 @@ if not TRITON:
             assert compiled.spilled == 0
             assert compiled.registers > 0
 
+    # On a GPU it is the second.
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("name", ["Forward", "Training"])
-    def test_kernels_benchmark_runs_and_verifies_the_workload(kernel, name) -> None:
+    def test_kernels_benchmark_runs_and_verifies_the_workload(kernel, monkeypatch, name, dtype) -> None:
         from kernels.cli.benchmark import discover_benchmark_classes, run_benchmark_class
 
         script = REPOSITORY / "benchmarks" / "benchmark_norm_rotary.py"
         classes = {each.__name__: each for each in discover_benchmark_classes(script, REPOSITORY)}
         assert set(classes) == {"Forward", "Training"}
+        monkeypatch.setitem(classes[name].setup.__globals__["DTYPES"], "cpu", (dtype,))
         built = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
         (timing,) = run_benchmark_class(classes[name], 1, 0, str(built.parent), True, "local")[0].values()
         assert timing.verified is True
