@@ -79,6 +79,8 @@ def steps(folder: Path, wheels: Path | None, install: bool) -> list[Step]:
     def pytest(*options: str) -> list[str]:
         return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
 
+    # Each is a process that compiles for minutes on one core.
+    parallel = ["-n", "5", "--dist", "worksteal"] if find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer")
     on_gpu = {
         "KERNEL_TESTS_DEVICE": "cuda",
@@ -88,9 +90,9 @@ def steps(folder: Path, wheels: Path | None, install: bool) -> list[Step]:
     attention, norms = folder / "attention.json", folder / "norm_rotary.json"
     tune = script("tune.py", "--output", str(folder / "tiles.json"), "--minutes", "{minutes}")
     return [
-        Step("tests", pytest("-v", "-m", "gpu", "tests/kernel"), 10),
+        Step("tests", pytest("-v", "-m", "gpu", *parallel, "tests/kernel"), 15),
         Step("compare", compare("compare.json"), 10),
-        Step("attention", script("compare_attention.py", "--device", "cuda", "--output", str(attention)), 10),
+        Step("attention", script("compare_attention.py", "--device", "cuda", "--output", str(attention)), 12),
         Step("norm_rotary", script("benchmark_norm_rotary.py", "--device", "cuda", "--output", str(norms)), 4),
         Step("tune", [*tune, *(["--install"] if install else [])], 15),
         *([Step("compare-tuned", compare("compare-tuned.json"), 10, after="tune")] if install else []),

@@ -12,10 +12,15 @@ import httpx2
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
-# Triton's interpreter runs each program in numpy, one after the other.
-settings.register_profile(
-    "random", max_examples=6 if os.environ.get("TRITON_INTERPRET") == "1" else 40, deadline=None
-)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton's interpreter runs each program in numpy, one after the other.
+    examples = 6
+elif os.environ.get("KERNEL_TESTS_DEVICE", "cpu") != "cpu":
+    # Of each new shape on a GPU, some ten kernels are compiled.
+    examples = 12
+else:
+    examples = 40
+settings.register_profile("random", max_examples=examples, deadline=None)
 settings.register_profile(
     "repeatable",
     settings.get_profile("random"),
