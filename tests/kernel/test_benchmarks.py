@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from kernels.cli.benchmark import discover_benchmark_classes, run_benchmark_class
@@ -132,16 +132,22 @@ def test_figures_of_a_copy_that_git_does_not_know_have_no_commit(script, monkeyp
     assert measuring.installed("no-such-package") is None
 
 
-@pytest.mark.parametrize("least", [0.0, 0.02])
-def test_short_steps_are_timed_many_in_a_row(script, least) -> None:
-    waited = []
-    seconds, runs = script("measuring").median_seconds(
-        lambda: time.sleep(0.001), lambda: waited.append(0), least=least, budget=5.0
+@pytest.mark.parametrize(("least", "tried"), [(0.0, []), (0.02, [1, 2, 4, 8, 16, 32])])
+def test_short_steps_are_timed_many_in_a_row(script, monkeypatch, least, tried) -> None:
+    measuring = script("measuring")
+    events = []
+
+    def now() -> float:
+        return 0.001 * events.count("step")
+
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=now))
+    seconds, runs = measuring.median_seconds(
+        lambda: events.append("step"), lambda: events.append("wait"), repeats=7, least=least
     )
-    assert 0.001 <= seconds < 0.02
+    assert seconds == pytest.approx(0.001)
     assert runs == 7
-    # One wait for the first step, one for each count that was tried: 1, 2, 4, 8 and 16 or 32 in a row.
-    assert len(waited) - runs in ((1,) if not least else (5, 6))
+    in_a_row = [part.count("step") for part in "|".join(events).split("wait")[:-1]]
+    assert in_a_row == [1, *tried, *(7 * (tried[-1:] or [1]))]
 
 
 @pytest.mark.parametrize("name", ["compare.py", "compare_attention.py", "benchmark_norm_rotary.py"])
