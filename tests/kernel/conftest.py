@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import INTERPRETED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -64,3 +65,13 @@ def said(caplog: pytest.LogCaptureFixture, submodule: Callable[[str], ModuleType
     logger = submodule("integration.attention_paths").__name__
     caplog.set_level(logging.INFO, logger)
     return lambda: [record.getMessage() for record in caplog.records if record.name == logger]
+
+
+@pytest.fixture
+def bfloat16(submodule, monkeypatch) -> torch.dtype:
+    """``torch.bfloat16``, which Triton's interpreter computes rightly while the test runs."""
+    if INTERPRETED:
+        from interpreted_bfloat16 import install
+
+        install(monkeypatch, submodule("ops.dispatch"))
+    return torch.bfloat16

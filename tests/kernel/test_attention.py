@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import INTERPRETED, TRITON
+from helpers import TRITON
 
 # The interpreter multiplies float32 and float16; native code float64, too, where a wrong formula cannot hide.
 EXACT = torch.float32 if TRITON else torch.float64
@@ -137,9 +137,8 @@ def test_result_and_gradients_match_the_reference(kernel, expected, name) -> Non
 @pytest.mark.parametrize(
     "name", ["decoding in a window", "8 heads on one", "packed", "softcap", "head of 512"]
 )
-@pytest.mark.parametrize(
-    "dtype", [torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("bfloat16")
 def test_every_dtype_is_summed_in_float32(kernel, expected, name, dtype) -> None:
     check(kernel, expected, CASES[name], dtype)
 

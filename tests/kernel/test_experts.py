@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import AWKWARD, INTERPRETED, Shape, assert_close, error, experts_module, low_rank, route
+from helpers import AWKWARD, Shape, assert_close, error, experts_module, low_rank, route
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -168,11 +168,8 @@ def test_nan_in_one_token_stays_in_that_token(kernel) -> None:
     assert not out[[0, 1, 2, 4, 5, 6]].isnan().any()
 
 
-# Triton's interpreter multiplies the bits of bfloat16 as integers.
-HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("bfloat16")
 def test_half_precision_is_as_close_to_the_truth_as_the_merged_eager_path(kernel, submodule, dtype) -> None:
     shape = Shape(tokens=33, experts=4, top_k=2, hidden=96, intermediate=64, rank=8)
     module, x, index, weights, lora, grad_out = problem(
