@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers import AWKWARD, assert_close, low_rank, route
+from packaging.version import Version
 from peft import LoraConfig, inject_adapter_in_model
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -133,6 +135,19 @@ def test_the_default_backend_compiles_it(
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for tokens in (5, 9):
         assert_compiled_agrees(compiled, layer, tokens)
+
+
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="PEFT before 0.20 fails on a bias in its own path"
+)
+def test_pefts_own_path_compiles(registered: ModuleType) -> None:
+    torch._dynamo.reset()
+    config = LoraConfig(r=3, init_lora_weights=False, target_parameters=["experts.down_proj_bias"])
+    base = build(CLASSES["GptOssExperts"], torch.float32)
+    base.config = SimpleNamespace(_experts_implementation="scattermoe")
+    layer = inject_adapter_in_model(config, Layer(base))
+    with pytest.warns(UserWarning, match="down_proj_bias is none of the weights"):
+        assert_compiled_agrees(torch.compile(layer, backend="aot_eager"), layer, tokens=5)
 
 
 def operator_arguments(

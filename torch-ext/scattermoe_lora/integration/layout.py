@@ -49,7 +49,12 @@ def read_weights(module: Any) -> Weights:
 
 
 def _parameter(module: Any, name: str) -> torch.Tensor:
-    parameter = getattr(module, name, None)
+    # PEFT's own path makes a property of a parameter. Asked whether the module has it, the compiler evaluates it in
+    # earnest, which fills torch's cache of such properties and fails the guard that it was empty.
+    try:
+        parameter = getattr(module, name)
+    except AttributeError:
+        parameter = None
     if not isinstance(parameter, torch.Tensor):
         raise NotImplementedError(
             f"scattermoe: {type(module).__name__}: expected a parameter {name} by its layout "
