@@ -101,6 +101,18 @@ def test_float32_adapters_over_a_bfloat16_base(registered: ModuleType) -> None:
         assert (o.double() - true).norm() <= 1.1 * (t.double() - true).norm()
 
 
+def test_bfloat16_adapters_over_a_float32_base(registered: ModuleType) -> None:
+    # lora_alpha=7 of r=3: a scaling that bfloat16 does not multiply by without rounding.
+    model, arguments = adapted(lora(lora_alpha=7)), inputs()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    ours, theirs = run(model, "scattermoe", arguments), run(model, "eager", arguments)
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    assert_close(ours[:3], theirs[:3], 2e-5)
+    assert_close(ours[3:], theirs[3:], 2**-7)
+
+
 # PEFT 0.19 allows one adapter on parameters.
 several_adapters = pytest.mark.skipif(
     Version(peft.__version__) < Version("0.20"),
