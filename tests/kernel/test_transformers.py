@@ -94,6 +94,17 @@ def test_a_gate_of_the_modules_own_runs(kernel: ModuleType) -> None:
     assert_close(got, [out, *torch.autograd.grad(out.square().sum(), leaves)], 1e-4)
 
 
+def test_an_activation_derived_from_a_known_one_runs_as_it_is(kernel: ModuleType) -> None:
+    class Doubled(torch.nn.SiLU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    module = experts_module(AWKWARD[1])
+    module.act_fn = Doubled()
+    arguments = torch.randn(7, 33), route(AWKWARD[1]), torch.rand(7, 3)
+    assert_close([kernel.experts_forward(module, *arguments)], [module(*arguments)], 1e-5)
+
+
 def test_autocast_keeps_the_dtype_of_the_hidden_states(kernel: ModuleType) -> None:
     module = experts_module(AWKWARD[1], dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

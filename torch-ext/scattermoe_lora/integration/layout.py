@@ -86,11 +86,13 @@ def fused_gate(module: Any) -> Gate | None:
 def _activation_name(act_fn: Any) -> str | None:
     from transformers import activations
 
-    if act_fn is F.silu or isinstance(act_fn, (torch.nn.SiLU, activations.SiLUActivation)):
+    # Of these classes themselves: what is derived from one may compute anything.
+    kind = type(act_fn)
+    if act_fn is F.silu or kind in (torch.nn.SiLU, activations.SiLUActivation):
         return "silu"
-    if isinstance(act_fn, (activations.GELUTanh, activations.NewGELUActivation)):
+    if kind in (activations.GELUTanh, activations.NewGELUActivation):
         return "gelu_tanh"
-    if act_fn is F.gelu or isinstance(act_fn, activations.GELUActivation):
+    if act_fn is F.gelu or kind is activations.GELUActivation:
         return "gelu"
     return None
 
