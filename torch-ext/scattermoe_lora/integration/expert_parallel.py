@@ -18,13 +18,20 @@ from .checks import LowRank
 _HANDED = "_scattermoe_lora"
 
 
-def is_split(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is spread over processes, and this one holds a part of it."""
+def is_split(experts: Any, parameter: torch.Tensor) -> bool:
+    """Whether a parameter of the experts module is spread over processes, and its forward sees this one's part."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
-    return isinstance(parameter, DTensor)
+    if not isinstance(parameter, DTensor):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    # FSDP2 around the experts themselves, alone, gathers them for their forward. Whatever else split them, too, has
+    # made another dimension of the mesh.
+    dimensions = sum(not placement.is_replicate() for placement in parameter.placements)
+    return not (isinstance(experts, FSDPModule) and dimensions == 1)
 
 
 def check_split(experts: Any, name: str, parameter: Any) -> None:

@@ -50,7 +50,7 @@ def hook(names: Collection[str]) -> None:
             )
         index = args[0] if args else kwargs.get("top_k_index")
         parameter, experts = self.get_param(), self.get_base_layer()
-        split = is_split(parameter)
+        split = is_split(experts, parameter)
         if split:
             check_split(experts, self.parameter_name, parameter)
         factors = active_factors(self, None if split else _few_experts(index, self.num_experts))
