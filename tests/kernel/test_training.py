@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -148,6 +150,56 @@ def test_pefts_own_path_compiles(registered: ModuleType) -> None:
     layer = inject_adapter_in_model(config, Layer(base))
     with pytest.warns(UserWarning, match="down_proj_bias is none of the weights"):
         assert_compiled_agrees(torch.compile(layer, backend="aot_eager"), layer, tokens=5)
+
+
+class Dequantized(torch.nn.Module):
+    """What bitsandbytes makes of an experts' weight: a small parameter, and the weight computed at each reading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readings: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(self, small: torch.Tensor) -> torch.Tensor:
+        weight = small.float() / 64
+        self.readings.append(weakref.ref(weight))
+        return weight
+
+
+def test_quantized_experts_train_and_are_computed_twice_a_forward(registered: ModuleType) -> None:
+    plain = build(CLASSES["Qwen3MoeExperts"], torch.float32)
+    plain.config = SimpleNamespace(_experts_implementation="scattermoe")
+    quantized = copy.deepcopy(plain)
+    computed = {}
+    for key in ("gate_up_proj", "down_proj"):
+        small = (getattr(plain, key).detach() * 64).round().to(torch.int8)
+        setattr(plain, key, torch.nn.Parameter(small.float() / 64, requires_grad=False))
+        setattr(quantized, key, torch.nn.Parameter(small, requires_grad=False))
+        computed[key] = Dequantized()
+        torch.nn.utils.parametrize.register_parametrization(quantized, key, computed[key], unsafe=True)
+    layers = [inject_adapter_in_model(LORA, Layer(experts)) for experts in (plain, quantized)]
+    # PEFT nests the wrappers in another order around parameters of the one kind than of the other.
+    wrappers = [
+        {m.parameter_name: m for m in each.modules() if hasattr(m, "parameter_name")} for each in layers
+    ]
+    for key, wrapper in wrappers[1].items():
+        wrapper.lora_A.load_state_dict(wrappers[0][key].lora_A.state_dict())
+        wrapper.lora_B.load_state_dict(wrappers[0][key].lora_B.state_dict())
+        computed[key].readings.clear()
+    held = []
+    base = layers[1].experts.get_base_layer()
+    base.register_forward_pre_hook(
+        lambda *_: held.extend(r() for weight in computed.values() for r in weight.readings)
+    )
+    arguments, results = layer_inputs(tokens=5), []
+    for layer, each in zip(layers, wrappers, strict=True):
+        out = layer(*arguments)
+        factors = [
+            getattr(each[key], name)["default"].weight for key in computed for name in ("lora_A", "lora_B")
+        ]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [arguments[0], *factors])])
+    assert_close(results[1], results[0], 1e-6)
+    assert [len(weight.readings) for weight in computed.values()] == [2, 2]
+    assert held == [None, None]
 
 
 def operator_arguments(

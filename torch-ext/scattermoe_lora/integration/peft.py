@@ -39,7 +39,9 @@ def hook(names: Collection[str]) -> None:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or not _runs_here(self, names):
             return inner[0](self, x, *args, **kwargs)
-        obstacle = _obstacle(self)
+        # Once: of a quantized weight behind a parametrization, each reading computes the whole.
+        parameter, experts = self.get_param(), self.get_base_layer()
+        obstacle = _obstacle(self, parameter.dtype)
         if obstacle is not None:
             _warn_once(obstacle)
             return inner[0](self, x, *args, **kwargs)
@@ -49,14 +51,15 @@ def hook(names: Collection[str]) -> None:
                 "scattermoe: LoRA on experts takes one set of adapters for all samples of a batch"
             )
         index = args[0] if args else kwargs.get("top_k_index")
-        parameter, experts = self.get_param(), self.get_base_layer()
         split = is_split(experts, parameter)
         if split:
             check_split(experts, self.parameter_name, parameter)
-        factors = active_factors(self, None if split else _few_experts(index, self.num_experts))
+        only = None if split else _few_experts(index, self.num_experts)
+        factors = active_factors(self, parameter.dtype, only)
         lora = kwargs.pop("lora", {})
         if factors is not None:
             lora = {**lora, self.parameter_name: own_part(factors, parameter) if split else factors}
+        del parameter  # What was computed does not stay while the experts run.
         if split and self.base_layer is experts:
             with handed(experts, lora):
                 return experts(x, *args, **kwargs)
@@ -96,15 +99,19 @@ def _runs_here(wrapper: Any, names: Collection[str]) -> bool:
     return hasattr(base, "has_gate") and getattr(config, "_experts_implementation", None) in names
 
 
-def _obstacle(wrapper: Any) -> str | None:
-    """Why a wrapper's adapters cannot be factors of the fused experts, or None where they can."""
+def _obstacle(wrapper: Any, dtype: torch.dtype) -> str | None:
+    """Why a wrapper's adapters cannot be factors of the fused experts, or None where they can.
+
+    Args:
+        wrapper: A ``peft.tuners.lora.layer.ParamWrapper``.
+        dtype: Of its parameter.
+    """
     experts = wrapper.get_base_layer()
     weights = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
     if wrapper.parameter_name not in weights:
         return f"{wrapper.parameter_name} is none of the weights {' and '.join(weights)}"
     if wrapper.num_experts == 1 and not wrapper._did_swap_in_out_features:
         return f"PEFT takes {wrapper.parameter_name} of a single expert for the weight of a plain layer"
-    dtype = wrapper.get_param().dtype
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"{wrapper.parameter_name} is of {dtype}"
     return None
@@ -131,7 +138,7 @@ def _few_experts(index: Any, experts: int) -> torch.Tensor | None:
 
 
 def active_factors(
-    wrapper: Any, only: torch.Tensor | None = None
+    wrapper: Any, dtype: torch.dtype, only: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The low-rank factors of a wrapper's active adapters, concatenated along the rank.
 
@@ -140,13 +147,13 @@ def active_factors(
     Args:
         wrapper: A ``peft.tuners.lora.layer.ParamWrapper`` on a parameter ``[E, *, *]`` of an experts module. PEFT keeps
             A as ``[r * E, in]`` (expert-major) and B as ``[out, r * E]`` (rank-major).
+        dtype: Of the parameter.
         only: Experts, in any order and number; the others' factors are then left uninitialised. None for all.
 
     Returns:
         ``A`` ``[E, r, N_in]`` and ``B`` ``[E, N_out, r]`` of the linear map that the module computes with the parameter
-        in the parameter's dtype, contiguous, the scaling in one of them; None where no adapter is active here.
+        in ``dtype``, contiguous, the scaling in one of them; None where no adapter is active here.
     """
-    dtype = wrapper.get_param().dtype
     experts = wrapper.num_experts
     # What PEFT takes for the parameter's input is its output where the two disagree about its orientation: PEFT before
     # 0.20 always does.
