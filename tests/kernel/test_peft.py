@@ -295,8 +295,11 @@ def test_a_targeted_bias_runs_through_pefts_own_path_with_one_warning(registered
     assert "gate_up_proj_bias is none of the weights gate_up_proj and down_proj" in results[1][1][0]
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("name", ["Gemma4TextExperts", "GptOssExperts"])
-def test_one_token_decodes_with_the_factors_of_its_experts_alone(registered: ModuleType, name: str) -> None:
+def test_one_token_decodes_with_the_factors_of_its_experts_alone(
+    registered: ModuleType, name: str, dtype: torch.dtype
+) -> None:
     base = build(CLASSES[name], torch.float32, experts=16)
     model = adapted(lora(), Layer(experts=base))
     x, index, weights = torch.randn(2, 24), torch.tensor([[3, 11], [11, 0]]), torch.rand(2, 2)
@@ -304,7 +307,7 @@ def test_one_token_decodes_with_the_factors_of_its_experts_alone(registered: Mod
     exact = model(x, index, weights)
     base.config._experts_implementation = "scattermoe"
     with torch.no_grad(), Written(16 * 24 * 3) as written:
-        got = model(x, index, weights)
+        got = model(x, index.to(dtype), weights)
     assert_close([got], [exact], 2e-5)
     # Nothing touches the factors of all 16 experts, 16 * 24 * 3 numbers at the least.
     assert not written.operators

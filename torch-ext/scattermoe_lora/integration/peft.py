@@ -133,8 +133,8 @@ def _few_experts(index: Any, experts: int) -> torch.Tensor | None:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(index, torch.Tensor):
         return None
-    # Indices outside the experts are for the operator to judge.
-    return index.reshape(-1).clamp(0, experts - 1) if 2 * index.numel() <= experts else None
+    # Indices outside the experts, or of another dtype, are for the operator to judge; index_copy_ takes int64 alone.
+    return index.reshape(-1).long().clamp(0, experts - 1) if 2 * index.numel() <= experts else None
 
 
 def active_factors(
