@@ -313,6 +313,18 @@ def test_one_token_decodes_with_the_factors_of_its_experts_alone(
     assert not written.operators
 
 
+@pytest.mark.filterwarnings("error:scattermoe")
+@pytest.mark.parametrize("target", ["gate_up_proj", "down_proj"])
+def test_float8_weights_are_refused_without_a_promise_to_run(registered: ModuleType, target: str) -> None:
+    model, arguments = adapted(lora([f"experts.{target}"])), inputs()
+    base = model.get_base_model().experts.get_base_layer()
+    for name in ("gate_up_proj", "down_proj"):
+        narrow = getattr(base, name).detach().to(torch.float8_e4m3fn)
+        setattr(base, name, torch.nn.Parameter(narrow, requires_grad=False))
+    with pytest.raises(NotImplementedError, match=f"LoRA on {target}: expected .*, got torch.float8_e4m3fn"):
+        run(model, "scattermoe", arguments)
+
+
 @since_peft_0_20
 def test_a_single_expert(registered: ModuleType) -> None:
     shape = Shape(tokens=9, experts=1, top_k=1, hidden=32, intermediate=24, rank=3)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .checks import DTYPES
 from .expert_parallel import check_split, handed, is_split, own_part
 
 _hooked: Any = None
@@ -41,10 +42,15 @@ def hook(names: Collection[str]) -> None:
             return inner[0](self, x, *args, **kwargs)
         # Once: of a quantized weight behind a parametrization, each reading computes the whole.
         parameter, experts = self.get_param(), self.get_base_layer()
-        obstacle = _obstacle(self, parameter.dtype)
+        obstacle = _obstacle(self)
         if obstacle is not None:
             _warn_once(obstacle)
             return inner[0](self, x, *args, **kwargs)
+        if parameter.dtype not in DTYPES:
+            raise NotImplementedError(
+                f"scattermoe: LoRA on {self.parameter_name}: expected a weight of one of "
+                f"{', '.join(map(str, DTYPES))}, got {parameter.dtype}"
+            )
         self._check_forward_args(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(
@@ -99,21 +105,14 @@ def _runs_here(wrapper: Any, names: Collection[str]) -> bool:
     return hasattr(base, "has_gate") and getattr(config, "_experts_implementation", None) in names
 
 
-def _obstacle(wrapper: Any, dtype: torch.dtype) -> str | None:
-    """Why a wrapper's adapters cannot be factors of the fused experts, or None where they can.
-
-    Args:
-        wrapper: A ``peft.tuners.lora.layer.ParamWrapper``.
-        dtype: Of its parameter.
-    """
+def _obstacle(wrapper: Any) -> str | None:
+    """Why a wrapper's adapters cannot be factors of the fused experts, or None where they can."""
     experts = wrapper.get_base_layer()
     weights = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
     if wrapper.parameter_name not in weights:
         return f"{wrapper.parameter_name} is none of the weights {' and '.join(weights)}"
     if wrapper.num_experts == 1 and not wrapper._did_swap_in_out_features:
         return f"PEFT takes {wrapper.parameter_name} of a single expert for the weight of a plain layer"
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"{wrapper.parameter_name} is of {dtype}"
     return None
 
 
