@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -120,13 +122,15 @@ def run(step: Step, log: Path, minutes: float) -> int | None:
     own = max(minutes - 1, minutes / 2)
     command = [each.replace("{minutes}", f"{own:.1f}") for each in step.command]
     paths = [str(REPOSITORY / "tools"), str(REPOSITORY / "torch-ext"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONUNBUFFERED": "1",
-        **step.environment,
-    }
-    with log.open("wb") as output:
+    # A process that is killed leaves what it put into a temporary folder; this one goes with the step.
+    with TemporaryDirectory(prefix=f"{step.name}-") as scratch, log.open("wb") as output:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": scratch,
+            **step.environment,
+        }
         output.write(f"$ {' '.join(command)}\n".encode())
         output.flush()
         # Its own group, so that the processes that it starts end with it.
@@ -143,16 +147,23 @@ def run(step: Step, log: Path, minutes: float) -> int | None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of a process and of those that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
+    """Ends what is left of a process and of those that it started: asks first, and waits a while."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(GRACE_SECONDS)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+    finally:
+        # Also where an interrupt ends the waiting, and where the process has left others behind.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def end_steps_when_ended() -> None:
+    """Lets the signals that end this process end the step that runs, as an interrupt does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def run_all(todo: Sequence[Step], folder: Path, minutes: float) -> Iterator[Outcome]:
@@ -228,6 +239,7 @@ def main() -> None:
     wheels = arguments.wheels.resolve() if arguments.wheels else None
     todo = steps(folder, wheels, arguments.install)
     print(f"{name}: {len(todo)} steps in at most {arguments.minutes:g} minutes", flush=True)
+    end_steps_when_ended()
     sys.exit(report(run_all(todo, folder, arguments.minutes), folder))
 
 

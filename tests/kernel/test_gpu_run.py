@@ -17,6 +17,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Long past any of these tests' limits.
 SLEEP = "import time; time.sleep(600)"
+DEAF = (
+    "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); "
+    f"{SLEEP}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,14 @@ def test_a_step_that_takes_too_long_is_ended_with_what_it_started(gpu, step, tmp
 
 def test_a_step_that_does_not_end_when_asked_is_killed(gpu, step, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.2)
-    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); {SLEEP}"
-    assert words(gpu, [step("deaf", code, 0.05)], tmp_path)["deaf"][0] == "failed"
-    assert "deaf" in tmp_path.joinpath("deaf.log").read_text()
+    assert words(gpu, [step("deaf", DEAF, 0.05)], tmp_path)["deaf"][0] == "failed"
+    assert not runs(int(tmp_path.joinpath("deaf.log").read_text().splitlines()[1]))
+
+
+def test_what_a_step_leaves_in_a_temporary_folder_goes_with_it(gpu, step, tmp_path) -> None:
+    code = f"import tempfile; print(tempfile.mkdtemp(), flush=True); {SLEEP}"
+    assert words(gpu, [step("long", code, 0.05)], tmp_path)["long"][0] == "failed"
+    assert not Path(tmp_path.joinpath("long.log").read_text().splitlines()[1]).exists()
 
 
 def test_what_no_time_is_left_for_is_skipped_and_said(gpu, step, tmp_path) -> None:
@@ -110,19 +119,21 @@ def test_steps_find_what_is_in_the_repository_and_what_the_caller_named(
     assert found["imports"][0] == "passed", tmp_path.joinpath("imports.log").read_text()
 
 
-def test_an_interrupt_ends_the_step_that_runs(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "received",
+    [[signal.SIGINT], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP]],
+    ids=["interrupt", "two interrupts", "end", "hang-up"],
+)
+def test_what_ends_the_run_ends_its_step(tmp_path, received) -> None:
+    # As a terminal would: a shell's background job ignores the signal.
     code = (
-        "import gpu, sys; from pathlib import Path; "
-        f"step = gpu.Step('long', [sys.executable, '-c', 'import os; print(os.getpid(), flush=True); {SLEEP}'], 5); "
+        "import gpu, signal, sys; from pathlib import Path; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); gpu.end_steps_when_ended(); "
+        f"step = gpu.Step('long', [sys.executable, '-c', {DEAF!r}], 5); gpu.GRACE_SECONDS = 2; "
         f"list(gpu.run_all([step], Path({str(tmp_path)!r}), 5))"
     )
-    # As a terminal would: a shell's background job ignores the signal.
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}",
-        ],
+        [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "benchmarks")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -132,7 +143,9 @@ def test_an_interrupt_ends_the_step_that_runs(tmp_path) -> None:
     while not (log.exists() and len(log.read_text().splitlines()) == 2):
         assert time.monotonic() < until
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    for number in received:
+        process.send_signal(number)
+        time.sleep(0.5)
     assert process.wait(60) != 0
     assert not runs(int(log.read_text().splitlines()[1]))
 
