@@ -3,9 +3,10 @@
     PYTHONPATH=torch-ext python benchmarks/tune.py [--output FILE] [--minutes N] [--install]
 
 For every rule of the device's table, those of two bytes first, the candidates are timed on a shape that the rule
-serves; the fastest replaces the rule's launch. A candidate that does not fit the GPU, or computes something else than
-torch, is left out. Routing is uniform: each expert has equally many rows. The table is written after every rule; rules
-that ``--minutes`` leaves no time for keep their launches. ``--install`` also writes it over the table that ships.
+serves (a wide product's on those of a layer with LoRA together); the fastest replaces the rule's launch. A candidate
+that does not fit the GPU, or computes something else than torch, is left out. Routing is uniform: each expert has
+equally many rows. ``--output`` is written after every rule; rules that ``--minutes`` leaves no time for keep their
+launches. ``--install`` writes the table over the one that ships, in the end.
 """
 
 from __future__ import annotations
@@ -26,23 +27,21 @@ from unittest import mock
 import torch
 import triton
 from scattermoe_lora.ops import tiles
-from scattermoe_lora.ops.grouped_linear import gpu
-from scattermoe_lora.ops.routing import sort_by_expert
 from triton.runtime.errors import PTXASError
 from triton.testing import do_bench
+from tune_problems import Problem, is_layer, problem
 
-EXPERTS = 32
-# Where a rule sets no limit: rows an expert, and sizes of a projection, of models that people train.
-ROWS, WIDE = 512, 2816
 SIDES = (16, 32, 64, 128, 256)
-
-
 # How many tiles, and then launches, are looked at again.
 BEST_TILES, BEST_LAUNCHES = 3, 3
-# Of a candidate, nearly all of it to compile it: 0.3 to 0.6 on one core, more for the largest tiles.
-SECONDS = 0.7
-# By how much a launch's result may differ from torch's: rounding makes less of a difference, a lost block more.
-CLOSE = 0.01
+# Of a candidate and one product, by bytes of an element; nearly all of it to compile. An average: measured on one core
+# were 0.3 to 1.0 for bfloat16, and for float32 1.3 for small tiles, 5 for large ones.
+SECONDS = {2: 0.7, 4: 2.5}
+# By how much a result may differ from torch's, as a share of the largest: rounding makes less of a difference, a lost
+# block more.
+CLOSE = 0.02
+# A launch that is faster by less than this may owe it to chance.
+FASTER = 0.98
 
 Launch = dict[str, int]
 # Milliseconds of a launch, or None where it cannot run; measured for longer where that is asked for.
@@ -58,14 +57,6 @@ class Found:
     before: float | None
     launch: Launch
     after: float | None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A product that a rule serves, on the GPU, as a call to time, and torch's result of it."""
-
-    call: Callable[[], torch.Tensor]
-    expected: torch.Tensor
 
 
 def candidates(kernel: str, rule: tiles.Rule) -> Iterator[Launch]:
@@ -131,35 +122,13 @@ def search(launches: Sequence[Launch], clock: Timer) -> list[tuple[float, Launch
     return sorted(((ms, launch) for ms, launch in again if ms is not None), key=lambda pair: pair[0])
 
 
-def problem(kernel: str, rule: tiles.Rule, device: str = "cuda") -> Problem:
-    """A product that the rule serves."""
-    dtype = torch.bfloat16 if rule.bytes == 2 else torch.float32
-    rows, n, k = rule.rows or ROWS, rule.n or WIDE, rule.k or WIDE
-    index = torch.arange(EXPERTS, device=device).repeat(rows).view(-1, 1)
-    order, offsets = sort_by_expert(index, EXPERTS)
-    left = torch.randn(EXPERTS * rows, k, device=device, dtype=dtype)
-    if kernel == "grouped_matmul":
-        weight = torch.randn(EXPERTS, n, k, device=device, dtype=dtype)
-        expected = (gathered(left) @ weight.mT).reshape(-1, n)
-        return Problem(lambda: gpu.grouped_matmul(left, weight, order, offsets, top_k=1), expected)
-    right = torch.randn(EXPERTS * rows, n, device=device, dtype=dtype)
-    # In the backward one side is in sorted order as it is.
-    expected = left.view(EXPERTS, rows, k).mT @ gathered(right)
-    return Problem(lambda: gpu.grouped_outer(left, right, order, offsets, top_k_q=1), expected)
-
-
-def gathered(x: torch.Tensor) -> torch.Tensor:
-    """``[E, rows, *]``: each expert's rows, which are as far apart as there are experts."""
-    return x.view(-1, EXPERTS, x.shape[1]).transpose(0, 1)
-
-
 @contextmanager
 def launched(launch: Mapping[str, int]) -> Iterator[None]:
     with mock.patch.object(tiles, "launch", return_value=launch):
         yield
 
 
-def milliseconds(call: Callable[[], torch.Tensor], launch: Launch, longer: bool) -> float | None:
+def milliseconds(call: Callable[[], Sequence[torch.Tensor]], launch: Launch, longer: bool) -> float | None:
     """Median time of ``call`` with this launch, or None where the GPU cannot run it."""
     with launched(launch):
         try:
@@ -174,30 +143,30 @@ def milliseconds(call: Callable[[], torch.Tensor], launch: Launch, longer: bool)
 
 
 def is_right(given: Problem, launch: Launch) -> bool:
-    """Whether a launch computes what torch computes."""
+    """Whether a launch computes what torch computes, everywhere."""
     with launched(launch):
-        difference = (given.call().float() - given.expected.float()).norm() / given.expected.float().norm()
-    return bool(difference < CLOSE)
+        pairs = list(zip(given.call(), given.expected, strict=True))
+    return all(bool((got - right).abs().max() <= CLOSE * right.abs().max()) for got, right in pairs)
 
 
-def tune(kernel: str, rule: tiles.Rule) -> Found:
-    """Time the candidates for one rule, and the launch that it has."""
+def tune(kernel: str, rule: tiles.Rule, until: float = math.inf) -> Found:
+    """Time the candidates for one rule, and the launch that it has. From ``until`` on nothing more is timed."""
     given = problem(kernel, rule)
 
     def clock(launch: Launch, longer: bool) -> float | None:
-        return milliseconds(given.call, launch, longer)
+        return milliseconds(given.call, launch, longer) if time.monotonic() < until else None
 
     own = dict(rule.launch)
+    found = search(list(candidates(kernel, rule)), clock)
+    # After the others, when the GPU is as warm as it was for them.
     before = clock(own, True)
-    best, after = own, before
-    for took, launch in search(list(candidates(kernel, rule)), clock):
-        if after is not None and took >= after:
+    for took, launch in found:
+        if before is not None and took >= FASTER * before:
             break
         if is_right(given, launch):
-            best, after = launch, took
-            break
+            return Found(kernel, rule, before, launch, took)
         print(f"{kernel}: {launch} computes something else than torch", flush=True)
-    return Found(kernel, rule, before, best, after)
+    return Found(kernel, rule, before, own, before)
 
 
 def render(measured: Mapping[str, str] | None, found: list[Found]) -> str:
@@ -217,35 +186,63 @@ def render(measured: Mapping[str, str] | None, found: list[Found]) -> str:
 
 def estimate(rules: Sequence[tuple[str, tiles.Rule]]) -> tuple[int, float]:
     """About how many launches are timed for the rules, and the minutes that takes."""
-    count = sum(len({tile(each) for each in candidates(*rule)}) + 5 * BEST_TILES for rule in rules)
-    return count, SECONDS * count / 60
+    counts = [len({tile(each) for each in candidates(*rule)}) + 5 * BEST_TILES for rule in rules]
+    seconds = (
+        count * SECONDS[rule[1].bytes] * (3 if is_layer(*rule) else 1)
+        for count, rule in zip(counts, rules, strict=True)
+    )
+    return sum(counts), sum(seconds) / 60
 
 
 def tune_all(
     rules: Sequence[tuple[str, tiles.Rule]],
     minutes: float,
-    keep: Callable[[list[Found], int], None],
-    one: Callable[[str, tiles.Rule], Found] = tune,
-) -> None:
-    """Tunes rule by rule, those of two bytes first, and hands ``keep`` the table so far, in the order of ``rules``, and
-    how many of it were timed. No rule is begun after ``minutes``."""
+    keep: Callable[[list[Found]], None],
+    one: Callable[[str, tiles.Rule, float], Found] = tune,
+) -> list[Found]:
+    """Tunes rule by rule, those of two bytes first, and hands ``keep`` the table so far, in the order of ``rules``,
+    which is also the result. From ``minutes`` on rules keep their launches."""
     begin = time.monotonic()
+    until = begin + 60 * minutes
     found = [Found(kernel, rule, None, dict(rule.launch), None) for kernel, rule in rules]
     for done, i in enumerate(sorted(range(len(rules)), key=lambda i: rules[i][1].bytes)):
-        if time.monotonic() - begin >= 60 * minutes:
+        if time.monotonic() >= until:
             print(
                 f"{len(rules) - done} of {len(rules)} rules keep their launches: the time is up", flush=True
             )
-            return
+            break
         kernel, rule = rules[i]
-        found[i] = each = one(kernel, rule)
+        found[i] = each = one(kernel, rule, until)
         times = ["none" if ms is None else f"{ms:.4f}" for ms in (each.before, each.after)]
         shape = f"bytes {rule.bytes}, rows {rule.rows}, n {rule.n}, k {rule.k}"
         print(
             f"{time.monotonic() - begin:>4.0f} s  {kernel} {shape}: {times[0]} -> {times[1]} ms, {each.launch}",
             flush=True,
         )
-        keep(found, done + 1)
+        keep(found)
+    return found
+
+
+def own_table() -> str:
+    """The name of the table that is this GPU's alone, whether there is one or not."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def write(path: Path, found: list[Found]) -> None:
+    """The table into a file, at once: an interrupt leaves the old one or the new one."""
+    measured = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rules": f"{sum(each.after is not None for each in found)} of {len(found)}",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(render(measured, found))
+    part.replace(path)
 
 
 def main() -> None:
@@ -253,32 +250,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="write the table here")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no rule after as many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time nothing more after as many")
     parser.add_argument("--install", action="store_true", help="write over the table that this GPU takes")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: tuning times kernels on a GPU, and this machine has none")
     device = tiles.table_of(torch.device("cuda", torch.cuda.current_device()))
-    if arguments.install and device == tiles.DEFAULT:
-        sys.exit("error: --install: this GPU has no table of its own, and the default serves others, too")
+    if arguments.install and device != own_table():
+        sys.exit(
+            f"error: --install: {own_table()} has no table of its own; {device}, which it takes, serves others, too"
+        )
     rules = [(kernel, rule) for kernel, rules in tiles.load(device).rules.items() for rule in rules]
     count, minutes = estimate(rules)
     print(f"{device}: {len(rules)} rules, {count} launches to time: about {minutes:.0f} minutes", flush=True)
 
-    def keep(found: list[Found], timed: int) -> None:
-        measured = {
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "rules": f"{timed} of {len(rules)}",
-        }
-        for path in (arguments.output, tiles.TILES / f"{device}.json" if arguments.install else None):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(render(measured, found))
+    def keep(found: list[Found]) -> None:
+        if arguments.output:
+            write(arguments.output, found)
 
-    tune_all(rules, arguments.minutes, keep)
+    found = tune_all(rules, arguments.minutes, keep)
+    if arguments.install:
+        write(tiles.TILES / f"{device}.json", found)
 
 
 if __name__ == "__main__":

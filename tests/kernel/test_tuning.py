@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -139,7 +140,6 @@ def test_a_launch_that_computes_something_else_is_not_taken(
     kernel, rule = rules[0]
     launches = list(tune.candidates(kernel, rule))
     named = {"own": dict(rule.launch), "first": launches[1], "second": launches[2]}
-    results = {name: torch.full((4,), 2.0 if name in wrong else 1.0) for name in named}
     running = []
     monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: 3.0)
     monkeypatch.setattr(tune, "search", lambda *_: [(1.0, named["first"]), (2.0, named["second"])])
@@ -147,13 +147,78 @@ def test_a_launch_that_computes_something_else_is_not_taken(
     def call():
         (name,) = (name for name, launch in named.items() if launch == tune.tiles.launch())
         running.append(name)
-        return results[name]
+        result = torch.ones(400, 400)
+        # One small block of one of the results.
+        result[:16, :16] = 0.0 if name in wrong else 1.0
+        return [torch.ones(4), result]
 
-    monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(call, torch.ones(4)))
+    given = tune.Problem(call, [torch.ones(4), torch.ones(400, 400)])
+    monkeypatch.setattr(tune, "problem", lambda *_: given)
     found = tune.tune(kernel, rule)
     assert found.launch == named[taken]
     assert (found.before, found.after) == (3.0, {"first": 1.0, "second": 2.0, "own": 3.0}[taken])
     assert capsys.readouterr().out.count("computes something else than torch") == len(wrong)
+
+
+def test_a_launch_that_is_hardly_faster_is_not_taken(tune, rules, monkeypatch) -> None:
+    kernel, rule = rules[0]
+    other = next(each for each in tune.candidates(kernel, rule) if each != dict(rule.launch))
+    monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: 3.0)
+    monkeypatch.setattr(tune, "search", lambda *_: [(2.99, other)])
+    monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(lambda: [torch.ones(1)], [torch.ones(1)]))
+    assert tune.tune(kernel, rule) == tune.Found(kernel, rule, 3.0, dict(rule.launch), 3.0)
+
+
+def test_nothing_is_timed_when_the_time_is_up(tune, rules, monkeypatch) -> None:
+    kernel, rule = rules[0]
+    timed = []
+    clock = iter(range(1000))
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: timed.append(launch) or 1.0)
+    monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(list, []))
+    assert tune.tune(kernel, rule, until=5) == tune.Found(kernel, rule, None, dict(rule.launch), None)
+    assert len(timed) == 5
+
+
+def test_a_table_is_written_at_once(tune, rules, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "made up")
+    found = [tune.Found(kernel, rule, 2.0, dict(rule.launch), 1.0) for kernel, rule in rules]
+    found[-1] = tune.Found(*rules[-1], None, dict(rules[-1][1].launch), None)
+    path = tmp_path / "folder" / "sm_90.json"
+    tune.write(path, found)
+    assert json.loads(path.read_text())["measured"]["rules"] == f"{len(found) - 1} of {len(found)}"
+    before = path.read_text()
+
+    def cut_off(self, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        tune.write(path, found)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(("capability", "name"), [((9, 0), "sm_90"), ((10, 3), "sm_103")])
+def test_a_gpu_that_takes_anothers_table_does_not_replace_it(
+    tune, monkeypatch, capsys, capability, name
+) -> None:
+    monkeypatch.setattr(tune.torch.version, "hip", None)
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(tune, "tune_all", lambda *_: [])
+    written = []
+    monkeypatch.setattr(tune, "write", lambda path, found: written.append(path.name))
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--install"])
+    tune.tiles.table_of.cache_clear()
+    if name == "sm_90":
+        tune.main()
+        assert written == ["sm_90.json"]
+    else:
+        with pytest.raises(SystemExit, match="sm_103 has no table of its own; sm_100"):
+            tune.main()
+        assert written == []
+    tune.tiles.table_of.cache_clear()
 
 
 def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeypatch, capsys) -> None:
@@ -161,12 +226,14 @@ def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeyp
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: 10 * next(clock)))
     kept = []
 
-    def one(kernel, rule):
+    def one(kernel, rule, until):
+        assert until == 60
         return tune.Found(kernel, rule, 2.0, {**rule.launch, "num_stages": 2}, 1.0)
 
-    tune.tune_all(rules, 1.0, lambda found, timed: kept.append((list(found), timed)), one)
-    found, timed = kept[-1]
-    assert 0 < timed == len(kept) < len(rules)
+    result = tune.tune_all(rules, 1.0, lambda found: kept.append(list(found)), one)
+    found, timed = kept[-1], len(kept)
+    assert found == result
+    assert 0 < timed < len(rules)
     assert [(each.kernel, each.rule) for each in found] == rules
     done = [each for each in found if each.after is not None]
     assert len(done) == timed
@@ -180,15 +247,16 @@ def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeyp
 
 # Triton decides at its import whether it interprets: a process of its own.
 PROBLEMS = """
-import tune
-tune.EXPERTS, tune.ROWS, tune.WIDE = 3, 20, 64
+import tune, tune_problems as sizes
+sizes.EXPERTS, sizes.ROWS, sizes.WIDE, sizes.INTERMEDIATE, sizes.RANK = 3, 20, 64, 48, 16
 for kernel, rules in tune.tiles.load("sm_90").rules.items():
     for rule in rules:
         if rule.bytes == 4:
             given = tune.problem(kernel, rule, "cpu")
             print(tune.is_right(given, dict(rule.launch)), end=" ")
-            wrong = tune.Problem(lambda: 1.02 * given.call(), given.expected)
-            assert not tune.is_right(wrong, dict(rule.launch))
+            for i in range(len(given.expected)):
+                wrong = tune.Problem(given.call, [(1.05 if j == i else 1) * t for j, t in enumerate(given.expected)])
+                assert not tune.is_right(wrong, dict(rule.launch))
 """
 
 

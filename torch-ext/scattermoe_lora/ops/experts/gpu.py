@@ -31,7 +31,7 @@ def _constants(gate: Gate) -> dict[str, Any]:
     }
 
 
-def _gate_up(
+def project_and_gate(
     x: torch.Tensor,
     weight: torch.Tensor,
     order: torch.Tensor,
@@ -90,7 +90,7 @@ def forward(
     low1 = low2 = None
     if gate_up_a is not None:
         low1 = grouped_matmul(x, gate_up_a, order, offsets, top_k=top_k)
-    hidden, a = _gate_up(x, gate_up, order, offsets, top_k, low1, gate_up_b, gate_up_bias, gate, keep)
+    hidden, a = project_and_gate(x, gate_up, order, offsets, top_k, low1, gate_up_b, gate_up_bias, gate, keep)
     if down_a is not None:
         low2 = grouped_matmul(a, down_a, order, offsets)
     y = grouped_matmul(
