@@ -26,13 +26,19 @@ def _gates(tile: Tile) -> tuple[str, ...]:
 
 
 def _products() -> Iterator[CompileSpec]:
+    fullest = {"GATHER": True, "LOW_RANK": True, "BIAS": True, "KEEP": True}
     for tile in tiles_of("grouped_matmul"):
         for label in _gates(tile):
-            flags = {"GATHER": True, "LOW_RANK": True, "BIAS": True, "KEEP": True, **_GATES[label]}
+            gate = _GATES[label]
             # Weights are transposed in gpt-oss, and with other gates in Llama 4.
-            yield product_spec(gate_up_kernel, Use(label, flags, transposed=label == "clamped silu"), tile)
+            transposed = label == "clamped silu"
+            uses = [Use(label, {**fullest, **gate}, transposed)]
             if label == "silu":
-                yield product_spec(gate_up_kernel, Use("silu, transposed", flags, transposed=True), tile)
+                uses.append(Use("silu, transposed", {**fullest, **gate}, True))
+            if tile.is_widest:
+                uses.append(Use(f"{label}, inference without factors", {"GATHER": True, **gate}, transposed))
+            for use in uses:
+                yield product_spec(gate_up_kernel, use, tile)
 
 
 def _gradients() -> Iterator[CompileSpec]:
