@@ -160,13 +160,14 @@ def test_a_launch_that_computes_something_else_is_not_taken(
     assert capsys.readouterr().out.count("computes something else than torch") == len(wrong)
 
 
-def test_a_launch_that_is_hardly_faster_is_not_taken(tune, rules, monkeypatch) -> None:
+@pytest.mark.parametrize("until", [float("inf"), float("-inf")], ids=["in time", "when the time is up"])
+def test_a_launch_that_is_hardly_faster_is_not_taken(tune, rules, monkeypatch, until) -> None:
     kernel, rule = rules[0]
     other = next(each for each in tune.candidates(kernel, rule) if each != dict(rule.launch))
     monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: 3.0)
     monkeypatch.setattr(tune, "search", lambda *_: [(2.99, other)])
     monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(lambda: [torch.ones(1)], [torch.ones(1)]))
-    assert tune.tune(kernel, rule) == tune.Found(kernel, rule, 3.0, dict(rule.launch), 3.0)
+    assert tune.tune(kernel, rule, until) == tune.Found(kernel, rule, 3.0, dict(rule.launch), 3.0)
 
 
 def test_nothing_is_timed_when_the_time_is_up(tune, rules, monkeypatch) -> None:
