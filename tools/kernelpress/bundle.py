@@ -22,11 +22,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from kernels._rust import Digest, DigestValidationError, Metadata  # type: ignore[import-untyped]
 
+from kernelpress.conventions import MAIN, METADATA, REPO_TYPE, VERSION_BRANCH
 from kernelpress.errors import PublishError
-from kernelpress.hubs import MAIN, TYPE, checked_repo_id, explained, heads
-from kernelpress.plan import VERSION_BRANCH, versions_of
-from kernelpress.spec import is_repo_id
-from kernelpress.variant import METADATA
+from kernelpress.hubs import checked_repo_id, explained
+from kernelpress.repository import branch_heads, versions_of
+from kernelpress.spec_model import is_repo_id
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -56,7 +56,7 @@ def bundle(api: HfApi, repo_id: str, archive: Path, versions: Sequence[int] = ()
     """
     checked_repo_id(repo_id)
     with explained(api, repo_id), tempfile.TemporaryDirectory(prefix="kernelpress-") as scratch:
-        at = heads(api, repo_id)
+        at = branch_heads(api, repo_id)
         have = versions_of(at)
         missing = sorted(set(versions) - set(have))
         if missing or not have:
@@ -67,7 +67,7 @@ def bundle(api: HfApi, repo_id: str, archive: Path, versions: Sequence[int] = ()
         folders = {}
         for name in names:
             folders[name] = Path(scratch, name)
-            api.snapshot_download(repo_id, repo_type=TYPE, revision=at[name], local_dir=folders[name])
+            api.snapshot_download(repo_id, repo_type=REPO_TYPE, revision=at[name], local_dir=folders[name])
             shutil.rmtree(folders[name] / ".cache", ignore_errors=True)
             _check_digests(folders[name])
         commits = {name: at[name] for name in names}

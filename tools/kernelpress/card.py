@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 
 import jinja2
 
+from kernelpress.build_model import Build, Variant
 from kernelpress.errors import SourceError
+from kernelpress.generated import own_version
 from kernelpress.text import parse
-from kernelpress.variant import Build, Variant, own_version
 
 _DEFAULT = "card.md"
 _LAYERS = "layers"

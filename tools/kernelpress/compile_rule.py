@@ -6,7 +6,7 @@ import os
 
 from kernelpress.errors import BuildError
 from kernelpress.findings import Finding
-from kernelpress.spec import Spec
+from kernelpress.spec_model import Spec
 
 
 def check_compilation(spec: Spec) -> list[Finding]:

@@ -11,9 +11,10 @@ from typing import Literal
 
 import griffe
 
+from kernelpress.build_model import Build
+from kernelpress.conventions import UNIVERSAL, VARIANT_PREFIX
 from kernelpress.errors import CheckError
 from kernelpress.signatures import labels, overloads, signature
-from kernelpress.variant import UNIVERSAL, VARIANT_PREFIX, Build
 
 _PACKAGE = "kernel"
 _INIT = "__init__.py"

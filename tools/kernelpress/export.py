@@ -13,7 +13,7 @@ import tomlkit
 from kernelpress.errors import BuildError
 from kernelpress.rewrite import RewrittenFile, rewrite
 from kernelpress.source import read_source
-from kernelpress.spec import EDITION, Spec
+from kernelpress.spec_model import EDITION, Spec
 
 # Upstream generates `_ops.py` with this helper, so that names made by it need no rewriting there.
 _HELPER = "add_op_namespace_prefix"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -19,19 +18,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status
 from huggingface_hub.utils._http import hf_request_event_hook
 
 from kernelpress.errors import PublishError
-from kernelpress.spec import is_repo_id
+from kernelpress.spec_model import is_repo_id
 
-TYPE = "kernel"
-MAIN = "main"
 # The client itself waits for ever. A proxy that takes a request and never answers must end in a message; a
 # Hub that hashes a large commit before it answers must not.
 _TIMEOUT = httpx2.Timeout(120.0, connect=20.0)
-_SHORTENED = re.compile(r"[0-9a-f]{4,39}")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -97,66 +92,6 @@ def checked_repo_id(repo_id: str | None) -> str:
     if not is_repo_id(repo_id):
         raise PublishError(f"{repo_id!r} is no repository id; write it as 'organization/name'")
     return repo_id
-
-
-def heads(api: HfApi, repo_id: str) -> dict[str, str]:
-    """Branches of a repository and the commits they are at."""
-    refs = api.list_repo_refs(repo_id, repo_type=TYPE)
-    return {branch.name: branch.target_commit for branch in refs.branches}
-
-
-def tree(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
-    """Every file of a revision by its path."""
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=TYPE)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def full_commit(api: HfApi, repo_id: str, revision: str) -> str:
-    """A revision as the Hub takes it: the whole id of a commit of which the beginning is given.
-
-    Messages name commits by their first digits, and the Hub knows them by all of them alone.
-
-    Raises:
-        PublishError: Several commits of the repository's branches begin like this.
-    """
-    if not _SHORTENED.fullmatch(revision):
-        return revision
-    refs = api.list_repo_refs(repo_id, repo_type=TYPE)
-    if any(ref.name == revision for ref in (*refs.branches, *refs.tags)):
-        return revision
-    found = {
-        commit.commit_id
-        for branch in refs.branches
-        for commit in api.list_repo_commits(repo_id, repo_type=TYPE, revision=branch.target_commit)
-        if commit.commit_id.startswith(revision)
-    }
-    if len(found) > 1:
-        raise PublishError(
-            f"several commits of {repo_id} begin with {revision}: {', '.join(sorted(found))}; give one of them"
-        )
-    return found.pop() if found else revision
-
-
-def content_id(entry: RepoFile) -> str:
-    """What is equal for two files exactly when their content is."""
-    return entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
-
-
-@contextmanager
-def staging(api: HfApi, repo_id: str, name: str, base: str) -> Iterator[str]:
-    """A branch at ``base`` that nobody reads, to make a commit on; it is removed afterwards.
-
-    A version's branch that was made first and filled then would for a moment show its readers some other tree.
-    """
-    branch = f"kernelpress-staging-{name}"
-    with suppress(HfHubHTTPError):
-        api.delete_branch(repo_id, branch=branch, repo_type=TYPE)
-    api.create_branch(repo_id, branch=branch, revision=base, repo_type=TYPE)
-    try:
-        yield branch
-    finally:
-        with suppress(HfHubHTTPError, httpx2.HTTPError):
-            api.delete_branch(repo_id, branch=branch, repo_type=TYPE)
 
 
 @contextmanager

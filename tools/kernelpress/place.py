@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from kernelpress.conventions import VARIANT_PREFIX
 from kernelpress.errors import BuildError
 
 if TYPE_CHECKING:
-    from kernelpress.variant import Variant, VariantFile
+    from kernelpress.build_model import Variant, VariantFile
 
-VARIANT_PREFIX = "torch-"
 # What is beside a build under a name of the user's own is never touched: only a directory with this in it is.
 _MARK = "made-by-kernelpress"
 _MARK_TEXT = "Holds a build while it is written; the next build clears it away.\n"

@@ -8,7 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from kernelpress.errors import BuildError, SpecError
-from kernelpress.spec import is_repo_id, load_spec
+from kernelpress.spec import load_spec
+from kernelpress.spec_model import is_repo_id
 
 _PACKAGE = "torch-ext/@PACKAGE@"
 # What a project's file is made from; `@NAME@`, `@PACKAGE@` and `@ORG@` in either are filled in.

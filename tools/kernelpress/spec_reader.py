@@ -1,4 +1,4 @@
-"""Turns a parsed description of a kernel into a ``Spec``, and says where whatever is wrong with it stands."""
+"""Validates a description of a kernel, and names the line of whatever is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from kernelpress.errors import SpecError
-from kernelpress.spec import BACKENDS, DEFAULT_PYEXT, EDITION, BackendSpec, Spec, is_repo_id
+from kernelpress.spec_model import BACKENDS, DEFAULT_PYEXT, EDITION, BackendSpec, Spec, is_repo_id
 
 _LOADER_ARGS = {"cuda_capabilities": "cuda", "rocm_archs": "rocm"}
 # Key -> what it must be. A table within [general] for a backend holds dependencies of that backend alone.
@@ -37,11 +37,25 @@ _TYPE_NAMES = {str: "a string", int: "a whole number", list: "a list of strings"
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
 
 
+def validate(path: Path, text: str, document: dict[str, Any]) -> Spec:
+    """Read a document of build.toml's form, which need not be one.
+
+    Args:
+        path: The file to name in messages; its directory becomes the spec's root.
+        text: The file's content, to find lines in.
+        document: The document.
+
+    Raises:
+        SpecError: It asks for something that kernelpress does not accept; with the line where there is one.
+    """
+    return _Validator(path, text, document).spec()
+
+
 @cache
-def _python_dependencies() -> dict[str, Any]:
-    """Upstream's list of what a kernel may depend on: ``{"general": {...}, "backends": {name: {...}}}``."""
-    loaded: dict[str, Any] = json.loads((files("kernels") / "python_depends.json").read_text("utf-8"))
-    return loaded
+def python_dependencies() -> dict[str, Any]:
+    """Upstream's list of packages that a kernel may depend on: ``{"general": {...}, "backends": {name: {...}}}``."""
+    dependencies: dict[str, Any] = json.loads((files("kernels") / "python_depends.json").read_text("utf-8"))
+    return dependencies
 
 
 def _line_of(text: str, keys: tuple[str, ...]) -> int | None:
@@ -66,9 +80,7 @@ def _split_key(dotted: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
-class Reader:
-    """Turns the parsed document into a ``Spec``, saying where whatever is wrong stands."""
-
+class _Validator:
     def __init__(self, path: Path, text: str, document: dict[str, Any]) -> None:
         self.path = path
         self.text = text
@@ -77,7 +89,7 @@ class Reader:
     def error(self, message: str, *keys: str) -> SpecError:
         return SpecError(message, path=self.path, line=_line_of(self.text, keys))
 
-    def read(self) -> Spec:
+    def spec(self) -> Spec:
         self.compiled()
         self.edition()
         self.known(self.document, ("general", "torch-noarch"))
@@ -195,7 +207,7 @@ class Reader:
         return tuple(names)
 
     def depends(self, names: list[str], backend: str, *keys: str) -> tuple[str, ...]:
-        listed = _python_dependencies()
+        listed = python_dependencies()
         allowed = listed["backends"].get(backend, {}) if backend else listed["general"]
         for name in names:
             if name in allowed:

@@ -8,8 +8,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from kernelpress.bundle import files_below, opened
-from kernelpress.hubs import MAIN, TYPE, RefusedError, checked_repo_id, explained, heads, staging, tree
-from kernelpress.plan import VERSION_BRANCH, versions_of
+from kernelpress.conventions import MAIN, REPO_TYPE, VERSION_BRANCH
+from kernelpress.hubs import RefusedError, checked_repo_id, explained
+from kernelpress.repository import branch_heads, staging_branch, tree, versions_of
 
 
 def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bool = False) -> dict[str, str]:
@@ -34,9 +35,9 @@ def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bo
         target = checked_repo_id(repo_id or manifest["repo-id"])
         done: dict[str, str] = {}
         with explained(api, target):
-            api.create_repo(target, repo_type=TYPE, private=private, exist_ok=True)
+            api.create_repo(target, repo_type=REPO_TYPE, private=private, exist_ok=True)
             for name in sorted(commits, key=_order):
-                at = heads(api, target)
+                at = branch_heads(api, target)
                 message = f"Unbundle {manifest['repo-id']}@{name}, commit {commits[name][:12]}"
                 newest = max(versions_of(at), default=-1)
                 if name == MAIN:
@@ -51,14 +52,14 @@ def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bo
                     continue
                 # A version's branch is made of a finished commit, so that it never shows another tree.
                 if newest > _order(name)[1]:
-                    with staging(api, target, name, at[MAIN]) as aside:
+                    with staging_branch(api, target, name, at[MAIN]) as aside:
                         commit = _commit(api, target, aside, at[MAIN], folder / name, message)
-                        api.create_branch(target, branch=name, revision=commit, repo_type=TYPE)
+                        api.create_branch(target, branch=name, revision=commit, repo_type=REPO_TYPE)
                 else:
                     commit = _commit(api, target, MAIN, at[MAIN], folder / name, message)
                     if commit != at[MAIN]:
                         done[MAIN] = commit
-                    api.create_branch(target, branch=name, revision=commit, repo_type=TYPE)
+                    api.create_branch(target, branch=name, revision=commit, repo_type=REPO_TYPE)
                 done[name] = commit
         return done
 
@@ -74,7 +75,7 @@ def _commit(api: HfApi, repo_id: str, branch: str, base: str, folder: Path, mess
     if not operations:
         return base
     made = api.create_commit(
-        repo_id, operations, commit_message=message, repo_type=TYPE, revision=branch, parent_commit=base
+        repo_id, operations, commit_message=message, repo_type=REPO_TYPE, revision=branch, parent_commit=base
     )
     return str(made.oid)
 

@@ -18,12 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kernelpress.build_model import Build
 from kernelpress.check import check
 from kernelpress.errors import CheckError, KernelpressError
+from kernelpress.hubs import hub
 from kernelpress.localhub import running_hub
-from kernelpress.publish import Published, hub, publish
+from kernelpress.publish import Published, publish
 from kernelpress.spec import load_spec
-from kernelpress.variant import Build, build
+from kernelpress.variant import build
 from report import print_report
 from rich.console import Console
 
