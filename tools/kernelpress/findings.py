@@ -9,7 +9,7 @@ from typing import Literal
 
 from kernelpress.errors import SourceError
 
-# A note says what was not looked at, or may be nothing.
+# A note is about something that could not be examined, or may be nothing.
 Severity = Literal["error", "warning", "note"]
 
 

@@ -1,4 +1,4 @@
-"""The client's side of a Hub: one client, its errors in one sentence each, and what it is safe to try again."""
+"""The client of a Hub, its errors in one sentence each, and which of them may pass by themselves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class RefusedError(PublishError):
 
 
 class TransientError(PublishError):
-    """The Hub or the connection failed in a way that may pass. ``wait`` is what the Hub asks for, in seconds."""
+    """The Hub or the connection failed in a way that may pass.
+
+    ``wait`` are the seconds that the Hub asks for, and ``reached`` is false where no connection was made.
+    """
 
     def __init__(self, message: str, wait: float | None = None, *, reached: bool = True) -> None:
         super().__init__(message)
@@ -60,12 +63,12 @@ def hub(endpoint: str | None = None) -> HfApi:
 def _client() -> httpx2.Client:
     hooks: dict[str, list[Callable[..., Any]]] = {
         "request": [hf_request_event_hook],
-        "response": [_refuse_a_fault_about_a_card],
+        "response": [_raise_for_card_fault],
     }
     return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=_TIMEOUT)
 
 
-def _refuse_a_fault_about_a_card(response: httpx2.Response) -> None:
+def _raise_for_card_fault(response: httpx2.Response) -> None:
     # Of this one request, the client reads the answer as JSON before it looks at the status.
     if response.url.path.endswith("/api/validate-yaml") and response.status_code in _TRANSIENT_STATUS:
         response.read()
@@ -116,43 +119,43 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
     except (LocalTokenNotFoundError, OfflineModeIsEnabled, EntryNotFoundError) as error:
         raise PublishError(f"{repo_id}: {_first_line(error)}") from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        said = (
+        message = (
             f"the Hub at {api.endpoint} does not answer ({_first_line(error) or type(error).__name__}); check the "
             "address (--endpoint or HF_ENDPOINT) and the connection"
         )
         if isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol):
-            raise TransientError(said, reached=not isinstance(error, httpx2.ConnectError)) from error
-        raise PublishError(said) from error
+            raise TransientError(message, reached=not isinstance(error, httpx2.ConnectError)) from error
+        raise PublishError(message) from error
 
 
 def _from_answer(error: HfHubHTTPError, repo_id: str) -> PublishError:
     status = 404 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
-    said = error.server_message or _first_line(error)
+    message = error.server_message or _first_line(error)
     if status in _TRANSIENT_STATUS:
         return TransientError(
-            f"the Hub answers {status} for {repo_id}: {said}", _wait(error.response.headers)
+            f"the Hub answers {status} for {repo_id}: {message}", _wait(error.response.headers)
         )
     if status in (409, 412):
         return MovedError(
-            f"somebody else changed {repo_id} meanwhile; look at what they published, then publish again ({said})"
+            f"somebody else changed {repo_id} meanwhile; look at what they published, then publish again ({message})"
         )
     if status == 401:
         return PublishError(
-            f"the Hub refuses the token; log in with `hf auth login` or set HF_TOKEN to one that may write ({said})"
+            f"the Hub refuses the token; log in with `hf auth login` or set HF_TOKEN to one that may write ({message})"
         )
     if status == 403:
         return PublishError(
-            f"the token may not write to {repo_id}; use one of its organization's, or another --repo-id ({said})"
+            f"the token may not write to {repo_id}; use one of its organization's, or another --repo-id ({message})"
         )
     if isinstance(error, RevisionNotFoundError):
         return PublishError(
-            f"{repo_id} has no such branch, tag or commit; `kernelpress info {repo_id}` lists versions ({said})"
+            f"{repo_id} has no such branch, tag or commit; `kernelpress info {repo_id}` lists versions ({message})"
         )
     if status == 404:
         return PublishError(
-            f"{repo_id} is not there or not yours to see; check the id and the token ({said})"
+            f"{repo_id} is not there or not yours to see; check the id and the token ({message})"
         )
-    return PublishError(f"the Hub answers {status} for {repo_id}: {said}")
+    return PublishError(f"the Hub answers {status} for {repo_id}: {message}")
 
 
 def _wait(headers: Mapping[str, str]) -> float | None:

@@ -59,18 +59,18 @@ def python_dependencies() -> dict[str, Any]:
 
 
 def _line_of(text: str, keys: tuple[str, ...]) -> int | None:
-    """The line where a key or table is written, or that of the nearest table around it."""
+    """The line of a key or table, or of the nearest table around it."""
     table: tuple[str, ...] = ()
     best: tuple[int, int] | None = None
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[+\s*([^\]#]+?)\s*\]", line):
             table = _split_key(header[1])
-            here = table
+            path = table
         elif entry := re.match(r"""\s*([\w"'.\- ]+?)\s*=""", line):
-            here = table + _split_key(entry[1])
+            path = table + _split_key(entry[1])
         else:
             continue
-        depth = len(here) if keys[: len(here)] == here else 0
+        depth = len(path) if keys[: len(path)] == path else 0
         if depth and (best is None or depth > best[0]):
             best = (depth, number)
     return best[1] if best else None
@@ -156,8 +156,8 @@ class _Validator:
     def known(self, table: dict[str, Any], keys: tuple[str, ...], *where: str) -> None:
         for key in table:
             if key not in keys:
-                place = f" in [{'.'.join(where)}]" if where else ""
-                raise self.error(f"unknown key `{key}`{place}; known are {', '.join(keys)}", *where, key)
+                table_name = f" in [{'.'.join(where)}]" if where else ""
+                raise self.error(f"unknown key `{key}`{table_name}; known are {', '.join(keys)}", *where, key)
 
     def typed(self, value: Any, kind: type, *keys: str) -> None:
         items: Any = value
@@ -263,7 +263,7 @@ class _Validator:
     def archs(self, backends: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         table = self.document["torch-noarch"]
         self.known(table, ("pyext", *_LOADER_ARGS), "torch-noarch")
-        found = {}
+        archs = {}
         for key, backend in _LOADER_ARGS.items():
             if key not in table:
                 continue
@@ -272,5 +272,5 @@ class _Validator:
                 raise self.error(
                     f"`{key}` is given, but {backend} is not among the backends", "torch-noarch", key
                 )
-            found[backend] = tuple(table[key])
-        return found
+            archs[backend] = tuple(table[key])
+        return archs
