@@ -12,7 +12,6 @@ from kernelpress.layout import Layout
 from kernelpress.occurrences import Problem, Site, Wanted
 from kernelpress.shared import Shared
 from kernelpress.sites import Finder
-from kernelpress.text import Text, parse
 
 # Imports from module to module that are followed for one name.
 _REDIRECTS = 20
@@ -96,8 +95,7 @@ class _Modules:
 
     def finder(self, module: str) -> Finder:
         if module not in self.finders:
-            data = self.files[module].data
-            tree = parse(data)
-            self.finders[module] = Finder(tree, Text(data), self.shared, module, self.files[module].path)
-            self.finders[module].scopes = [tree]
+            file = self.files[module]
+            self.finders[module] = Finder(file.tree, file.text, self.shared, module, file.path)
+            self.finders[module].scopes = [file.tree]
         return self.finders[module]

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from kernelpress.bindings import MENTIONS, bound_names
 from kernelpress.files import SourceFile
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory
 
 _OF_INTEREST = re.compile(
     r"torch\.(ops|_ops|_ops\.ops|library(\.\w+)?|(_library|_custom_ops?)(\.[\w.]+)?)",
@@ -40,13 +39,12 @@ def stands_for(parts: Sequence[str], given: Mapping[str, frozenset[str]]) -> fro
     return frozenset()
 
 
-def handed_on(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> dict[str, frozenset[str]]:
+def handed_on(files: Sequence[SourceFile], layout: Layout) -> dict[str, frozenset[str]]:
     """Full names in the package that stand for something of PyTorch's that takes or holds operators.
 
     Args:
         files: The package's files.
         layout: What ships, and where.
-        memory: What is known of sources.
     """
     sources = [(file, layout.module_at(file.path)) for file in files if file.path.endswith(".py")]
     tables: dict[str, tuple[str, dict[str, list[str]]]] = {}
@@ -55,7 +53,7 @@ def handed_on(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> di
     for _ in range(_ROUNDS):
         for file, module in sources:
             if module not in tables and wanted.search(file.data):
-                tables[module] = file.path, bound_names(file.data, memory)
+                tables[module] = file.path, bound_names(file)
         before = None
         while before != (before := dict(given)):
             for module, (path, table) in tables.items():

@@ -10,15 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernelpress.analysis import Analysis, analyse
-from kernelpress.files import SourceFile
+from kernelpress.analysis import Analysis, analyze
+from kernelpress.files import SourceFile, garbage_collection_paused
 from kernelpress.findings import Finding, FindingsError
 from kernelpress.follow import follow
 from kernelpress.imports import Import
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory
-from kernelpress.shared import shared
-from kernelpress.text import Edit, Text
+from kernelpress.shared import Shared, shared
+from kernelpress.text import Edit
 
 # PyTorch's own: a package may extend them, but they are never its own to rename.
 _FOREIGN = frozenset(
@@ -65,68 +64,53 @@ class Rewritten:
     outside: tuple[tuple[Path, Import], ...] = ()
 
 
-def rewrite(
-    files: Sequence[SourceFile], package: str | Layout, package_dir: Path, memory: Memory | None = None
-) -> Rewritten:
+def rewrite(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
     """Leave the op namespace open and make imports of the package by its own name relative.
 
     Args:
         files: The package's files.
         package: The name under which the package imports itself in place, or what ships beside it as well.
         package_dir: Where the files stand, for messages.
-        memory: What is known of sources; without it, each is looked at.
 
     Raises:
         FindingsError: A namespace that is only known when the code runs, two operators of one name that would
             come to stand in the same namespace, or an import of a module that does not ship; all of them.
     """
-    rewritten = examine(files, package, package_dir, memory)
+    rewritten = examine(files, package, package_dir)
     errors = [each for each in rewritten.findings if each.severity == "error"]
     if errors:
         raise FindingsError(errors)
     return rewritten
 
 
-def examine(
-    files: Sequence[SourceFile], package: str | Layout, package_dir: Path, memory: Memory | None = None
-) -> Rewritten:
+@garbage_collection_paused()
+def examine(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
     """The same, with what stands in the way as findings."""
     layout = Layout(package) if isinstance(package, str) else package
-    memory = memory or Memory()
-    looked = _followed(
-        [
-            (replace(file, origin=file.origin or package_dir / file.path), each)
-            for file, each in zip(files, analyse(files, layout, memory), strict=True)
-        ],
-        layout,
-        memory,
-    )
+    common = shared(files, layout)
+    looked = _followed([(file, analyze(file, layout, common)) for file in files], layout, common)
     own = {site.namespace for _, each in looked for site in each.sites if site.creates} - _FOREIGN
     findings = [
         finding
         for file, each in looked
-        for finding in sorted(_findings(file, each, own), key=lambda finding: finding.line or 0)
+        for finding in sorted(_findings(file, package_dir, each, own), key=lambda finding: finding.line or 0)
     ]
-    findings += _clashes(looked, own)
+    findings += _clashes(looked, package_dir, own)
     return Rewritten(
         files=tuple(RewrittenFile(file.path, _cut(file, each, own)) for file, each in looked),
         namespaces=tuple(sorted(own)),
         findings=tuple(findings),
-        outside=tuple((_at(file), found) for file, each in looked for found in each.outside),
+        outside=tuple((_at(file, package_dir), found) for file, each in looked for found in each.outside),
     )
 
 
 def _followed(
-    looked: list[tuple[SourceFile, Analysis]], layout: Layout, memory: Memory
+    looked: list[tuple[SourceFile, Analysis]], layout: Layout, common: Shared
 ) -> list[tuple[SourceFile, Analysis]]:
     """With what files want of one another, which is not known of one alone."""
     if not any(each.wanted for _, each in looked):
         return looked
-    found = follow(
-        [(file, each.wanted) for file, each in looked],
-        layout,
-        shared([file for file, _ in looked], layout, memory),
-    )
+    found = follow([(file, each.wanted) for file, each in looked], layout, common)
     return [
         (
             file,
@@ -170,20 +154,20 @@ def _both(found: Analysis, own: set[str]) -> tuple[int, ...]:
 
 def _left(file: SourceFile, found: Analysis, own: set[str]) -> list[int]:
     """Lines that name an operator and stay, other than those of a name that another file has asked for."""
-    of = Text(file.data).line_of
+    of = file.text.line_of
     known = (
         {of(site.start) for site in found.sites} if any(m.namespace in own for m in found.mentions) else set()
     )
     return sorted({each.line for each in found.mentions if each.namespace in own} - known)
 
 
-def _findings(file: SourceFile, found: Analysis, own: set[str]) -> Iterator[Finding]:
-    path = _at(file)
+def _findings(file: SourceFile, package_dir: Path, found: Analysis, own: set[str]) -> Iterator[Finding]:
+    path = _at(file, package_dir)
     for each in found.problems:
         yield Finding("KP304", "error", path, each.line, each.message, each.fix)
     for start in sorted(_both(found, own)):
         yield Finding(
-            "KP304", "error", path, Text(file.data).line_of(start),
+            "KP304", "error", path, file.text.line_of(start),
             "this is a namespace of operators here and the name of a module there, and the build has two names for "
             "them",
             "write out either where it is used",
@@ -220,7 +204,9 @@ def _findings(file: SourceFile, found: Analysis, own: set[str]) -> Iterator[Find
         )  # fmt: skip
 
 
-def _clashes(looked: Sequence[tuple[SourceFile, Analysis]], own: set[str]) -> Iterator[Finding]:
+def _clashes(
+    looked: Sequence[tuple[SourceFile, Analysis]], package_dir: Path, own: set[str]
+) -> Iterator[Finding]:
     """Several namespaces become one, so their operators must differ in name."""
     first: dict[str, str] = {}
     for file, each in looked:
@@ -229,12 +215,12 @@ def _clashes(looked: Sequence[tuple[SourceFile, Analysis]], own: set[str]) -> It
                 continue
             if first.setdefault(site.op, site.namespace) != site.namespace:
                 yield Finding(
-                    "KP306", "error", _at(file), Text(file.data).line_of(site.start),
+                    "KP306", "error", _at(file, package_dir), file.text.line_of(site.start),
                     f"operator {site.op!r} is defined in {first[site.op]!r} and in {site.namespace!r}, which "
                     "become one namespace in the build",
                     "rename one of them",
                 )  # fmt: skip
 
 
-def _at(file: SourceFile) -> Path:
-    return file.origin or Path(file.path)
+def _at(file: SourceFile, package_dir: Path) -> Path:
+    return file.origin or package_dir / file.path

@@ -10,7 +10,6 @@ from functools import cached_property
 from kernelpress.files import SourceFile
 from kernelpress.handed_on import handed_on
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory
 
 _ANNOTATION = rb"\s*(?::[^=\n]*)?=\s*"
 _LIBRARY = re.compile(
@@ -48,7 +47,7 @@ class Shared:
         return self.libraries | self.ops | {name.rpartition(".")[2] for name in self.given}
 
 
-def shared(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> Shared:
+def shared(files: Sequence[SourceFile], layout: Layout) -> Shared:
     """What the files of a package share."""
     # To Python a lone carriage return ends a line as well.
     sources = [file.data.replace(b"\r", b"\n") for file in files if file.path.endswith(".py")]
@@ -61,6 +60,6 @@ def shared(files: Sequence[SourceFile], layout: Layout, memory: Memory) -> Share
         ),
         frozenset(name.decode("ascii") for data in sources for name in _OPS.findall(data)),
         layout.tops,
-        handed_on(files, layout, memory),
+        handed_on(files, layout),
         not any("torch" in layout.module_at(file.path).split(".")[1:] for file in files),
     )

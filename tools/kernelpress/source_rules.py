@@ -15,12 +15,11 @@ from kernelpress.files import SourceFile
 from kernelpress.findings import Finding
 from kernelpress.imports import Import, imported_modules
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory
 from kernelpress.newer_syntax import newer_syntax
 from kernelpress.rewrite import examine
 from kernelpress.source import Source, read_source
 from kernelpress.spec import Spec
-from kernelpress.text import parse, statements
+from kernelpress.text import statements
 
 OLDEST_PYTHON = (3, 10)
 _ALLOWED = frozenset(("torch", "triton", *sys.stdlib_module_names))
@@ -38,13 +37,11 @@ def check_sources(spec: Spec) -> list[Finding]:
     Returns:
         What was found, by file and line.
     """
-    memory = Memory.of(spec.package_dir)
     try:
-        source = read_source(spec, memory)
+        source = read_source(spec)
     except KernelpressError as error:
         return [as_finding(error)]
-    rewritten = examine(source.files, source.layout, source.package_dir, memory)
-    memory.save()
+    rewritten = examine(source.files, source.layout, source.package_dir)
     found = [
         *rewritten.findings,
         *_undeclared(rewritten.outside, spec),
@@ -121,7 +118,7 @@ def _old_syntax(sources: Iterable[SourceFile]) -> Iterator[Finding]:
 def _newer(file: SourceFile) -> int | None:
     """The line where newer syntax begins; Python's own parser names the one where a block of it ends."""
     newer = ("TryStar", "TypeAlias")
-    lines = [node.lineno for node in statements(parse(file.data)) if type(node).__name__ in newer]
+    lines = [node.lineno for node in statements(file.tree) if type(node).__name__ in newer]
     return min(lines, default=None)
 
 
@@ -131,7 +128,7 @@ def _circles(sources: Iterable[SourceFile], layout: Layout) -> Iterator[Finding]
     graph: dict[str, dict[str, None]] = {}
     for module, file in by_module.items():
         targets: dict[str, None] = {}
-        for source, names, when in imported_modules(parse(file.data), file.path, module):
+        for source, names, when in imported_modules(file.tree, file.path, module):
             if when not in ("load", "guarded"):
                 continue
             below = [f"{source}.{name}" for name in names if f"{source}.{name}" in by_module]

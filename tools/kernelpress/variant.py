@@ -13,7 +13,6 @@ from typing import Any
 
 from kernelpress.errors import BuildError
 from kernelpress.imports import Import
-from kernelpress.memory import Memory
 from kernelpress.place import VARIANT_PREFIX, replace
 from kernelpress.provenance import GitState
 from kernelpress.rewrite import Rewritten, rewrite
@@ -99,10 +98,8 @@ def prepare(spec: Spec, out: Path | None = None) -> Build:
         SourceError: The sources cannot ship as they are.
     """
     directory = (spec.root / "build" if out is None else out).resolve()
-    memory = Memory.of(spec.package_dir)
-    source = read_source(spec, memory)
-    rewritten = rewrite(source.files, source.layout, source.package_dir, memory)
-    memory.save()
+    source = read_source(spec)
+    rewritten = rewrite(source.files, source.layout, source.package_dir)
     content_hash = _content_hash(spec, rewritten)
     variants = tuple(_variants(spec, source, rewritten, content_hash))
     return Build(spec, source, directory, variants, content_hash, _tree_hash(variants), rewritten.outside)
