@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import sys
@@ -19,7 +18,6 @@ from kernelpress.newer_syntax import newer_syntax
 from kernelpress.rewrite import examine
 from kernelpress.source import Source, read_source
 from kernelpress.spec import Spec
-from kernelpress.text import statements
 
 OLDEST_PYTHON = (3, 10)
 _ALLOWED = frozenset(("torch", "triton", *sys.stdlib_module_names))
@@ -45,7 +43,7 @@ def check_sources(spec: Spec) -> list[Finding]:
     found = [
         *rewritten.findings,
         *_undeclared(rewritten.outside, spec),
-        *_old_syntax(source.files),
+        *_newer_syntax(source.files),
         *_circles(source.files, source.layout),
         *_contents(source),
     ]
@@ -98,28 +96,10 @@ def _undeclared(outside: Iterable[tuple[Path, Import]], spec: Spec) -> Iterator[
             )  # fmt: skip
 
 
-def _old_syntax(sources: Iterable[SourceFile]) -> Iterator[Finding]:
+def _newer_syntax(sources: Iterable[SourceFile]) -> Iterator[Finding]:
     version = ".".join(map(str, OLDEST_PYTHON))
-    for file in sources:
-        if not file.path.endswith(".py"):
-            continue
-        found: Iterable[tuple[int | None, str]]
-        try:
-            found = newer_syntax(file.data, ast.parse(file.data, feature_version=OLDEST_PYTHON))
-        except SyntaxError as error:
-            found = [(_newer(file) or error.lineno, error.msg)]
-        for line, what in dict.fromkeys(found):
-            yield Finding(
-                "KP301", "error", _at(file), line, f"no syntax of Python {version}: {what}",
-                f"write it as Python {version} reads it",
-            )  # fmt: skip
-
-
-def _newer(file: SourceFile) -> int | None:
-    """The line where newer syntax begins; Python's own parser names the one where a block of it ends."""
-    newer = ("TryStar", "TypeAlias")
-    lines = [node.lineno for node in statements(file.tree) if type(node).__name__ in newer]
-    return min(lines, default=None)
+    for file, line, message in newer_syntax(sources, OLDEST_PYTHON):
+        yield Finding("KP301", "error", _at(file), line, message, f"write it as Python {version} reads it")
 
 
 def _circles(sources: Iterable[SourceFile], layout: Layout) -> Iterator[Finding]:
