@@ -66,7 +66,7 @@ def test_a_breach_is_found_where_it_stands(make_kernel, text, code, line):
         "TOKEN = 'hf_short'\nPATH = '/homework/x'\n",
         "def f():\n    from . import other\n",
         "def f(n):\n    return n == 'aten::mul' or n != 'demo_kernels::twice' or 'demo_kernel.twice' in n\n",
-        "import torch\ndef f(n):\n    return n == torch._C._jit_get_operation('demo_kernel::twice')\n",
+        "import torch\ndef f(n):\n    return torch._C._dispatch_has_kernel('demo_kernel::twice')\n",
         "NAME = 'demo_kernel::twice'\nprint('in', NAME, 'demo_kernel::twice')\n",
     ],
 )

@@ -1,60 +1,65 @@
-"""Analysis of a source file: all that may have to change in it."""
+"""Analysis of a package's files: all that may have to change in each."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from kernelpress.files import SourceFile
-from kernelpress.imports import Import, Imports, find_imports
+from kernelpress.follow import MOST_VARIABLES, Resolver
+from kernelpress.imports import Imports, find_imports
 from kernelpress.layout import Layout
-from kernelpress.leftovers import mentions
-from kernelpress.occurrences import Mention, Problem, Site, Sites, Wanted
-from kernelpress.shared import Shared
-from kernelpress.sites import find_sites
-from kernelpress.text import MOST_NESTED, Edit
+from kernelpress.leftovers import find_mentions
+from kernelpress.occurrences import Mention, Problem, Reference
+from kernelpress.sites import find_op_references
+from kernelpress.text import MOST_NESTED
 
-# Calls of a visitor for each level of a syntax tree, at most.
+# Calls for each level of a syntax tree, and for each variable that an expression's value goes through, at most.
 _FRAMES = 6
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """One file: see ``Sites`` and ``Imports`` for what each part is; ``mentions`` are found beside them."""
+    """One file: its references to operators, lines where ``torch.ops`` is handed on, problems, imports and mentions."""
 
-    sites: tuple[Site, ...] = ()
-    escapes: tuple[int, ...] = ()
+    file: SourceFile
+    references: tuple[Reference, ...] = ()
+    leaked_ops: tuple[int, ...] = ()
     problems: tuple[Problem, ...] = ()
-    edits: tuple[Edit, ...] = ()
-    missing: tuple[Import, ...] = ()
-    outside: tuple[Import, ...] = ()
-    unknown: tuple[int, ...] = ()
-    unread: tuple[int, ...] = ()
-    wanted: tuple[Wanted, ...] = ()
+    imports: Imports = field(default_factory=Imports)
     mentions: tuple[Mention, ...] = ()
 
 
-def analyze(file: SourceFile, layout: Layout, common: Shared) -> Analysis:
-    """Analyze one file of a package, given what its files share."""
-    if not file.is_python:
-        return Analysis()
+def analyze(files: Sequence[SourceFile], layout: Layout) -> list[Analysis]:
+    """Analyze every file of a package, in the order given; those that are no Python have nothing in them."""
+    resolver = Resolver(files, layout)
+    with _deep_recursion():
+        operators = find_op_references(resolver)
+        modules = {module.file.path: module for module in resolver.modules.values()}
+        return [
+            Analysis(
+                file,
+                references := tuple(
+                    sorted(operators.references.get(file.path, ()), key=lambda reference: reference.start)
+                ),
+                tuple(operators.leaked_ops.get(file.path, ())),
+                tuple(operators.problems.get(file.path, ())),
+                find_imports(modules[file.path], resolver, layout),
+                find_mentions(file, references),
+            )
+            if file.path in modules
+            else Analysis(file)
+            for file in files
+        ]
+
+
+@contextmanager
+def _deep_recursion() -> Iterator[None]:
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, _FRAMES * MOST_NESTED + limit))
+    sys.setrecursionlimit(limit + _FRAMES * (MOST_NESTED + MOST_VARIABLES))
     try:
-        module = layout.module_at(file.path)
-        sites: Sites = find_sites(file.tree, file.text, common, module, file.path)
-        imports: Imports = find_imports(file.tree, file.text, file.path, module, layout)
+        yield
     finally:
         sys.setrecursionlimit(limit)
-    return Analysis(
-        sites.sites,
-        sites.escapes,
-        sites.problems,
-        imports.edits,
-        imports.missing,
-        imports.outside,
-        imports.unknown,
-        imports.unread,
-        sites.wanted,
-        mentions(file.tree, file.text, sites.sites),
-    )

@@ -108,7 +108,7 @@ def _circles(sources: Iterable[SourceFile], layout: Layout) -> Iterator[Finding]
     graph: dict[str, dict[str, None]] = {}
     for module, file in by_module.items():
         targets: dict[str, None] = {}
-        for source, names, when in imported_modules(file.tree, file.path, module):
+        for source, names, when in imported_modules(file, module):
             if when not in ("load", "guarded"):
                 continue
             below = [f"{source}.{name}" for name in names if f"{source}.{name}" in by_module]

@@ -88,7 +88,7 @@ def _listed(entry: str, roots: tuple[Path, ...]) -> Iterator[str]:
 def _project_imports(
     file: SourceFile, module: str, tops: set[str], own: Layout, roots: tuple[Path, ...]
 ) -> Iterator[str]:
-    for source, names, when in imported_modules(file.tree, file.path, module):
+    for source, names, when in imported_modules(file, module):
         if when == "typing" or source.partition(".")[0] not in tops or own.owns(source):
             continue
         modules = [f"{source}.{name}" for name in names]
