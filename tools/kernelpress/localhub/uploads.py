@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from .commits import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
 from .context import hub_of
-from .ignore import MAX_BYTES, Ignore
+from .ignore import MAX_BYTES, GitIgnore
 from .large import LargeFile
 from .messages import AsciiJSONResponse, endpoint, flag, json_object, segment, spooled_body, string
 from .paths import file_path, printable
@@ -115,15 +115,15 @@ def _lines(body: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _gitignore(git: Repository, commit: str, body: dict[str, object]) -> Ignore | None:
+def _gitignore(git: Repository, commit: str, body: dict[str, object]) -> GitIgnore | None:
     text = body.get("gitIgnore")
     if isinstance(text, str):
-        return Ignore(text)
+        return GitIgnore(text)
     entry = git.entry(commit, ".gitignore")
     if entry is None or not entry.is_file:
         return None
     # One byte more is enough to see that it is too long.
-    return Ignore(git.read(entry.oid)[: MAX_BYTES + 1].decode("utf-8", "replace"))
+    return GitIgnore(git.read(entry.oid)[: MAX_BYTES + 1].decode("utf-8", "replace"))
 
 
 def routes() -> Iterable[Route]:
