@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from urllib.parse import quote
 
+import jinja2
 import tomli
 from dulwich.errors import NotGitRepository
 from markdown_it import MarkdownIt
@@ -26,7 +28,6 @@ from .problems import Problem, entry_not_found
 from .pulls import load
 from .refs import PULLS
 from .repository import DEFAULT_BRANCH, Repository
-from .templates import STYLE, pages
 
 _HEADERS = {
     # The second wall behind escaping: even markup that got through could load and run nothing.
@@ -42,7 +43,16 @@ _MAX_LINES = 5000
 _MAX_FILES = 200
 _LISTED = 200
 _COMMITS = 50
+_TEMPLATES = Path(__file__).parent / "templates"
+_STYLE = (_TEMPLATES / "style.css").read_bytes()
 _markdown = MarkdownIt("js-default")
+# Everything put into a template is escaped, except a card that `render_card` has made.
+_templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    auto_reload=False,
+    undefined=jinja2.StrictUndefined,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def render_card(text: str) -> Markup:
 
 
 def style(request: Request) -> Response:
-    return Response(STYLE, media_type="text/css", headers={"Cache-Control": "max-age=3600"})
+    return Response(_STYLE, media_type="text/css", headers={"Cache-Control": "max-age=3600"})
 
 
 def index(request: Request) -> Response:
@@ -256,7 +266,7 @@ def _day(seconds: int) -> str:
 
 def _page(name: str, *, title: str, repo: RepoId | None, **values: object) -> Response:
     # A file name or a commit may hold what is no valid Unicode.
-    text = pages.get_template(name).render(title=title, repo=repo, **values)
+    text = _templates.get_template(f"{name}.html").render(title=title, repo=repo, **values)
     return HTMLResponse(text.encode("utf-8", "replace"), headers=_HEADERS)
 
 
