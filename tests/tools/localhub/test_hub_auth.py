@@ -15,9 +15,9 @@ import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, RepositoryNotFoundError
-from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, create_token, running_hub
 from kernelpress.localhub.context import Caller, Hub
+from kernelpress.localhub.errors import HubError
 from kernelpress.localhub.problems import Problem
 from kernelpress.localhub.store import Store
 from kernelpress.localhub.tokens import Tokens

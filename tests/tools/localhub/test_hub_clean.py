@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
-from kernelpress.errors import HubError
 from kernelpress.localhub import clean, fsck, running_hub
+from kernelpress.localhub.errors import HubError
 from kernelpress.localhub.large import LargeFile, LargeFiles
 
 

@@ -20,8 +20,8 @@ import pytest
 from dulwich.objects import Blob
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, running_hub
+from kernelpress.localhub.errors import HubError
 from kernelpress.localhub.paths import RepoId
 from kernelpress.localhub.repository import AddFile, Operation
 from kernelpress.localhub.store import Store

@@ -9,8 +9,8 @@ import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, create_token, fsck, revoke_tokens, running_hub
+from kernelpress.localhub.errors import HubError
 
 NewRepo = Callable[..., str]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dulwich.objects import Blob, ShaFile, Tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernelpress.localhub.problems import Problem
+from kernelpress.localhub.errors import StorageError
 from kernelpress.localhub.trees import TreeEditor, TreeEntry
 
 paths = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3).map("/".join)
@@ -76,7 +76,7 @@ def test_a_tree_edited_step_by_step_equals_the_dictionary(steps: list[tuple[str,
                 editor.delete_file(path)
             else:
                 editor.delete_folder(path)
-        except Problem:
+        except StorageError:
             assert after is None, (kind, path, model)
         else:
             assert after is not None, (kind, path, model)

@@ -1,4 +1,4 @@
-"""Web pages for people: repositories, cards, versions, commits and what changed. No script runs on them."""
+"""Web pages for people: repositories, cards, versions, commits and differences. No script runs on them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from .context import Target, hub_of
+from .context import WEB_REPOS, Target, hub_of
+from .errors import RevisionNotFound
 from .messages import iso_time, number, segment
-from .paths import KINDS, RESERVED_NAMESPACES, RepoId, file_path
-from .problems import Problem, entry_not_found
-from .pulls import load
+from .paths import RESERVED_NAMESPACES, RepoId
+from .problems import entry_not_found
+from .pulls import load_all, load_named
 from .refs import PULLS
 from .repository import DEFAULT_BRANCH, Repository
+from .trees_api import folder_path
 
 _HEADERS = {
     # The second wall behind escaping: even markup that got through could load and run nothing.
@@ -53,6 +55,7 @@ _templates = jinja2.Environment(
     auto_reload=False,
     undefined=jinja2.StrictUndefined,
 )
+_templates.filters["day"] = lambda seconds: iso_time(seconds)[:10]
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,17 @@ def index(request: Request) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     search = request.query_params.get("search", "")
-    found = []
-    for repo in (repo for kind in KINDS.values() for repo in hub.store.repositories(kind)):
-        if search.lower() not in str(repo).lower() or not hub.visible(repo, caller):
-            continue
+    repositories: list[tuple[int, Target]] = []
+    for repo in hub.store.repositories():
         # One that goes away in this moment is not listed.
-        with suppress(NotGitRepository, FileNotFoundError, Problem):
-            git = hub.store.get(repo)
-            if git is not None:
-                changed = git.commit_info(git.resolve(DEFAULT_BRANCH)).time
-                private = hub.store.settings(repo).private
-                found.append({"id": repo, "private": private, "time": changed, "changed": _day(changed)})
-    found.sort(key=lambda item: (-int(str(item["time"])), str(item["id"])))
-    return _page("list", title="Hub", repo=None, search=search, found=found[:_LISTED])
+        with suppress(NotGitRepository, RevisionNotFound):
+            if search.lower() in str(repo).lower():
+                target = hub.visible_target(repo, caller)
+                if target is not None:
+                    changed = target.git.commit_info(target.git.resolve(DEFAULT_BRANCH)).time
+                    repositories.append((changed, target))
+    repositories.sort(key=lambda item: (-item[0], str(item[1].id)))
+    return _page("list", title="Hub", repo=None, search=search, repositories=repositories[:_LISTED])
 
 
 def repository(request: Request) -> Response:
@@ -109,14 +110,13 @@ def repository(request: Request) -> Response:
         _version(git, name, branches[name], before)
         for name, before in zip(names, ["", *names][: len(names)], strict=True)
     ]
-    pulls = sorted((int(name) for name in git.pulls() if name.isdigit()), reverse=True)[:_LISTED]
     card = _text(git, git.resolve(DEFAULT_BRANCH), "README.md", _MAX_CARD)
     return _page(
         "repo",
         title=str(target.id),
         repo=target.id,
         versions=versions[::-1],
-        pulls=[load(git, each) for each in pulls],
+        pulls=list(islice(load_all(git), _LISTED)),
         card=None if card is None else render_card(card),
     )
 
@@ -124,13 +124,9 @@ def repository(request: Request) -> Response:
 def tree(request: Request) -> Response:
     target = _target(request)
     revision = segment(request, "ref")
-    commit = target.git.resolve(revision)
-    path = segment(request, "path").strip("/") if "path" in request.path_params else ""
-    folder = target.git.entry(commit, file_path(path) if path else "")
-    if folder is None or not folder.is_folder:
-        raise entry_not_found(f"there is no folder {path!r} at this revision")
+    path = folder_path(request)
     entries = []
-    for info in target.git.describe(list(target.git.walk(folder, path, False))):
+    for info in target.git.describe(target.git.walk(target.git.resolve(revision), path, recursive=False)):
         verb = "tree" if info.entry.is_folder else "resolve"
         href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quote(info.path)}"
         name = info.path.rsplit("/", 1)[-1] + ("/" if info.entry.is_folder else "")
@@ -143,14 +139,15 @@ def commits(request: Request) -> Response:
     revision = segment(request, "ref")
     start = number(request, "p", 0, lowest=0)
     history = target.git.history(target.git.resolve(revision))
-    found = list(islice(history, start * _COMMITS, (start + 1) * _COMMITS + 1))
-    shown = [
-        {"oid": info.oid, "title": info.title, "author": info.author, "changed": _day(info.time)}
-        for info in found[:_COMMITS]
-    ]
-    following = f"?p={start + 1}" if len(found) > _COMMITS else None
+    page = list(islice(history, start * _COMMITS, (start + 1) * _COMMITS + 1))
+    following = f"?p={start + 1}" if len(page) > _COMMITS else None
     return _page(
-        "commits", title=str(target.id), repo=target.id, revision=revision, commits=shown, next=following
+        "commits",
+        title=str(target.id),
+        repo=target.id,
+        revision=revision,
+        commits=page[:_COMMITS],
+        next=following,
     )
 
 
@@ -172,15 +169,12 @@ def compare(request: Request) -> Response:
     )
 
 
-def pull(request: Request) -> Response:
+def pull_request(request: Request) -> Response:
     target = _target(request)
-    text = segment(request, "number")
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise entry_not_found("there is no such pull request")
-    found = load(target.git, int(text))
-    head = target.git.resolve(f"{PULLS}{found.number}")
-    heading = f"#{found.number} {found.title} ({found.status}, by {found.author})"
-    return _diff_page(target, heading, found.base, head, found.description)
+    pull = load_named(target.git, request)
+    head = target.git.resolve(f"{PULLS}{pull.number}")
+    heading = f"#{pull.number} {pull.title} ({pull.status}, by {pull.author})"
+    return _diff_page(target, heading, pull.base, head, pull.description)
 
 
 def _diff_page(target: Target, heading: str, before: str | None, after: str, text: str) -> Response:
@@ -200,16 +194,13 @@ def _diff_page(target: Target, heading: str, before: str | None, after: str, tex
 def _changes(git: Repository, before: str | None, after: str) -> Iterable[FileChange]:
     old, new = ({} if commit is None else _blobs(git, commit) for commit in (before, after))
     for path in sorted(old.keys() | new.keys()):
-        if old.get(path) == new.get(path):
-            continue
-        kind = "added" if path not in old else "removed" if path not in new else "changed"
-        yield FileChange(path, kind, _lines(git, old.get(path), new.get(path)))
+        if old.get(path) != new.get(path):
+            kind = "added" if path not in old else "removed" if path not in new else "changed"
+            yield FileChange(path, kind, _lines(git, old.get(path), new.get(path)))
 
 
 def _blobs(git: Repository, commit: str) -> dict[str, str]:
-    root = git.entry(commit, "")
-    assert root is not None
-    return {path: entry.oid for path, entry in git.walk(root, "", True) if entry.is_file}
+    return {path: entry.oid for path, entry in git.files(commit).items() if entry.is_file}
 
 
 def _lines(git: Repository, old: str | None, new: str | None) -> tuple[Line, ...] | None:
@@ -221,15 +212,13 @@ def _lines(git: Repository, old: str | None, new: str | None) -> tuple[Line, ...
         texts.append(data.decode("utf-8", "replace").splitlines())
     if sum(map(len, texts)) > _MAX_LINES:
         return None
-    found = islice(difflib.unified_diff(texts[0], texts[1], lineterm="", n=3), 2, None)
-    return tuple(Line({"+": "add", "-": "del"}.get(line[:1], ""), line) for line in found)
+    diff = islice(difflib.unified_diff(texts[0], texts[1], lineterm="", n=3), 2, None)
+    return tuple(Line({"+": "add", "-": "del"}.get(line[:1], ""), line) for line in diff)
 
 
 def _version(git: Repository, name: str, oid: str, before: str) -> dict[str, object]:
     folder = git.entry(oid, "build")
-    variants = [] if folder is None or not folder.is_folder else [
-        path for path, entry in git.walk(folder, "", False) if entry.is_folder
-    ]  # fmt: skip
+    below = [] if folder is None or not folder.is_folder else git.walk(oid, "build", recursive=False)
     yanked = None
     text = _text(git, oid, "kernel-yanked.toml", _MAX_TEXT)
     if text is not None:
@@ -240,8 +229,8 @@ def _version(git: Repository, name: str, oid: str, before: str) -> dict[str, obj
     return {
         "name": name,
         "commit": oid,
-        "changed": _day(git.commit_info(oid).time),
-        "variants": variants,
+        "time": git.commit_info(oid).time,
+        "variants": [path.removeprefix("build/") for path, entry in below if entry.is_folder],
         "yanked": yanked,
         "before": before,
     }
@@ -260,26 +249,24 @@ def _target(request: Request) -> Target:
     return hub_of(request).readable(request, content=True)
 
 
-def _day(seconds: int) -> str:
-    return iso_time(seconds)[:10]
-
-
 def _page(name: str, *, title: str, repo: RepoId | None, **values: object) -> Response:
     # A file name or a commit may hold what is no valid Unicode.
     text = _templates.get_template(f"{name}.html").render(title=title, repo=repo, **values)
     return HTMLResponse(text.encode("utf-8", "replace"), headers=_HEADERS)
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module; they come last, because a model's page can have almost any address."""
-    yield Route("/", index)
-    yield Route("/style.css", style)
-    for prefix in ("/{kind}", ""):
-        repo = f"{prefix}/{{namespace}}/{{name}}"
-        yield Route(repo + "/tree/{ref}", tree)
-        yield Route(repo + "/tree/{ref}/{path:path}", tree)
-        yield Route(repo + "/commits/{ref}", commits)
-        yield Route(repo + "/commit/{ref}", commit)
-        yield Route(repo + "/compare/{range}", compare)
-        yield Route(repo + "/discussions/{number}", pull)
-        yield Route(repo, repository)
+_PAGES = {
+    "/tree/{ref}": tree,
+    "/tree/{ref}/{path:path}": tree,
+    "/commits/{ref}": commits,
+    "/commit/{ref}": commit,
+    "/compare/{range}": compare,
+    "/discussions/{number}": pull_request,
+    "": repository,
+}
+
+routes = [
+    Route("/", index),
+    Route("/style.css", style),
+    *(Route(repo + path, page) for repo in WEB_REPOS for path, page in _PAGES.items()),
+]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernelpress.errors import HubError
+from .errors import HubError
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0

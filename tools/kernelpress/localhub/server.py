@@ -16,9 +16,8 @@ from types import FrameType
 
 import uvicorn
 
-from kernelpress.errors import HubError
-
 from .app import create_app
+from .errors import HubError
 from .paths import is_name
 
 _STOP_SECONDS = 5

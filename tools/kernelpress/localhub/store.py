@@ -21,12 +21,10 @@ from pathlib import Path
 from dulwich.errors import NotGitRepository
 from dulwich.repo import Repo
 
-from kernelpress.errors import HubError
-
+from .errors import Conflict, HubError
 from .large import LargeFiles
 from .objects import ObjectCache, sync
 from .paths import KINDS, RepoId, RepoKind, is_name
-from .problems import conflict
 from .repository import DEFAULT_BRANCH, Repository, write_initial_commit
 
 _SETTINGS = "hub.json"
@@ -88,7 +86,7 @@ class Store:
         """Create a repository with an initial commit on its default branch.
 
         Raises:
-            Problem: 409 when it exists.
+            Conflict: It exists.
         """
         place = self._place(repo)
         if place.exists():
@@ -131,7 +129,7 @@ class Store:
         """Rename a repository, with everything in it; returns False when there is none.
 
         Raises:
-            Problem: 409 when the new name is taken.
+            Conflict: The new name is taken.
         """
         git = self.get(old)
         if git is None:
@@ -182,30 +180,19 @@ class Store:
         """Replace the settings of an existing repository."""
         _write_settings(self._place(repo), settings)
 
-    def repositories(self, kind: RepoKind) -> Iterator[RepoId]:
-        """All repositories of a kind, sorted by name."""
-        base = self._repos / f"{kind}s"
-        for namespace in sorted(base.iterdir()) if base.exists() else ():
-            if not is_name(namespace.name):
-                continue
-            for place in sorted(namespace.glob("*.git")):
-                if is_name(place.stem):
-                    yield RepoId(kind, namespace.name, place.stem)
-
-    def namespaces(self) -> dict[str, list[RepoId]]:
-        """Every namespace that holds a repository, with its repositories."""
-        found: dict[str, list[RepoId]] = {}
-        for kind in KINDS.values():
-            for repo in self.repositories(kind):
-                found.setdefault(repo.namespace, []).append(repo)
-        return found
+    def repositories(self, *kinds: RepoKind) -> Iterator[RepoId]:
+        """All repositories of these kinds (or of every kind), sorted by name within a kind."""
+        for kind in kinds or KINDS.values():
+            for path in sorted((self._repos / f"{kind}s").glob("*/*.git")):
+                if is_name(path.parent.name) and is_name(path.stem):
+                    yield RepoId(kind, path.parent.name, path.stem)
 
     def _place(self, repo: RepoId) -> Path:
         return self._repos / f"{repo.kind}s" / repo.namespace / f"{repo.name}.git"
 
 
 def _exists(repo: RepoId) -> Exception:
-    return conflict(f"You already created this {repo.kind} repo: {repo}")
+    return Conflict(f"You already created this {repo.kind} repo: {repo}")
 
 
 def _former(place: Path) -> list[str]:

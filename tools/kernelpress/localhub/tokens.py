@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from kernelpress.errors import HubError
-
+from .errors import HubError
 from .objects import sync
 from .paths import is_name
 
