@@ -24,7 +24,7 @@ from starlette.routing import Route
 from .context import WEB_REPOS, Target, hub_of
 from .errors import RevisionNotFound
 from .messages import iso_time, number, segment
-from .paths import RESERVED_NAMESPACES, RepoId
+from .paths import RESERVED_NAMESPACES
 from .problems import entry_not_found
 from .pulls import load_all, load_named
 from .refs import PULLS
@@ -59,20 +59,18 @@ _templates.filters["day"] = lambda seconds: iso_time(seconds)[:10]
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of a diff: ``kind`` is ``add``, ``del`` or empty."""
-
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True)
 class FileChange:
-    """A file that differs between two trees; ``lines`` is None where that is not shown."""
+    """A file that differs between two trees.
+
+    Args:
+        path: Its path.
+        kind: ``added``, ``removed`` or ``changed``.
+        lines: The lines of a unified diff, each with its CSS class; None where they are not shown.
+    """
 
     path: str
     kind: str
-    lines: tuple[Line, ...] | None
+    lines: list[tuple[str, str]] | None
 
 
 def render_card(text: str) -> Markup:
@@ -98,7 +96,7 @@ def index(request: Request) -> Response:
                     changed = target.git.commit_info(target.git.resolve(DEFAULT_BRANCH)).time
                     repositories.append((changed, target))
     repositories.sort(key=lambda item: (-item[0], str(item[1].id)))
-    return _page("list", title="Hub", repo=None, search=search, repositories=repositories[:_LISTED])
+    return _page("list", title="Hub", search=search, repositories=repositories[:_LISTED])
 
 
 def repository(request: Request) -> Response:
@@ -106,15 +104,12 @@ def repository(request: Request) -> Response:
     git = target.git
     branches = git.branches()
     names = sorted((name for name in branches if re.fullmatch(r"v\d+", name)), key=lambda name: int(name[1:]))
-    versions = [
-        _version(git, name, branches[name], before)
-        for name, before in zip(names, ["", *names][: len(names)], strict=True)
-    ]
+    pairs = zip(names, ["", *names], strict=False)
+    versions = [_version(git, name, branches[name], before) for name, before in pairs]
     card = _text(git, git.resolve(DEFAULT_BRANCH), "README.md", _MAX_CARD)
     return _page(
         "repo",
-        title=str(target.id),
-        repo=target.id,
+        target,
         versions=versions[::-1],
         pulls=list(islice(load_all(git), _LISTED)),
         card=None if card is None else render_card(card),
@@ -131,7 +126,7 @@ def tree(request: Request) -> Response:
         href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quote(info.path)}"
         name = info.path.rsplit("/", 1)[-1] + ("/" if info.entry.is_folder else "")
         entries.append({"name": name, "href": href, "size": info.size})
-    return _page("tree", title=str(target.id), repo=target.id, path=path, revision=revision, entries=entries)
+    return _page("tree", target, path=path, revision=revision, entries=entries)
 
 
 def commits(request: Request) -> Response:
@@ -141,14 +136,7 @@ def commits(request: Request) -> Response:
     history = target.git.history(target.git.resolve(revision))
     page = list(islice(history, start * _COMMITS, (start + 1) * _COMMITS + 1))
     following = f"?p={start + 1}" if len(page) > _COMMITS else None
-    return _page(
-        "commits",
-        title=str(target.id),
-        repo=target.id,
-        revision=revision,
-        commits=page[:_COMMITS],
-        next=following,
-    )
+    return _page("commits", target, revision=revision, commits=page[:_COMMITS], next=following)
 
 
 def commit(request: Request) -> Response:
@@ -180,15 +168,7 @@ def pull_request(request: Request) -> Response:
 def _diff_page(target: Target, heading: str, before: str | None, after: str, text: str) -> Response:
     changes = list(islice(_changes(target.git, before, after), _MAX_FILES + 1))
     cut = "" if len(changes) <= _MAX_FILES else f", of which the first {_MAX_FILES} are shown"
-    return _page(
-        "diff",
-        title=heading,
-        repo=target.id,
-        heading=heading,
-        text=text,
-        changes=changes[:_MAX_FILES],
-        cut=cut,
-    )
+    return _page("diff", target, title=heading, text=text, changes=changes[:_MAX_FILES], cut=cut)
 
 
 def _changes(git: Repository, before: str | None, after: str) -> Iterable[FileChange]:
@@ -203,7 +183,7 @@ def _blobs(git: Repository, commit: str) -> dict[str, str]:
     return {path: entry.oid for path, entry in git.files(commit).items() if entry.is_file}
 
 
-def _lines(git: Repository, old: str | None, new: str | None) -> tuple[Line, ...] | None:
+def _lines(git: Repository, old: str | None, new: str | None) -> list[tuple[str, str]] | None:
     texts = []
     for oid in (old, new):
         data = b"" if oid is None else git.read(oid)
@@ -213,7 +193,7 @@ def _lines(git: Repository, old: str | None, new: str | None) -> tuple[Line, ...
     if sum(map(len, texts)) > _MAX_LINES:
         return None
     diff = islice(difflib.unified_diff(texts[0], texts[1], lineterm="", n=3), 2, None)
-    return tuple(Line({"+": "add", "-": "del"}.get(line[:1], ""), line) for line in diff)
+    return [({"+": "add", "-": "del"}.get(line[:1], ""), line) for line in diff]
 
 
 def _version(git: Repository, name: str, oid: str, before: str) -> dict[str, object]:
@@ -249,9 +229,10 @@ def _target(request: Request) -> Target:
     return hub_of(request).readable(request, content=True)
 
 
-def _page(name: str, *, title: str, repo: RepoId | None, **values: object) -> Response:
+def _page(name: str, target: Target | None = None, *, title: str | None = None, **values: object) -> Response:
+    repo = None if target is None else target.id
+    text = _templates.get_template(f"{name}.html").render(title=title or str(repo), repo=repo, **values)
     # A file name or a commit may hold what is no valid Unicode.
-    text = _templates.get_template(f"{name}.html").render(title=title, repo=repo, **values)
     return HTMLResponse(text.encode("utf-8", "replace"), headers=_HEADERS)
 
 

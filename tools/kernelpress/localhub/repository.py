@@ -120,7 +120,8 @@ class Repository(Reader):
         Raises:
             Conflict: The branch exists or its name clashes with another's.
         """
-        self._create_ref(BRANCHES, name, commit)
+        with self.exclusive():
+            self._refs.create(BRANCHES, name, commit)
 
     def create_tag(self, name: str, commit: str, message: str, author: str) -> None:
         """Point a new tag at ``commit``: an annotated one when there is a message.
@@ -128,18 +129,11 @@ class Repository(Reader):
         Raises:
             Conflict: The tag exists or its name clashes with another's.
         """
-        if not message:
-            self._create_ref(TAGS, name, commit)
-            return
-        tag = Tag()
-        tag.tagger = _identity(author)
-        tag.message = message.encode("utf-8")
-        tag.name = name.encode("utf-8")
-        tag.object = (Commit, ObjectID(commit.encode("ascii")))
-        tag.tag_time = int(time.time())
-        tag.tag_timezone = 0
-        with self.batch() as batch:
-            self._create_ref(TAGS, name, batch.add(tag), batch)
+        with self.exclusive(), self.batch() as batch:
+            self._refs.check_new(TAGS, name)
+            oid = batch.add(_tag_object(name, commit, message, author)) if message else commit
+            batch.publish()
+            self._refs.create(TAGS, name, oid)
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch.
@@ -256,13 +250,6 @@ class Repository(Reader):
             return NotGitRepository(str(self.path))
         return RevisionNotFound(printable(revision))
 
-    def _create_ref(self, base: str, name: str, oid: str, batch: ObjectBatch | None = None) -> None:
-        with self.exclusive():
-            self._refs.check_new(base, name)
-            if batch is not None:
-                batch.publish()
-            self._refs.create(base, name, oid)
-
     def _delete_ref(self, ref: str, name: str) -> None:
         with self.exclusive():
             if self._refs.read(ref) is None:
@@ -291,6 +278,17 @@ def _commit_object(tree: str, parents: list[str], message: str, author: str) -> 
     commit.encoding = b"UTF-8"
     commit.message = message.encode("utf-8")
     return commit
+
+
+def _tag_object(name: str, commit: str, message: str, author: str) -> Tag:
+    tag = Tag()
+    tag.tagger = _identity(author)
+    tag.message = message.encode("utf-8")
+    tag.name = name.encode("utf-8")
+    tag.object = (Commit, ObjectID(commit.encode("ascii")))
+    tag.tag_time = int(time.time())
+    tag.tag_timezone = 0
+    return tag
 
 
 def _identity(author: str) -> bytes:

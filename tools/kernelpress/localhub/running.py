@@ -25,7 +25,7 @@ class RunningHub:
     Args:
         endpoint: Its address, for ``HF_ENDPOINT`` or ``HfApi(endpoint=...)``.
         root: Its directory.
-        log: What it printed.
+        log: The file with all that it printed.
         pid: Its process.
     """
 
@@ -47,7 +47,7 @@ def running_hub(root: Path, *, trust: Sequence[str] = (), port: int = 0) -> Iter
         port: Port to listen on; 0 takes a free one.
 
     Raises:
-        HubError: The Hub did not start; the message ends with what it printed.
+        HubError: The Hub did not start; the message ends with its output.
     """
     command = [
         sys.executable,
@@ -59,8 +59,7 @@ def running_hub(root: Path, *, trust: Sequence[str] = (), port: int = 0) -> Iter
         "--port",
         str(port),
     ]
-    for organization in trust:
-        command += ["--trust", organization]
+    command += [f"--trust={organization}" for organization in trust]
     log = root / "hub.log"
     try:
         root.mkdir(parents=True, exist_ok=True)

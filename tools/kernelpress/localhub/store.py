@@ -1,4 +1,4 @@
-"""The Hub's root directory: which repositories exist, and their settings.
+"""The Hub's root directory: its repositories and their settings.
 
     <root>/repos/<kind>s/<namespace>/<name>.git    bare repositories, settings in <name>.git/hub.json
     <root>/tmp/                                    things in the making; emptied at every start
@@ -23,7 +23,7 @@ from dulwich.repo import Repo
 
 from .errors import Conflict, HubError
 from .large import LargeFiles
-from .objects import ObjectCache, sync
+from .objects import ObjectCache, replace_durably, sync
 from .paths import KINDS, RepoId, RepoKind, is_name
 from .repository import DEFAULT_BRANCH, Repository, write_initial_commit
 
@@ -34,12 +34,12 @@ _INITIAL_FILES = {".gitattributes": b"# This Hub keeps every file in git itself.
 
 @dataclass(frozen=True)
 class Settings:
-    """What the Hub knows about a repository besides its git content.
+    """The properties of a repository that are not in git.
 
     Args:
         private: Visible only with a token.
         created: Seconds since the epoch.
-        gated: Whose content needs a token: any (``"auto"``), or one of its organization (``"manual"``).
+        gated: The token that reading its content takes: any (``"auto"``), or one of its organization (``"manual"``).
         former: Ids under which it was known before it was moved, ``namespace/name``, oldest first.
     """
 
@@ -77,7 +77,7 @@ class Store:
                 RepoId(repo.kind, *name.split("/")): repo
                 for kind in KINDS.values()
                 for repo in self.repositories(kind)
-                for name in _former(self._place(repo))
+                for name in _former(self._path(repo))
             }
         except OSError as error:
             raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
@@ -88,24 +88,24 @@ class Store:
         Raises:
             Conflict: It exists.
         """
-        place = self._place(repo)
-        if place.exists():
+        path = self._path(repo)
+        if path.exists():
             raise _exists(repo)
         with tempfile.TemporaryDirectory(prefix="repo-", dir=self._scratch) as scratch:
-            made = Path(scratch) / "made.git"
-            with Repo.init_bare(str(made), mkdir=True, default_branch=DEFAULT_BRANCH.encode()) as git:
+            new = Path(scratch) / "new.git"
+            with Repo.init_bare(str(new), mkdir=True, default_branch=DEFAULT_BRANCH.encode()) as git:
                 write_initial_commit(git, _INITIAL_FILES, author, Path(scratch))
-            _write_settings(made, Settings(private=private, created=int(time.time())))
-            for folder, _, files in os.walk(made):
+            _write_settings(new, Settings(private=private, created=int(time.time())))
+            for folder, _, files in os.walk(new):
                 for name in files:
                     sync(Path(folder) / name)
                 sync(Path(folder))
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                if place.exists():
+                if path.exists():
                     raise _exists(repo)
-                os.rename(made, place)
-        for above in (place.parent, place.parent.parent, self._repos):
+                os.rename(new, path)
+        for above in (path.parent, path.parent.parent, self._repos):
             sync(above)
 
     def delete(self, repo: RepoId) -> bool:
@@ -134,51 +134,51 @@ class Store:
         git = self.get(old)
         if git is None:
             return False
-        place = self._place(new)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = self._path(new)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with git.exclusive(), self._lock:
-                if place.exists():
+                if path.exists():
                     raise _exists(new)
                 # Written before the one rename that moves all: a former name that is the present one harms nobody.
                 settings = self.settings(old)
-                kept = [each for each in settings.former if each not in (str(old), str(new))]
-                settings = replace(settings, former=(*kept, str(old)))
+                former = [name for name in settings.former if name not in (str(old), str(new))]
+                settings = replace(settings, former=(*former, str(old)))
                 _write_settings(git.path, settings)
-                os.rename(git.path, place)
+                os.rename(git.path, path)
                 git.retire()
                 del self._open[old]
                 self._moved |= {RepoId(new.kind, *name.split("/")): new for name in settings.former}
         except NotGitRepository:
             return False
-        for folder in {git.path.parent, place.parent, place.parent.parent}:
+        for folder in {git.path.parent, path.parent, path.parent.parent}:
             sync(folder)
         return True
 
     def get(self, repo: RepoId) -> Repository | None:
         """The repository, or None when there is none."""
-        found = self._open.get(repo)
-        if found is not None:
-            return found
+        git = self._open.get(repo)
+        if git is not None:
+            return git
         with self._lock:
             try:
-                return self._open.setdefault(repo, Repository(self._place(repo), self._cache, self._scratch))
+                return self._open.setdefault(repo, Repository(self._path(repo), self._cache, self._scratch))
             except NotGitRepository:
                 return None
 
     def moved(self, repo: RepoId) -> RepoId | None:
-        """What a repository is called now that had this id once; None when there is none, or it is gone."""
+        """The present id of a repository that had this one once; None when there is none, or it is gone."""
         new = self._moved.get(repo)
         return new if new is not None and self.get(new) is not None else None
 
     def settings(self, repo: RepoId) -> Settings:
         """Settings of an existing repository."""
-        fields = json.loads((self._place(repo) / _SETTINGS).read_text(encoding="utf-8"))
+        fields = json.loads((self._path(repo) / _SETTINGS).read_text(encoding="utf-8"))
         return Settings(**fields | {"former": tuple(fields.get("former", ()))})
 
     def update(self, repo: RepoId, settings: Settings) -> None:
         """Replace the settings of an existing repository."""
-        _write_settings(self._place(repo), settings)
+        _write_settings(self._path(repo), settings)
 
     def repositories(self, *kinds: RepoKind) -> Iterator[RepoId]:
         """All repositories of these kinds (or of every kind), sorted by name within a kind."""
@@ -187,7 +187,7 @@ class Store:
                 if is_name(path.parent.name) and is_name(path.stem):
                     yield RepoId(kind, path.parent.name, path.stem)
 
-    def _place(self, repo: RepoId) -> Path:
+    def _path(self, repo: RepoId) -> Path:
         return self._repos / f"{repo.kind}s" / repo.namespace / f"{repo.name}.git"
 
 
@@ -195,27 +195,23 @@ def _exists(repo: RepoId) -> Exception:
     return Conflict(f"You already created this {repo.kind} repo: {repo}")
 
 
-def _former(place: Path) -> list[str]:
+def _former(folder: Path) -> list[str]:
     """Former names of a repository, as far as they can be read: a damaged one is fsck's business."""
     try:
-        names = json.loads((place / _SETTINGS).read_text(encoding="utf-8")).get("former", [])
+        names = json.loads((folder / _SETTINGS).read_text(encoding="utf-8")).get("former", [])
         return [name for name in names if name.count("/") == 1]
     except (OSError, ValueError, AttributeError, TypeError):
         return []
 
 
 def _write_settings(folder: Path, settings: Settings) -> None:
-    aside = folder / f"{_SETTINGS}.new"
-    aside.write_text(json.dumps(asdict(settings), sort_keys=True) + "\n", encoding="utf-8")
-    sync(aside)
-    os.replace(aside, folder / _SETTINGS)
-    sync(folder)
+    replace_durably(folder / _SETTINGS, json.dumps(asdict(settings), sort_keys=True) + "\n")
 
 
 def _remove_stale_locks(repos: Path) -> None:
     # dulwich locks a ref by creating a file; a Hub that was killed leaves it, and the ref could never move
     # again. Whoever holds the root's lock may remove it: no other writer is alive.
-    for place in repos.glob("*/*/*.git"):
-        for lock in [*place.glob("*.lock"), *(place / "refs").rglob("*.lock")]:
+    for folder in repos.glob("*/*/*.git"):
+        for lock in [*folder.glob("*.lock"), *(folder / "refs").rglob("*.lock")]:
             lock.unlink()
-        LargeFiles(place / "lfs").clear_incoming()
+        LargeFiles(folder / "lfs").clear_incoming()
