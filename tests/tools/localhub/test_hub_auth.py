@@ -1,4 +1,4 @@
-"""Who may read and write: tokens and private repositories, with the real client."""
+"""Permission to read and to write: tokens and private repositories, with the real client."""
 
 from __future__ import annotations
 
@@ -252,9 +252,9 @@ def test_a_token_is_made_for_a_hub_that_is_there_or_was_named(tmp_path: Path) ->
     assert "there is no Hub here; name its directory with --root" in lost.stderr
     assert token("revoke", "alice", "--root", "nowhere").returncode == 1
     assert list(tmp_path.iterdir()) == []
-    made = token("create", "alice", "--root", "hub")
-    assert made.returncode == 0
-    assert made.stdout.startswith("kp_")
-    assert "made hub for a new Hub" in made.stderr
+    created = token("create", "alice", "--root", "hub")
+    assert created.returncode == 0
+    assert created.stdout.startswith("kp_")
+    assert "made hub for a new Hub" in created.stderr
     assert token("create", "bob", "--root", "hub").stderr == ""
     assert token("list", "--root", "hub").stdout.count("write") == 2

@@ -83,10 +83,10 @@ def test_the_name_that_the_hub_listens_on_is_its_own() -> None:
 def test_with_a_token_the_page_does_not_matter(tmp_path) -> None:  # type: ignore[no-untyped-def]
     token = create_token(tmp_path / "hub", "alice")
     with running_hub(tmp_path / "hub") as hub:
-        given = {
+        headers = {
             "Authorization": f"Bearer {token}",
             "Origin": "https://hub.example.com",
             "Host": "hub.example.com",
         }
-        assert create(hub, **given).status_code == 200
+        assert create(hub, **headers).status_code == 200
         assert create(hub).status_code == 401

@@ -34,15 +34,15 @@ class Objects(dict[str, ShaFile]):
         return {item.path.decode(): TreeEntry(item.mode, item.sha.decode()) for item in tree.iteritems()}
 
     def files(self, oid: str, prefix: str = "") -> dict[str, str]:
-        found: dict[str, str] = {}
+        files: dict[str, str] = {}
         for name, entry in self.load(oid).items():
             if stat.S_ISDIR(entry.mode):
                 below = self.files(entry.oid, f"{prefix}{name}/")
                 assert below, "git knows no empty folders"
-                found |= below
+                files |= below
             else:
-                found[prefix + name] = entry.oid
-        return found
+                files[prefix + name] = entry.oid
+        return files
 
 
 def expected(model: dict[str, str], kind: str, path: str, blob: str) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""``python -m kernelpress.localhub``: run the Hub without the rest of kernelpress."""
+"""Run the Hub by itself: ``python -m`` and the name of this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .server import serve
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m kernelpress.localhub", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     add = parser.add_argument
     add("--root", type=Path, default=Path(".hub"), help="directory of the Hub (default: .hub)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 
-from dulwich.errors import NotGitRepository
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .contents import PathInfo
+from .contents import CommitInfo, PathInfo
 from .context import API_REPO, Caller, Target, hub_of, revision_of
 from .errors import Conflict
 from .messages import AsciiJSONResponse, Body, endpoint, flag, iso_time, number, string, with_json
 from .paths import KINDS, RepoId, RepoKind, printable, repo_id
 from .problems import Problem, bad_request, conflict
-from .repository import DEFAULT_BRANCH
 from .trees_api import lfs_json
 
 
@@ -81,15 +78,8 @@ def list_repos(request: Request) -> Response:
         raise Problem(404, "the embedded Hub lists kernels and models only")
     query = request.query_params
     limit = number(request, "limit", 1000, lowest=0)
-    search, author = query.get("search", "").lower(), query.get("author")
-    infos = []
-    for repo in hub.store.repositories(kind):
-        # One that goes away in this moment is not listed.
-        with suppress(NotGitRepository, FileNotFoundError):
-            if search in str(repo).lower() and author in (None, repo.namespace):
-                target = hub.visible_target(repo, caller)
-                if target is not None:
-                    infos.append(_info(target, target.git.resolve(DEFAULT_BRANCH)))
+    repos = hub.listed(caller, query.get("search", ""), query.get("author"), kind)
+    infos = [_info(target, commit) for target, commit in repos]
     if query.get("sort") == "lastModified":
         infos.sort(key=lambda info: str(info["lastModified"]), reverse=True)
     return AsciiJSONResponse(infos[:limit])
@@ -98,7 +88,7 @@ def list_repos(request: Request) -> Response:
 def repo_info(request: Request) -> Response:
     target = hub_of(request).readable(request)
     commit = target.git.resolve(revision_of(request))
-    info = _info(target, commit)
+    info = _info(target, target.git.commit_info(commit))
     query = request.query_params
     files = target.git.files(commit)
     if flag(request, "blobs"):
@@ -171,15 +161,15 @@ def _sibling(file: PathInfo) -> dict[str, object]:
     return item
 
 
-def _info(target: Target, commit: str) -> dict[str, object]:
+def _info(target: Target, commit: CommitInfo) -> dict[str, object]:
     repo = target.id
     return {
         "_id": f"{repo.kind}:{repo}",
         "id": str(repo),
         f"{repo.kind}Id": str(repo),
         "author": repo.namespace,
-        "sha": commit,
-        "lastModified": iso_time(target.git.commit_info(commit).time),
+        "sha": commit.oid,
+        "lastModified": iso_time(commit.time),
         "createdAt": iso_time(target.settings.created),
         "private": target.settings.private,
         "gated": target.settings.gated or False,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .fsck import Reachable, examine, repositories_below
 from .large import LargeFiles
-from .server import locked
+from .store import locked
 
 
 @dataclass(frozen=True)

@@ -89,22 +89,23 @@ def _parse_line(line: bytes) -> tuple[str, Body]:
 def _operation(
     key: str, value: Body, stage: Callable[[bytes], str], large: Callable[[str, str], LargeFile]
 ) -> Operation:
+    if key not in ("file", "deletedFile", "deletedFolder", "lfsFile"):
+        raise bad_request(f"unknown operation {printable(key)!r}")
+    path = string(value, "path")
+    # The client marks folders by a trailing slash.
+    path = file_path(path.rstrip("/") if key == "deletedFolder" else path)
     match key:
-        case "file":
-            path = file_path(string(value, "path"))
-            return AddFile(path, stage(_content(path, value)))
         case "deletedFile":
-            return DeleteFile(file_path(string(value, "path")))
+            return DeleteFile(path)
         case "deletedFolder":
-            # The client marks folders by a trailing slash.
-            return DeleteFolder(file_path(string(value, "path").rstrip("/")))
-        case "lfsFile":
-            path = file_path(string(value, "path"))
+            return DeleteFolder(path)
+        case "file":
+            content = _content(path, value)
+        case _:
             if value.get("algo", "sha256") != "sha256":
                 raise bad_request(f"{printable(path)!r}: this Hub knows sha256 only")
-            return AddFile(path, stage(large(path, string(value, "oid")).pointer))
-        case _:
-            raise bad_request(f"unknown operation {printable(key)!r}")
+            content = large(path, string(value, "oid")).pointer
+    return AddFile(path, stage(content))
 
 
 def _content(path: str, value: Body) -> bytes:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import secrets
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+from dulwich.errors import NotGitRepository
 from starlette.requests import Request
 from starlette.responses import Response
 
 from .browsers import cross_site_reason
+from .contents import CommitInfo
+from .errors import RevisionNotFound
 from .messages import problem_response, segment
-from .paths import KINDS, RepoId, repo_id
+from .paths import KINDS, RepoId, RepoKind, repo_id
 from .problems import Problem
 from .repository import DEFAULT_BRANCH, Repository
 from .store import Settings, Store
@@ -177,6 +182,19 @@ class Hub:
             return caller.belongs(repo.namespace) or not self.store.settings(repo).private
         except FileNotFoundError:
             return False
+
+    def listed(
+        self, caller: Caller, search: str, author: str | None = None, kind: RepoKind | None = None
+    ) -> Iterator[tuple[Target, CommitInfo]]:
+        """Repositories that the caller may see and a search finds, each with the newest commit of its ``main``."""
+        for repo in self.store.repositories(kind):
+            if search.lower() not in str(repo).lower() or author not in (None, repo.namespace):
+                continue
+            # One that goes away in this moment is not listed.
+            with suppress(NotGitRepository, RevisionNotFound):
+                target = self.visible_target(repo, caller)
+                if target is not None:
+                    yield target, target.git.commit_info(target.git.resolve(DEFAULT_BRANCH))
 
     def missing(self, request: Request, repo: RepoId, caller: Caller) -> Problem:
         """The answer for a repository that is not where the request's path says: its new place, or ``RepoNotFound``."""

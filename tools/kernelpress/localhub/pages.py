@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ from urllib.parse import quote
 
 import jinja2
 import tomli
-from dulwich.errors import NotGitRepository
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
@@ -22,7 +20,6 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from .context import WEB_REPOS, Target, hub_of
-from .errors import RevisionNotFound
 from .messages import iso_time, number, segment
 from .paths import RESERVED_NAMESPACES
 from .problems import entry_not_found
@@ -86,16 +83,7 @@ def index(request: Request) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     search = request.query_params.get("search", "")
-    repositories: list[tuple[int, Target]] = []
-    for repo in hub.store.repositories():
-        # One that goes away in this moment is not listed.
-        with suppress(NotGitRepository, RevisionNotFound):
-            if search.lower() in str(repo).lower():
-                target = hub.visible_target(repo, caller)
-                if target is not None:
-                    changed = target.git.commit_info(target.git.resolve(DEFAULT_BRANCH)).time
-                    repositories.append((changed, target))
-    repositories.sort(key=lambda item: (-item[0], str(item[1].id)))
+    repositories = sorted(hub.listed(caller, search), key=lambda item: (-item[1].time, str(item[0].id)))
     return _page("list", title="Hub", search=search, repositories=repositories[:_LISTED])
 
 

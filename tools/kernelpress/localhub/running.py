@@ -49,16 +49,8 @@ def running_hub(root: Path, *, trust: Sequence[str] = (), port: int = 0) -> Iter
     Raises:
         HubError: The Hub did not start; the message ends with its output.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "kernelpress.localhub",
-        "--open",
-        "--root",
-        str(root),
-        "--port",
-        str(port),
-    ]
+    package = __name__.rpartition(".")[0]
+    command = [sys.executable, "-m", package, "--open", f"--root={root}", f"--port={port}"]
     command += [f"--trust={organization}" for organization in trust]
     log = root / "hub.log"
     try:

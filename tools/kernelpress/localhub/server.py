@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import ipaddress
 import logging
-import os
 import signal
 import socket
 from collections.abc import Iterable, Iterator
@@ -19,6 +17,7 @@ import uvicorn
 from .app import create_app
 from .errors import HubError
 from .paths import is_name
+from .store import locked
 
 _STOP_SECONDS = 5
 
@@ -95,35 +94,6 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if not self.should_exit:
             print(self._greeting, flush=True)
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Be the one process that writes below a Hub's root.
-
-    Raises:
-        HubError: Another one is, or the root cannot be used.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(root / "hub.lock", "a+", encoding="ascii")  # noqa: SIM115
-    except OSError as error:
-        raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
-    with file:
-        try:
-            # The kernel drops this lock with the process, however it ends.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(20).strip() or "unknown"
-            raise HubError(
-                f"another Hub (process {holder}) is using this root; stop it or choose another --root",
-                path=root,
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 @contextmanager

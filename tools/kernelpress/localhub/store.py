@@ -8,6 +8,7 @@ A repository appears and disappears by one rename, so a crash leaves it whole or
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -47,6 +49,35 @@ class Settings:
     created: int
     gated: str | None = None
     former: tuple[str, ...] = ()
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Be the one process that writes below a Hub's root.
+
+    Raises:
+        HubError: Another one is, or the root cannot be used.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / "hub.lock", "a+", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
+    with file:
+        try:
+            # The kernel drops this lock with the process, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip() or "unknown"
+            raise HubError(
+                f"another Hub (process {holder}) is using this root; stop it or choose another --root",
+                path=root,
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 class Store:
@@ -180,9 +211,9 @@ class Store:
         """Replace the settings of an existing repository."""
         _write_settings(self._path(repo), settings)
 
-    def repositories(self, *kinds: RepoKind) -> Iterator[RepoId]:
-        """All repositories of these kinds (or of every kind), sorted by name within a kind."""
-        for kind in kinds or KINDS.values():
+    def repositories(self, only: RepoKind | None = None) -> Iterator[RepoId]:
+        """All repositories of a kind (or of every kind), sorted by name within a kind."""
+        for kind in KINDS.values() if only is None else (only,):
             for path in sorted((self._repos / f"{kind}s").glob("*/*.git")):
                 if is_name(path.parent.name) and is_name(path.stem):
                     yield RepoId(kind, path.parent.name, path.stem)
