@@ -24,7 +24,7 @@ TokensRoot = Annotated[Path | None, typer.Option(help="The Hub's directory; defa
 Options = ParamSpec("Options")
 
 
-def reporting(command: Callable[Options, None]) -> Callable[Options, None]:
+def report_hub_errors(command: Callable[Options, None]) -> Callable[Options, None]:
     """Make the Hub's errors, which know nothing of kernelpress, into ones that the command line reports."""
 
     @wraps(command)
@@ -40,7 +40,7 @@ def reporting(command: Callable[Options, None]) -> Callable[Options, None]:
 
 
 @commands.command()
-@reporting
+@report_hub_errors
 def serve(
     root: Annotated[Path, typer.Option(help="Where the Hub keeps its repositories.")] = Path(".hub"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -61,7 +61,7 @@ def serve(
 
 
 @commands.command()
-@reporting
+@report_hub_errors
 def fsck(root: Root = Path(".hub")) -> None:
     """Check everything that a Hub of your own keeps against its names and digests."""
     from kernelpress import localhub
@@ -79,7 +79,7 @@ def fsck(root: Root = Path(".hub")) -> None:
 
 
 @commands.command()
-@reporting
+@report_hub_errors
 def clean(root: Root = Path(".hub")) -> None:
     """Remove what no branch, tag or pull request of a Hub of your own leads to; stop the Hub first."""
     from kernelpress import localhub
@@ -94,7 +94,7 @@ def clean(root: Root = Path(".hub")) -> None:
 
 
 @token.command("create")
-@reporting
+@report_hub_errors
 def create_token(
     name: Annotated[str, typer.Argument(help="Whose token it is.")],
     root: TokensRoot = None,
@@ -111,7 +111,7 @@ def create_token(
 
 
 @token.command("list")
-@reporting
+@report_hub_errors
 def list_tokens(root: TokensRoot = None) -> None:
     """List whose tokens there are; the tokens themselves are not kept."""
     from kernelpress import localhub
@@ -123,7 +123,7 @@ def list_tokens(root: TokensRoot = None) -> None:
 
 
 @token.command("revoke")
-@reporting
+@report_hub_errors
 def revoke_token(
     name: Annotated[str, typer.Argument(help="Whose tokens to take back.")], root: TokensRoot = None
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fsck import Reachable, examine, repositories_below
+from .fsck import ReachableObjects, examine, repositories_below
 from .large import LargeFiles
 from .store import locked
 
@@ -49,7 +49,7 @@ def clean(root: Path) -> CleanReport:
     return CleanReport(objects, large, freed, tuple(faults))
 
 
-def _unreachable(folder: Path, reachable: Reachable) -> Iterator[Path]:
+def _unreachable(folder: Path, reachable: ReachableObjects) -> Iterator[Path]:
     for path in sorted((folder / "objects").glob("[0-9a-f][0-9a-f]/*")):
         if len(path.name) == 38 and f"{path.parent.name}{path.name}".encode("ascii") not in reachable.objects:
             yield path

@@ -57,7 +57,7 @@ def fsck(root: Path) -> FsckReport:
 
 
 @dataclass(frozen=True)
-class Reachable:
+class ReachableObjects:
     """Ids of objects and digests of large files that a repository's refs lead to, and the faults found on the way."""
 
     objects: frozenset[bytes]
@@ -80,7 +80,7 @@ def repositories_below(root: Path) -> list[tuple[str, Path]]:
     ]
 
 
-def examine(folder: Path) -> Reachable:
+def examine(folder: Path) -> ReachableObjects:
     """Read everything of a repository that its branches, tags and pull requests lead to, and its settings."""
     faults: list[str] = []
     try:
@@ -90,7 +90,7 @@ def examine(folder: Path) -> Reachable:
     try:
         git = Repo(str(folder))
     except NotGitRepository:
-        return Reachable(frozenset(), frozenset(), (*faults, "it is no git repository"))
+        return ReachableObjects(frozenset(), frozenset(), (*faults, "it is no git repository"))
     large = LargeFiles(folder / "lfs")
     with git:
         seen: set[bytes] = set()
@@ -101,7 +101,7 @@ def examine(folder: Path) -> Reachable:
             faults += [f"{name}: {fault}" for fault in _walk(git, oid, seen, digests, large)]
         if b"refs/heads/main" not in refs:
             faults.append("it has no branch main")
-    return Reachable(frozenset(seen), frozenset(digests), tuple(faults))
+    return ReachableObjects(frozenset(seen), frozenset(digests), tuple(faults))
 
 
 def _walk(git: Repo, start: bytes, seen: set[bytes], digests: set[str], large: LargeFiles) -> Iterator[str]:
