@@ -15,7 +15,7 @@ from typing import Any
 
 from ruff import find_ruff_bin  # type: ignore[import-untyped]
 
-from kernelpress.errors import CheckError
+from kernelpress.errors import BuildError, CheckError
 from kernelpress.files import SourceFile
 
 
@@ -25,6 +25,7 @@ def newer_syntax(
     """Each place where a Python file has syntax that the Python ``oldest`` does not know: file, line, message.
 
     Raises:
+        BuildError: There is no room for the copies that ruff reads.
         CheckError: Ruff cannot be run.
     """
     version = ".".join(map(str, oldest))
@@ -36,7 +37,10 @@ def newer_syntax(
             if file.path.endswith(".py")
         }
         for copy, file in copies.items():
-            Path(copy).write_bytes(file.data)
+            try:
+                Path(copy).write_bytes(file.data)
+            except OSError as error:
+                raise BuildError(f"cannot be written: {error.strerror}", path=copy) from None
         found = _ruff(folder, version) if copies else []
     for line, path, message in sorted(
         (entry["location"]["row"], entry["filename"], entry["message"]) for entry in found
