@@ -249,6 +249,11 @@ class OpReferenceFinder(ScopedVisitor):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         self.visit_Assign(node)
 
+    def visit_Compare(self, node: ast.Compare) -> None:
+        """What is compared with another value, such as ``None``, is not passed on."""
+        self.accounted.update(map(id, (node.left, *node.comparators)))
+        self.generic_visit(node)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if bases := self.names(node.value):
             if OPS.isdisjoint(bases):
