@@ -38,6 +38,7 @@ def test_a_registration_gets_the_new_namespace_in_every_form(before, after):
         "co = torch.library.custom_op",
         "a = b = torch.library.custom_op; co = b",
         "co = getattr(torch.library, 'custom_op', None)",
+        "co = getattr(getattr(torch, 'library', None), 'custom_op', None)\nassert co is not None",
         "if torch:\n    co = torch.library.custom_op\nelse:\n    co = None",
         "from torch._library.custom_ops import custom_op as co",
         "from torch._library.triton import triton_op as co",

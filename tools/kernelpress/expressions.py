@@ -24,7 +24,7 @@ def first_literal(node: ast.expr) -> tuple[ast.expr, str] | None:
 
 
 def is_text(node: ast.expr) -> bool:
-    """Whether an expression is a string, or puts one together."""
+    """True for a string, and for an expression that puts one together."""
     if isinstance(node, ast.JoinedStr | ast.BinOp) or (
         isinstance(node, ast.Constant) and isinstance(node.value, str)
     ):

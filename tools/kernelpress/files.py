@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kernelpress.errors import SourceError
-from kernelpress.text import MOST_NESTED, Text, nesting, parse
+from kernelpress.text import MOST_NESTED, SourceText, nesting, parse
 
 # In these, offsets in bytes of a file and in UTF-8, which Python counts in, are the same.
 _ENCODINGS = ("utf-8", "utf-8-sig", "ascii")
@@ -43,9 +43,9 @@ class SourceFile:
         return parse(self.data, str(self.origin or self.path))
 
     @cached_property
-    def text(self) -> Text:
+    def text(self) -> SourceText:
         """The content with the offsets of its lines."""
-        return Text(self.data)
+        return SourceText(self.data)
 
 
 @contextmanager
@@ -85,8 +85,8 @@ def _check_python(file: SourceFile, path: Path) -> None:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        bad = data.count(b"\n", 0, error.start) + 1
-        raise SourceError("not UTF-8; save the file in that encoding", path=path, line=bad) from None
+        bad_line = data.count(b"\n", 0, error.start) + 1
+        raise SourceError("not UTF-8; save the file in that encoding", path=path, line=bad_line) from None
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
         if codecs.lookup(encoding).name not in _ENCODINGS:
@@ -113,6 +113,6 @@ def _check_python(file: SourceFile, path: Path) -> None:
 
 
 def _line_of_nul(data: bytes) -> int | None:
-    """Python refuses a source with a zero byte without saying where."""
-    at = data.find(b"\0")
-    return None if at < 0 else data.count(b"\n", 0, at) + 1
+    """The line of the first zero byte, which Python refuses without a line."""
+    offset = data.find(b"\0")
+    return None if offset < 0 else data.count(b"\n", 0, offset) + 1

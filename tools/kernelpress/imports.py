@@ -286,7 +286,7 @@ class _ImportVisitor(ScopedVisitor):
                 self.own_by_name(node, text, name if alone else None)
             elif found.does == "import":
                 self.note(self.outside, text, node)
-        elif literal is not None:
+        elif literal is not None and not text.startswith(("{", "%")):
             if own and "." in text:
                 self.unknown.append(node.lineno)
         elif any(

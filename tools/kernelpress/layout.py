@@ -1,4 +1,4 @@
-"""Where the modules of a project come to stand in the kernel made of them."""
+"""The places of a project's modules in the kernel made of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Layout:
     Args:
         package: The package's dotted name in place; it becomes the kernel itself.
         vendored: Dotted names of the modules from outside of the package that ship with it.
-        named_whole: Whether a module binds the first part of the package's name, so that the parents must be
+        named_whole: True if a module binds the first part of the package's name, so that the parents must be
             there even where nothing is vendored.
     """
 
@@ -33,14 +33,14 @@ class Layout:
     @cached_property
     def parents(self) -> frozenset[str]:
         """Packages around what ships, as far as they do not ship themselves; to the kernel they are empty."""
-        found = set()
+        parents = set()
         for name in (self.package, *self.vendored):
             parts = name.split(".")
-            found |= {".".join(parts[:count]) for count in range(1, len(parts))}
-        return frozenset(found - self.vendored)
+            parents |= {".".join(parts[:count]) for count in range(1, len(parts))}
+        return frozenset(parents - self.vendored)
 
     def owns(self, module: str) -> bool:
-        """Whether a module is the package or in it."""
+        """True for the package and the modules in it."""
         return module == self.package or module.startswith(f"{self.package}.")
 
     def place(self, module: str) -> tuple[str, ...] | None:

@@ -11,7 +11,7 @@ from kernelpress.expressions import first_literal
 from kernelpress.files import SourceFile
 from kernelpress.occurrences import Mention, Reference
 from kernelpress.registering import LIBRARY_METHODS
-from kernelpress.text import Text
+from kernelpress.text import SourceText
 
 # A name or a schema as a whole, or the beginning of a name that is put together; and as graphs of torch.fx have it.
 _NAME = re.compile(r"([A-Za-z_]\w*)(?:::\w*(?:\.\w+)?(?:\(.*)?|\.\w+\.default)", re.DOTALL)
@@ -29,58 +29,58 @@ def find_mentions(file: SourceFile, references: Iterable[Reference]) -> tuple[Me
     references = list(references)
     starts = {reference.start for reference in references}
     ends = {reference.end for reference in references}
-    left = [
+    offsets = [
         match.start()
         for match in _MENTIONS.finditer(text.data)
         if match.end() not in starts and match.start() + 1 not in ends
     ]
-    if not left:
+    if not offsets:
         return ()
     mentions = set()
-    for node in _around(tree, text, left):
+    for node in _nodes_at(tree, text, offsets):
         registers = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in LIBRARY_METHODS
-        for expression, namespace in _named(node):
+        for expression, namespace in _named_namespaces(node):
             start, end = text.span(expression)
             if not any(start <= known < end for known in starts):
                 mentions.add(Mention(expression.lineno, namespace, registers))
     return tuple(sorted(mentions, key=lambda mention: (mention.line, mention.namespace)))
 
 
-def _around(tree: ast.Module, text: Text, places: list[int]) -> Iterator[ast.AST]:
-    """The nodes of a tree, without statements that hold none of some places, in order: most of it, and of the time."""
+def _nodes_at(tree: ast.Module, text: SourceText, offsets: list[int]) -> Iterator[ast.AST]:
+    """The nodes of a tree, without statements that hold none of some offsets, which are most of it, and of the time."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
         # Decorators stand before the statement that they are of.
         if isinstance(node, ast.stmt) and not getattr(node, "decorator_list", ()):
             start, end = text.span(node)
-            at = bisect_left(places, start)
-            if at == len(places) or places[at] >= end:
+            index = bisect_left(offsets, start)
+            if index == len(offsets) or offsets[index] >= end:
                 continue
         yield node
         pending.extend(ast.iter_child_nodes(node))
 
 
-def _named(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
-    """The namespaces that an expression names, and where."""
+def _named_namespaces(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+    """The namespaces that an expression names, each with the expression that does."""
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute | ast.Name):
         holder = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
         if holder == "ops":
             yield node, node.attr
-    for part in _handed(node):
-        for each in part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]:
-            leading = first_literal(each)
+    for part in _used_values(node):
+        for value in part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]:
+            leading = first_literal(value)
             match = _NAME.fullmatch(leading[1]) if leading else None
             if leading and match:
                 yield leading[0], match[1]
 
 
-def _handed(node: ast.AST) -> list[ast.expr]:
-    """What an expression hands on, compares or looks up."""
+def _used_values(node: ast.AST) -> list[ast.expr]:
+    """The expressions that one hands to a function, compares or looks up."""
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Name) and node.func.id == "print":
             return []
-        return [*node.args, *(each.value for each in node.keywords)]
+        return [*node.args, *(keyword.value for keyword in node.keywords)]
     if isinstance(node, ast.Compare):
         return [node.left, *node.comparators]
     if isinstance(node, ast.Subscript):
@@ -88,5 +88,5 @@ def _handed(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.MatchValue):
         return [node.value]
     if isinstance(node, ast.Dict):
-        return [each for each in node.keys if each is not None]
+        return [key for key in node.keys if key is not None]
     return []

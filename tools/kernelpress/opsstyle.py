@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 
-from kernelpress.text import Edit, Text, parse
+from kernelpress.text import Edit, SourceText, parse
 
 
 def to_ops_style(data: bytes, namespace: str, depth: int) -> bytes:
@@ -19,7 +19,7 @@ def to_ops_style(data: bytes, namespace: str, depth: int) -> bytes:
         namespace: The namespace.
         depth: How many folders below the package's top the file stands.
     """
-    text, tree = Text(data), parse(data)
+    text, tree = SourceText(data), parse(data)
     edits: list[Edit] = []
     names = set()
     for node in ast.walk(tree):
@@ -58,7 +58,7 @@ def _is(node: ast.AST, text: str) -> bool:
 
 def _before_code(data: bytes, line: bytes) -> bytes:
     """Put an import on the line of the first import that is not of the future, before it."""
-    tree, text = parse(data), Text(data)
+    tree, text = parse(data), SourceText(data)
     for node in tree.body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         future = isinstance(node, ast.ImportFrom) and node.module == "__future__"

@@ -1,4 +1,4 @@
-"""What git knows of a kernel's inputs: the commit they come from, and whether they still agree with it."""
+"""The git commit that a kernel's inputs come from, and if they still agree with it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def git_state(
         top = Path(repo.path).resolve()
         committed = {entry.path: entry.sha for entry in iter_tree_contents(repo.object_store, commit.tree)}
         normalizer = repo.get_blob_normalizer()
-        here: dict[bytes, bytes] = {}
+        blobs: dict[bytes, bytes] = {}
         outside = False
         for path, data in inputs.items():
             if not path.resolve().is_relative_to(top):
@@ -81,15 +81,15 @@ def git_state(
                 continue
             name = _within(top, path)
             # Line endings may differ between the working tree and the object, as git is configured.
-            here[name] = normalizer.checkin_normalize(Blob.from_string(data), name).id
+            blobs[name] = normalizer.checkin_normalize(Blob.from_string(data), name).id
         folder, suffixes = removed
         prefix = _within(top, folder) + b"/"
-        gone = any(
-            name not in here
+        removed_files = any(
+            name not in blobs
             for name in committed
             if name.startswith(prefix) and name.decode("utf-8", "replace").endswith(suffixes)
         )
-        dirty = gone or outside or any(committed.get(name) != sha for name, sha in here.items())
+        dirty = removed_files or outside or any(committed.get(name) != sha for name, sha in blobs.items())
         return GitState(head.decode("ascii"), dirty)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
-import re
+from collections.abc import Iterable
 
 # Those whose first argument names an operator: they bring it into being, or take one that exists (and then also
 # accept the operator itself).
-_CREATE = re.compile(
-    r"torch\.library\.(custom_op|triton_op|define)|torch\._library\.(custom_ops\.custom_op|triton\.triton_op)"
+_CREATE = frozenset(
+    (
+        *(f"torch.library.{name}" for name in ("custom_op", "triton_op", "define")),
+        "torch._library.custom_ops.custom_op",
+        "torch._library.triton.triton_op",
+    )
 )
 _ATTACH = frozenset(
     f"torch.library.{name}"
@@ -38,34 +42,36 @@ LIBRARY_METHODS = (
     "_register_torch_dispatch_rule",
     "register_symm_mem_args",
 )
+_INSTANCES = frozenset(f"{library}()" for library in LIBRARIES)
+_METHODS = frozenset(f"{instance}.{method}" for instance in _INSTANCES for method in LIBRARY_METHODS)
 OPS = frozenset(("torch.ops", "torch._ops.ops"))
 _KEYWORDS = ("qualname", "name", "op", "opname", "ns")
 _METHOD_KEYWORDS = ("op_name", "schema")
 
 
-def creates(called: str) -> bool:
-    """True for a function that brings an operator into being."""
-    return _CREATE.fullmatch(called) is not None
+def creates(names: Iterable[str]) -> bool:
+    """True if one of these is a function that brings an operator into being."""
+    return not _CREATE.isdisjoint(names)
 
 
-def attaches(called: frozenset[str]) -> bool:
-    """True if a function of one of these names takes an operator that exists, or its name."""
-    return not called.isdisjoint(_ATTACH)
+def attaches(names: frozenset[str]) -> bool:
+    """True if one of these is a function that takes an operator that exists, or its name."""
+    return not names.isdisjoint(_ATTACH)
 
 
-def dispatches(called: frozenset[str]) -> bool:
-    """True if a function of one of these names asks PyTorch's dispatcher for an operator by its name."""
-    return any(name.startswith("torch._C._dispatch_") for name in called)
+def dispatches(names: frozenset[str]) -> bool:
+    """True if one of these is a function that asks PyTorch's dispatcher for an operator by its name."""
+    return any(name.startswith("torch._C._dispatch_") for name in names)
 
 
 def is_library(names: frozenset[str]) -> bool:
     """True for what may be an instance of ``Library``."""
-    return any(f"{library}()" in names for library in LIBRARIES)
+    return not names.isdisjoint(_INSTANCES)
 
 
-def is_library_method(called: frozenset[str]) -> bool:
+def is_library_method(names: frozenset[str]) -> bool:
     """True for a method of a ``Library`` that takes the name of an operator."""
-    return any(f"{library}().{method}" in called for library in LIBRARIES for method in LIBRARY_METHODS)
+    return not names.isdisjoint(_METHODS)
 
 
 def naming_argument(call: ast.Call, *, method: bool = False) -> ast.expr | None:

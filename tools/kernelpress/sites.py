@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kernelpress.expressions import first_literal, is_text
@@ -23,6 +24,8 @@ from kernelpress.registering import (
     unpacks,
 )
 
+# Beginnings of the full names that matter; whoever names `torch` alone goes on with one of `_words`.
+_INTEREST = ("torch.library", "torch.ops", "torch._")
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
 _TYPE_CHECKS = frozenset(("builtins.isinstance", "builtins.issubclass", "typing.cast"))
 
@@ -76,6 +79,18 @@ class OpReferenceFinder(ScopedVisitor):
         self.text = module.file.text
         # Expressions that stand for `torch.ops` or for a function that defines operators, where that is no leak.
         self.accounted: set[int] = set()
+        # Arguments of calls, where a class is not just compared with.
+        self.arguments: set[int] = set()
+
+        self.words = None if module.stars else _words(_names_of_interest(module.scope, resolver))
+
+    def visit(self, node: ast.AST) -> None:
+        """Leave out statements without any word that could matter: most of a file, and most of the time."""
+        if self.words is not None and isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            start, end = self.text.span(node)
+            if not self.words.search(self.text.data, start, end):
+                return
+        super().visit(node)
 
     # What an expression stands for ---------------------------------------------------------------------------
 
@@ -92,7 +107,7 @@ class OpReferenceFinder(ScopedVisitor):
         """
         return any(
             name.startswith("torch.ops.")
-            or creates((called := name.partition("("))[0])
+            or creates((called := name.partition("("))[:1])
             or not (called[1] or self.resolver.is_own(name) or name.startswith("builtins."))
             or "_ops" in name.split(".")[:-1]
             for name in self.resolver.names(node, scope)
@@ -184,31 +199,30 @@ class OpReferenceFinder(ScopedVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         called = self.names(node.func)
         self.accounted.add(id(node.func))
-        if self.registration(node, called):
-            pass
-        elif is_library_method(called):
-            argument = naming_argument(node, method=True)
-            if argument is not None:
-                self.unqualified(argument)
-        elif called & _GETATTR and len(node.args) >= 2 and self.is_ops(node.args[0]):
-            self.accounted.add(id(node.args[0]))
-            self.namespace(node.args[1], creates=False)
-        elif id(node) not in self.accounted and self.is_ops(node):
-            self.leak(node)
+        if called & _GETATTR:
+            if len(node.args) > 1 and self.is_ops(node.args[0]):
+                self.accounted.add(id(node.args[0]))
+                self.namespace(node.args[1], creates=False)
+            elif id(node) not in self.accounted and self.is_ops(node):
+                self.leak(node)
+        elif any(name.startswith("torch.") for name in called):
+            self.call_of_torch(node, called)
         if not called & _TYPE_CHECKS:
-            for argument in node.args:
-                if self.names(argument) & LIBRARIES:
-                    self.refuse(argument, _PASSED_ON)
+            self.arguments.update(map(id, node.args))
         self.generic_visit(node)
 
-    def registration(self, call: ast.Call, called: frozenset[str]) -> bool:
-        """Note what a call names of operators; false where it takes neither operators nor namespaces."""
-        argument = naming_argument(call)
-        if any(map(creates, called)) or attaches(called):
+    def call_of_torch(self, call: ast.Call, called: frozenset[str]) -> None:
+        """Note what a call of one of PyTorch's functions names of operators."""
+        method = is_library_method(called)
+        argument = naming_argument(call, method=method)
+        if method:
+            if argument is not None:
+                self.unqualified(argument)
+        elif creates(called) or attaches(called):
             if argument is None and unpacks(call):
                 self.refuse(call, _RUN_TIME_OPERATOR)
             if argument is not None:
-                self.operator(argument, creates=any(map(creates, called)))
+                self.operator(argument, creates=creates(called))
                 if is_library(self.names(argument)) and len(call.args) > 1:
                     self.unqualified(call.args[1])
         elif called & LIBRARIES:
@@ -218,9 +232,6 @@ class OpReferenceFinder(ScopedVisitor):
                 self.namespace(argument, creates=not implements(call))
         elif argument is not None and dispatches(called):
             self.operator(argument, creates=False, strict=False)
-        else:
-            return False
-        return True
 
     def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> None:
         """A variable of a function or a module that is assigned ``torch.ops``, or a function, is followed."""
@@ -238,11 +249,17 @@ class OpReferenceFinder(ScopedVisitor):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         self.visit_Assign(node)
 
+    def visit_Compare(self, node: ast.Compare) -> None:
+        """What is compared with another value, such as ``None``, is not passed on."""
+        self.accounted.update(map(id, (node.left, *node.comparators)))
+        self.generic_visit(node)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if self.is_ops(node.value):
-            self.attribute_of_ops(node)
-        else:
-            self.passed_on(node)
+        if bases := self.names(node.value):
+            if OPS.isdisjoint(bases):
+                self.passed_on(node)
+            else:
+                self.attribute_of_ops(node)
         self.generic_visit(node)
 
     def attribute_of_ops(self, node: ast.Attribute) -> None:
@@ -269,7 +286,7 @@ class OpReferenceFinder(ScopedVisitor):
         names = self.names(node)
         if not OPS.isdisjoint(names):
             self.leak(node)
-        elif any(map(creates, names)) or attaches(names):
+        elif creates(names) or attaches(names) or (id(node) in self.arguments and names & LIBRARIES):
             self.refuse(node, _PASSED_ON)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
@@ -281,3 +298,21 @@ class OpReferenceFinder(ScopedVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self.accounted.update(map(id, node.decorator_list))
         super().visit_FunctionDef(node)
+
+
+def _names_of_interest(scope: Scope, resolver: Resolver) -> Iterator[str]:
+    """Names in a scope, and those within it, that stand for PyTorch's workings or for something in the package."""
+    for name, bindings in scope.bindings.items():
+        fulls = resolver.names(ast.Name(name, ast.Load()), scope)
+        if any(full.startswith(_INTEREST) or (resolver.is_own(full) and ":" not in full) for full in fulls):
+            yield name
+        for binding in bindings:
+            if isinstance(binding, ast.stmt):
+                yield from _names_of_interest(scope.module.within(binding, scope), resolver)
+
+
+def _words(names: Iterable[str]) -> re.Pattern[bytes]:
+    """Any of some names, or of the words without which no operator is named; bytes beyond ASCII are letters."""
+    words = sorted({"ops", "_ops", "library", "_library", "_C", *names})
+    alternatives = b"|".join(re.escape(word.encode("utf-8")) for word in words)
+    return re.compile(rb"(?<![\w\x80-\xff])(?:%s)(?![\w\x80-\xff])" % alternatives)

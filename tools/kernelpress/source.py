@@ -1,4 +1,4 @@
-"""Second step: the files of a kernel package, as they ship, and the state of the repository they are in."""
+"""Reading of a kernel package: its files, as they ship, and the state of the repository they are in."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def read_source(spec: Spec) -> Source:
     """
     package = spec.package_dir
     if not package.is_dir():
-        what = "of this name" if spec.source_dir else f"torch-ext/{spec.python_name}"
-        raise SourceError(f"there is no package directory {what}; create it", path=package)
+        name = "of this name" if spec.source_dir else f"torch-ext/{spec.python_name}"
+        raise SourceError(f"there is no package directory {name}; create it", path=package)
     if spec.source_dir is None and not package.resolve().is_relative_to(spec.root.resolve()):
         raise SourceError(
             "the package directory is a link that leaves the project; move the files here", path=package
         )
     suffixes = tuple(f".{suffix}" for suffix in spec.pyext)
-    found = {path.relative_to(package).as_posix(): path for path in _walk(package, suffixes)}
-    if "__init__.py" not in found:
+    paths = {path.relative_to(package).as_posix(): path for path in _walk(package, suffixes)}
+    if "__init__.py" not in paths:
         raise SourceError("there is no __init__.py here, so this is no Python package; add one", path=package)
     for name in _RESERVED:
-        if name in found:
+        if name in paths:
             raise SourceError(
-                "the build writes a file of this name itself; rename this one", path=found[name]
+                "the build writes a file of this name itself; rename this one", path=paths[name]
             )
-    own = {name: read_file(path, name) for name, path in found.items()}
+    own = {name: read_file(path, name) for name, path in paths.items()}
     if spec.source_dir is not None and OPS_MODULE in own and _HELPER not in own[OPS_MODULE].data:
         raise SourceError(
-            "the build writes a module of this name itself; rename this one", path=found[OPS_MODULE]
+            "the build writes a module of this name itself; rename this one", path=paths[OPS_MODULE]
         )
     layout, vendored = vendor(
         spec.include, spec.package_name, (spec.import_root, spec.root.absolute()), own.values()
@@ -72,7 +72,7 @@ def read_source(spec: Spec) -> Source:
     files = [file for name, file in own.items() if name != OPS_MODULE] + vendored
     inputs = {file.origin: file.data for file in (*own.values(), *vendored) if file.origin is not None}
     if spec.source_dir is None:
-        inputs |= {path: path.read_bytes() for path in _beside(spec.root)}
+        inputs |= {path: path.read_bytes() for path in _other_inputs(spec.root)}
     return Source(
         package_dir=package,
         files=tuple(sorted(files, key=lambda file: file.path)),
@@ -86,8 +86,8 @@ def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
     def unreadable(error: OSError) -> None:
         raise SourceError(f"cannot be read: {error.strerror}", path=error.filename)
 
-    found = []
-    inside = package.resolve()
+    paths = []
+    top = package.resolve()
     for folder, directories, names in os.walk(package, onerror=unreadable):
         directories[:] = [name for name in directories if not _hidden(name)]
         for name in directories:
@@ -97,12 +97,12 @@ def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
             path = Path(folder, name)
             if _hidden(name) or not name.endswith(suffixes):
                 continue
-            if not _is_text(path.relative_to(package).as_posix()):
+            if not _is_utf8(path.relative_to(package).as_posix()):
                 shown = (
                     path.as_posix().encode("utf-8", "backslashreplace").decode("ascii", "backslashreplace")
                 )
                 raise SourceError("this name is not UTF-8, so the Hub cannot keep it; rename it", path=shown)
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            if path.is_symlink() and not path.resolve().is_relative_to(top):
                 raise SourceError("this link leaves the package; put the file itself here", path=path)
             try:
                 regular = stat.S_ISREG(path.stat().st_mode)
@@ -110,11 +110,11 @@ def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
                 raise SourceError(f"cannot be read: {error.strerror}", path=path) from None
             if not regular:
                 raise SourceError("not a regular file; remove it from the package", path=path)
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
-def _is_text(name: str) -> bool:
+def _is_utf8(name: str) -> bool:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -127,7 +127,7 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "#")) or name == "__pycache__"
 
 
-def _beside(root: Path) -> list[Path]:
+def _other_inputs(root: Path) -> list[Path]:
     """The kernel's inputs other than the package."""
     return [path for name in ("build.toml", "CARD.md") if (path := root / name).is_file()]
 

@@ -1,14 +1,13 @@
-"""A Python source as bytes: where the nodes of its syntax tree stand, and edits to it."""
+"""A Python source as bytes: the offsets of its syntax tree's nodes, and edits to it."""
 
 from __future__ import annotations
 
 import ast
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-# How deeply syntax may be nested. Python's parser allows no more open brackets than this, either.
+# Levels of nested syntax. Python's parser allows no more open brackets than this, either.
 MOST_NESTED = 200
 
 _BOM = b"\xef\xbb\xbf"
@@ -25,7 +24,7 @@ class Edit:
     text: bytes | None
 
 
-class Text:
+class SourceText:
     """A source and its lines. Python counts columns in bytes of UTF-8, so no decoding comes in between."""
 
     def __init__(self, data: bytes) -> None:
@@ -53,7 +52,7 @@ class Text:
         return _NEWLINE.findall(self.data[start:end])
 
     def literal(self, node: ast.expr, text: str) -> int | None:
-        """Where ``text`` begins in a string literal that starts with it; ``None`` if it is not written plainly."""
+        """The offset of ``text`` in a string literal that starts with it; ``None`` if it is not written plainly."""
         start = self.span(node)[0]
         quote = _QUOTE.match(self.data, start)
         if quote is not None and self.data.startswith(text.encode("utf-8"), quote.end()):
@@ -90,16 +89,3 @@ def nesting(tree: ast.Module) -> tuple[int | None, int]:
                 following.append((child, at))
         level = following
     return line, depth
-
-
-def statements(tree: ast.AST) -> Iterator[ast.stmt]:
-    """Every statement of a tree, without going into expressions."""
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.stmt):
-            yield node
-        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-            inner = getattr(node, field, ())
-            if isinstance(inner, list):
-                pending.extend(inner)

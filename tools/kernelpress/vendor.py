@@ -1,4 +1,4 @@
-"""Modules of the surrounding project that ship with the package: those listed, and what they import in turn."""
+"""Modules from outside of the package that ship with it: those that `include` lists, and all that they import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kernelpress.imports import imported_modules
 from kernelpress.layout import VENDOR, Layout, module_file
 
 _EMPTY = b""
-# The package stands at the kernel's top and not below its parents' names; so they pass on who asks for it there.
+# The package stands at the kernel's top and not below its parents' names, so they give it to whoever asks for it there.
 _PARENT = """def __getattr__(name):
     if name == "{name}":
         return __import__(__name__.partition(".")[0])
@@ -42,7 +42,7 @@ def vendor(
     """
     own = Layout(package)
     tops = {package.partition(".")[0]}
-    found: dict[str, SourceFile] = {}
+    vendored: dict[str, SourceFile] = {}
     pending = []
     for entry in include:
         for module in _listed(entry, roots):
@@ -52,19 +52,19 @@ def vendor(
             pending.append(module)
     while pending:
         module = pending.pop()
-        if module in found:
+        if module in vendored:
             continue
         path = next((origin for root in roots if (origin := module_file(root, module)) is not None), None)
         if path is None:
             continue
         stem = "/".join((VENDOR, *module.split(".")))
         place = f"{stem}/__init__.py" if path.name == "__init__.py" else f"{stem}.py"
-        found[module] = read_file(path, place)
-        pending += _project_imports(found[module], module, tops, own, roots)
+        vendored[module] = read_file(path, place)
+        pending += _project_imports(vendored[module], module, tops, own, roots)
     whole = re.compile(rb"^\s*import\b.*\b%s\." % package.partition(".")[0].encode(), re.MULTILINE)
     named = "." in package and any(whole.search(file.data) for file in own_files)
-    layout = Layout(package, frozenset(found), named)
-    return layout, [*found.values(), *_parents(layout)]
+    layout = Layout(package, frozenset(vendored), named)
+    return layout, [*vendored.values(), *_parents(layout)]
 
 
 def _listed(entry: str, roots: tuple[Path, ...]) -> Iterator[str]:
@@ -92,8 +92,8 @@ def _project_imports(
         if when == "typing" or source.partition(".")[0] not in tops or own.owns(source):
             continue
         modules = [f"{source}.{name}" for name in names]
-        submodules = [each for each in modules if any(module_file(root, each) for root in roots)]
-        yield from (each for each in submodules if not own.owns(each))
+        submodules = [name for name in modules if any(module_file(root, name) for root in roots)]
+        yield from (name for name in submodules if not own.owns(name))
         # A package whose modules alone are asked for need not run its own __init__.
         if len(submodules) < len(modules) or not names:
             yield source

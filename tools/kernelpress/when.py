@@ -1,4 +1,4 @@
-"""When the code at each place of a source runs."""
+"""The time at which each part of a source executes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CAUGHT = frozenset(("ImportError", "ModuleNotFoundError", "Exception", "BaseExc
 
 
 def timed(tree: ast.AST, when: When = "load", *, calls: bool = True) -> Iterator[tuple[ast.AST, When]]:
-    """Every node below one, and when it runs; without ``calls``, expressions are left out."""
+    """Every node below one, with the time it executes at; without ``calls``, expressions are left out."""
     for name, value in ast.iter_fields(tree):
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or (not calls and isinstance(child, ast.expr)):
@@ -24,7 +24,7 @@ def timed(tree: ast.AST, when: When = "load", *, calls: bool = True) -> Iterator
 
 
 def _inner(parent: ast.AST, field: str, when: When) -> When:
-    """When the code in a field of a node runs."""
+    """The time at which the code in a field of a node executes."""
     if when in ("typing", "call"):
         return when
     if isinstance(parent, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and field == "body":
