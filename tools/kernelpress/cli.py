@@ -56,6 +56,7 @@ Include = Annotated[
     list[str] | None,
     typer.Option(help="A file or directory of the project that ships too; may be given several times."),
 ]
+Output = Annotated[Form, typer.Option(help="How to print what is found.")]
 
 
 @app.command()
@@ -102,11 +103,7 @@ def check(
     name: Name = None,
     license: License = None,
     include: Include = None,
-    output: Annotated[Form, typer.Option(help="How to print what is found.")] = "text",
-    compile: Annotated[
-        bool,
-        typer.Option("--compile", help="Compile Triton kernels that have COMPILE_SPECS ahead of time too."),
-    ] = False,
+    output: Output = "text",
 ) -> None:
     """Check the sources and the build in build/: imports, operators, metadata, digests, loading and more."""
     from kernelpress.built import check_built
@@ -122,10 +119,6 @@ def check(
         try:
             spec = _spec(directory, source_dir, package, name, license, include)
             found += check_sources(spec)
-            if compile:
-                from kernelpress.compile_rule import check_compilation
-
-                found += check_compilation(spec)
         except KernelpressError as error:
             found.append(as_finding(error))
     # Sources that cannot be built may leave no build behind; then what is found in them is the answer.
@@ -139,6 +132,30 @@ def check(
     if output == "text":
         out.print(f"[{'red' if errors else 'yellow'}]{summary(found)}[/]" if found else _WHOLE)
     if errors:
+        raise typer.Exit(1)
+
+
+@app.command("compile")
+def compile_ahead(
+    directory: Directory = Path(),
+    source_dir: SourceDir = None,
+    package: Package = None,
+    name: Name = None,
+    license: License = None,
+    include: Include = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Only this architecture, such as sm_90; may be repeated.")
+    ] = None,
+    output: Output = "text",
+) -> None:
+    """Compile the Triton kernels that have COMPILE_SPECS ahead of time, without a GPU, and print what each needs."""
+    from kernelpress.aot import compile_package, findings, table
+    from kernelpress.output import render
+
+    spec = _spec(directory, source_dir, package, name, license, include)
+    results = list(compile_package(spec.package_dir, target or ()))
+    print(table(results) if output == "text" else render(findings(results, spec.package_dir), output))
+    if any(result.error is not None for result in results):
         raise typer.Exit(1)
 
 
