@@ -188,12 +188,12 @@ def api(
 ) -> None:
     """Compare what __all__ holds with a published build: what breaks, and what is added."""
     from kernelpress.contract import compare
-    from kernelpress.published import published_files
+    from kernelpress.published import published_files, read_variant
     from kernelpress.variant import prepare
 
     made = prepare(_spec(directory, source_dir, package, name, license, include))
-    old = published_files(against) if against is not None else directory / "build"
-    changes = compare(old, made)
+    old = read_variant(directory / "build") if against is None else published_files(against)
+    changes = compare(old, {file.path: file.data for file in made.variants[0].files})
     out = console()
     for each in changes:
         where = f" ({each.path}:{each.line})" if each.path else ""

@@ -19,6 +19,7 @@ from kernelpress.card import render_card
 from kernelpress.contract import ApiChange, compare
 from kernelpress.errors import PublishError
 from kernelpress.hubs import MAIN, TYPE, checked_repo_id, content_id, explained, heads, token_of, tree
+from kernelpress.published import read_variant
 from kernelpress.variant import METADATA, Build, without_provenance
 
 CARD = "README.md"
@@ -265,7 +266,8 @@ def _api(
         api.snapshot_download(
             repo_id, repo_type=TYPE, revision=base, local_dir=scratch, allow_patterns=wanted
         )
-        return against, compare(Path(scratch, "build", flat), build)
+        old = read_variant(Path(scratch, "build", flat))
+    return against, compare(old, {file.path: file.data for file in build.variants[0].files})
 
 
 def _build_of(held: Mapping[str, tuple[str, int]]) -> dict[str, str]:
