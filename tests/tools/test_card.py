@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import tomli
-from kernelpress.card import PublicName, described, render_card
+from kernelpress.card import PublicName, describe, render_card
 from kernelpress.errors import SourceError
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
@@ -15,7 +15,7 @@ def card(root: Path) -> str:
 
 
 def functions(root: Path) -> list[PublicName]:
-    return described({file.path: file.data for file in build(load_spec(root)).variants[0].files})[0]
+    return describe({file.path: file.data for file in build(load_spec(root)).variants[0].files})[0]
 
 
 def test_public_functions_are_found_through_imports_with_signature_and_summary(make_kernel):

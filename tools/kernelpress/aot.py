@@ -199,14 +199,14 @@ def table(results: Sequence[Compiled]) -> str:
 
 def findings(results: Sequence[Compiled], package: Path) -> list[Finding]:
     """Rule KP401: an error for each compilation that fails or does not fit, a warning for each that spills."""
-    found = []
+    unfit = []
     for result in results:
         what = f"{result.kernel} ({result.label}) for {result.target}"
         if result.error is not None:
             fix = "mend the kernel, or its specification"
-            found.append(Finding("KP401", "error", package, None, f"{what}: {result.error}", fix))
+            unfit.append(Finding("KP401", "error", package, None, f"{what}: {result.error}", fix))
         elif result.spilled:
             fix = "use smaller blocks or more warps"
             message = f"{what} spills {result.spilled} bytes a thread"
-            found.append(Finding("KP401", "warning", package, None, message, fix))
-    return sorted(found, key=lambda finding: finding.message)
+            unfit.append(Finding("KP401", "warning", package, None, message, fix))
+    return sorted(unfit, key=lambda finding: finding.message)

@@ -51,7 +51,7 @@ def render_card(build: Build, repo_id: str) -> str:
     path = spec.root / "CARD.md"
     try:
         text = build.source.card
-        functions, layers = described({file.path: file.data for file in build.variants[0].files})
+        functions, layers = describe({file.path: file.data for file in build.variants[0].files})
         template = environment.get_template(_DEFAULT) if text is None else environment.from_string(text)
         return template.render(
             name=spec.name,
@@ -82,8 +82,8 @@ def render_card(build: Build, repo_id: str) -> str:
         raise SourceError(f"the card cannot be rendered: {error.message}", path=path) from None
 
 
-def described(files: Mapping[str, bytes]) -> tuple[list[PublicName], list[PublicName]]:
-    """Signatures and first lines of docstrings of a variant's public names, and of the classes in its layers.
+def describe(files: Mapping[str, bytes]) -> tuple[list[PublicName], list[PublicName]]:
+    """Describe a variant's public names, and the classes in its layers.
 
     By upstream's convention a public module ``layers`` holds classes that replace a model's own.
 
@@ -91,21 +91,20 @@ def described(files: Mapping[str, bytes]) -> tuple[list[PublicName], list[Public
         files: The variant's files by their paths in it.
     """
     package = load_api(files)
-    names = {name: definition(package, name) for name in public_names(package)}
-    layers = names.pop(_LAYERS, None)
-    members = layers.members if isinstance(layers, griffe.Module) else {}
-    return [_describe(name, found) for name, found in names.items()], [
-        _describe(name, found) for name, found in members.items() if isinstance(found, griffe.Class)
-    ]
+    functions = {name: definition(package, name) for name in public_names(package)}
+    module = functions.pop(_LAYERS, None)
+    members = module.members if isinstance(module, griffe.Module) else {}
+    layers = {name: member for name, member in members.items() if isinstance(member, griffe.Class)}
+    return [_describe(*item) for item in functions.items()], [_describe(*item) for item in layers.items()]
 
 
-def _describe(name: str, found: griffe.Object | None) -> PublicName:
-    if not isinstance(found, griffe.Function | griffe.Class):
+def _describe(name: str, member: griffe.Object | None) -> PublicName:
+    if not isinstance(member, griffe.Function | griffe.Class):
         return PublicName(name, "", "")
-    summary = found.docstring.value.partition("\n")[0] if found.docstring else ""
-    if isinstance(found, griffe.Class):
+    summary = member.docstring.value.partition("\n")[0] if member.docstring else ""
+    if isinstance(member, griffe.Class):
         return PublicName(name, f"class {name}", summary)
-    function = ast.parse(dedent(found.source)).body[0]
+    function = ast.parse(dedent(member.source)).body[0]
     assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
     returns = f" -> {ast.unparse(function.returns)}" if function.returns is not None else ""
     return PublicName(name, f"{name}({ast.unparse(function.args)}){returns}", summary)

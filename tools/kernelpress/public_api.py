@@ -95,9 +95,9 @@ def final(member: griffe.Object | griffe.Alias) -> griffe.Object | None:
     return None if isinstance(member, griffe.Alias) else member
 
 
-def location(found: griffe.Object) -> tuple[str, int | None]:
+def location(member: griffe.Object) -> tuple[str, int | None]:
     """The file that an object stands in, relative to the package, and its line."""
-    path, package = found.filepath, found.package.filepath
+    path, package = member.filepath, member.package.filepath
     if not isinstance(path, Path) or not isinstance(package, Path):
-        return "", found.lineno
-    return path.relative_to(package.parent).as_posix(), found.lineno
+        return "", member.lineno
+    return path.relative_to(package.parent).as_posix(), member.lineno
