@@ -38,52 +38,38 @@ def main(jobs_file: str, report: str = "") -> None:
     if not report:
         loading.run_job(jobs)
         return
-    first = range(len(jobs))
-    imports: dict[str, int] = {}
-    without_triton: dict[int, int] = {}
-
-    def follow_up(number: int, answer: dict[str, Any]) -> None:
-        """Add the jobs that the result of another calls for."""
-        job = jobs[number]
-        if job["kind"] != "load" or "crashed" in answer:
-            return
+    answers = _run_all(jobs)
+    loaded = [pair for pair in zip(jobs, answers, strict=True) if "crashed" not in pair[1]]
+    more: dict[str, dict[str, Any]] = {}
+    for job, answer in loaded:
         if answer["effects"] or any(op.partition("::")[0] != job["id"] for op in answer["ops"]):
             # The variants of a kernel import the same modules, as a rule.
-            key = "\n".join(answer["modules"])
-            if key not in imports:
-                imports[key] = len(jobs)
-                jobs.append(job | {"kind": "import modules", "modules": answer["modules"]})
+            more["\n".join(answer["modules"])] = job | {
+                "kind": "import modules",
+                "modules": answer["modules"],
+            }
         if answer["error"] is None and answer["triton"] and job["cpu"]:
-            without_triton[number] = len(jobs)
-            jobs.append(job | {"kind": "load without triton"})
-
-    answers = _run_all(jobs, follow_up)
-    for number in first:
-        answer = answers[number]
-        if "crashed" in answer:
-            continue
-        alone = answers[without_triton[number]] if number in without_triton else {"error": None}
-        answer["without_triton"] = alone.get("crashed") or alone["error"]
-        key = "\n".join(answer["modules"])
-        others = answers[imports[key]] if key in imports else {}
+            more[job["folder"]] = job | {"kind": "load without triton"}
+    results = dict(zip(more, _run_all(list(more.values())), strict=True))
+    for job, answer in loaded:
+        without_triton = results.get(job["folder"], {"error": None})
+        answer["without_triton"] = without_triton.get("crashed") or without_triton["error"]
         # What the modules do that a kernel imports is not for its author to mend.
-        answer["ops"] = [op for op in answer["ops"] if op not in others.get("ops", ())]
-        answer["effects"] = [
-            effect for effect in answer["effects"] if effect not in others.get("effects", ())
-        ]
-    loading.write(Path(report), answers[: len(first)])
+        imports = results.get("\n".join(answer["modules"]), {})
+        for key in ("ops", "effects"):
+            answer[key] = [item for item in answer[key] if item not in imports.get(key, ())]
+    loading.write(Path(report), answers)
 
 
-def _run_all(
-    jobs: list[dict[str, Any]], follow_up: Callable[[int, dict[str, Any]], None]
-) -> list[dict[str, Any]]:
-    """Do jobs, each in a process of its own; ``follow_up`` may add some when one is done."""
-    answers: list[dict[str, Any]] = []
+def _run_all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Do jobs, each in a process of its own, and return their answers in the order of the jobs."""
+    answers: dict[int, dict[str, Any]] = {}
+    waiting = list(enumerate(jobs))
     running: dict[int, tuple[Any, Callable[[], int | None], float]] = {}
-    while len(answers) < len(jobs) or running:
-        while len(answers) < len(jobs) and len(running) < _PARALLEL:
-            running[len(answers)] = *_start(jobs[len(answers)]), time.monotonic() + _TIMEOUT
-            answers.append({})
+    while waiting or running:
+        while waiting and len(running) < _PARALLEL:
+            number, job = waiting.pop(0)
+            running[number] = *_start(job), time.monotonic() + _TIMEOUT
         for number, (process, poll, end) in list(running.items()):
             late = time.monotonic() > end
             if late:
@@ -95,9 +81,8 @@ def _run_all(
                 )
                 answers[number] = _answer(loading.folder_of(jobs[number]), how)
                 del running[number]
-                follow_up(number, answers[number])
         time.sleep(0.01)
-    return answers
+    return [answers[number] for number in range(len(jobs))]
 
 
 def _start(job: dict[str, Any]) -> tuple[Any, Callable[[], int | None]]:
