@@ -1,4 +1,4 @@
-"""Loads variants as a user's process would, and reports what came of it; ``inside`` is the process that does."""
+"""Loading of variants as a user's process does it, in a worker process, and what that showed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kernelpress.child import child_environment, run_isolated
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """The outcome of calling an operator with sample inputs; see ``opcalls.examine``."""
+    """The outcome of calling an operator with sample inputs, as ``examine`` returns it."""
 
     op: str
     fake: Literal["ran", "failed", "not run"]
@@ -34,7 +34,7 @@ class OperatorCall:
 
 @dataclass(frozen=True)
 class Probed:
-    """What loading a variant showed.
+    """The facts that loading a variant showed.
 
     ``error`` says why it failed, with the ``file`` and ``line`` of the variant where there is one, and
     ``unmet`` the declared dependencies this machine has not. ``public`` is ``__all__``, or ``malformed`` what that is
@@ -161,7 +161,7 @@ def _twin_id(id: str) -> str:
 
 
 def _twin_error(answer: dict[str, Any], id: str) -> str | None:
-    """What went wrong when a variant and its twin were loaded and called in one process."""
+    """The fault of a variant and its twin that were loaded and called in one process, if any."""
     first, second = (
         {op.partition("::")[2] for op in answer["all_ops"] if op.startswith(f"{name}::")}
         for name in (id, _twin_id(id))

@@ -1,7 +1,7 @@
 """The processes that fetch and use what was published as a consumer would, started by ``verify``.
 
 They have an empty cache, the Hub's client, the loader, torch, and of the publisher's settings the Hub's address and
-what :func:`child.child_environment` lets through. The one that fetches has the token too; the one that runs the
+what ``child_environment`` lets through. The one that fetches has the token too; the one that runs the
 kernel's code has not.
 """
 
