@@ -28,8 +28,9 @@ def scaffold(name: str, organization: str, where: Path) -> Path:
         raise SpecError(f"'{organization}/{name}' is no repository id; correct the name or --org")
     if where.exists():
         raise BuildError("this is there already; name a new kernel or move it", path=where)
-    # In the names and the text of the templates, which stand as the project's files do.
-    values = {"@NAME@": name, "@PACKAGE@": name.replace("-", "_"), "@ORG@": organization}
+    # In the names and the text of the templates, which stand as the project's files do. Setuptools leaves hidden files
+    # out of a package's data.
+    values = {"@NAME@": name, "@PACKAGE@": name.replace("-", "_"), "@ORG@": organization, "@DOT@": "."}
     with new_directory(where) as fresh:
         for template in _TEMPLATES.rglob("*.tmpl"):
             path = fresh / _fill(template.relative_to(_TEMPLATES).with_suffix("").as_posix(), values)
