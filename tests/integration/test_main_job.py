@@ -33,6 +33,7 @@ def test_the_main_job_publishes_and_trains_and_a_second_run_commits_nothing(tmp_
     repository = copy_of_the_repository(tmp_path)
     done = main_job(repository, "--consumer", str(CONSUMER), "--steps", "3")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "embedded Hub" in done.stdout.splitlines()[0]
     report = json.loads((repository / "build/publish-report.json").read_text())
 
     assert set(report["variants"]) == {

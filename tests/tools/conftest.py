@@ -98,10 +98,11 @@ def scale(x, by: float = common.DEFAULT):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _memory_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests leave the user's cache alone, and find nothing in it."""
+def _directories_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the user's cache and journal alone, and find nothing in them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
 
 

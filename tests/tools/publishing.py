@@ -1,4 +1,4 @@
-"""What tests of publishing have in common."""
+"""A kernel as tests build, check and publish it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
-from kernelpress.spec import load_spec
-from kernelpress.variant import Build, build
+from kernelpress.build_model import Build
+from kernelpress.check_kernel import check_sources
+from kernelpress.findings import Finding
+from kernelpress.spec import KernelOptions, load_spec
+from kernelpress.variant import build
 
 PACKAGE = "torch-ext/demo_kernel"
 
 
 def make(root: Path) -> Build:
     return build(load_spec(root))
+
+
+def source_findings(root: Path) -> list[Finding]:
+    """The findings in the description and the sources of a kernel."""
+    return check_sources(KernelOptions(root))[0]
 
 
 def edit(root: Path, path: str, old: str, new: str) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from kernelpress.built import other_sources
+from kernelpress.built import differing_variants
 from kernelpress.cli import app
 from kernelpress.contract import compare
 from kernelpress.errors import BuildError, CheckError
@@ -117,7 +117,7 @@ def test_a_build_of_another_tool_is_not_compared_with_the_sources(make_kernel):
     for metadata in (root / "build").glob("*/metadata.json"):
         metadata.write_text(metadata.read_text().replace("kernelpress-", "kernel-builder "))
     break_twice(root)
-    assert other_sources(prepare(load_spec(root)), root / "build") == []
+    assert differing_variants(prepare(load_spec(root)), root / "build") == []
 
 
 def test_what_every_variant_shows_is_found_once_and_in_the_sources(make_kernel):

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kernelpress.build_model import Build
 from kernelpress.errors import SourceError, SpecError
 from kernelpress.findings import FindingsError
 from kernelpress.project import load_project
 from kernelpress.spec import load_spec
-from kernelpress.variant import Build, build
+from kernelpress.variant import build
 
 PYPROJECT = """\
 [project]

@@ -8,9 +8,10 @@ from dulwich import porcelain
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress.errors import PublishError
 from kernelpress.hubs import RefusedError
+from kernelpress.hubs import hub as client
 from kernelpress.localhub import create_token, running_hub
-from kernelpress.publish import hub as client
-from kernelpress.publish import plan, publish
+from kernelpress.plan import plan
+from kernelpress.publish import PublishOptions, publish
 from publishing import PACKAGE, commits, content, edit, files, heads, make
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_developers_own")
@@ -166,7 +167,7 @@ def test_a_private_repository_is_made_on_request(make_kernel, tmp_path):
     made = make(make_kernel())
     with running_hub(tmp_path / "hub", trust=["org"]) as running:
         token = create_token(running.root, "me")
-        publish(made, None, HfApi(endpoint=running.endpoint, token=token), private=True)
+        publish(made, None, HfApi(endpoint=running.endpoint, token=token), PublishOptions(private=True))
         stranger = plan(made, "org/demo-kernel", HfApi(endpoint=running.endpoint, token=False))
         assert stranger.creates
         assert any("cannot see org/demo-kernel without a token" in note for note in stranger.notes)
@@ -229,7 +230,7 @@ def test_a_published_version_is_not_replaced_from_a_dirty_tree_unless_forced(mak
     with pytest.raises(RefusedError, match=r"v1 is published and the sources differ.*--force"):
         publish(make(root), repo, api)
     assert heads(api, repo) == before
-    done = publish(make(root), repo, api, force=True)
+    done = publish(make(root), repo, api, PublishOptions(force=True))
     assert any("the sources differ" in each for each in done.overridden)
     assert heads(api, repo) != before
 
@@ -276,19 +277,19 @@ def test_the_plan_names_each_file_with_its_sizes(make_kernel, api, repo):
 
 def test_a_proposal_changes_no_branch_and_the_same_one_is_opened_once(make_kernel, api, repo):
     root = make_kernel()
-    first = publish(make(root), repo, api, create_pr=True)
+    first = publish(make(root), repo, api, PublishOptions(create_pr=True))
     assert first.changed
     assert first.pull_request is not None
     assert first.pull_request.endswith("/discussions/1")
     assert files(api, repo, "main").isdisjoint({"README.md"})
     assert set(heads(api, repo)) == {"main"}
     assert "build/torch-cpu/twice.py" in files(api, repo, "refs/pr/1")
-    again = publish(make(root), repo, api, create_pr=True)
+    again = publish(make(root), repo, api, PublishOptions(create_pr=True))
     assert (again.pull_request, again.changed) == (first.pull_request, False)
-    forced = publish(make(root), repo, api, create_pr=True, force=True)
+    forced = publish(make(root), repo, api, PublishOptions(create_pr=True, force=True))
     assert forced.pull_request == first.pull_request.replace("discussions/1", "discussions/2")
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
-    other = publish(make(root), repo, api, create_pr=True)
+    other = publish(make(root), repo, api, PublishOptions(create_pr=True))
     assert (other.pull_request, other.changed) == (
         first.pull_request.replace("discussions/1", "discussions/3"),
         True,

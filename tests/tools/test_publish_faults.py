@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from kernelpress.errors import PublishError
-from kernelpress.hubs import heads, tree
 from kernelpress.hubs import hub as client
 from kernelpress.localhub import RunningHub, fsck, running_hub
 from kernelpress.plan import plan
 from kernelpress.publish import publish
+from kernelpress.repository import branch_heads, tree
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
 
@@ -121,7 +121,7 @@ def test_a_fault_at_any_one_request_of_a_publish_is_survived_with_one_commit(mak
             done = publish(made, repo, client(endpoint))
         assert [branch.changed for branch in done.branches] == [True, True]
         assert plan(made, repo, straight).unchanged
-        assert heads(straight, repo).keys() == {"main", "v1"}
+        assert branch_heads(straight, repo).keys() == {"main", "v1"}
         history = straight.list_repo_commits(repo, repo_type="kernel", revision="v1")
         assert [each.title for each in history][1:] == ["initial commit"]
 
@@ -158,7 +158,7 @@ def test_a_hub_killed_at_any_request_of_a_publish_comes_back_whole_and_the_next_
         with running_hub(root) as again:
             api = client(again.endpoint)
             if api.repo_exists(repo, repo_type="kernel"):
-                for branch in heads(api, repo):
+                for branch in branch_heads(api, repo):
                     held = {path for path in tree(api, repo, branch) if path.startswith("build/")}
                     assert held in (set(), wanted)
             publish(made, repo, api)

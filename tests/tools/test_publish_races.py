@@ -14,8 +14,9 @@ import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress.hubs import RefusedError
-from kernelpress.publish import hub as client
-from kernelpress.publish import plan, publish
+from kernelpress.hubs import hub as client
+from kernelpress.plan import plan
+from kernelpress.publish import publish
 from publishing import PACKAGE, commits, edit, files, heads, make
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_developers_own")

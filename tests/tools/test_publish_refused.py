@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
-from kernelpress.history import info, yank
 from kernelpress.hubs import RefusedError
+from kernelpress.info import info
 from kernelpress.localhub import create_token, running_hub
-from kernelpress.publish import publish
+from kernelpress.publish import PublishOptions, publish
+from kernelpress.yank import yank
 from publishing import PACKAGE, edit, make
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_developers_own")
@@ -36,7 +37,26 @@ def test_a_secret_in_the_sources_never_leaves_the_machine(make_kernel, api, repo
     root = make_kernel()
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", f'FACTOR = 2\nTOKEN = "{SECRET}"')
     with pytest.raises(RefusedError, match=r"twice\.py:\d+: KP104 what looks like a secret"):
-        publish(make(root), repo, api, force=force)
+        publish(make(root), repo, api, PublishOptions(force=force))
+    assert not api.repo_exists(repo, repo_type="kernel")
+
+
+def test_what_is_checked_is_what_was_built_whatever_the_disk_holds_by_then(make_kernel, api, repo):
+    root = make_kernel()
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", f'FACTOR = 2\nTOKEN = "{SECRET}"')
+    leaky = make(root)
+    edit(root, f"{PACKAGE}/twice.py", f'\nTOKEN = "{SECRET}"', "")
+    with pytest.raises(RefusedError, match="KP104"):
+        publish(leaky, repo, api)
+    clean = make(root)
+    edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", f'FACTOR = 2\nTOKEN = "{SECRET}"')
+    assert publish(clean, repo, api).changed
+
+
+def test_a_secret_in_the_card_never_leaves_the_machine(make_kernel, api, repo):
+    root = make_kernel(**{"CARD.md": f"# {{{{ name }}}}\n\nlog in with {SECRET}\n"})
+    with pytest.raises(RefusedError, match=r"CARD\.md:3: KP104"):
+        publish(make(root), repo, api)
     assert not api.repo_exists(repo, repo_type="kernel")
 
 

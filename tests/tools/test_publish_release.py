@@ -16,15 +16,19 @@ from pathlib import Path
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress.bundle import bundle, unbundle
+from kernelpress.conventions import SIGNATURE
 from kernelpress.errors import PublishError
-from kernelpress.history import info, redirect, restore, rollback, version_at, yank
-from kernelpress.hubs import RefusedError, heads, tree
-from kernelpress.plan import SIGNATURE, plan
+from kernelpress.hubs import RefusedError
+from kernelpress.info import info, version_at
+from kernelpress.plan import plan
 from kernelpress.publish import publish
 from kernelpress.release import release
+from kernelpress.repository import branch_heads, restore, tree
+from kernelpress.rollback import rollback
 from kernelpress.sign import sign
 from kernelpress.upload import upload
 from kernelpress.verify import verify
+from kernelpress.yank import redirect, yank
 from kernels.status import resolve_status
 from kernels.verify import VerificationResult, verify_variant
 from publishing import PACKAGE, edit, make
@@ -87,7 +91,7 @@ def test_a_first_release_that_does_not_load_leaves_no_version(make_kernel, api, 
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", BROKEN_ON_THE_HUB_ONLY + "FACTOR = 3")
     with pytest.raises(PublishError, match="v1, which was new, is removed again"):
         release(make(root), repo, api)
-    assert heads(api, repo).keys() == {"main"}
+    assert branch_heads(api, repo).keys() == {"main"}
     assert not [path for path in contents(api, repo, "main") if path.startswith("build/")]
 
 
@@ -146,12 +150,12 @@ def test_a_publisher_killed_at_any_moment_leaves_no_mixed_tree_and_is_finished_b
         process.send_signal(signal.SIGKILL)
         process.wait()
         if api.repo_exists(repo, repo_type="kernel"):
-            for branch in heads(api, repo):
+            for branch in branch_heads(api, repo):
                 held = {path for path in contents(api, repo, branch) if path.startswith("build/")}
                 assert held in (set(), wanted)
         publish(made, repo, api)
         assert plan(made, repo, api).unchanged
-        assert heads(api, repo).keys() == {"main", "v1"}
+        assert branch_heads(api, repo).keys() == {"main", "v1"}
 
 
 def test_info_lists_versions_with_their_sources_and_variants(make_kernel, api, repo):
@@ -169,30 +173,31 @@ def test_info_lists_versions_with_their_sources_and_variants(make_kernel, api, r
 def test_a_rollback_is_a_commit_with_the_files_of_before(make_kernel, api, repo):
     root = make_kernel()
     publish(make(root), repo, api)
-    first, before = heads(api, repo), contents(api, repo, "v1")
+    first, before = branch_heads(api, repo), contents(api, repo, "v1")
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
     (root / PACKAGE / "extra.py").write_text("")
     publish(make(root), repo, api)
-    newest = heads(api, repo)["v1"]
-    commit = rollback(api, repo, "v1", first["v1"])
+    newest = branch_heads(api, repo)["v1"]
+    branch, commit = rollback(api, repo, first["v1"])
+    assert branch == "v1"
     assert contents(api, repo, "v1") == before
     history = [each.commit_id for each in api.list_repo_commits(repo, repo_type="kernel", revision="v1")]
     assert history[:2] == [commit, newest]
-    assert rollback(api, repo, "v1", first["v1"]) == commit
+    assert rollback(api, repo, first["v1"]) == ("v1", commit)
 
 
 def test_a_rollback_takes_a_commit_as_messages_shorten_it(make_kernel, api, repo):
     root = make_kernel()
     publish(make(root), repo, api)
-    first, before = heads(api, repo), contents(api, repo, "v1")
+    first, before = branch_heads(api, repo), contents(api, repo, "v1")
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
     publish(make(root), repo, api)
     shortened = first["v1"][:12]
     assert version_at(api, repo, shortened) == 1
-    rollback(api, repo, "v1", shortened)
+    rollback(api, repo, shortened)
     assert contents(api, repo, "v1") == before
     with pytest.raises(PublishError, match=f"{repo} has no such branch, tag or commit"):
-        rollback(api, repo, "v1", "0" * 12)
+        rollback(api, repo, "0" * 12)
 
 
 def test_a_branch_does_not_roll_back_to_another_version(make_kernel, api, repo):
@@ -201,7 +206,7 @@ def test_a_branch_does_not_roll_back_to_another_version(make_kernel, api, repo):
     edit(root, "build.toml", "version = 1", "version = 2")
     publish(make(root), repo, api)
     with pytest.raises(RefusedError, match="holds version 1, and v2 cannot"):
-        rollback(api, repo, "v2", heads(api, repo)["v1"])
+        rollback(api, repo, branch_heads(api, repo)["v1"], "v2")
 
 
 def test_readers_of_a_yanked_version_are_told_why_and_locked_ones_are_not(
@@ -209,7 +214,7 @@ def test_readers_of_a_yanked_version_are_told_why_and_locked_ones_are_not(
 ):
     root = make_kernel()
     publish(make(root), repo, api)
-    locked = heads(api, repo)["v1"]
+    locked = branch_heads(api, repo)["v1"]
     reason = 'wrong for "bf16" \\ é; use v2'
     changed = yank(api, repo, 1, f"{reason}\n")
     assert changed.keys() == {"v1", "main"}
@@ -247,10 +252,10 @@ def test_readers_of_a_redirected_kernel_are_told_and_the_status_file_is_upstream
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
     with pytest.raises(RefusedError, match="redirects its readers"):
         publish(make(root), repo, api)
-    before = heads(api, new)
+    before = branch_heads(api, new)
     with pytest.raises(RefusedError, match=f"{repo} itself redirects to {new}"):
         redirect(api, new, repo)
-    assert heads(api, new) == before
+    assert branch_heads(api, new) == before
 
 
 def two_versions(root: Path, repo: str, api: HfApi) -> None:
@@ -294,7 +299,7 @@ def test_an_archive_of_older_versions_leaves_main_where_it_is(make_kernel, api, 
     target = f"{repo}-copy"
     edit(root, "build.toml", "version = 1", "version = 2")
     publish(make(root), target, api)
-    before = heads(api, target)
+    before = branch_heads(api, target)
     seen = []
     real = api.create_commit
 
@@ -305,7 +310,7 @@ def test_an_archive_of_older_versions_leaves_main_where_it_is(make_kernel, api, 
     api.create_commit = watched
     assert upload(archive, api, target).keys() == {"v1"}
     assert "main" not in seen
-    assert heads(api, target) == {**before, "v1": heads(api, target)["v1"]}
+    assert branch_heads(api, target) == {**before, "v1": branch_heads(api, target)["v1"]}
     assert contents(api, target, "v1") == contents(api, repo, "v1")
     assert upload(archive, api, target) == {}
 
@@ -386,7 +391,7 @@ def test_a_signature_is_uploaded_kept_out_of_the_digest_and_kept_by_who_cannot_s
         (made.directory / variant.name / SIGNATURE).write_text("{}")
     publish(made, repo, api)
     assert info(api, repo).versions[0].signed
-    seen = verify(api, repo, [heads(api, repo)["v1"]], 1)
+    seen = verify(api, repo, [branch_heads(api, repo)["v1"]], 1)
     assert seen.faults == ()
     assert "torch-cpu" in seen.signed
     assert plan(make(root), repo, api).unchanged
@@ -406,7 +411,7 @@ def test_the_loaders_verifier_tells_missing_and_broken_bundles_apart(make_kernel
 def test_restoring_never_overwrites_what_somebody_published_in_that_moment(make_kernel, api, repo):
     root = make_kernel()
     publish(make(root), repo, api)
-    before = heads(api, repo)["v1"]
+    before = branch_heads(api, repo)["v1"]
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
     mine = publish(make(root), repo, api).branches
     (own,) = [branch.commit for branch in mine if branch.name == "v1"]
@@ -414,4 +419,4 @@ def test_restoring_never_overwrites_what_somebody_published_in_that_moment(make_
     theirs = api.create_commit(repo, note, commit_message="x", repo_type="kernel", revision="v1")
     with pytest.raises(PublishError):
         restore(api, repo, "v1", before, "back", since=own)
-    assert heads(api, repo)["v1"] == theirs.oid
+    assert branch_heads(api, repo)["v1"] == theirs.oid

@@ -11,11 +11,11 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress import release as module
 from kernelpress.errors import PublishError
-from kernelpress.hubs import heads, tree
+from kernelpress.journal import Journal
 from kernelpress.localhub import RunningHub
 from kernelpress.publish import PublishedBranch, publish
-from kernelpress.record import Record
 from kernelpress.release import release
+from kernelpress.repository import branch_heads, tree
 from publishing import make
 
 TWICE = "torch-ext/demo_kernel/twice.py"
@@ -35,7 +35,7 @@ release.release(build(load_spec(Path(sys.argv[1]))), sys.argv[2], hub(sys.argv[3
 
 @pytest.fixture(autouse=True)
 def notes_of_its_own(no_settings_of_the_developers_own, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 def break_it(root: Path) -> None:
@@ -82,17 +82,17 @@ def test_a_bad_first_release_is_taken_back_by_the_next_run(make_kernel, api, rep
     killed(root, repo, server)
     with pytest.raises(PublishError, match="v1, which was new, is removed again"):
         release(make(root), repo, api)
-    assert heads(api, repo).keys() == {"main"}
+    assert branch_heads(api, repo).keys() == {"main"}
 
 
 def test_what_another_machine_published_is_verified_but_never_taken_back(make_kernel, api, repo, tmp_path):
     root = make_kernel()
     break_it(root)
     publish(make(root), repo, api)  # by a machine whose notes are not here
-    before = heads(api, repo)
+    before = branch_heads(api, repo)
     with pytest.raises(PublishError, match=r"broken here.*not published by this run and stays"):
         release(make(root), repo, api)
-    assert heads(api, repo) == before
+    assert branch_heads(api, repo) == before
 
 
 def test_a_branch_that_moved_on_since_is_left_alone(make_kernel, api, repo, server):
@@ -102,10 +102,10 @@ def test_a_branch_that_moved_on_since_is_left_alone(make_kernel, api, repo, serv
     killed(root, repo, server)
     note = [CommitOperationAdd("note.txt", b"theirs")]
     api.create_commit(repo, note, commit_message="x", repo_type="kernel", revision="v1")
-    before = heads(api, repo)
+    before = branch_heads(api, repo)
     with pytest.raises(PublishError, match="v1 was changed by somebody else since and is left alone"):
         release(make(root), repo, api)
-    assert heads(api, repo)["v1"] == before["v1"]
+    assert branch_heads(api, repo)["v1"] == before["v1"]
 
 
 def test_restoring_leaves_alone_what_changes_in_that_very_moment(make_kernel, api, repo, monkeypatch):
@@ -118,25 +118,25 @@ def test_restoring_leaves_alone_what_changes_in_that_very_moment(make_kernel, ap
     before, bad = commit("a", b"1"), commit("a", b"bad")
 
     def looked(api: HfApi, repo_id: str) -> dict[str, str]:
-        found = heads(api, repo_id)
+        found = branch_heads(api, repo_id)
         commit("b", b"another publisher")
         return found
 
-    monkeypatch.setattr(module, "heads", looked)
+    monkeypatch.setattr(module, "branch_heads", looked)
     said = module._put_back(PublishedBranch("main", bad, True, 1, 0, "", before), before, repo, api)
     assert said == "main was changed by somebody else since and is left alone"
     assert "b" in contents(api, repo, "main")
 
 
-def test_notes_are_kept_for_a_day_and_damage_to_them_is_no_matter(tmp_path, monkeypatch):
-    record = Record.of("http://hub", "org/name", "hash")
-    record.changing("main", "before")
-    (file,) = (tmp_path / "cache/kernelpress/releases").iterdir()
-    assert Record.of("http://hub", "org/name", "hash").before == {"main": "before"}
-    assert Record.of("http://hub", "org/name", "other").before == {}
+def test_a_journal_is_kept_for_a_day_and_damage_to_it_is_no_matter(tmp_path, monkeypatch):
+    journal = Journal.of("http://hub", "org/name", "hash")
+    journal.changing("main", "before")
+    (file,) = (tmp_path / "state/kernelpress/releases").iterdir()
+    assert Journal.of("http://hub", "org/name", "hash").before == {"main": "before"}
+    assert Journal.of("http://hub", "org/name", "other").before == {}
     os.utime(file, (1, 1))
-    assert Record.of("http://hub", "org/name", "hash").before == {}
-    record.verified(["a", "b"])
-    assert Record.of("http://hub", "org/name", "hash").has_verified(["a"])
+    assert Journal.of("http://hub", "org/name", "hash").before == {}
+    journal.verified(["a", "b"])
+    assert Journal.of("http://hub", "org/name", "hash").has_verified(["a"])
     file.write_text("{")
-    assert not Record.of("http://hub", "org/name", "hash").has_verified(["a"])
+    assert not Journal.of("http://hub", "org/name", "hash").has_verified(["a"])

@@ -11,19 +11,20 @@ import pytest
 import yaml
 from kernelpress.check import check
 from kernelpress.errors import BuildError, SpecError
+from kernelpress.hubs import hub
 from kernelpress.localhub import running_hub
-from kernelpress.publish import hub, publish
+from kernelpress.publish import publish
 from kernelpress.scaffold import scaffold
-from kernelpress.source_rules import check_sources
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
+from publishing import source_findings
 
 
 def test_a_new_project_builds_passes_its_checks_and_tests_and_publishes(tmp_path):
     root = scaffold("new-kernel", "org", tmp_path / "new-kernel")
     spec = load_spec(root)
     made = build(spec)
-    assert check_sources(spec) == []
+    assert source_findings(root) == []
     assert check(made.directory) == []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=root, capture_output=True,

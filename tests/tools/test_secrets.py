@@ -6,10 +6,10 @@ import httpx2
 import pytest
 from kernelpress.check import check
 from kernelpress.child import child_environment
-from kernelpress.hubs import heads
 from kernelpress.hubs import hub as client
 from kernelpress.localhub import create_token, running_hub
-from kernelpress.publish import publish
+from kernelpress.publish import PublishOptions, publish
+from kernelpress.repository import branch_heads
 from kernelpress.verify import verify
 from publishing import PACKAGE, edit, make
 
@@ -57,8 +57,8 @@ def test_a_kernel_that_is_verified_finds_no_token(make_kernel, tmp_path, secrets
     monkeypatch.setenv("HF_TOKEN", token)
     with running_hub(tmp_path / "hub", trust=["org"]) as hub:
         api = client(hub.endpoint)
-        publish(made, "org/nosy", api, private=private)
-        seen = verify(api, "org/nosy", list(heads(api, "org/nosy").values()), 1)
+        publish(made, "org/nosy", api, PublishOptions(private=private))
+        seen = verify(api, "org/nosy", list(branch_heads(api, "org/nosy").values()), 1)
     assert seen.faults == ()
     assert set(seen.loaded) == {"torch-cpu", "torch-universal"}
     assert str(seen.called).startswith("_demo_kernel_")
@@ -74,7 +74,7 @@ def test_a_kernel_that_only_some_may_read_is_verified(make_kernel, tmp_path, sec
         settings = f"{hub.endpoint}/api/kernels/org/gated/settings"
         headers = {"Authorization": f"Bearer {token}"}
         assert httpx2.put(settings, json={"gated": "auto"}, headers=headers).status_code == 200
-        assert verify(api, "org/gated", [heads(api, "org/gated")["v1"]], 1).faults == ()
+        assert verify(api, "org/gated", [branch_heads(api, "org/gated")["v1"]], 1).faults == ()
 
 
 def test_a_kernel_that_is_checked_finds_no_token(make_kernel, secrets):

@@ -8,9 +8,9 @@ import pytest
 from dulwich import porcelain
 from kernelpress.errors import SourceError
 from kernelpress.source import read_source
-from kernelpress.source_rules import check_sources
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
+from publishing import source_findings
 
 PACKAGE = "torch-ext/demo_kernel"
 
@@ -117,14 +117,14 @@ def test_syntax_nested_too_deeply_is_refused_in_one_message(make_kernel, text, p
     root = make_kernel(**{f"{PACKAGE}/twice.py": text})
     with pytest.raises(SourceError, match=part):
         read(root)
-    (found,) = check_sources(load_spec(root))
+    (found,) = source_findings(root)
     assert (found.code, found.path.name) == ("KP002", "twice.py")
 
 
 def test_syntax_nested_as_deeply_as_allowed_builds(make_kernel):
     deep = "(" * 191 + "torch.ops.demo_kernel.twice" + ")(x)" * 191
     root = make_kernel(**{f"{PACKAGE}/more.py": f"import torch\ndef f(x):\n    return {deep}\n"})
-    assert [each.severity for each in check_sources(load_spec(root))] == []
+    assert [each.severity for each in source_findings(root)] == []
     build(load_spec(root))
 
 

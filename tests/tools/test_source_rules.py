@@ -9,15 +9,16 @@ from kernelpress.errors import CheckError
 from kernelpress.findings import Finding
 from kernelpress.output import render, summary
 from kernelpress.rules import RULES, explain, page
-from kernelpress.source_rules import check_sources, optional_packages
+from kernelpress.source_rules import optional_packages
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
+from publishing import source_findings
 
 PACKAGE = "torch-ext/demo_kernel"
 
 
 def found_in(make_kernel, text: str) -> list[Finding]:
-    return check_sources(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text})))
+    return source_findings(make_kernel(**{f"{PACKAGE}/extra.py": text}))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def found_in(make_kernel, text: str) -> list[Finding]:
 )  # fmt: skip
 def test_a_breach_is_found_where_it_stands(make_kernel, text, code, line):
     other = {f"{PACKAGE}/other.py": "from . import extra\n"} if code == "KP307" else {}
-    found = check_sources(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other)))
+    found = source_findings(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other))
     if "except*" in text and sys.version_info < (3, 11):
         # To the oldest Python, newer syntax is just an error, where it stands and not where its block begins.
         code, line = "KP002", 6
@@ -72,7 +73,7 @@ def test_a_breach_is_found_where_it_stands(make_kernel, text, code, line):
 )
 def test_what_is_allowed_is_no_finding(make_kernel, text):
     other = {f"{PACKAGE}/other.py": "from . import extra\n"}
-    assert check_sources(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other))) == []
+    assert source_findings(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other)) == []
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python refuses it by itself")
@@ -127,7 +128,7 @@ def test_what_python_3_10_reads_is_no_newer_syntax(make_kernel, text):
 
 
 def test_names_that_differ_in_case_alone_are_found(make_kernel):
-    found = check_sources(load_spec(make_kernel(**{f"{PACKAGE}/A.py": "", f"{PACKAGE}/a.py": ""})))
+    found = source_findings(make_kernel(**{f"{PACKAGE}/A.py": "", f"{PACKAGE}/a.py": ""}))
     assert [each.code for each in found] == ["KP107"]
 
 
@@ -144,10 +145,10 @@ def test_optional_integrations_are_listed(make_kernel):
 
 def test_a_declared_dependency_may_be_imported(make_kernel):
     root = make_kernel(**{f"{PACKAGE}/extra.py": "import einops\n"})
-    assert [each.code for each in check_sources(load_spec(root))] == ["KP303"]
+    assert [each.code for each in source_findings(root)] == ["KP303"]
     text = (root / "build.toml").read_text()
     (root / "build.toml").write_text(text.replace("edition = 5", 'edition = 5\npython-depends = ["einops"]'))
-    assert check_sources(load_spec(root)) == []
+    assert source_findings(root) == []
 
 
 def test_every_rule_is_explained_and_a_near_miss_is_helped():

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kernelpress.errors import SpecError
-from kernelpress.spec import BACKENDS, is_repo_id, load_spec
+from kernelpress.spec import load_spec
+from kernelpress.spec_model import BACKENDS, is_repo_id
 
 GOOD = """\
 [general]

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from dulwich import porcelain
 from kernelpress import place
+from kernelpress.build_model import Build
 from kernelpress.errors import BuildError
+from kernelpress.generated import without_provenance
 from kernelpress.spec import load_spec
-from kernelpress.variant import Build, build, without_provenance
+from kernelpress.variant import build
 from kernels import Metadata
 from kernels._rust import Digest, DigestAlgorithm
 

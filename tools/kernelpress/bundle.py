@@ -22,12 +22,12 @@ from typing import Any
 from huggingface_hub import HfApi
 from kernels._rust import Digest, DigestValidationError, Metadata  # type: ignore[import-untyped]
 
+from kernelpress.conventions import MAIN, METADATA, REPO_TYPE, VERSION_BRANCH
 from kernelpress.errors import PublishError
-from kernelpress.hubs import MAIN, TYPE, checked_repo_id, explained, heads
+from kernelpress.hubs import checked_repo_id, explained
 from kernelpress.new_directory import new_directory
-from kernelpress.plan import VERSION_BRANCH, versions_of
-from kernelpress.spec import is_repo_id
-from kernelpress.variant import METADATA
+from kernelpress.repository import branch_heads, versions_of
+from kernelpress.spec_model import is_repo_id
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -57,7 +57,7 @@ def bundle(api: HfApi, repo_id: str, archive: Path, versions: Sequence[int] = ()
     """
     checked_repo_id(repo_id)
     with explained(api, repo_id), tempfile.TemporaryDirectory(prefix="kernelpress-") as scratch:
-        branches = heads(api, repo_id)
+        branches = branch_heads(api, repo_id)
         published = versions_of(branches)
         missing = sorted(set(versions) - set(published))
         if missing or not published:
@@ -69,7 +69,9 @@ def bundle(api: HfApi, repo_id: str, archive: Path, versions: Sequence[int] = ()
         folders = {}
         for name in names:
             folders[name] = Path(scratch, name)
-            api.snapshot_download(repo_id, repo_type=TYPE, revision=branches[name], local_dir=folders[name])
+            api.snapshot_download(
+                repo_id, repo_type=REPO_TYPE, revision=branches[name], local_dir=folders[name]
+            )
             shutil.rmtree(folders[name] / ".cache", ignore_errors=True)
             _check_digests(folders[name])
         commits = {name: branches[name] for name in names}

@@ -10,9 +10,10 @@ from textwrap import dedent
 import griffe
 import jinja2
 
+from kernelpress.build_model import Build
 from kernelpress.errors import SourceError
+from kernelpress.generated import own_version
 from kernelpress.public_api import definition, load_api, public_names
-from kernelpress.variant import Build, own_version
 
 _DEFAULT = "card.md"
 _LAYERS = "layers"

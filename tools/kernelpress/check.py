@@ -12,10 +12,10 @@ from pathlib import Path
 
 from kernels._rust import Digest, DigestAlgorithm, DigestValidationError, Metadata  # type: ignore[import-untyped]
 
+from kernelpress.conventions import METADATA, VARIANT_PREFIX
 from kernelpress.errors import CheckError
 from kernelpress.findings import Finding, Severity
 from kernelpress.probe import Probed, probe
-from kernelpress.variant import METADATA, VARIANT_PREFIX
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from kernelpress import cli_hub, cli_localhub, cli_publish
-from kernelpress.cli_shared import Directory, console
-from kernelpress.errors import KernelpressError, SpecError
+from kernelpress.cli_shared import Directory, License, console, kernel_options
+from kernelpress.errors import KernelpressError
 from kernelpress.output import Form
-from kernelpress.spec import Spec
+
+if TYPE_CHECKING:
+    from kernelpress.spec import KernelOptions
 
 # What Typer ends with after Ctrl-C, without a word.
 _INTERRUPTED = 130
@@ -46,43 +48,28 @@ def _options(
     pass
 
 
-SourceDir = Annotated[
-    Path | None, typer.Option(help="A package anywhere, instead of build.toml's under torch-ext/.")
-]
-Package = Annotated[str | None, typer.Option(help="That package's dotted name, as Python imports it.")]
-Name = Annotated[str | None, typer.Option(help="The kernel's name on the Hub; default: the package's.")]
-License = Annotated[str | None, typer.Option(help="SPDX identifier; default: what the project says.")]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(help="A file or directory of the project that ships too; may be given several times."),
-]
 Output = Annotated[Form, typer.Option(help="How to print what is found.")]
 
 
 @app.command()
+@kernel_options
 def build(
-    directory: Directory = Path(),
-    source_dir: SourceDir = None,
-    package: Package = None,
-    name: Name = None,
-    license: License = None,
-    include: Include = None,
+    options: KernelOptions,
     verify: Annotated[
         bool, typer.Option("--verify", help="Build twice more, elsewhere and otherwise, and compare.")
     ] = False,
 ) -> None:
     """Build every variant of a kernel into build/."""
     from kernelpress.source_rules import optional_packages
-    from kernelpress.variant import build as make
+    from kernelpress.variant import build
 
-    spec = _spec(directory, source_dir, package, name, license, include)
-    made = make(spec)
+    kernel = build(options.load())
     table = Table("variant", "id", "files", box=None, pad_edge=False)
-    for variant in made.variants:
+    for variant in kernel.variants:
         table.add_row(variant.name, variant.id, str(len(variant.files)))
     out = console()
     out.print(table)
-    optional = optional_packages(made.outside, spec)
+    optional = optional_packages(kernel.outside, kernel.spec)
     if optional:
         out.print(
             f"optional: {', '.join(optional)} (imported in functions, or where they are)", soft_wrap=True
@@ -90,59 +77,38 @@ def build(
     if verify:
         from kernelpress.reproduce import reproduce
 
-        reproduce(made)
+        reproduce(kernel)
         out.print("[green]reproduced[/] in two other places, byte for byte")
-    out.print(f"[green]built[/] {escape(str(made.directory))}  tree {made.tree_hash[:16]}", soft_wrap=True)
+    out.print(
+        f"[green]built[/] {escape(str(kernel.directory))}  tree {kernel.tree_hash[:16]}", soft_wrap=True
+    )
 
 
 @app.command()
+@kernel_options
 def check(
-    directory: Directory = Path(),
-    source_dir: SourceDir = None,
-    package: Package = None,
-    name: Name = None,
-    license: License = None,
-    include: Include = None,
+    options: KernelOptions,
     output: Output = "text",
 ) -> None:
     """Check the sources and the build in build/: imports, operators, metadata, digests, loading and more."""
-    from kernelpress.built import check_built
-    from kernelpress.check import check as examine
+    from kernelpress.check_kernel import check_kernel
     from kernelpress.output import render, summary
-    from kernelpress.source_rules import as_finding, check_sources
 
-    found = []
-    spec = None
-    if source_dir is not None or any(
-        (directory / each).exists() for each in ("build.toml", "pyproject.toml")
-    ):
-        try:
-            spec = _spec(directory, source_dir, package, name, license, include)
-            found += check_sources(spec)
-        except KernelpressError as error:
-            found.append(as_finding(error))
-    # Sources that cannot be built may leave no build behind; then what is found in them is the answer.
-    if (directory / "build").is_dir() or not any(each.severity == "error" for each in found):
-        build_dir = directory / "build"
-        found += examine(build_dir) if spec is None else check_built(spec, build_dir)
+    findings = check_kernel(options)
     out = console()
-    if output != "text" or found:
-        out.print(render(found, output), soft_wrap=True, markup=output == "text")
-    errors = any(each.severity == "error" for each in found)
+    if output != "text" or findings:
+        out.print(render(findings, output), soft_wrap=True, markup=output == "text")
+    errors = any(finding.severity == "error" for finding in findings)
     if output == "text":
-        out.print(f"[{'red' if errors else 'yellow'}]{summary(found)}[/]" if found else _WHOLE)
+        out.print(f"[{'red' if errors else 'yellow'}]{summary(findings)}[/]" if findings else _WHOLE)
     if errors:
         raise typer.Exit(1)
 
 
 @app.command("compile")
+@kernel_options
 def compile_ahead(
-    directory: Directory = Path(),
-    source_dir: SourceDir = None,
-    package: Package = None,
-    name: Name = None,
-    license: License = None,
-    include: Include = None,
+    options: KernelOptions,
     target: Annotated[
         list[str] | None, typer.Option(help="Only this architecture, such as sm_90; may be repeated.")
     ] = None,
@@ -152,7 +118,7 @@ def compile_ahead(
     from kernelpress.aot import compile_package, findings, table
     from kernelpress.output import render
 
-    spec = _spec(directory, source_dir, package, name, license, include)
+    spec = options.load()
     results = list(compile_package(spec.package_dir, target or ()))
     print(table(results) if output == "text" else render(findings(results, spec.package_dir), output))
     if any(result.error is not None for result in results):
@@ -162,9 +128,9 @@ def compile_ahead(
 @app.command()
 def explain(code: Annotated[str, typer.Argument(help="A rule's code, such as KP103.")]) -> None:
     """Say what a rule demands, why, and how to meet it."""
-    from kernelpress.rules import explain as look_up
+    from kernelpress.rules import explain
 
-    rule = look_up(code)
+    rule = explain(code)
     out = console()
     out.print(f"[bold]{rule.code}[/] ({rule.severity}): {escape(rule.title)}\n")
     out.print(escape(rule.why) + "\n")
@@ -172,13 +138,9 @@ def explain(code: Annotated[str, typer.Argument(help="A rule's code, such as KP1
 
 
 @app.command()
+@kernel_options
 def api(
-    directory: Directory = Path(),
-    source_dir: SourceDir = None,
-    package: Package = None,
-    name: Name = None,
-    license: License = None,
-    include: Include = None,
+    options: KernelOptions,
     against: Annotated[
         str | None,
         typer.Option(
@@ -191,15 +153,15 @@ def api(
     from kernelpress.published import published_files, read_variant
     from kernelpress.variant import prepare
 
-    made = prepare(_spec(directory, source_dir, package, name, license, include))
-    old = read_variant(directory / "build") if against is None else published_files(against)
-    changes = compare(old, {file.path: file.data for file in made.variants[0].files})
+    kernel = prepare(options.load())
+    baseline = read_variant(options.directory / "build") if against is None else published_files(against)
+    changes = compare(baseline, {file.path: file.data for file in kernel.variants[0].files})
     out = console()
-    for each in changes:
-        where = f" ({each.path}:{each.line})" if each.path else ""
-        colour = "red" if each.effect == "breaks" else "green"
-        out.print(f"[{colour}]{each.effect}[/] {escape(str(each) + where)}", soft_wrap=True)
-    if any(each.effect == "breaks" for each in changes):
+    for change in changes:
+        where = f" ({change.path}:{change.line})" if change.path else ""
+        colour = "red" if change.effect == "breaks" else "green"
+        out.print(f"[{colour}]{change.effect}[/] {escape(str(change) + where)}", soft_wrap=True)
+    if any(change.effect == "breaks" for change in changes):
         out.print("these break a caller: publish them as a new version (`version` in build.toml)")
         raise typer.Exit(1)
     out.print(
@@ -212,9 +174,9 @@ def api(
 @app.command()
 def migrate(directory: Directory = Path(), license: License = None) -> None:
     """Bring an older build.toml to today's edition, with its comments kept."""
-    from kernelpress.migrate import migrate as bring
+    from kernelpress.migrate import migrate
 
-    spec = bring(directory, license)
+    spec = migrate(directory, license)
     out = console()
     if spec is None:
         out.print("nothing to do: this is today's edition")
@@ -225,20 +187,17 @@ def migrate(directory: Directory = Path(), license: License = None) -> None:
 
 
 @app.command()
+@kernel_options
 def export(
+    options: KernelOptions,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
     directory: Annotated[Path, typer.Option(help="The directory that holds build.toml.")] = Path(),
-    source_dir: SourceDir = None,
-    package: Package = None,
-    name: Name = None,
-    license: License = None,
-    include: Include = None,
 ) -> None:
     """Write the kernel as a project for huggingface/kernels' kernel-builder."""
-    from kernelpress.export import export as write
+    from kernelpress.export import export
 
-    written = write(_spec(directory, source_dir, package, name, license, include), out)
-    console().print(f"[green]exported[/] {escape(str(written))}", soft_wrap=True)
+    project = export(options.load(), out)
+    console().print(f"[green]exported[/] {escape(str(project))}", soft_wrap=True)
 
 
 @app.command()
@@ -249,31 +208,11 @@ def init(
     """Start a Triton kernel project that builds, passes its checks and its tests."""
     from kernelpress.scaffold import scaffold
 
-    made = scaffold(name, organization, Path(name))
+    project = scaffold(name, organization, Path(name))
     out = console()
-    out.print(f"[green]made[/] {escape(str(made))}")
-    out.print(f"next: cd {escape(str(made))} && kernelpress build && kernelpress check && python -m pytest")
-
-
-def _spec(
-    directory: Path,
-    source_dir: Path | None,
-    package: str | None,
-    name: str | None,
-    license: str | None,
-    include: list[str] | None,
-) -> Spec:
-    from kernelpress.project import load_project
-    from kernelpress.spec import load_spec
-
-    given = {"--source-dir": source_dir, "--package": package, "--name": name, "--license": license}
-    if source_dir is None and package is None:
-        for option, value in {**given, "--include": include}.items():
-            if value:
-                raise SpecError(f"{option} goes with --source-dir and --package; give these too")
-        return load_spec(directory)
-    return load_project(
-        directory, source_dir=source_dir, package=package, name=name, license=license, include=include or ()
+    out.print(f"[green]made[/] {escape(str(project))}")
+    out.print(
+        f"next: cd {escape(str(project))} && kernelpress build && kernelpress check && python -m pytest"
     )
 
 

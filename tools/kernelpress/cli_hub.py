@@ -1,4 +1,4 @@
-"""The commands about what is published: they read arguments, call a step, print what it returns."""
+"""The commands about versions on a Hub: they read arguments, call a step, print what it returns."""
 
 from __future__ import annotations
 
@@ -21,20 +21,26 @@ Repo = Annotated[str, typer.Argument(metavar="REPO", help="organization/name")]
 @commands.command()
 def versions(repo: Repo, endpoint: Endpoint = None, output_json: OutputJson = False) -> None:
     """List the versions of a kernel on the Hub."""
-    from kernelpress.history import info as look
     from kernelpress.hubs import hub
+    from kernelpress.info import info
 
-    found = look(hub(endpoint), repo)
+    repository = info(hub(endpoint), repo)
     if output_json:
-        print(json.dumps([asdict(each) for each in found.versions], indent=2))
+        print(json.dumps([asdict(version) for version in repository.versions], indent=2))
         return
     table = Table("version", "commit", "date", "variants", "bytes", "state", box=None, pad_edge=False)
-    for each in found.versions:
-        state = f"yanked: {each.yanked}" if each.yanked else f"-> {each.redirect}" if each.redirect else ""
-        main = " (main)" if each.version == found.main_version else ""
+    for version in repository.versions:
+        state = (
+            f"yanked: {version.yanked}"
+            if version.yanked
+            else f"-> {version.redirect}"
+            if version.redirect
+            else ""
+        )
+        main = " (main)" if version.version == repository.main_version else ""
         table.add_row(
-            f"v{each.version}{main}", each.commit[:12], each.date[:10],
-            " ".join(each.variants), f"{each.size:,}", escape(state),
+            f"v{version.version}{main}", version.commit[:12], version.date[:10],
+            " ".join(version.variants), f"{version.size:,}", escape(state),
         )  # fmt: skip
     console().print(table)
 
@@ -42,27 +48,27 @@ def versions(repo: Repo, endpoint: Endpoint = None, output_json: OutputJson = Fa
 @commands.command()
 def info(repo: Repo, endpoint: Endpoint = None, output_json: OutputJson = False) -> None:
     """Describe a kernel on the Hub: where it is, which version main holds, what each version is built from."""
-    from kernelpress.history import info as look
     from kernelpress.hubs import hub
+    from kernelpress.info import info
 
-    found = look(hub(endpoint), repo)
+    repository = info(hub(endpoint), repo)
     if output_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(asdict(repository), indent=2))
         return
     out = console()
-    visibility = "private" if found.private else "public"
-    main = "no build" if found.main_version is None else f"version {found.main_version}"
-    out.print(f"{escape(found.url)}  {visibility}, main holds {main}", soft_wrap=True)
-    for each in found.versions:
-        signed = "signed" if each.signed else "unsigned"
+    visibility = "private" if repository.private else "public"
+    main = "no build" if repository.main_version is None else f"version {repository.main_version}"
+    out.print(f"{escape(repository.url)}  {visibility}, main holds {main}", soft_wrap=True)
+    for version in repository.versions:
+        signed = "signed" if version.signed else "unsigned"
         out.print(
-            f"v{each.version}  {each.commit}  from {each.source or 'unknown sources'}  {signed}",
+            f"v{version.version}  {version.commit}  from {version.source or 'unknown sources'}  {signed}",
             soft_wrap=True,
         )
-        if each.yanked:
-            out.print(f"    [red]yanked[/] {escape(each.yanked)}", soft_wrap=True)
-        if each.redirect:
-            out.print(f"    [yellow]redirects[/] to {escape(each.redirect)}", soft_wrap=True)
+        if version.yanked:
+            out.print(f"    [red]yanked[/] {escape(version.yanked)}", soft_wrap=True)
+        if version.redirect:
+            out.print(f"    [yellow]redirects[/] to {escape(version.redirect)}", soft_wrap=True)
 
 
 @commands.command()
@@ -73,13 +79,10 @@ def rollback(
     endpoint: Endpoint = None,
 ) -> None:
     """Give a branch the files of an earlier commit, in a new commit."""
-    from kernelpress.history import rollback as back
-    from kernelpress.history import version_at
     from kernelpress.hubs import hub
+    from kernelpress.rollback import rollback
 
-    api = hub(endpoint)
-    name = branch or f"v{version_at(api, repo, to)}"
-    commit = back(api, repo, name, to)
+    name, commit = rollback(hub(endpoint), repo, to, branch)
     console().print(f"{name}  [green]holds[/] what {escape(to)} holds, commit {commit[:12]}", soft_wrap=True)
 
 
@@ -91,13 +94,13 @@ def yank(
     endpoint: Endpoint = None,
 ) -> None:
     """Stop new readers of a version, and tell them why; who is locked to a commit still gets its files."""
-    from kernelpress.history import yank as do
     from kernelpress.hubs import hub
+    from kernelpress.yank import yank
 
     number = version.removeprefix("v")
     if not (number.isascii() and number.isdigit()):
         raise typer.BadParameter("name a version, like v1")
-    _print_done(do(hub(endpoint), repo, int(number), reason), "yanked")
+    _print_commits(yank(hub(endpoint), repo, int(number), reason), "yanked")
 
 
 @commands.command()
@@ -107,18 +110,18 @@ def redirect(
     endpoint: Endpoint = None,
 ) -> None:
     """Send the readers of a kernel to another repository that has the same versions."""
-    from kernelpress.history import redirect as do
     from kernelpress.hubs import hub
+    from kernelpress.yank import redirect
 
-    _print_done(do(hub(endpoint), repo, new), "redirected")
+    _print_commits(redirect(hub(endpoint), repo, new), "redirected")
 
 
-def _print_done(done: dict[str, str], what: str) -> None:
+def _print_commits(commits: dict[str, str], action: str) -> None:
     out = console()
-    for name, commit in done.items():
-        out.print(f"{name:<6} [green]{what}[/] commit {commit[:12]}")
-    if not done:
-        out.print(f"[yellow]nothing to do[/]: it is {what} already")
+    for branch, commit in commits.items():
+        out.print(f"{branch:<6} [green]{action}[/] commit {commit[:12]}")
+    if not commits:
+        out.print(f"[yellow]nothing to do[/]: it is {action} already")
         raise typer.Exit(NOTHING_TO_DO)
 
 
@@ -130,11 +133,13 @@ def bundle(
     endpoint: Endpoint = None,
 ) -> None:
     """Put a kernel's versions into one archive, for machines without a network."""
-    from kernelpress.bundle import bundle as do
+    from kernelpress.bundle import bundle
     from kernelpress.hubs import hub
 
-    done = do(hub(endpoint), repo, output, version or ())
-    console().print(f"[green]bundled[/] {', '.join(done.commits)} into {escape(str(output))}", soft_wrap=True)
+    bundled = bundle(hub(endpoint), repo, output, version or ())
+    console().print(
+        f"[green]bundled[/] {', '.join(bundled.commits)} into {escape(str(output))}", soft_wrap=True
+    )
 
 
 @commands.command()
@@ -146,7 +151,7 @@ def unbundle(
     private: Private = False,
 ) -> None:
     """Unpack an archive for LOCAL_KERNELS (--into), or put it on another Hub (--repo-id or --endpoint)."""
-    from kernelpress.bundle import unbundle as unpack
+    from kernelpress.bundle import unbundle
     from kernelpress.hubs import hub
     from kernelpress.upload import upload
 
@@ -155,10 +160,12 @@ def unbundle(
             "--into unpacks to a directory and reaches no Hub; give it alone, or leave it out"
         )
     if into is not None:
-        done = unpack(archive, into)
-        for name in done.commits:
-            console().print(escape(f"LOCAL_KERNELS={done.repo_id}={(into / name).resolve()}"), soft_wrap=True)
+        unpacked = unbundle(archive, into)
+        for name in unpacked.commits:
+            console().print(
+                escape(f"LOCAL_KERNELS={unpacked.repo_id}={(into / name).resolve()}"), soft_wrap=True
+            )
     elif repo_id is not None or endpoint is not None:
-        _print_done(upload(archive, hub(endpoint), repo_id, private=private), "published")
+        _print_commits(upload(archive, hub(endpoint), repo_id, private=private), "published")
     else:
         raise typer.BadParameter("say where to: --into DIRECTORY, or --repo-id and --endpoint")

@@ -43,22 +43,24 @@ def publish(
     because somebody else was faster, 1 failed, 2 wrong usage.
     """
     from kernelpress.hubs import hub
+    from kernelpress.publish import PublishOptions
     from kernelpress.release import release
     from kernelpress.sign import sign
     from kernelpress.spec import load_spec
-    from kernelpress.variant import build as make
+    from kernelpress.variant import build
 
     if dry_run:
         _show_plan(directory, repo_id, endpoint, output_json, force=force)
         return
-    made = make(load_spec(directory))
-    signed = sign(made)
-    done = release(made, repo_id, hub(endpoint), private=private, force=force, create_pr=create_pr, say=_say)
+    kernel = build(load_spec(directory))
+    signed = sign(kernel)
+    options = PublishOptions(private=private, force=force, create_pr=create_pr)
+    result = release(kernel, repo_id, hub(endpoint), options, say=_say)
     if output_json:
-        print(json.dumps(asdict(done) | {"signed": signed}, indent=2))
+        print(json.dumps(asdict(result) | {"signed": signed}, indent=2))
     else:
-        _print_release(done, signed)
-    if not done.published.changed:
+        _print_release(result, signed)
+    if not result.published.changed:
         raise typer.Exit(NOTHING_TO_DO)
 
 
@@ -78,20 +80,16 @@ def _show_plan(
 ) -> None:
     from kernelpress.hubs import RefusedError, checked_repo_id, hub
     from kernelpress.plan import plan
-    from kernelpress.publish import source_faults
     from kernelpress.spec import load_spec
-    from kernelpress.variant import build as make
+    from kernelpress.variant import prepare
 
-    made = make(load_spec(directory))
-    faults = source_faults(made)
-    todo = plan(made, checked_repo_id(repo_id or made.spec.repo_id), hub(endpoint))
+    kernel = prepare(load_spec(directory))
+    todo = plan(kernel, checked_repo_id(repo_id or kernel.spec.repo_id), hub(endpoint))
     if output_json:
-        print(json.dumps(_plan_json(todo) | {"faults": faults, "forced": force}, indent=2))
+        print(json.dumps(_plan_json(todo) | {"forced": force}, indent=2))
     else:
         _print_plan(todo, force)
-        for fault in faults:
-            console().print(f"[red]refused[/] {escape(fault)}", soft_wrap=True)
-    if faults or (todo.objections and not force):
+    if todo.faults or (todo.objections and not force):
         raise typer.Exit(RefusedError.exit_code)
     if todo.unchanged:
         raise typer.Exit(NOTHING_TO_DO)
@@ -117,6 +115,7 @@ def _plan_json(todo: Plan) -> dict[str, object]:
         "against": todo.against,
         "api": [asdict(change) for change in todo.api],
         "implied": todo.implied,
+        "faults": todo.faults,
         "objections": todo.objections,
         "notes": todo.notes,
     }
@@ -140,6 +139,8 @@ def _print_plan(todo: Plan, force: bool) -> None:
     for objection in todo.objections:
         word = "[yellow]forced[/]" if force else "[red]refused[/]"
         out.print(f"{word} {escape(objection)}", soft_wrap=True)
+    for fault in todo.faults:
+        out.print(f"[red]refused[/] {escape(fault)}", soft_wrap=True)
 
 
 def _print_branch(branch: BranchPlan) -> None:
@@ -157,31 +158,31 @@ def _print_branch(branch: BranchPlan) -> None:
         out.print(f"       [{style}]{change.kind:<7}[/] {escape(change.path)}  {sizes}", soft_wrap=True)
 
 
-def _print_release(done: Release, signed: tuple[str, ...]) -> None:
-    out, published = console(), done.published
+def _print_release(release: Release, signed: tuple[str, ...]) -> None:
+    out, published = console(), release.published
     for branch in published.branches:
         if branch.changed:
-            what = (
+            outcome = (
                 f"[green]published[/] {branch.added} files changed, {branch.deleted} removed, "
                 f"commit {branch.commit[:12]}"
             )
         else:
-            what = f"[yellow]unchanged[/] nothing to commit, at {branch.commit[:12]}"
-        out.print(f"{branch.name:<6} {what}", soft_wrap=True)
+            outcome = f"[yellow]unchanged[/] nothing to commit, at {branch.commit[:12]}"
+        out.print(f"{branch.name:<6} {outcome}", soft_wrap=True)
     if published.newer is not None:
         out.print(f"main   [yellow]kept[/] it holds the newer version {published.newer}")
     if published.pull_request is not None:
-        was = "" if published.opened else " [yellow]unchanged[/] it holds this build already"
-        out.print(f"pull request {escape(published.pull_request)}{was}", soft_wrap=True)
+        unchanged = "" if published.opened else " [yellow]unchanged[/] it holds this build already"
+        out.print(f"pull request {escape(published.pull_request)}{unchanged}", soft_wrap=True)
         out.print("publish again once it is merged: that makes the version's branch", soft_wrap=True)
-    for each in published.overridden:
-        out.print(f"[yellow]forced[/] {escape(each)}", soft_wrap=True)
+    for objection in published.overridden:
+        out.print(f"[yellow]forced[/] {escape(objection)}", soft_wrap=True)
     if published.changed:
         for note in published.notes:
             out.print(f"note   {escape(note)}", soft_wrap=True)
         out.print("signed " + (", ".join(signed) or "no: this environment offers no identity to sign with"))
-    if done.seen is not None:
-        seen = done.seen
+    seen = release.seen
+    if seen is not None:
         called = f", called {seen.called}" if seen.called else ", no operator took made-up arguments"
         out.print(
             f"[green]verified[/] in {seen.seconds:.1f} s: digests hold, loaded {', '.join(seen.loaded)}{called}",

@@ -13,7 +13,7 @@ from kernelpress.new_directory import new_directory
 from kernelpress.opsstyle import to_ops_style
 from kernelpress.rewrite import RewrittenFile, rewrite
 from kernelpress.source import read_source
-from kernelpress.spec import EDITION, Spec
+from kernelpress.spec_model import EDITION, Spec
 
 _PLACEHOLDER = "kernelpress_own_namespace"
 

@@ -1,4 +1,4 @@
-"""What examining sources or a build turns up, and the error that a build raises for all of it at once."""
+"""Findings: places in sources or in a build that break a rule, and the error of a build that they forbid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from kernelpress.errors import SourceError
 
-# A note says what was not looked at, or may be nothing.
+# A note is about something that could not be examined, or may be nothing.
 Severity = Literal["error", "warning", "note"]
 
 
@@ -34,12 +34,20 @@ class Finding:
 
 
 class FindingsError(SourceError):
-    """The sources cannot be built; ``findings`` are all the reasons, the first of them is the error's own."""
+    """Sources that cannot be built.
 
-    def __init__(self, findings: Sequence[Finding]) -> None:
+    Args:
+        blocking: The findings that forbid the build; the message says all of them.
+        findings: Every finding in the sources, these among them.
+    """
+
+    def __init__(self, blocking: Sequence[Finding], findings: Sequence[Finding]) -> None:
+        self.blocking = tuple(blocking)
         self.findings = tuple(findings)
-        first = self.findings[0]
+        first = self.blocking[0]
         super().__init__(f"{first.code} {first.message}; {first.fix}", path=first.path, line=first.line)
 
     def __str__(self) -> str:
-        return "\n".join(f"{'error: ' * (number > 0)}{each}" for number, each in enumerate(self.findings))
+        return "\n".join(
+            f"{'error: ' * (number > 0)}{finding}" for number, finding in enumerate(self.blocking)
+        )

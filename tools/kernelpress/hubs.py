@@ -1,12 +1,11 @@
-"""The client's side of a Hub: one client, its errors in one sentence each, and what it is safe to try again."""
+"""The client of a Hub, its errors in one sentence each, and which of them may pass by themselves."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -19,19 +18,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status
 from huggingface_hub.utils._http import hf_request_event_hook
 
 from kernelpress.errors import PublishError
-from kernelpress.spec import is_repo_id
+from kernelpress.spec_model import is_repo_id
 
-TYPE = "kernel"
-MAIN = "main"
 # The client itself waits for ever. A proxy that takes a request and never answers must end in a message; a
 # Hub that hashes a large commit before it answers must not.
 _TIMEOUT = httpx2.Timeout(120.0, connect=20.0)
-_SHORTENED = re.compile(r"[0-9a-f]{4,39}")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -42,7 +37,10 @@ class RefusedError(PublishError):
 
 
 class TransientError(PublishError):
-    """The Hub or the connection failed in a way that may pass. ``wait`` is what the Hub asks for, in seconds."""
+    """The Hub or the connection failed in a way that may pass.
+
+    ``wait`` are the seconds that the Hub asks for, and ``reached`` is false where no connection was made.
+    """
 
     def __init__(self, message: str, wait: float | None = None, *, reached: bool = True) -> None:
         super().__init__(message)
@@ -65,12 +63,12 @@ def hub(endpoint: str | None = None) -> HfApi:
 def _client() -> httpx2.Client:
     hooks: dict[str, list[Callable[..., Any]]] = {
         "request": [hf_request_event_hook],
-        "response": [_refuse_a_fault_about_a_card],
+        "response": [_raise_for_card_fault],
     }
     return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=_TIMEOUT)
 
 
-def _refuse_a_fault_about_a_card(response: httpx2.Response) -> None:
+def _raise_for_card_fault(response: httpx2.Response) -> None:
     # Of this one request, the client reads the answer as JSON before it looks at the status.
     if response.url.path.endswith("/api/validate-yaml") and response.status_code in _TRANSIENT_STATUS:
         response.read()
@@ -99,66 +97,6 @@ def checked_repo_id(repo_id: str | None) -> str:
     return repo_id
 
 
-def heads(api: HfApi, repo_id: str) -> dict[str, str]:
-    """Branches of a repository and the commits they are at."""
-    refs = api.list_repo_refs(repo_id, repo_type=TYPE)
-    return {branch.name: branch.target_commit for branch in refs.branches}
-
-
-def tree(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
-    """Every file of a revision by its path."""
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=TYPE)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def full_commit(api: HfApi, repo_id: str, revision: str) -> str:
-    """A revision as the Hub takes it: the whole id of a commit of which the beginning is given.
-
-    Messages name commits by their first digits, and the Hub knows them by all of them alone.
-
-    Raises:
-        PublishError: Several commits of the repository's branches begin like this.
-    """
-    if not _SHORTENED.fullmatch(revision):
-        return revision
-    refs = api.list_repo_refs(repo_id, repo_type=TYPE)
-    if any(ref.name == revision for ref in (*refs.branches, *refs.tags)):
-        return revision
-    found = {
-        commit.commit_id
-        for branch in refs.branches
-        for commit in api.list_repo_commits(repo_id, repo_type=TYPE, revision=branch.target_commit)
-        if commit.commit_id.startswith(revision)
-    }
-    if len(found) > 1:
-        raise PublishError(
-            f"several commits of {repo_id} begin with {revision}: {', '.join(sorted(found))}; give one of them"
-        )
-    return found.pop() if found else revision
-
-
-def content_id(entry: RepoFile) -> str:
-    """What is equal for two files exactly when their content is."""
-    return entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
-
-
-@contextmanager
-def staging(api: HfApi, repo_id: str, name: str, base: str) -> Iterator[str]:
-    """A branch at ``base`` that nobody reads, to make a commit on; it is removed afterwards.
-
-    A version's branch that was made first and filled then would for a moment show its readers some other tree.
-    """
-    branch = f"kernelpress-staging-{name}"
-    with suppress(HfHubHTTPError):
-        api.delete_branch(repo_id, branch=branch, repo_type=TYPE)
-    api.create_branch(repo_id, branch=branch, revision=base, repo_type=TYPE)
-    try:
-        yield branch
-    finally:
-        with suppress(HfHubHTTPError, httpx2.HTTPError):
-            api.delete_branch(repo_id, branch=branch, repo_type=TYPE)
-
-
 @contextmanager
 def explained(api: HfApi, repo_id: str) -> Iterator[None]:
     """Turn whatever the Hub's client raises into one message that says what to do.
@@ -181,43 +119,43 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
     except (LocalTokenNotFoundError, OfflineModeIsEnabled, EntryNotFoundError) as error:
         raise PublishError(f"{repo_id}: {_first_line(error)}") from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        said = (
+        message = (
             f"the Hub at {api.endpoint} does not answer ({_first_line(error) or type(error).__name__}); check the "
             "address (--endpoint or HF_ENDPOINT) and the connection"
         )
         if isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol):
-            raise TransientError(said, reached=not isinstance(error, httpx2.ConnectError)) from error
-        raise PublishError(said) from error
+            raise TransientError(message, reached=not isinstance(error, httpx2.ConnectError)) from error
+        raise PublishError(message) from error
 
 
 def _from_answer(error: HfHubHTTPError, repo_id: str) -> PublishError:
     status = 404 if isinstance(error, RepositoryNotFoundError) else error.response.status_code
-    said = error.server_message or _first_line(error)
+    message = error.server_message or _first_line(error)
     if status in _TRANSIENT_STATUS:
         return TransientError(
-            f"the Hub answers {status} for {repo_id}: {said}", _wait(error.response.headers)
+            f"the Hub answers {status} for {repo_id}: {message}", _wait(error.response.headers)
         )
     if status in (409, 412):
         return MovedError(
-            f"somebody else changed {repo_id} meanwhile; look at what they published, then publish again ({said})"
+            f"somebody else changed {repo_id} meanwhile; look at what they published, then publish again ({message})"
         )
     if status == 401:
         return PublishError(
-            f"the Hub refuses the token; log in with `hf auth login` or set HF_TOKEN to one that may write ({said})"
+            f"the Hub refuses the token; log in with `hf auth login` or set HF_TOKEN to one that may write ({message})"
         )
     if status == 403:
         return PublishError(
-            f"the token may not write to {repo_id}; use one of its organization's, or another --repo-id ({said})"
+            f"the token may not write to {repo_id}; use one of its organization's, or another --repo-id ({message})"
         )
     if isinstance(error, RevisionNotFoundError):
         return PublishError(
-            f"{repo_id} has no such branch, tag or commit; `kernelpress info {repo_id}` lists versions ({said})"
+            f"{repo_id} has no such branch, tag or commit; `kernelpress info {repo_id}` lists versions ({message})"
         )
     if status == 404:
         return PublishError(
-            f"{repo_id} is not there or not yours to see; check the id and the token ({said})"
+            f"{repo_id} is not there or not yours to see; check the id and the token ({message})"
         )
-    return PublishError(f"the Hub answers {status} for {repo_id}: {said}")
+    return PublishError(f"the Hub answers {status} for {repo_id}: {message}")
 
 
 def _wait(headers: Mapping[str, str]) -> float | None:

@@ -10,7 +10,7 @@ from multiprocessing import resource_tracker
 
 @contextmanager
 def left_to_this_process() -> Iterator[None]:
-    """Processes that are started here do not hear of an interrupt, which a terminal sends to all of them.
+    """Keep an interrupt, which a terminal sends to all processes, from those that are started here.
 
     A worker that it ends while it starts leaves its pool waiting for it for ever. This process gets one that comes
     meanwhile when it is done here.

@@ -1,21 +1,15 @@
-"""Older editions of build.toml, brought to today's with comments and order kept."""
+"""Brings an older build.toml to today's edition, with comments and order kept."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
 
-import tomlkit
-from tomlkit.exceptions import ParseError, TOMLKitError
-
+from kernelpress.editions import upgrade
 from kernelpress.errors import SpecError
-from kernelpress.spec import BACKENDS, EDITION, Spec, load_spec
-
-# What the Hub's kernel-builder took `universal = true` for, less the backends that need other sources.
-_UNIVERSAL = ["cpu", "cuda", "rocm", "xpu"]
+from kernelpress.spec import BUILD_TOML, load_spec
+from kernelpress.spec_document import read_text
+from kernelpress.spec_model import Spec
 
 
 def migrate(directory: Path, license: str | None = None) -> Spec | None:
@@ -29,28 +23,26 @@ def migrate(directory: Path, license: str | None = None) -> Spec | None:
         license: An SPDX identifier, for forms from when there was no key for it.
 
     Returns:
-        What the file now asks for; ``None`` if there was nothing to do.
+        The spec that the file describes now; ``None`` if there was nothing to do.
 
     Raises:
-        SpecError: The file describes compiled sources, or lacks what only its author knows; it stays as it was.
+        SpecError: The file describes compiled sources, or lacks something that only its author knows; it stays as it
+            was.
     """
-    path = directory / "build.toml"
+    path = directory / BUILD_TOML
     try:
-        before = path.read_bytes().decode("utf-8")
+        upgraded = upgrade(read_text(path), path, license)
     except FileNotFoundError:
         raise SpecError(
             "there is no build.toml here; name the directory of a kernel", path=directory
         ) from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"not UTF-8 (byte {error.start})", path=path) from None
-    after = upgraded(before, path, license)
-    if after is None:
+    if upgraded is None:
         return None
     # Beside the old file, so that what does not hold even now never takes its place.
     scratch = path.with_name(f".build.toml.{os.getpid()}")
     scratch.mkdir()
     try:
-        (scratch / path.name).write_text(after, "utf-8")
+        (scratch / path.name).write_text(upgraded, "utf-8")
         load_spec(scratch)
         (scratch / path.name).replace(path)
     except SpecError as error:
@@ -59,72 +51,3 @@ def migrate(directory: Path, license: str | None = None) -> Spec | None:
         (scratch / path.name).unlink(missing_ok=True)
         scratch.rmdir()
     return load_spec(directory)
-
-
-def upgraded(before: str, path: Path, license: str | None = None) -> str | None:
-    """The text of a build.toml in today's edition; ``None`` if it is in that already.
-
-    Raises:
-        SpecError: As ``migrate``, less what today's edition forbids.
-    """
-    try:
-        document = tomlkit.parse(before)
-    except TOMLKitError as error:
-        # A key that is there twice is none of the parser's errors, and has no line.
-        line = error.line if isinstance(error, ParseError) else None
-        raise SpecError(f"malformed TOML: {error}", path=path, line=line) from None
-    if "general" not in document:
-        raise SpecError("there is no [general] table, so this is no build.toml", path=path)
-    for name in ("general", "torch", "torch-noarch"):
-        if not isinstance(document.get(name, {}), Mapping):
-            raise SpecError(f"`{name}` must be a table; write it as [{name}]", path=path)
-    general: Any = document["general"]
-    if general.get("edition") == EDITION:
-        return None
-    if isinstance(general.get("edition"), int) and general["edition"] > EDITION:
-        raise SpecError(
-            f"edition {general['edition']} is newer than kernelpress; update kernelpress", path=path
-        )
-    _framework(document, path)
-    _general(general, license, path)
-    return tomlkit.dumps(document)
-
-
-def _framework(document: tomlkit.TOMLDocument, path: Path) -> None:
-    for compiled in ("kernel", "tvm-ffi"):
-        if compiled in document:
-            raise SpecError(
-                f"[{compiled}] describes compiled sources; migrate it with kernel-builder", path=path
-            )
-    torch: Mapping[str, Any] = document.get("torch", {})
-    if torch.get("src"):
-        raise SpecError("[torch] has compiled sources in `src`; migrate it with kernel-builder", path=path)
-    if "torch-noarch" not in document:
-        table = tomlkit.table()
-        if "pyext" in torch:
-            table["pyext"] = torch["pyext"]
-        document["torch-noarch"] = table
-    if "torch" in document:
-        del document["torch"]
-
-
-def _general(general: Any, license: str | None, path: Path) -> None:
-    universal = general.pop("universal", None)
-    name = str(general.get("name", ""))
-    general["name"] = re.sub(r"[_.]+", "-", name).lower()
-    if "version" not in general:
-        general["version"] = 1
-    if "license" not in general:
-        if license is None:
-            raise SpecError("no licence is named, as was the custom then; give --license", path=path)
-        general["license"] = license
-    if "backends" not in general:
-        if not universal:
-            raise SpecError(
-                f"no backends are named; add `backends` to [general], of {', '.join(BACKENDS)}", path=path
-            )
-        general["backends"] = _UNIVERSAL
-    hub = general.get("hub")
-    if isinstance(hub, MutableMapping) and "branch" in hub:
-        del hub["branch"]
-    general["edition"] = EDITION

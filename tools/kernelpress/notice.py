@@ -16,10 +16,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from kernelpress.conventions import CARD, METADATA, SIGNATURE
 from kernelpress.errors import PublishError
-from kernelpress.hubs import tree
-from kernelpress.plan import CARD, SIGNATURE, fetch
-from kernelpress.variant import METADATA
+from kernelpress.repository import fetch, tree
 
 _MARK = b"\n# Added after publishing.\n"
 _FRONT_MATTER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)

@@ -15,22 +15,22 @@ from kernelpress.findings import Finding
 Form = Literal["text", "json", "github"]
 
 
-def render(found: Sequence[Finding], form: Form) -> str:
+def render(findings: Sequence[Finding], form: Form) -> str:
     """All findings in one form; text carries rich's markup."""
     if form == "json":
-        return json.dumps([asdict(each) | {"path": str(each.path)} for each in found], indent=2)
+        return json.dumps([asdict(finding) | {"path": str(finding.path)} for finding in findings], indent=2)
     if form == "github":
-        return "\n".join(map(_annotation, found))
-    ordered = sorted(found, key=lambda each: (str(each.path), each.line or 0, each.code))
+        return "\n".join(map(_annotation, findings))
+    ordered = sorted(findings, key=lambda finding: (str(finding.path), finding.line or 0, finding.code))
     return "\n".join(
         "\n".join((f"[bold]{escape(path)}[/]", *map(_line, group)))
-        for path, group in groupby(ordered, key=lambda each: str(each.path))
+        for path, group in groupby(ordered, key=lambda finding: str(finding.path))
     )
 
 
-def summary(found: Iterable[Finding]) -> str:
-    """How many errors and warnings there are, in words."""
-    severities = [each.severity for each in found]
+def summary(findings: Iterable[Finding]) -> str:
+    """The numbers of errors, warnings and notes, in words."""
+    severities = [finding.severity for finding in findings]
     parts = [
         f"{count} {kind}{'s' * (count > 1)}"
         for kind in ("error", "warning", "note")
@@ -39,21 +39,21 @@ def summary(found: Iterable[Finding]) -> str:
     return ", ".join(parts)
 
 
-def _line(each: Finding) -> str:
-    colour = {"error": "red", "warning": "yellow", "note": "blue"}[each.severity]
+def _line(finding: Finding) -> str:
+    colour = {"error": "red", "warning": "yellow", "note": "blue"}[finding.severity]
     # The place stands on each line as well, so that terminals and editors make a link of it.
-    return f"  [{colour}]{each.severity}[/] {escape(f'{each.where}: {each.code} {each.message}; {each.fix}')}"
+    return f"  [{colour}]{finding.severity}[/] {escape(str(finding))}"
 
 
-def _annotation(each: Finding) -> str:
+def _annotation(finding: Finding) -> str:
     # GitHub's own escapes: https://github.com/actions/toolkit/blob/main/packages/core/src/command.ts
-    def data(text: str) -> str:
+    def escaped(text: str) -> str:
         return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
-    def place(text: str) -> str:
-        return data(text).replace(":", "%3A").replace(",", "%2C")
+    def property_value(text: str) -> str:
+        return escaped(text).replace(":", "%3A").replace(",", "%2C")
 
-    line = "" if each.line is None else f",line={each.line}"
-    properties = f"file={place(str(each.path))}{line},title={place(each.code)}"
-    level = "notice" if each.severity == "note" else each.severity
-    return f"::{level} {properties}::{data(f'{each.message}; {each.fix}')}"
+    line = "" if finding.line is None else f",line={finding.line}"
+    properties = f"file={property_value(str(finding.path))}{line},title={property_value(finding.code)}"
+    level = "notice" if finding.severity == "note" else finding.severity
+    return f"::{level} {properties}::{escaped(f'{finding.message}; {finding.fix}')}"

@@ -1,4 +1,4 @@
-"""Puts a build in the place of the one before: written aside, then swapped, so that no moment shows half of one."""
+"""Writes a build aside, then swaps it with the one before, so that no moment shows half of one."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from kernelpress.conventions import VARIANT_PREFIX
 from kernelpress.errors import BuildError
 
 if TYPE_CHECKING:
-    from kernelpress.variant import Variant, VariantFile
+    from kernelpress.build_model import Variant, VariantFile
 
-VARIANT_PREFIX = "torch-"
-# What is beside a build under a name of the user's own is never touched: only a directory with this in it is.
+# A directory beside the build is never touched unless this file is in it.
 _MARK = "made-by-kernelpress"
 _MARK_TEXT = "Holds a build while it is written; the next build clears it away.\n"
 
 
 def replace(directory: Path, variants: Sequence[Variant]) -> None:
-    """Write aside, then swap two names, so that no moment shows half a build."""
+    """Put variants in the place of those in a directory; whatever else stands there stays.
+
+    Raises:
+        BuildError: Something that kernelpress did not make is in the way.
+        OSError: The directory cannot be written; the variants before are still whole then.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.exists() and not directory.is_dir():
         raise BuildError("this is in the way of the build directory; move it", path=directory)
     with _locked(directory.parent):
         _recover(directory)
-        if _stands(directory, variants):
+        if _holds(directory, variants):
             return
         aside = _aside(directory)
         aside.mkdir()
@@ -48,11 +53,11 @@ def replace(directory: Path, variants: Sequence[Variant]) -> None:
                     _discard(aside)
 
 
-def _stands(directory: Path, variants: Sequence[Variant]) -> bool:
-    """Whether a directory holds just these variants, byte for byte and with the modes that they are written with."""
-    expected = {f"{each.name}/{file.path}": file.data for each in variants for file in each.files}
+def _holds(directory: Path, variants: Sequence[Variant]) -> bool:
+    """True if a directory holds just these variants, byte for byte and with the modes that they are written with."""
+    expected = {f"{variant.name}/{file.path}": file.data for variant in variants for file in variant.files}
     folders = {str(parent) for name in expected for parent in PurePosixPath(name).parents} - {"."}
-    pending = [each.name for each in variants]
+    pending = [variant.name for variant in variants]
     if not directory.is_dir() or {
         path.name for path in directory.iterdir() if path.name.startswith(VARIANT_PREFIX)
     } != set(pending):
@@ -75,12 +80,12 @@ def _stands(directory: Path, variants: Sequence[Variant]) -> bool:
 
 def _write(root: Path, files: Iterable[VariantFile]) -> None:
     # Modes are set and not left to the umask: they are part of what must come out the same everywhere.
-    made = set()
+    folders = set()
     for file in files:
         path = root / file.path
         for folder in [*reversed(path.parent.relative_to(root).parents), path.parent.relative_to(root)]:
-            if folder not in made:
-                made.add(folder)
+            if folder not in folders:
+                folders.add(folder)
                 (root / folder).mkdir(exist_ok=True)
                 (root / folder).chmod(0o755)
         path.write_bytes(file.data)
@@ -111,7 +116,7 @@ def _swap(directory: Path, fresh: Path, old: Path) -> None:
 
 
 def _recover(directory: Path) -> None:
-    """Finish what a build that was killed left behind; the lock says that none is running."""
+    """Finish or undo a build that was killed; the lock says that none is running."""
     aside = _aside(directory)
     if not os.path.lexists(aside):
         return
@@ -123,13 +128,13 @@ def _recover(directory: Path) -> None:
 
 
 def _ours(aside: Path) -> bool:
-    inside = {path.name for path in aside.iterdir()}
-    if not inside:
+    names = {path.name for path in aside.iterdir()}
+    if not names:
         return True
     mark = aside / _MARK
     text = mark.read_text("utf-8", "replace") if mark.is_file() else None
     # A build that was killed while it left the mark leaves some of it, and nothing else.
-    return text == _MARK_TEXT or (text is not None and inside == {_MARK} and _MARK_TEXT.startswith(text))
+    return text == _MARK_TEXT or (text is not None and names == {_MARK} and _MARK_TEXT.startswith(text))
 
 
 def _discard(aside: Path) -> None:

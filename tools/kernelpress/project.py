@@ -14,7 +14,10 @@ import tomli
 import tomlkit
 
 from kernelpress.errors import SpecError
-from kernelpress.spec import DEFAULT_PYEXT, EDITION, Spec, read_document, with_kernel_dependencies
+from kernelpress.spec_document import read_document
+from kernelpress.spec_model import DEFAULT_PYEXT, EDITION, Spec
+from kernelpress.spec_reader import validate
+from kernelpress.spec_upstream import with_kernel_dependencies
 
 PYPROJECT = "pyproject.toml"
 # Those that PyTorch and Triton serve from the same Python sources.
@@ -75,21 +78,23 @@ def load_project(
         if key in table and not _is(table[key], kind):
             what = "a list of strings" if kind is list else "a string"
             raise SpecError(f"`{key}` in [tool.kernelpress] must be {what}, not {table[key]!r}", path=path)
-    where = source_dir or (directory / table["source-dir"] if "source-dir" in table else None)
-    dotted = package or table.get("package")
-    if where is None or dotted is None:
+    if source_dir is None and "source-dir" in table:
+        source_dir = directory / table["source-dir"]
+    package = package or table.get("package")
+    if source_dir is None or package is None:
         raise SpecError(
             "the package is not named; give --source-dir and --package, or `source-dir` and `package` in "
             "[tool.kernelpress]",
             path=path,
         )
-    if not all(part.isidentifier() for part in str(dotted).split(".")):
+    parts = tuple(package.split("."))
+    if not all(part.isidentifier() for part in parts):
         raise SpecError(
-            f"{dotted!r} is no dotted name of a package; write it as Python imports it", path=path
+            f"{package!r} is no dotted name of a package; write it as Python imports it", path=path
         )
-    if Path(where).absolute().parts[-len(dotted.split(".")) :] != tuple(dotted.split(".")):
+    if source_dir.absolute().parts[-len(parts) :] != parts:
         raise SpecError(
-            f"{where} does not end in {dotted.replace('.', '/')}, so Python cannot import it as {dotted}; "
+            f"{source_dir} does not end in {'/'.join(parts)}, so Python cannot import it as {package}; "
             "correct --source-dir or --package"
         )
     general: dict[str, Any] = {
@@ -98,59 +103,64 @@ def load_project(
         **{key: value for key, value in table.items() if key in _GENERAL},
         "edition": EDITION,
     }
-    general["name"] = name or table.get("name") or re.sub(r"[._]+", "-", dotted.rpartition(".")[2])
+    general["name"] = name or table.get("name") or re.sub(r"[._]+", "-", parts[-1])
     if license is not None:
         general["license"] = license
     if "license" not in general:
-        general["license"] = _license(project, Path(where))
+        general["license"] = _license(project, source_dir)
     if "repo-id" in table:
         general["hub"] = {"repo-id": table["repo-id"]}
     document = {"general": general, "torch-noarch": {"pyext": table.get("pyext", list(DEFAULT_PYEXT))}}
-    spec = _last_word(read_document(path, text, document), path, document)
-    listed = [*table.get("include", ()), *include]
+    spec = _check_by_upstream(validate(path, text, document), path, document)
     return replace(
-        spec, root=directory, source_dir=Path(where).absolute(), package=dotted, include=tuple(listed)
+        spec,
+        root=directory,
+        source_dir=source_dir.absolute(),
+        package=package,
+        include=(*table.get("include", ()), *include),
     )
+
+
+def describes_kernel(directory: Path) -> bool:
+    """True if the directory's pyproject.toml can be read and has a table ``[tool.kernelpress]``."""
+    try:
+        return "kernelpress" in tomli.loads((directory / PYPROJECT).read_text("utf-8")).get("tool", {})
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _is(value: object, kind: type) -> bool:
     return isinstance(value, kind) and (
-        not isinstance(value, list) or all(isinstance(each, str) for each in value)
+        not isinstance(value, list) or all(isinstance(item, str) for item in value)
     )
 
 
-def _last_word(spec: Spec, path: Path, document: dict[str, Any]) -> Spec:
-    """What the Kernel Hub's parser, which reads a build.toml, makes of the same description."""
+def _check_by_upstream(spec: Spec, path: Path, document: dict[str, Any]) -> Spec:
+    """Let the Kernel Hub's parser, which reads a build.toml, read the same description."""
     with tempfile.TemporaryDirectory(prefix="kernelpress-spec-") as folder:
         Path(folder, "build.toml").write_text(tomlkit.dumps(document), "utf-8")
         return with_kernel_dependencies(spec, path, Path(folder))
 
 
 def _pyproject(directory: Path) -> tuple[Path, str, dict[str, Any], dict[str, Any]]:
+    """The path and text of a pyproject.toml, ``[tool.kernelpress]`` and ``[project]``; empty where there is no file."""
     path = directory / PYPROJECT
     try:
-        text = path.read_bytes().decode("utf-8")
-        document = tomli.loads(text)
+        text, document = read_document(path)
     except FileNotFoundError:
         return path, "", {}, {}
-    except UnicodeDecodeError as error:
-        raise SpecError(f"not UTF-8 (byte {error.start})", path=path) from None
-    except tomli.TOMLDecodeError as error:
-        raise SpecError(f"malformed TOML: {error.msg}", path=path, line=error.lineno) from None
-    except RecursionError as error:
-        raise SpecError(f"malformed TOML: {error}", path=path) from None
     # Lines are looked up by the names that build.toml has for these tables.
-    known = text.replace("[tool.kernelpress]", "[general]")
+    text = text.replace("[tool.kernelpress]", "[general]")
     tool, project = document.get("tool", {}), document.get("project", {})
     table = tool.get("kernelpress", {}) if isinstance(tool, dict) else {}
     for name, value in (("tool", tool), ("tool.kernelpress", table), ("project", project)):
         if not isinstance(value, dict):
             raise SpecError(f"`{name}` must be a table; write it as [{name}]", path=path)
-    return path, known, table, project
+    return path, text, table, project
 
 
 def _license(project: dict[str, Any], source_dir: Path) -> str:
-    """What the project around a package says: its pyproject.toml, or the metadata it was installed with."""
+    """The licence that the project around a package states: in its pyproject.toml, or when it was installed."""
     stated = project.get("license")
     for folder in source_dir.absolute().parents:
         if isinstance(stated, str):

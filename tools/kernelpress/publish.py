@@ -1,4 +1,4 @@
-"""Sixth step: a build on its version's branch of the Hub, and on ``main`` if it is the newest.
+"""Puts a build on its version's branch of the Hub, and on ``main`` if it is the newest.
 
 A branch only ever moves in one commit, made on the revision it was compared with; whoever reads it sees the
 whole of one build or the whole of another. Nothing is remembered between two attempts but what the Hub itself
@@ -13,32 +13,40 @@ from dataclasses import dataclass, replace
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from kernelpress.build_model import Build
+from kernelpress.conventions import MAIN, REPO_TYPE
 from kernelpress.errors import PublishError
-from kernelpress.hubs import (
-    MAIN,
-    TYPE,
-    MovedError,
-    RefusedError,
-    TransientError,
-    checked_repo_id,
-    explained,
-    hub,
-    staging,
-)
+from kernelpress.hubs import MovedError, RefusedError, TransientError, checked_repo_id, explained
 from kernelpress.plan import BranchPlan, Plan, plan
-from kernelpress.proposed import proposed
-from kernelpress.source_rules import check_sources
-from kernelpress.variant import Build
-
-__all__ = ["Published", "PublishedBranch", "hub", "plan", "publish"]
+from kernelpress.proposed import find_pull_request
+from kernelpress.repository import staging_branch
 
 _ATTEMPTS = 6
 _FIRST_WAIT = 0.5
 
 
 @dataclass(frozen=True)
+class PublishOptions:
+    """The choices of whoever publishes.
+
+    Args:
+        private: Make a repository private that does not exist yet.
+        force: Publish in spite of the plan's objections.
+        create_pr: Propose the change of ``main`` as a pull request instead of making any, unless one holds this build
+            already and ``force`` does not ask for another.
+    """
+
+    private: bool = False
+    force: bool = False
+    create_pr: bool = False
+
+
+DEFAULTS = PublishOptions()
+
+
+@dataclass(frozen=True)
 class PublishedBranch:
-    """Where a branch stands after publishing.
+    """The state of a branch after publishing.
 
     ``changed`` is false if it held the build before; ``before`` is the commit it was at then, ``None`` for a
     branch that is new.
@@ -55,8 +63,11 @@ class PublishedBranch:
 
 @dataclass(frozen=True)
 class Published:
-    """The outcome of publishing a build. ``overridden`` is what ``force`` set aside, and ``opened`` is false for a pull
-    request that was there before."""
+    """The outcome of publishing a build.
+
+    ``overridden`` are the objections that ``force`` set aside, and ``opened`` is false for a pull request that was
+    there before.
+    """
 
     repo_id: str
     url: str
@@ -69,7 +80,7 @@ class Published:
 
     @property
     def changed(self) -> bool:
-        """Whether anything was published."""
+        """True if anything was published."""
         return (self.pull_request is not None and self.opened) or any(
             branch.changed for branch in self.branches
         )
@@ -79,12 +90,10 @@ def publish(
     build: Build,
     repo_id: str | None,
     api: HfApi,
+    options: PublishOptions = DEFAULTS,
     *,
-    private: bool = False,
-    force: bool = False,
-    create_pr: bool = False,
     say: Callable[[str], None] = lambda text: None,
-    changing: Callable[[str, str | None], None] = lambda branch, before: None,
+    before_change: Callable[[str, str | None], None] = lambda branch, commit: None,
 ) -> Published:
     """Put a build on the Hub, then read it back and compare.
 
@@ -92,15 +101,13 @@ def publish(
     anew from what the Hub shows then, with growing pauses.
 
     Args:
-        build: What to publish.
+        build: The build.
         repo_id: ``organization/name``; by default the one in ``build.toml``.
         api: The Hub.
-        private: Whether a repository that does not exist yet is made private.
-        force: Publish in spite of the plan's objections.
-        create_pr: Propose the change of ``main`` as a pull request instead of making any, unless one holds this build
-            already and ``force`` does not ask for another.
-        say: Told about every pause and every new plan.
-        changing: Told of each branch that is about to change, and the commit that it is at (``None``: it is new).
+        options: The publisher's choices.
+        say: Called with a line about every pause and every new plan.
+        before_change: Called with each branch that is about to change, and the commit that it is at (``None``: it is
+            new).
 
     Raises:
         RefusedError: The sources have faults, the plan has objections, or somebody else published another build
@@ -109,73 +116,68 @@ def publish(
             message; all others are as they were.
     """
     repo_id = checked_repo_id(repo_id or build.spec.repo_id)
-    faults = source_faults(build)
-    if faults:
-        raise RefusedError(f"the sources cannot be published: {'; '.join(faults)}")
-    attempt = _Attempt(build, repo_id, api, private, force, create_pr, changing)
-    for number in range(_ATTEMPTS):
+    if build.errors:
+        raise RefusedError(f"the sources cannot be published: {'; '.join(map(str, build.errors))}")
+    publication = _Publication(build, repo_id, api, options, before_change)
+    for attempt in range(_ATTEMPTS):
         try:
-            return attempt.run()
+            return publication.run()
         except (TransientError, MovedError) as error:
-            last = number + 1 == _ATTEMPTS
-            if last or (isinstance(error, TransientError) and not error.reached and not attempt.reached):
-                raise attempt.with_landed(error) from error
+            last = attempt + 1 == _ATTEMPTS
+            if last or (
+                isinstance(error, TransientError) and not error.reached and not publication.hub_reached
+            ):
+                raise publication.with_landed(error) from error
             wait = error.wait if isinstance(error, TransientError) and error.wait is not None else None
-            wait = _FIRST_WAIT * 2**number if wait is None else wait
+            wait = _FIRST_WAIT * 2**attempt if wait is None else wait
             say(f"{error.message}; trying again in {wait:.1f} s")
             time.sleep(wait)
         except PublishError as error:
-            raise attempt.with_landed(error) from error
+            raise publication.with_landed(error) from error
     raise AssertionError("the last attempt returns or raises")
 
 
-def source_faults(build: Build) -> tuple[str, ...]:
-    """The errors that ``check`` finds in a build's sources; they forbid publishing, whatever is forced."""
-    return tuple(str(found) for found in check_sources(build.spec) if found.severity == "error")
-
-
-class _Attempt:
-    """Publishing, until it is through: what the first plan saw, and what has been done since."""
+class _Publication:
+    """One build on its way to the Hub, over all attempts: the first plan of each branch, and the commits made since."""
 
     def __init__(
         self,
         build: Build,
         repo_id: str,
         api: HfApi,
-        private: bool,
-        force: bool,
-        create_pr: bool,
-        changing: Callable[[str, str | None], None],
+        options: PublishOptions,
+        before_change: Callable[[str, str | None], None],
     ) -> None:
-        self._build, self._repo_id, self._api = build, repo_id, api
-        self._private, self._force, self._create_pr = private, force, create_pr
-        self._changing = changing
+        self._build, self._repo_id, self._api, self._options = build, repo_id, api, options
+        self._before_change = before_change
         self._first: dict[str, BranchPlan] = {}
         self._landed: dict[str, PublishedBranch] = {}
-        self.reached = False
+        self.hub_reached = False
 
     def run(self) -> Published:
         todo = plan(self._build, self._repo_id, self._api)
-        self.reached = True
+        self.hub_reached = True
         if todo.creates:
             with explained(self._api, self._repo_id):
-                self._api.create_repo(self._repo_id, repo_type=TYPE, private=self._private, exist_ok=True)
+                self._api.create_repo(
+                    self._repo_id, repo_type=REPO_TYPE, private=self._options.private, exist_ok=True
+                )
             todo = plan(self._build, self._repo_id, self._api)
-        if todo.objections and not self._force:
+        if todo.objections and not self._options.force:
             raise RefusedError(f"{'; '.join(todo.objections)}; or override with --force")
         self._refuse_to_mix(todo)
-        if self._create_pr:
+        if self._options.create_pr:
             return self._propose(todo)
         # A new version's branch is made from main's new commit: so it never shows anything but the build.
-        for each in sorted(todo.branches, key=lambda branch: branch.name != MAIN):
-            self._apply(each, todo)
-        again = plan(self._build, self._repo_id, self._api) if self._landed else todo
-        branches = tuple(self._outcome(each) for each in again.branches)
-        self._read_back(again)
+        for branch in sorted(todo.branches, key=lambda branch: branch.name != MAIN):
+            self._apply(branch)
+        after = plan(self._build, self._repo_id, self._api) if self._landed else todo
+        branches = tuple(self._outcome(branch) for branch in after.branches)
+        self._compare_after(after)
         return self._published(todo, branches)
 
     def with_landed(self, error: PublishError) -> PublishError:
-        """The same error, with what was published before it."""
+        """The same error, with the branches that were published before it."""
         if self._landed:
             error.message += f"; published before that: {', '.join(sorted(self._landed))}"
             error.args = (str(error),)
@@ -185,65 +187,66 @@ class _Attempt:
         for branch in todo.branches:
             first = self._first.setdefault(branch.name, branch)
             ours = not (branch.add or branch.delete) or branch.name in self._landed
-            if not ours and not branch.same_build(first):
+            if not ours and branch.base_build != first.base_build:
                 raise RefusedError(
                     f"somebody else changed {branch.name} of {self._repo_id} meanwhile: it holds another build now, "
                     f"commit {(branch.base or '')[:12]}; look at what they published, then publish again"
                 )
 
-    def _apply(self, todo: BranchPlan, whole: Plan) -> None:
-        if todo.unchanged:
+    def _apply(self, branch: BranchPlan) -> None:
+        if branch.unchanged:
             return
-        assert todo.base is not None
-        if todo.name not in self._landed:
-            self._changing(todo.name, todo.base if todo.exists else None)
+        assert branch.base is not None
+        if branch.name not in self._landed:
+            self._before_change(branch.name, branch.base if branch.exists else None)
         with explained(self._api, self._repo_id):
-            if todo.exists:
-                commit = self._commit(todo, todo.name)
-            elif MAIN in self._landed or not (todo.add or todo.delete):
-                landed = self._landed.get(MAIN)
-                commit = todo.base if landed is None else landed.commit
-                self._api.create_branch(self._repo_id, branch=todo.name, revision=commit, repo_type=TYPE)
+            if branch.exists:
+                commit = self._commit(branch, branch.name)
+            elif MAIN in self._landed or not (branch.add or branch.delete):
+                commit = self._landed[MAIN].commit if MAIN in self._landed else branch.base
+                self._api.create_branch(
+                    self._repo_id, branch=branch.name, revision=commit, repo_type=REPO_TYPE
+                )
             else:
-                commit = self._commit_aside(todo)
-        before = self._landed[todo.name].before if todo.name in self._landed else None
-        self._landed[todo.name] = PublishedBranch(
-            name=todo.name,
+                commit = self._commit_aside(branch)
+        earlier = self._landed[branch.name].before if branch.name in self._landed else None
+        self._landed[branch.name] = PublishedBranch(
+            name=branch.name,
             commit=commit,
             changed=True,
-            added=len(todo.add),
-            deleted=len(todo.delete),
-            url=f"{self._api.endpoint}/kernels/{self._repo_id}/tree/{todo.name}",
-            before=before or (todo.base if todo.exists else None),
+            added=len(branch.add),
+            deleted=len(branch.delete),
+            url=self._branch_url(branch.name),
+            before=earlier or (branch.base if branch.exists else None),
         )
 
-    def _commit_aside(self, todo: BranchPlan) -> str:
+    def _commit_aside(self, branch: BranchPlan) -> str:
         # For a version older than main's.
-        assert todo.base is not None
-        name = f"{todo.name}-{self._build.content_hash}"
-        with staging(self._api, self._repo_id, name, todo.base) as aside:
-            commit = self._commit(todo, aside)
-            self._api.create_branch(self._repo_id, branch=todo.name, revision=commit, repo_type=TYPE)
+        assert branch.base is not None
+        name = f"{branch.name}-{self._build.content_hash}"
+        with staging_branch(self._api, self._repo_id, name, branch.base) as staging:
+            commit = self._commit(branch, staging)
+            self._api.create_branch(self._repo_id, branch=branch.name, revision=commit, repo_type=REPO_TYPE)
         return commit
 
-    def _commit(self, todo: BranchPlan, branch: str, *, create_pr: bool = False) -> str:
+    def _commit(self, branch: BranchPlan, revision: str, *, create_pr: bool = False) -> str:
         git = self._build.source.git
-        made = self._api.create_commit(
+        commit = self._api.create_commit(
             self._repo_id,
             [
-                *(CommitOperationAdd(path, data) for path, data in sorted(todo.add.items())),
-                *(CommitOperationDelete(path, is_folder=False) for path in todo.delete),
+                *(CommitOperationAdd(path, data) for path, data in sorted(branch.add.items())),
+                *(CommitOperationDelete(path, is_folder=False) for path in branch.delete),
             ],
             commit_message=f"{self._build.spec.name} v{self._build.spec.version}: build {self._build.content_hash}",
             commit_description=f"Sources: commit {git.commit}{', modified' if git.dirty else ''}"
             if git
             else "",
-            repo_type=TYPE,
-            revision=branch,
-            parent_commit=todo.base,
+            repo_type=REPO_TYPE,
+            revision=revision,
+            parent_commit=branch.base,
             create_pr=create_pr,
         )
-        return (made.pr_url or made.commit_url) if create_pr else made.oid
+        return (commit.pr_url or commit.commit_url) if create_pr else commit.oid
 
     def _propose(self, todo: Plan) -> Published:
         main = next((branch for branch in todo.branches if branch.name == MAIN), None)
@@ -252,10 +255,10 @@ class _Attempt:
                 f"{self._repo_id} holds the newer version {todo.newer}, and the Hub takes pull requests for main only"
             )
         if main.unchanged:
-            return self._published(todo, tuple(self._outcome(each) for each in todo.branches))
-        before = None if self._force else proposed(self._build, self._repo_id, self._api)
-        if before is not None:
-            return replace(self._published(todo, (), before), opened=False)
+            return self._published(todo, tuple(self._outcome(branch) for branch in todo.branches))
+        earlier = None if self._options.force else find_pull_request(self._build, self._repo_id, self._api)
+        if earlier is not None:
+            return replace(self._published(todo, (), earlier), opened=False)
         try:
             with explained(self._api, self._repo_id):
                 url = self._commit(main, MAIN, create_pr=True)
@@ -266,17 +269,23 @@ class _Attempt:
             ) from error
         return self._published(todo, (), url)
 
-    def _outcome(self, todo: BranchPlan) -> PublishedBranch:
-        if todo.name in self._landed:
-            return self._landed[todo.name]
-        url = f"{self._api.endpoint}/kernels/{self._repo_id}/tree/{todo.name}"
-        first = self._first[todo.name]
-        # A commit whose answer was lost is known by what it did.
-        changed = not first.unchanged
-        before = first.base if first.exists else None
+    def _outcome(self, branch: BranchPlan) -> PublishedBranch:
+        if branch.name in self._landed:
+            return self._landed[branch.name]
+        first = self._first[branch.name]
         return PublishedBranch(
-            todo.name, todo.base or "", changed, len(first.add), len(first.delete), url, before
+            name=branch.name,
+            commit=branch.base or "",
+            # A commit whose answer was lost is known by what it did.
+            changed=not first.unchanged,
+            added=len(first.add),
+            deleted=len(first.delete),
+            url=self._branch_url(branch.name),
+            before=first.base if first.exists else None,
         )
+
+    def _branch_url(self, branch: str) -> str:
+        return f"{self._api.endpoint}/kernels/{self._repo_id}/tree/{branch}"
 
     def _published(
         self, todo: Plan, branches: tuple[PublishedBranch, ...], pull_request: str | None = None
@@ -284,8 +293,8 @@ class _Attempt:
         url = f"{self._api.endpoint}/kernels/{self._repo_id}"
         return Published(self._repo_id, url, branches, todo.newer, todo.objections, todo.notes, pull_request)
 
-    def _read_back(self, again: Plan) -> None:
-        for branch in again.branches:
+    def _compare_after(self, after: Plan) -> None:
+        for branch in after.branches:
             landed = self._landed.get(branch.name)
             if landed is not None and branch.base != landed.commit:
                 raise RefusedError(

@@ -10,8 +10,8 @@ import httpx2
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from kernelpress.conventions import VARIANT_PREFIX
 from kernelpress.errors import CheckError
-from kernelpress.place import VARIANT_PREFIX
 
 _PUBLISHED = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 

@@ -9,8 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kernelpress.build_model import Build
+from kernelpress.conventions import METADATA
 from kernelpress.errors import BuildError
-from kernelpress.variant import METADATA, Build, without_provenance
+from kernelpress.generated import without_provenance
 
 # In a process of its own, since hash seed, locale and time zone are settled when Python starts.
 _AGAIN = """\

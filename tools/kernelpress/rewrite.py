@@ -83,7 +83,7 @@ def rewrite(
     rewritten = examine(files, package, package_dir, memory)
     errors = [each for each in rewritten.findings if each.severity == "error"]
     if errors:
-        raise FindingsError(errors)
+        raise FindingsError(errors, rewritten.findings)
     return rewritten
 
 

@@ -1,4 +1,4 @@
-"""Every rule: its code, how grave a breach is, why it is there, and what to do."""
+"""The catalogue of rules: codes, severities, reasons, and how to meet each."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def explain(code: str) -> Rule:
     Raises:
         CheckError: There is none.
     """
-    found = RULES.get(code.upper())
-    if found is None:
+    rule = RULES.get(code.upper())
+    if rule is None:
         near = difflib.get_close_matches(code.upper(), RULES, n=3, cutoff=0.5)
         hint = f"; near it are {', '.join(near)}" if near else f"; known are {', '.join(RULES)}"
         raise CheckError(f"there is no rule {code!r}{hint}")
-    return found
+    return rule
 
 
 _ALL = (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from kernelpress.errors import BuildError, SpecError
 from kernelpress.new_directory import new_directory
-from kernelpress.spec import is_repo_id, load_spec
+from kernelpress.spec import load_spec
+from kernelpress.spec_model import is_repo_id
 
 _TEMPLATES = Path(str(files("kernelpress"))) / "templates" / "init"
 

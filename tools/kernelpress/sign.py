@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from kernelpress.build_model import Build
+from kernelpress.conventions import METADATA, SIGNATURE
 from kernelpress.errors import PublishError
-from kernelpress.plan import SIGNATURE
-from kernelpress.variant import METADATA, Build
 
 
 def sign(build: Build) -> tuple[str, ...]:

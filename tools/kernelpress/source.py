@@ -7,17 +7,17 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernelpress.conventions import METADATA, OPS_MODULE, SIGNATURE
 from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile, read_bytes, read_python
 from kernelpress.layout import VENDOR, Layout
 from kernelpress.memory import Memory
 from kernelpress.provenance import GitState, git_state
-from kernelpress.spec import Spec
+from kernelpress.spec_model import Spec
 from kernelpress.vendor import vendor
 
 # Written into every variant by the build, so a source of that name would be lost without a word.
-RESERVED = ("metadata.json", "metadata.json.sigstore")
-OPS_MODULE = "_ops.py"
+_RESERVED = (METADATA, SIGNATURE)
 _HELPER = b"add_op_namespace_prefix"
 
 
@@ -56,7 +56,7 @@ def read_source(spec: Spec, memory: Memory | None = None) -> Source:
     found = {path.relative_to(package).as_posix(): path for path in _walk(package, suffixes)}
     if "__init__.py" not in found:
         raise SourceError("there is no __init__.py here, so this is no Python package; add one", path=package)
-    for name in RESERVED:
+    for name in _RESERVED:
         if name in found:
             raise SourceError(
                 "the build writes a file of this name itself; rename this one", path=found[name]

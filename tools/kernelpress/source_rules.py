@@ -1,25 +1,23 @@
-"""Rules on the sources, before anything is built or run."""
+"""Rules on the sources: a linter that reads no file, and runs none."""
 
 from __future__ import annotations
 
 import ast
-import json
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from importlib.resources import files
 from pathlib import Path
 
-from kernelpress.errors import KernelpressError, SpecError
 from kernelpress.files import SourceFile
-from kernelpress.findings import Finding
+from kernelpress.findings import Finding, Severity
 from kernelpress.imports import Import, imported_modules
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory
 from kernelpress.newer_syntax import newer_syntax
-from kernelpress.rewrite import examine
-from kernelpress.source import Source, read_source
-from kernelpress.spec import Spec
+from kernelpress.rewrite import Rewritten
+from kernelpress.source import Source
+from kernelpress.spec_model import Spec
+from kernelpress.spec_reader import python_dependencies
 from kernelpress.text import parse, statements
 
 OLDEST_PYTHON = (3, 10)
@@ -30,35 +28,26 @@ _SECRETS = re.compile(
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 _HOMES = re.compile(rb"""["'](?:/home/|/Users/|/root/|[A-Z]:\\+Users\\+)[^"'\n]*""")
+_PRIVATE: tuple[tuple[re.Pattern[bytes], str, Severity, str, str], ...] = (
+    (_SECRETS, "KP104", "error", "what looks like a secret", "take it out, and revoke it"),
+    (_HOMES, "KP105", "warning", "a path of one machine", "make it relative, or let the caller give it"),
+)
 
 
-def check_sources(spec: Spec) -> list[Finding]:
+def lint(source: Source, rewritten: Rewritten, spec: Spec) -> list[Finding]:
     """Examine the sources of a kernel by every rule that needs nothing else.
 
-    Returns:
-        What was found, by file and line.
+    Args:
+        source: The sources as they were read.
+        rewritten: The same as they ship; its own findings are not repeated.
+        spec: The kernel.
     """
-    memory = Memory.of(spec.package_dir)
-    try:
-        source = read_source(spec, memory)
-    except KernelpressError as error:
-        return [as_finding(error)]
-    rewritten = examine(source.files, source.layout, source.package_dir, memory)
-    memory.save()
-    found = [
-        *rewritten.findings,
+    return [
         *_undeclared(rewritten.outside, spec),
         *_old_syntax(source.files),
         *_circles(source.files, source.layout),
-        *_contents(source),
+        *_contents(source, spec.root / "CARD.md"),
     ]
-    return sorted(found, key=lambda each: (str(each.path), each.line or 0, each.code))
-
-
-def as_finding(error: KernelpressError) -> Finding:
-    """A refusal as a finding, for those who want one list of everything."""
-    code = "KP001" if isinstance(error, SpecError) else "KP002"
-    return Finding(code, "error", error.path or Path(), error.line, error.message, "correct it")
 
 
 def optional_packages(outside: Iterable[tuple[Path, Import]], spec: Spec) -> tuple[str, ...]:
@@ -76,15 +65,15 @@ def optional_packages(outside: Iterable[tuple[Path, Import]], spec: Spec) -> tup
 
 
 def _declared(spec: Spec) -> frozenset[str]:
-    listed = json.loads((files("kernels") / "python_depends.json").read_text("utf-8"))
-    known = dict(listed["general"])
+    listed = python_dependencies()
+    packages = dict(listed["general"])
     for backend in listed["backends"].values():
-        known |= backend
-    named = {*spec.python_depends, *(name for backend in spec.backends for name in backend.python_depends)}
+        packages |= backend
+    declared = {*spec.python_depends, *(name for backend in spec.backends for name in backend.python_depends)}
     modules = {
         package["import"]
-        for name in named
-        for package in known.get(name, {}).get("python", ())
+        for name in declared
+        for package in packages.get(name, {}).get("python", ())
         if "import" in package
     }
     return _ALLOWED | modules
@@ -106,14 +95,17 @@ def _old_syntax(sources: Iterable[SourceFile]) -> Iterator[Finding]:
     for file in sources:
         if not file.path.endswith(".py"):
             continue
-        found: Iterable[tuple[int | None, str]]
+        places: Iterable[tuple[int | None, str]]
         try:
-            found = newer_syntax(file.data, ast.parse(file.data, feature_version=OLDEST_PYTHON))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(file.data, feature_version=OLDEST_PYTHON)
+            places = newer_syntax(file.data, tree)
         except SyntaxError as error:
-            found = [(_newer(file) or error.lineno, error.msg)]
-        for line, what in dict.fromkeys(found):
+            places = [(_newer(file) or error.lineno, error.msg)]
+        for line, syntax in dict.fromkeys(places):
             yield Finding(
-                "KP301", "error", _at(file), line, f"no syntax of Python {version}: {what}",
+                "KP301", "error", _at(file), line, f"no syntax of Python {version}: {syntax}",
                 f"write it as Python {version} reads it",
             )  # fmt: skip
 
@@ -184,34 +176,34 @@ def _components(graph: dict[str, dict[str, None]]) -> list[list[str]]:
     return found
 
 
-def _contents(source: Source) -> Iterator[Finding]:
-    lower: dict[str, str] = {}
+def _contents(source: Source, card: Path) -> Iterator[Finding]:
     for file in source.files:
-        path = _at(file)
-        for pattern, code, what, fix in (
-            (_SECRETS, "KP104", "what looks like a secret", "take it out, and revoke it"),
-            (_HOMES, "KP105", "a path of one machine", "make it relative, or let the caller give it"),
-        ):
-            for match in pattern.finditer(file.data):
-                line = file.data.count(b"\n", 0, match.start()) + 1
-                yield Finding(code, "error" if code == "KP104" else "warning", path, line, what, fix)
+        yield from _private(_at(file), file.data)
         if len(file.data) > _LIMIT:
             yield Finding(
-                "KP106", "error", path, None, f"{len(file.data):,} bytes, over the limit of {_LIMIT:,}",
+                "KP106", "error", _at(file), None, f"{len(file.data):,} bytes, over the limit of {_LIMIT:,}",
                 "leave it out",
             )  # fmt: skip
         elif b"\0" in file.data:
-            yield Finding("KP106", "error", path, None, "a binary file", "leave it out")
+            yield Finding("KP106", "error", _at(file), None, "a binary file", "leave it out")
+    # The card goes to the Hub with the sources.
+    yield from _private(card, (source.card or "").encode())
+    lower: dict[str, str] = {}
+    for file in source.files:
         other = lower.setdefault(file.path.lower(), file.path)
         if other != file.path:
             yield Finding(
-                "KP107",
-                "error",
-                path,
-                None,
-                f"this name and {other} differ in case alone",
+                "KP107", "error", _at(file), None, f"this name and {other} differ in case alone",
                 "rename one of them",
-            )
+            )  # fmt: skip
+
+
+def _private(path: Path, data: bytes) -> Iterator[Finding]:
+    """Text that nobody should publish."""
+    for pattern, code, severity, message, fix in _PRIVATE:
+        for match in pattern.finditer(data):
+            line = data.count(b"\n", 0, match.start()) + 1
+            yield Finding(code, severity, path, line, message, fix)
 
 
 def _at(file: SourceFile) -> Path:

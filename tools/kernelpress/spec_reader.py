@@ -1,4 +1,4 @@
-"""Turns a parsed description of a kernel into a ``Spec``, and says where whatever is wrong with it stands."""
+"""Validates a description of a kernel, and names the line of whatever is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from kernelpress.errors import SpecError
-from kernelpress.spec import BACKENDS, DEFAULT_PYEXT, EDITION, BackendSpec, Spec, is_repo_id
+from kernelpress.spec_model import BACKENDS, DEFAULT_PYEXT, EDITION, BackendSpec, Spec, is_repo_id
 
 _LOADER_ARGS = {"cuda_capabilities": "cuda", "rocm_archs": "rocm"}
 # Key -> what it must be. A table within [general] for a backend holds dependencies of that backend alone.
@@ -37,26 +37,40 @@ _TYPE_NAMES = {str: "a string", int: "a whole number", list: "a list of strings"
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
 
 
+def validate(path: Path, text: str, document: dict[str, Any]) -> Spec:
+    """Read a document of build.toml's form, which need not be one.
+
+    Args:
+        path: The file to name in messages; its directory becomes the spec's root.
+        text: The file's content, to find lines in.
+        document: The document.
+
+    Raises:
+        SpecError: It asks for something that kernelpress does not accept; with the line where there is one.
+    """
+    return _Validator(path, text, document).spec()
+
+
 @cache
-def _python_dependencies() -> dict[str, Any]:
-    """Upstream's list of what a kernel may depend on: ``{"general": {...}, "backends": {name: {...}}}``."""
-    loaded: dict[str, Any] = json.loads((files("kernels") / "python_depends.json").read_text("utf-8"))
-    return loaded
+def python_dependencies() -> dict[str, Any]:
+    """Upstream's list of packages that a kernel may depend on: ``{"general": {...}, "backends": {name: {...}}}``."""
+    dependencies: dict[str, Any] = json.loads((files("kernels") / "python_depends.json").read_text("utf-8"))
+    return dependencies
 
 
 def _line_of(text: str, keys: tuple[str, ...]) -> int | None:
-    """The line where a key or table is written, or that of the nearest table around it."""
+    """The line of a key or table, or of the nearest table around it."""
     table: tuple[str, ...] = ()
     best: tuple[int, int] | None = None
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[+\s*([^\]#]+?)\s*\]", line):
             table = _split_key(header[1])
-            here = table
+            path = table
         elif entry := re.match(r"""\s*([\w"'.\- ]+?)\s*=""", line):
-            here = table + _split_key(entry[1])
+            path = table + _split_key(entry[1])
         else:
             continue
-        depth = len(here) if keys[: len(here)] == here else 0
+        depth = len(path) if keys[: len(path)] == path else 0
         if depth and (best is None or depth > best[0]):
             best = (depth, number)
     return best[1] if best else None
@@ -66,9 +80,7 @@ def _split_key(dotted: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
-class Reader:
-    """Turns the parsed document into a ``Spec``, saying where whatever is wrong stands."""
-
+class _Validator:
     def __init__(self, path: Path, text: str, document: dict[str, Any]) -> None:
         self.path = path
         self.text = text
@@ -77,7 +89,7 @@ class Reader:
     def error(self, message: str, *keys: str) -> SpecError:
         return SpecError(message, path=self.path, line=_line_of(self.text, keys))
 
-    def read(self) -> Spec:
+    def spec(self) -> Spec:
         self.compiled()
         self.edition()
         self.known(self.document, ("general", "torch-noarch"))
@@ -144,8 +156,8 @@ class Reader:
     def known(self, table: dict[str, Any], keys: tuple[str, ...], *where: str) -> None:
         for key in table:
             if key not in keys:
-                place = f" in [{'.'.join(where)}]" if where else ""
-                raise self.error(f"unknown key `{key}`{place}; known are {', '.join(keys)}", *where, key)
+                table_name = f" in [{'.'.join(where)}]" if where else ""
+                raise self.error(f"unknown key `{key}`{table_name}; known are {', '.join(keys)}", *where, key)
 
     def typed(self, value: Any, kind: type, *keys: str) -> None:
         items: Any = value
@@ -195,7 +207,7 @@ class Reader:
         return tuple(names)
 
     def depends(self, names: list[str], backend: str, *keys: str) -> tuple[str, ...]:
-        listed = _python_dependencies()
+        listed = python_dependencies()
         allowed = listed["backends"].get(backend, {}) if backend else listed["general"]
         for name in names:
             if name in allowed:
@@ -251,7 +263,7 @@ class Reader:
     def archs(self, backends: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         table = self.document["torch-noarch"]
         self.known(table, ("pyext", *_LOADER_ARGS), "torch-noarch")
-        found = {}
+        archs = {}
         for key, backend in _LOADER_ARGS.items():
             if key not in table:
                 continue
@@ -260,5 +272,5 @@ class Reader:
                 raise self.error(
                     f"`{key}` is given, but {backend} is not among the backends", "torch-noarch", key
                 )
-            found[backend] = tuple(table[key])
-        return found
+            archs[backend] = tuple(table[key])
+        return archs

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from kernelpress.bundle import files_below, opened
-from kernelpress.hubs import MAIN, TYPE, RefusedError, checked_repo_id, explained, heads, staging, tree
-from kernelpress.plan import VERSION_BRANCH, versions_of
+from kernelpress.conventions import MAIN, REPO_TYPE, VERSION_BRANCH
+from kernelpress.hubs import RefusedError, checked_repo_id, explained
+from kernelpress.repository import branch_heads, has_content, staging_branch, tree, versions_of
 
 
 def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bool = False) -> dict[str, str]:
@@ -34,9 +34,9 @@ def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bo
         target = checked_repo_id(repo_id or manifest["repo-id"])
         changed: dict[str, str] = {}
         with explained(api, target):
-            api.create_repo(target, repo_type=TYPE, private=private, exist_ok=True)
+            api.create_repo(target, repo_type=REPO_TYPE, private=private, exist_ok=True)
             for name in sorted(commits, key=_order):
-                branches = heads(api, target)
+                branches = branch_heads(api, target)
                 message = f"Unbundle {manifest['repo-id']}@{name}, commit {commits[name][:12]}"
                 newest = max(versions_of(branches), default=-1)
                 if name == MAIN:
@@ -51,14 +51,14 @@ def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bo
                     continue
                 # A version's branch is made of a finished commit, so that it never shows another tree.
                 if newest > _order(name)[1]:
-                    with staging(api, target, name, branches[MAIN]) as staged:
+                    with staging_branch(api, target, name, branches[MAIN]) as staged:
                         commit = _commit(api, target, staged, branches[MAIN], folder / name, message)
-                        api.create_branch(target, branch=name, revision=commit, repo_type=TYPE)
+                        api.create_branch(target, branch=name, revision=commit, repo_type=REPO_TYPE)
                 else:
                     commit = _commit(api, target, MAIN, branches[MAIN], folder / name, message)
                     if commit != branches[MAIN]:
                         changed[MAIN] = commit
-                    api.create_branch(target, branch=name, revision=commit, repo_type=TYPE)
+                    api.create_branch(target, branch=name, revision=commit, repo_type=REPO_TYPE)
                 changed[name] = commit
         return changed
 
@@ -74,7 +74,7 @@ def _commit(api: HfApi, repo_id: str, branch: str, base: str, folder: Path, mess
     if not operations:
         return base
     created = api.create_commit(
-        repo_id, operations, commit_message=message, repo_type=TYPE, revision=branch, parent_commit=base
+        repo_id, operations, commit_message=message, repo_type=REPO_TYPE, revision=branch, parent_commit=base
     )
     return str(created.oid)
 
@@ -82,21 +82,14 @@ def _commit(api: HfApi, repo_id: str, branch: str, base: str, folder: Path, mess
 def _operations(
     api: HfApi, repo_id: str, revision: str, folder: Path
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    there = tree(api, repo_id, revision)
+    entries = tree(api, repo_id, revision)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files_below(folder)}
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for path, data in files.items():
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        entry = there.get(path)
-        same = entry is not None and (
-            entry.blob_id == git
-            if entry.lfs is None
-            else entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
-        )
-        if not same:
+        if path not in entries or not has_content(entries[path], data):
             operations.append(CommitOperationAdd(path, data))
     operations += [
-        CommitOperationDelete(path, is_folder=False) for path in sorted(there.keys() - files.keys())
+        CommitOperationDelete(path, is_folder=False) for path in sorted(entries.keys() - files.keys())
     ]
     # How a Hub stores files is its own affair.
     return [operation for operation in operations if operation.path_in_repo != ".gitattributes"]

@@ -1,4 +1,4 @@
-"""The main job, end to end: build, check, publish to an embedded Hub, and train with what a consumer fetches from it.
+"""Demonstrates the way of a kernel: built, checked, published to an embedded Hub, fetched from there, trained with.
 
     python tools/mainjob [--consumer PYTHON] [--steps N]
 
@@ -18,18 +18,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kernelpress.build_model import Build
 from kernelpress.check import check
 from kernelpress.errors import CheckError, KernelpressError
+from kernelpress.hubs import hub
 from kernelpress.localhub import running_hub
-from kernelpress.publish import Published, hub, publish
+from kernelpress.publish import Published, publish
 from kernelpress.spec import load_spec
-from kernelpress.variant import Build, build
+from kernelpress.variant import build
 from report import print_report
 from rich.console import Console
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONSUMER = Path(__file__).with_name("consumer.py")
-DOCUMENTS = ("README.md", "CARD.md", "LICENSE", "docs/*.md")
+DOCUMENTS = ("README.md", "CARD.md", "LICENSE", "docs/**/*.md")
 
 console = Console()
 
@@ -60,12 +62,12 @@ def build_and_check() -> Build:
 
 def english_text() -> bytes:
     """The repository's own documents: real text that every clone has."""
-    files = [path for pattern in DOCUMENTS for path in sorted(REPOSITORY.glob(pattern))]
-    return b"\n".join(path.read_bytes() for path in files)
+    paths = [path for pattern in DOCUMENTS for path in sorted(REPOSITORY.glob(pattern))]
+    return b"\n".join(path.read_bytes() for path in paths)
 
 
 def consume(python: Path, endpoint: str, repo_id: str, version: int, steps: int) -> dict[str, Any]:
-    """Runs the consumer in an empty directory with an empty cache, and returns its events."""
+    """Run the consumer in an empty directory with an empty cache; returns its events."""
     with tempfile.TemporaryDirectory() as scratch:
         script, text = Path(scratch, CONSUMER.name), Path(scratch, "text")
         script.write_bytes(CONSUMER.read_bytes())
@@ -109,8 +111,8 @@ def summarize(built: Build, published: Published, endpoint: str, events: dict[st
     runs = events["result"]["runs"]
     baseline = runs["grouped_mm"]
     for run in runs.values():
-        both = zip(run["losses"], baseline["losses"], strict=False)  # the control runs fewer steps
-        run["largest_loss_difference"] = max(abs(a - b) for a, b in both)
+        pairs = zip(run["losses"], baseline["losses"], strict=False)  # the control runs fewer steps
+        run["largest_loss_difference"] = max(abs(a - b) for a, b in pairs)
         run["speedup"] = baseline["ms_per_step"] / run["ms_per_step"]
         run["memory_ratio"] = run["peak_memory_bytes"] / baseline["peak_memory_bytes"]
     return {
@@ -128,14 +130,15 @@ def run(python: Path, steps: int) -> None:
     start = time.perf_counter()
     if not python.is_file():
         raise ConsumerError(f"there is no interpreter {python} for the consumer; `make setup` makes one")
+    say("demo", "publishes to an embedded Hub on this machine; nothing is sent to huggingface.co")
     built = build_and_check()
     organization = (built.spec.repo_id or "").split("/")[0]
     with running_hub(REPOSITORY / ".hub", trust=[organization]) as server:
         say("serve", f"embedded Hub at {server.endpoint}, root .hub")
         published = publish(built, None, hub(server.endpoint))
         for branch in published.branches:
-            done = f"{branch.added} files" if branch.changed else "unchanged"
-            say("publish", f"{published.repo_id}@{branch.name}: {done}, commit {branch.commit[:12]}")
+            change = f"{branch.added} files" if branch.changed else "unchanged"
+            say("publish", f"{published.repo_id}@{branch.name}: {change}, commit {branch.commit[:12]}")
         events = consume(python, server.endpoint, published.repo_id, built.spec.version, steps)
     summary = summarize(built, published, server.endpoint, events)
     report = built.directory / "publish-report.json"

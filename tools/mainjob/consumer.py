@@ -1,4 +1,4 @@
-"""What a user of the kernel writes: fetch it, register it, train with it. Needs torch, transformers, peft and kernels.
+"""Fetches the kernel from a Hub, registers it and trains with it, as a user does; needs torch, transformers and PEFT.
 
 Trains a small Gemma 4 text model with mixture-of-experts blocks (random weights) on bytes of English text, with PEFT
 LoRA on the experts, once for each experts implementation from the same seed. Events go to standard output as JSON
@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 IMPLEMENTATIONS = ("scattermoe", "grouped_mm")
-# How far two of transformers' own implementations drift apart; a few steps, for it is slow.
+# Shows how far two of transformers' own implementations drift apart; a few steps, for it is slow.
 CONTROL, CONTROL_STEPS = "eager", 8
 BATCH, LENGTH = 4, 192
 WARM_UP_STEPS = 2

@@ -1,4 +1,4 @@
-"""The main job's last words: one table."""
+"""The tables that the demonstration ends with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def print_report(console: Console, summary: dict[str, Any]) -> None:
-    """Prints what was published, where a consumer loaded it from, and how the two training runs compare."""
+    """Print the published variants, the file that a consumer loaded, and the training runs side by side."""
     facts = Table(title="Published and loaded back", title_justify="left", show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
