@@ -48,21 +48,16 @@ FORMS = (
     "from importlib.util import find_spec; got = find_spec('{top}.nn.fast.core').origin[-7:]",
     "import pkgutil; got = pkgutil.get_data('{top}.nn.fast', 'core.py')",
     "import importlib as i; got = i.import_module(\n    '{top}.nn.fast'\n).MARK",
-    "import importlib; M = '{top}.nn.fast.core' if OUT else '{top}.nn.fast.core'; got = importlib.import_module(M).X",
     "é = 'ü'; import {top}.nn.fast.core as ñ, os; got = ñ.X + é",
     "é = 'ü'; from {top}.nn.fast . core import (X as ñ,  # \u2028 ö\n    Y); got = é + ñ + Y",
     "from\t{top}.nn.fast.core\\\n\timport X; got = X; import {top}.tools.up as u; got += u.HIGH",
     "from ..core import X, Y; from {top}.nn.fast import (core as c,); got = [each.X for each in (c,)][0] + X",
     "import {top}.nn.fast.core as \\\n    m, \\\n    os; got = m.Y",
-    "import importlib; got = importlib.import_module(M := '{top}.tools.up').HIGH",
-    "import importlib; M = None or '{top}.tools.up'; got = importlib.import_module(M or '{top}.nn.fast').HIGH",
+    "import importlib; im = importlib.import_module; M = '{top}.tools.up'; got = im(M).HIGH",
+    "import importlib as i\nif OUT: M = '{top}.nn'\nelse: M = '{top}.tools'\ngot = i.import_module(M).__file__[-3:]",
     "import importlib\nmatch OUT:\n    case _: got = importlib.import_module(name=('{top}.nn'\n '.fast.core')).X",
     "import sys, {top}.tools.up; got = '{top}.tools.up' in sys.modules and '{top}.nn.fast' not in sys.modules or 1",
-    "import importlib; im = importlib.import_module if OUT is not None else None; got = im('{top}.tools.up').HIGH",
-    "import importlib, functools; im = functools.partial(importlib.import_module); got = im('{top}.tools.up').HIGH",
-    "import importlib; A, B = '{top}.tools.up', 'HIGH'; got = getattr(importlib.import_module(A), B)",
     "import {top}.tools as t, importlib; got = (importlib.import_module('{top}.tools.up') if t else None).HIGH",
-    "import sys, {top}.tools as o; M = '{top}.tools' if o else 'm'; got = sys.modules[M if o else 'm'].__name__[-5:]",
 )
 WRAPS = (
     "{form}\n",
@@ -174,11 +169,29 @@ def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
         "import importlib\nimportlib.import_module('p.q.a', None)\n",
         "import sys; M = 'p.q'\nsys.modules[M]\ndef f():\n    global M; M = x\n",
         "import sys; M = 'p.q.a'\nsys.modules[M]\nM = 'p.' + x\n",
+        "import importlib; M = 'p.q.a' if x else 'm'\nimportlib.import_module(M)\n",
+        "import importlib\nimportlib.import_module(M := 'p.q.a')\n",
+        "import importlib; M = None or 'p.q.a'\nimportlib.import_module(M)\n",
+        "import sys; M = 'm'\nsys.modules[M if M else 'p.q']\n",
     ],
 )
 def test_a_module_named_in_a_way_that_cannot_be_followed_is_refused(text):
     found = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q")).findings
     assert [(each.code, each.severity, each.line) for each in found] == [("KP305", "error", 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import importlib\nim = importlib.import_module if x else None; im('p.q.a')\n",
+        "import functools, importlib\nim = functools.partial(importlib.import_module); im('p.q.a')\n",
+        "import importlib\n(A, B), im = ('p.q.a', 1), importlib.import_module; im(A)\n",
+        "from importlib import import_module\nlist(map(import_module, ['p.q.a']))\n",
+    ],
+)
+def test_a_function_that_imports_and_is_passed_on_is_a_warning_with_its_line(text):
+    found = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q")).findings
+    assert [(each.code, each.severity, each.line) for each in found] == [("KP305", "warning", 2)]
 
 
 @pytest.mark.parametrize(

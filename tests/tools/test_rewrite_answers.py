@@ -25,32 +25,30 @@ REGISTRATIONS = (
     '    lib.impl(name, "cpu", lambda x: x * {k})\nname = "{ns}::{op}"\nreg_{op}()\n',
     'class R_{op}:\n    def __init__(self):\n        self.lib = lib.Library("{ns}", "FRAGMENT")\n'
     '        self.lib.define("{op}(Tensor x) -> Tensor")\n'
-    '        self.lib.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\nkept_{op} = R_{op}()\n',
+    '        self.lib.impl("{op}", lambda x: x * {k}, "CPU")\nkept_{op} = R_{op}()\n',
     'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{op}", lambda x: x * {k}, "CPU")\n',
     'LIB.define("{op}(Tensor x) -> Tensor")\nLIB.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\n',
     'LIB.define(schema="{op}(Tensor x) -> Tensor")\n'
     'LIB.impl(op_name="{ns}::{op}", fn=lambda x: x * {k}, dispatch_key="CPU")\n',
-    'any_{op} = getattr(torch.library, "no_such", None) or torch.library.custom_op\n'
+    'any_{op} = getattr(torch.library, "no_such", None)\nany_{op} = torch.library.custom_op\n'
     '@any_{op}("{ns}::{op}", mutates_args=())\ndef {op}(x: torch.Tensor) -> torch.Tensor:\n    return x * {k}\n',
-    'def_{op}, impl_{op} = (lib.define, lib.impl) if X is not None else (None, None)\n'
+    'if X is not None: def_{op} = lib.define\n'
     'lib.define("{ns}::{op}", "(Tensor x) -> Tensor"); lib.impl("{ns}::{op}", "cpu", lambda x: x * {k})\n',
-    'd_{op}, i_{op} = lib.define, lib.impl\n'
+    'd_{op} = lib.define; i_{op} = lib.impl\n'
     'd_{op}("{ns}::{op}", "(Tensor x) -> Tensor"); i_{op}("{ns}::{op}", "cpu", lambda x: x * {k})\n',
-    'part_{op} = functools.partial(co, mutates_args=())\n'
-    'ä = "ü"; _ = part_{op}("{ns}::" "{op}")(lambda: None) if not ä else None\n'
-    '@part_{op}(\n\t"{ns}::{op}"  # ö\n)\ndef {op}(x: torch.Tensor) -> torch.Tensor:\n\treturn x * {k}\n',
-    'if (w_{op} := lib.define)("{ns}::{op}", "(Tensor x) -> Tensor") is None:\n'
-    '    ö = "{op}"; w_{op}; lib.impl(f"{ns}::{{ö}}", "cpu", lambda x: x * {k})\n',
+    'ä = "ü"; _ = co("{ns}::" "{op}", mutates_args=())(lambda: None) if not ä else None\n'
+    '@co(\n\t"{ns}::{op}",  # ö\n\tmutates_args=())\ndef {op}(x: torch.Tensor) -> torch.Tensor:\n\treturn x * {k}\n',
+    'if lib.define("{ns}::{op}", "(Tensor x) -> Tensor") is None:\n'
+    '    ö = "{op}"; lib.impl(f"{ns}::{{ö}}", "cpu", lambda x: x * {k})\n',
     'class C_{op}:\n    @staticmethod\n    @co("{ns}::{op}", mutates_args=())\n'
     '    def run(x: torch.Tensor) -> torch.Tensor:\n        return x * {k}\n',
     'OTHER_{op} = LIB\nOTHER_{op}.define("{op}(Tensor x) -> Tensor")\n'
-    '(OTHER_{op} or None).impl("{ns}::{op}", lambda x: x * {k}, "CPU")\n',
+    'OTHER_{op}.impl("{ns}::{op}", lambda x: x * {k}, "CPU")\n',
 )  # fmt: skip
 USES = (
     "OUT.append(torch.ops.{ns}.{op}(X))\n",
     "OUT.append(ops.{ns}.{op}.default(X))\n",
     'OUT.append(getattr(getattr(torch.ops, "{ns}"), "{op}")(X))\n',
-    'OUT.append(torch.ops.__getattr__("{ns}").{op}(X))\n',
     "def alias_{op}():\n    o = torch.ops\n    return [o.{ns}.{op}(X) for _ in [0]][0]\nOUT.append(alias_{op}())\n",
     'é = "ß"; OUT.append(torch.ops\\\n  .{ns} .{op}(X)); OUT.append(é)\n',
     "OUT.append(f'ä{{torch.ops.{ns}.{op}(X)}} {{ops.{ns}.{op}(X):}}{{\"é\"}}')\n",
@@ -100,7 +98,7 @@ def test_a_module_answers_the_same_before_and_after(pieces, head, newline):
     number = next(COUNTER)
     ns, new = f"prop{number}", f"_prop{number}_new"
     text = (
-        f"{head}import functools, torch\nfrom torch import library as lib, ops\n"
+        f"{head}import torch\nfrom torch import library as lib, ops\n"
         "from torch.library import custom_op as co\n"
         f'LIB = torch.library.Library("{ns}", "FRAGMENT")\n'
     )

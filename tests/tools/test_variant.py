@@ -379,7 +379,7 @@ def test_a_build_does_not_import_torch(make_kernel):
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_three_hundred_files_of_three_hundred_lines_are_built_in_five_seconds_of_two_cores(make_kernel):
+def test_three_hundred_files_of_three_hundred_lines_are_built_in_five_seconds(make_kernel):
     body = "".join(f"    a{n} = torch.relu(x) * {n} + y[{n}:]\n" for n in range(290))
     files = {
         f"{PACKAGE}/m{n}.py": (
@@ -392,21 +392,16 @@ def test_three_hundred_files_of_three_hundred_lines_are_built_in_five_seconds_of
     root = make_kernel(**files)
     # Processor time, so that whatever else runs on this machine does not count.
     code = (
-        "import resource, sys, time; from pathlib import Path\n"
+        "import resource, sys; from pathlib import Path\n"
         "from kernelpress.spec import load_spec; from kernelpress.variant import build\n"
         "if __name__ == '__main__':\n"
         "    build(load_spec(Path(sys.argv[1])))\n"
-        "    first = time.process_time()\n"
-        "    build(load_spec(Path(sys.argv[1])))\n"
-        "    print(time.process_time() - first)\n"
         "    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
-        "    print(sum(each.ru_utime + each.ru_stime for each in used))\n"
+        "    print(sum(usage.ru_utime + usage.ru_stime for usage in used))\n"
     )
     script = root / "timed.py"
     script.write_text(code)
     done = subprocess.run(
         [sys.executable, str(script), str(root)], capture_output=True, text=True, check=True
     )
-    unchanged, whole = map(float, done.stdout.split())
-    assert whole < 10
-    assert unchanged < 0.6
+    assert float(done.stdout) < 5

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from kernelpress.names import choices
+from kernelpress.names import Scope
 
-_IMPORTERS = frozenset(("importlib.import_module", "builtins.__import__", "importlib.__import__"))
+IMPORTERS = frozenset(("importlib.import_module", "builtins.__import__", "importlib.__import__"))
 _READERS = frozenset(
     (
         *(
@@ -18,7 +18,7 @@ _READERS = frozenset(
                 "contents", "files", "is_resource", "open_binary", "open_text", "path", "read_binary", "read_text",
             )
         ),
-        *(f"importlib.util.{name}" for name in ("find_spec", "_find_spec_from_path")),
+        "importlib.util.find_spec",
         *(f"pkgutil.{name}" for name in ("find_loader", "get_data", "get_loader")),
         *(f"sys.modules.{name}" for name in ("__contains__", "__getitem__", "get", "pop", "setdefault")),
     )
@@ -68,7 +68,7 @@ def named(node: ast.expr, names: Callable[[ast.AST], frozenset[str]]) -> Named |
 
 
 def _in_call(call: ast.Call, called: frozenset[str]) -> Named | None:
-    imports = bool(called & _IMPORTERS)
+    imports = bool(called & IMPORTERS)
     if not imports and not called & _READERS:
         return None
     first = _argument(call, 0, *(("name",) if imports else _KEYWORDS))
@@ -90,21 +90,12 @@ def _argument(call: ast.Call, position: int, *keywords: str) -> ast.expr | None:
     return next((each.value for each in call.keywords if each.arg in keywords), None)
 
 
-def readings(name: ast.expr, bound: Callable[[str], Sequence[object] | None]) -> list[ast.expr]:
+def readings(name: ast.expr, scope: Scope) -> list[ast.expr]:
     """The expressions that a module's name may be read from.
 
-    Those are both branches of a condition, each part of an ``or``, and all that a variable is assigned; of what else
-    binds a variable, such as a loop, nothing is known.
-
-    Args:
-        name: The expression that names the module.
-        bound: Gives all that a variable is bound to, or ``None`` where nothing binds it.
+    Those are all that a variable is assigned; of what else binds a variable, such as a loop, nothing is known.
     """
-    found: list[ast.expr] = []
-    for branch in choices(name):
-        bindings = bound(branch.id) if isinstance(branch, ast.Name) else None
-        assigned = [each for each in bindings or () if isinstance(each, ast.expr)]
-        found += (value for each in assigned for value in choices(each))
-        if bindings is None or len(assigned) < len(bindings):
-            found.append(branch)
-    return found
+    found = scope.lookup(name.id) if isinstance(name, ast.Name) else None
+    bindings = found[1] if found else [None]
+    assigned = [binding for binding in bindings if isinstance(binding, ast.expr)]
+    return assigned if len(assigned) == len(bindings) else [*assigned, name]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from kernelpress.cli_shared import NOTHING_TO_DO, console
+from kernelpress.errors import HubError
 
 commands = typer.Typer()
 token = typer.Typer(help="Tokens of a Hub of your own.", no_args_is_help=True)
@@ -18,9 +21,26 @@ commands.add_typer(token, name="token")
 
 Root = Annotated[Path, typer.Option(help="The Hub's directory.")]
 TokensRoot = Annotated[Path | None, typer.Option(help="The Hub's directory; default: .hub, if there is one.")]
+Options = ParamSpec("Options")
+
+
+def report_hub_errors(command: Callable[Options, None]) -> Callable[Options, None]:
+    """Make the Hub's errors, which know nothing of kernelpress, into ones that the command line reports."""
+
+    @wraps(command)
+    def run(*arguments: Options.args, **options: Options.kwargs) -> None:
+        from kernelpress import localhub
+
+        try:
+            command(*arguments, **options)
+        except localhub.HubError as error:
+            raise HubError(str(error)) from error
+
+    return run
 
 
 @commands.command()
+@report_hub_errors
 def serve(
     root: Annotated[Path, typer.Option(help="Where the Hub keeps its repositories.")] = Path(".hub"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -35,39 +55,46 @@ def serve(
     ] = False,
 ) -> None:
     """Run a Hub of your own for the clients of the Hugging Face Hub."""
-    from kernelpress.localhub import serve as run
+    from kernelpress import localhub
 
-    run(root, host, port, trust or [], open_writes=open_writes)
+    localhub.serve(root, host, port, trust or [], open_writes=open_writes)
 
 
 @commands.command()
+@report_hub_errors
 def fsck(root: Root = Path(".hub")) -> None:
     """Check everything that a Hub of your own keeps against its names and digests."""
-    from kernelpress.localhub import fsck as examine
+    from kernelpress import localhub
 
-    done = examine(root)
+    report = localhub.fsck(root)
     out = console()
-    for fault in done.faults:
+    for fault in report.faults:
         out.print(f"[red]fault[/] {escape(fault)}", soft_wrap=True)
-    out.print(f"{done.repositories} repositories, {done.objects} objects, {done.large_files} large files")
-    if done.faults:
+    out.print(
+        f"{report.repositories} repositories, {report.objects} objects, {report.large_files} large files"
+    )
+    if report.faults:
         raise typer.Exit(1)
     out.print("[green]all is well[/]")
 
 
 @commands.command()
+@report_hub_errors
 def clean(root: Root = Path(".hub")) -> None:
     """Remove what no branch, tag or pull request of a Hub of your own leads to; stop the Hub first."""
-    from kernelpress.localhub import clean as do
+    from kernelpress import localhub
 
-    done = do(root)
+    report = localhub.clean(root)
     out = console()
-    for fault in done.faults:
+    for fault in report.faults:
         out.print(f"[yellow]left alone[/] {escape(fault)}", soft_wrap=True)
-    out.print(f"removed {done.objects} objects and {done.large_files} large files, {done.bytes:,} bytes")
+    out.print(
+        f"removed {report.objects} objects and {report.large_files} large files, {report.bytes:,} bytes"
+    )
 
 
 @token.command("create")
+@report_hub_errors
 def create_token(
     name: Annotated[str, typer.Argument(help="Whose token it is.")],
     root: TokensRoot = None,
@@ -77,43 +104,43 @@ def create_token(
     ] = None,
 ) -> None:
     """Make a token; it is shown this once. From then on writing to the Hub takes one."""
-    from kernelpress.localhub import create_token as make
+    from kernelpress import localhub
 
-    where = _root(root, new=True)
-    print(make(where, name, "read" if read_only else "write", organization or ()))
+    hub = _root(root, new=True)
+    print(localhub.create_token(hub, name, "read" if read_only else "write", organization or ()))
 
 
 @token.command("list")
+@report_hub_errors
 def list_tokens(root: TokensRoot = None) -> None:
     """List whose tokens there are; the tokens themselves are not kept."""
-    from kernelpress.localhub import list_tokens as read
+    from kernelpress import localhub
 
     table = Table("name", "scope", "organizations", "sha256", box=None, pad_edge=False)
-    for each in read(_root(root)):
-        table.add_row(each.name, each.scope, " ".join(each.organizations) or "all", each.sha256[:12])
+    for item in localhub.list_tokens(_root(root)):
+        table.add_row(item.name, item.scope, " ".join(item.organizations) or "all", item.sha256[:12])
     console().print(table)
 
 
 @token.command("revoke")
+@report_hub_errors
 def revoke_token(
     name: Annotated[str, typer.Argument(help="Whose tokens to take back.")], root: TokensRoot = None
 ) -> None:
     """Take back every token of somebody, at once."""
-    from kernelpress.localhub import revoke_tokens
+    from kernelpress import localhub
 
-    count = revoke_tokens(_root(root), name)
+    count = localhub.revoke_tokens(_root(root), name)
     console().print(f"{count} token{'s' * (count != 1)} revoked")
     if not count:
         raise typer.Exit(NOTHING_TO_DO)
 
 
-def _root(given: Path | None, *, new: bool = False) -> Path:
+def _root(option: Path | None, *, new: bool = False) -> Path:
     """The directory of a Hub; a new one is made only where it was named, and never without a word."""
-    from kernelpress.errors import HubError
-
-    root = given or Path(".hub")
+    root = option or Path(".hub")
     if not root.is_dir():
-        if given is None or not new:
+        if option is None or not new:
             raise HubError("there is no Hub here; name its directory with --root", path=root)
         # Standard output is for the token alone.
         print(f"made {root} for a new Hub; serve it with --root {root}", file=sys.stderr)

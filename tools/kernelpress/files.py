@@ -1,18 +1,20 @@
-"""Files as they are read, before anything is made of them."""
+"""Reading of single files: their bytes, and the syntax trees of those in Python."""
 
 from __future__ import annotations
 
 import ast
 import codecs
+import gc
 import io
 import tokenize
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from kernelpress.bindings import MENTIONS, bound_names
 from kernelpress.errors import SourceError
-from kernelpress.memory import Memory, key
-from kernelpress.text import MOST_NESTED, nesting, parse
+from kernelpress.text import MOST_NESTED, Text, nesting, parse
 
 # In these, offsets in bytes of a file and in UTF-8, which Python counts in, are the same.
 _ENCODINGS = ("utf-8", "utf-8-sig", "ascii")
@@ -26,38 +28,60 @@ class SourceFile:
     data: bytes
     origin: Path | None = None
 
+    @property
+    def is_python(self) -> bool:
+        """True for a file of Python source, stubs included."""
+        return self.path.endswith((".py", ".pyi"))
 
-def read_python(path: Path, memory: Memory) -> bytes:
-    """Read a Python source; one of the same content as before is not parsed again.
+    @cached_property
+    def tree(self) -> ast.Module:
+        """The syntax tree of a Python file, parsed once.
 
-    Raises:
-        SourceError: It cannot be read, is not UTF-8, is no Python, or is nested more deeply than ``MOST_NESTED``;
-            with the line.
+        Raises:
+            SyntaxError: The file is no Python. Those that ``read_file`` returns are.
+        """
+        return parse(self.data, str(self.origin or self.path))
+
+    @cached_property
+    def text(self) -> Text:
+        """The content with the offsets of its lines."""
+        return Text(self.data)
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Hold no garbage collections meanwhile.
+
+    Syntax trees hold no cycles, yet each collection would walk through all of them: that takes several times as long
+    as to parse.
     """
-    data = read_bytes(path)
-    known = key("syntax", data)
-    if not memory.get(known):
-        tree = _checked(path, data)
-        if MENTIONS.search(data):
-            # Asked for later, when the tree is no more.
-            bound_names(data, memory, tree)
-        memory.put(known, True)
-    return data
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a file.
+def read_file(origin: Path, path: str) -> SourceFile:
+    """Read a file that comes to stand at ``path`` in the kernel; one of Python is parsed.
 
     Raises:
-        SourceError: It cannot be read.
+        SourceError: The file cannot be read; or, for a Python file, it is not UTF-8, is no Python, or is nested more
+            deeply than ``MOST_NESTED``; with the line.
     """
     try:
-        return path.read_bytes()
+        file = SourceFile(path, origin.read_bytes(), origin)
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", path=path) from None
+        raise SourceError(f"cannot be read: {error.strerror}", path=origin) from None
+    if file.is_python:
+        _check_python(file, origin)
+    return file
 
 
-def _checked(path: Path, data: bytes) -> ast.Module:
+def _check_python(file: SourceFile, path: Path) -> None:
+    data = file.data
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -70,8 +94,7 @@ def _checked(path: Path, data: bytes) -> ast.Module:
                 f"its first lines say that it is {encoding}; save it as UTF-8 and take that comment out",
                 path=path,
             )
-        tree = parse(data, str(path))
-        line, deepest = nesting(tree)
+        line, deepest = nesting(file.tree)
     except SyntaxError as error:
         raise SourceError(
             f"syntax error: {error.msg}", path=path, line=error.lineno or _line_of_nul(data)
@@ -87,7 +110,6 @@ def _checked(path: Path, data: bytes) -> ast.Module:
             path=path,
             line=line,
         )
-    return tree
 
 
 def _line_of_nul(data: bytes) -> int | None:

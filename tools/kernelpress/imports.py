@@ -7,13 +7,14 @@ import io
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
-from kernelpress.by_name import Named, may_name, named, readings
-from kernelpress.expressions import rebound
+from kernelpress.by_name import IMPORTERS, Named, may_name, named, readings
+from kernelpress.expressions import first_literal
+from kernelpress.files import SourceFile
+from kernelpress.follow import Resolver
 from kernelpress.layout import VENDOR, Layout
-from kernelpress.names import ScopedVisitor
-from kernelpress.text import Edit, Text
+from kernelpress.names import Module, ScopedVisitor
+from kernelpress.text import Edit
 from kernelpress.when import When, timed
 
 # The name of a kernel's top module is the first part of any of its modules' names.
@@ -46,18 +47,10 @@ class Imports:
     unread: tuple[int, ...] = ()
 
 
-def find_imports(tree: ast.Module, text: Text, path: str, module: str, layout: Layout) -> Imports:
-    """Look at every import of a file.
-
-    Args:
-        tree: The file's syntax tree.
-        text: Its content.
-        path: Its path in the kernel.
-        module: Its module's name in place.
-        layout: What ships, and where.
-    """
-    visitor = _Imports(text, path, module, layout)
-    visitor.visit(tree)
+def find_imports(module: Module, resolver: Resolver, layout: Layout) -> Imports:
+    """Analyze every import of a module, given what ships with it and where."""
+    visitor = _ImportVisitor(module, resolver, layout)
+    visitor.visit(module.file.tree)
     return Imports(
         tuple(visitor.edits),
         tuple(visitor.missing),
@@ -67,14 +60,19 @@ def find_imports(tree: ast.Module, text: Text, path: str, module: str, layout: L
     )
 
 
-def imported_modules(tree: ast.Module, path: str, module: str) -> Iterator[tuple[str, tuple[str, ...], When]]:
-    """Each import of a file as a full module name, the names taken from it, and when it runs."""
-    walker = _Imports(Text(b""), path, module, Layout(module))
-    for node, when in timed(tree):
+def imported_modules(file: SourceFile, name: str) -> Iterator[tuple[str, tuple[str, ...], When]]:
+    """Each import of a module as a full module name, the names taken from it, and when it runs.
+
+    Args:
+        file: The module's file.
+        name: Its name in place.
+    """
+    module = Module(file, name)
+    for node, when in timed(file.tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, (), when) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            source = walker.absolute(node)
+            source = module.absolute(node.module, node.level)
             if source is not None:
                 yield source, tuple(alias.name for alias in node.names), when
         elif isinstance(node, ast.Call) and node.args:
@@ -84,31 +82,28 @@ def imported_modules(tree: ast.Module, path: str, module: str) -> Iterator[tuple
                 yield str(first.value), (), when
 
 
-class _Imports(ScopedVisitor):
-    def __init__(self, text: Text, path: str, module: str, layout: Layout) -> None:
-        super().__init__(walrus=b":=" in text.data)
-        self.text = text
-        self.path = path
-        self.module = module
+class _ImportVisitor(ScopedVisitor):
+    def __init__(self, module: Module, resolver: Resolver, layout: Layout) -> None:
+        super().__init__(module)
+        self.resolver = resolver
         self.layout = layout
-        self.depth = path.count("/")
-        self.calls = may_name(text.data)
+        self.text = module.file.text
+        self.path = module.file.path
+        self.depth = self.path.count("/")
+        self.calls = may_name(module.file.data)
         self.in_text = 0
-        self.when: dict[int, When] = {}
+        # Expressions that stand for a function that imports, and are called or assigned.
+        self.followed: set[int] = set()
+        self.when: dict[int, When] = {
+            id(child): when
+            for child, when in timed(module.file.tree, calls=self.calls)
+            if isinstance(child, ast.Import | ast.ImportFrom | ast.Call | ast.Subscript | ast.Compare)
+        }
         self.edits: list[Edit] = []
         self.missing: list[Import] = []
         self.outside: list[Import] = []
         self.unknown: list[int] = []
         self.unread: list[int] = []
-
-    def visit_Module(self, node: ast.Module) -> None:
-        self.tree = node
-        self.when = {
-            id(child): when
-            for child, when in timed(node, calls=self.calls)
-            if isinstance(child, ast.Import | ast.ImportFrom | ast.Call | ast.Subscript | ast.Compare)
-        }
-        super().visit_Module(node)
 
     def visit(self, node: ast.AST) -> None:
         """Without a call that imports, statements are all there is to see."""
@@ -121,18 +116,6 @@ class _Imports(ScopedVisitor):
     def relative(self, parts: tuple[str, ...]) -> str:
         """How this file names a module of the kernel: always from the top, which holds for any two places."""
         return "." * (self.depth + 1) + ".".join(parts)
-
-    def absolute(self, node: ast.ImportFrom) -> str | None:
-        """The full name in place of what is imported from; ``None`` above the top of the project."""
-        if not node.level:
-            return node.module or ""
-        parts = self.module.split(".")
-        if not self.path.endswith("__init__.py"):
-            parts = parts[:-1]
-        kept = len(parts) - (node.level - 1)
-        if kept < 1:
-            return None
-        return ".".join((*parts[:kept], *((node.module,) if node.module else ())))
 
     # import a.b.c as d ------------------------------------------------------------------------------------
 
@@ -177,7 +160,7 @@ class _Imports(ScopedVisitor):
     # from a.b import c ------------------------------------------------------------------------------------
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        source = self.absolute(node)
+        source = self.module.absolute(node.module, node.level)
         if source is None:
             self.note(self.missing, "." * node.level + (node.module or ""), node)
             return
@@ -253,7 +236,30 @@ class _Imports(ScopedVisitor):
         self.in_text -= 1
 
     def visit_Call(self, node: ast.Call) -> None:
+        self.followed.add(id(node.func))
         self.by_name(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if all(isinstance(target, ast.Name) for target in node.targets):
+            self.followed.add(id(node.value))
+        self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.passed_on(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.passed_on(node)
+        self.generic_visit(node)
+
+    def passed_on(self, node: ast.Name | ast.Attribute) -> None:
+        """Note a function that imports by name where it is not called: what it imports cannot be seen."""
+        if (
+            id(node) not in self.followed
+            and isinstance(node.ctx, ast.Load)
+            and not IMPORTERS.isdisjoint(self.resolver.names(node, self.scope))
+            and node.lineno not in self.unread
+        ):
+            self.unread.append(node.lineno)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         self.by_name(node)
@@ -263,43 +269,35 @@ class _Imports(ScopedVisitor):
 
     def by_name(self, node: ast.expr) -> None:
         self.generic_visit(node)
-        found = named(node, self.names)
+        found = named(node, lambda name: self.resolver.names(name, self.scope))
         if found is None:
             return
-        elsewhere = isinstance(found.name, ast.Name) and found.name.id in self.rebound
-        for value in readings(found.name, self.bound):
-            self.read_name(node, value, found, alone=found.alone and not elsewhere)
-
-    @cached_property
-    def rebound(self) -> frozenset[str]:
-        """Variables that functions assign outside of themselves."""
-        return rebound(self.tree)
+        rebound = isinstance(found.name, ast.Name) and found.name.id in self.module.rebound
+        for value in readings(found.name, self.scope):
+            self.read_name(node, value, found, alone=found.alone and not rebound)
 
     def read_name(self, node: ast.expr, name: ast.expr, found: Named, *, alone: bool) -> None:
-        """One expression that a module's name may be read from; ``alone`` as in ``Named``."""
-        if isinstance(name, ast.Constant) and name.value is None:
-            return
-        leading = name.left if isinstance(name, ast.BinOp) else name
-        if isinstance(leading, ast.JoinedStr) and leading.values:
-            leading = leading.values[0]
-        if not (isinstance(leading, ast.Constant) and isinstance(leading.value, str)):
-            own = ("__name__", "__package__")
-            if (
-                found.does == "import"
-                and node.lineno not in self.unread
-                and not any(isinstance(each, ast.Name) and each.id in own for each in ast.walk(name))
-            ):
-                self.unread.append(node.lineno)
-            return
-        module = leading.value
-        if leading is not name:
-            if module.partition(".")[0] in self.layout.tops and "." in module:
+        """Note one expression that a module's name may be read from; ``alone`` as in ``Named``."""
+        literal, text = first_literal(name) or (None, "")
+        own = text.partition(".")[0] in self.layout.tops
+        if isinstance(name, ast.Constant) and literal is name:
+            if own:
+                # A variable is given the new name wherever it gets its value.
+                self.own_by_name(node, text, name if alone else None)
+            elif found.does == "import":
+                self.note(self.outside, text, node)
+        elif literal is not None:
+            if own and "." in text:
                 self.unknown.append(node.lineno)
-        elif module.partition(".")[0] in self.layout.tops:
-            # A variable is given the new name wherever it gets its value.
-            self.own_by_name(node, module, leading if alone else None)
-        elif found.does == "import":
-            self.note(self.outside, module, node)
+        elif any(
+            isinstance(part, ast.Constant) and str(part.value).partition(".")[0] in self.layout.tops
+            for part in ast.walk(name)
+        ):
+            self.unknown.append(node.lineno)
+        elif found.does == "import" and not isinstance(name, ast.Constant):
+            names = {part.id for part in ast.walk(name) if isinstance(part, ast.Name)}
+            if names.isdisjoint(("__name__", "__package__")) and node.lineno not in self.unread:
+                self.unread.append(node.lineno)
 
     def own_by_name(self, node: ast.expr, module: str, literal: ast.Constant | None) -> None:
         """A module of the project's, named by a string that may be replaced where it is given."""

@@ -8,7 +8,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 from kernelpress.expressions import first_literal
-from kernelpress.occurrences import Mention, Site
+from kernelpress.files import SourceFile
+from kernelpress.occurrences import Mention, Reference
+from kernelpress.registering import LIBRARY_METHODS
 from kernelpress.text import Text
 
 # A name or a schema as a whole, or the beginning of a name that is put together; and as graphs of torch.fx have it.
@@ -17,19 +19,16 @@ _NAME = re.compile(r"([A-Za-z_]\w*)(?:::\w*(?:\.\w+)?(?:\(.*)?|\.\w+\.default)",
 _MENTIONS = re.compile(rb"\w::|\.default['\"]|\bops\s*[.\\)]")
 
 
-def mentions(tree: ast.Module, text: Text, sites: Iterable[Site]) -> tuple[Mention, ...]:
-    """Where a source names operators that were not recognized as such.
+def find_mentions(file: SourceFile, references: Iterable[Reference]) -> tuple[Mention, ...]:
+    """Find where a file names operators other than in a reference.
 
     Those are strings that are handed to a function, compared or looked up, and attributes of an ``ops`` that may be
     any. What is only said or returned is none.
-
-    Args:
-        tree: The file's syntax tree.
-        text: Its content.
-        sites: The names that were recognized.
     """
-    recognized = list(sites)
-    starts, ends = {site.start for site in recognized}, {site.end for site in recognized}
+    tree, text = file.tree, file.text
+    references = list(references)
+    starts = {reference.start for reference in references}
+    ends = {reference.end for reference in references}
     left = [
         match.start()
         for match in _MENTIONS.finditer(text.data)
@@ -37,14 +36,14 @@ def mentions(tree: ast.Module, text: Text, sites: Iterable[Site]) -> tuple[Menti
     ]
     if not left:
         return ()
-    known = sorted(starts)
-    found = set()
+    mentions = set()
     for node in _around(tree, text, left):
+        registers = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in LIBRARY_METHODS
         for expression, namespace in _named(node):
             start, end = text.span(expression)
-            if not any(start <= at < end for at in known):
-                found.add(Mention(expression.lineno, namespace))
-    return tuple(sorted(found, key=lambda mention: (mention.line, mention.namespace)))
+            if not any(start <= known < end for known in starts):
+                mentions.add(Mention(expression.lineno, namespace, registers))
+    return tuple(sorted(mentions, key=lambda mention: (mention.line, mention.namespace)))
 
 
 def _around(tree: ast.Module, text: Text, places: list[int]) -> Iterator[ast.AST]:

@@ -1,74 +1,62 @@
-"""Syntax that is newer than the oldest Python, where Python's own parser lets it pass.
+"""Syntax that is newer than the oldest Python that a kernel must load on, found by ruff.
 
-``ast.parse(feature_version=...)`` refuses most of it, but neither a star in a subscript or an annotation (3.11) nor
-what f-strings may hold since 3.12. An older Python than that refuses such an f-string by itself.
+Python's own parser cannot tell: ``ast.parse(feature_version=...)`` lets a star in a subscript pass (3.11) and what
+f-strings may hold since 3.12.
 """
 
 from __future__ import annotations
 
-import ast
-import io
-import re
-import sys
-import tokenize
-from collections.abc import Iterator
+import json
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from kernelpress.text import Text
+from ruff import find_ruff_bin  # type: ignore[import-untyped]
 
-_STAR = re.compile(rb"[\[,:]\s*\*")
-_FORMATTED = re.compile(rb"\b(?:f|fr|rf)['\"]", re.IGNORECASE)
-
-
-def newer_syntax(data: bytes, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Lines with syntax that Python 3.10 does not know, and what it is."""
-    if _STAR.search(data):
-        yield from _stars(tree, Text(data))
-    if sys.version_info >= (3, 12) and _FORMATTED.search(data):
-        yield from _formatted(data)
+from kernelpress.errors import CheckError
+from kernelpress.files import SourceFile
 
 
-def _stars(tree: ast.Module, text: Text) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript) and _is_bare(node.slice, text):
-            yield node.slice.lineno, "a star in a subscript, outside of parentheses"
-        elif isinstance(node, ast.arg) and isinstance(node.annotation, ast.Starred):
-            yield node.annotation.lineno, "a star in an annotation"
+def newer_syntax(
+    files: Iterable[SourceFile], oldest: tuple[int, int]
+) -> Iterator[tuple[SourceFile, int, str]]:
+    """Each place where a Python file has syntax that the Python ``oldest`` does not know: file, line, message.
+
+    Raises:
+        CheckError: Ruff cannot be run.
+    """
+    version = ".".join(map(str, oldest))
+    with TemporaryDirectory(prefix="kernelpress-") as folder:
+        # Copies, because ruff must see what was read, and not what stands on the disk by now.
+        copies = {
+            str(Path(folder, f"{number}.py").resolve()): file
+            for number, file in enumerate(files)
+            if file.path.endswith(".py")
+        }
+        for copy, file in copies.items():
+            Path(copy).write_bytes(file.data)
+        found = _ruff(folder, version) if copies else []
+    for line, path, message in sorted(
+        (entry["location"]["row"], entry["filename"], entry["message"]) for entry in found
+    ):
+        if f" on Python {version} (" in message:
+            yield copies[path], line, f"{message[:1].lower()}{message[1:]}"
 
 
-def _is_bare(index: ast.expr, text: Text) -> bool:
-    """Whether a subscript's index holds a star and is a tuple only for its commas."""
-    if not isinstance(index, ast.Tuple) or not any(isinstance(each, ast.Starred) for each in index.elts):
-        return False
-    start, end = text.span(index)
+def _ruff(folder: str, version: str) -> list[dict[str, Any]]:
+    """Syntax errors in the files of a folder."""
+    command = [
+        find_ruff_bin(), "check", "--isolated", "--no-cache", "--no-respect-gitignore", "--quiet", "--exit-zero",
+        "--config=exclude=[]", f"--config=target-version='py{version.replace('.', '')}'",
+        # Syntax errors come with any choice of rules; this rule is that a file can be read.
+        "--select=E902", "--output-format=json", folder,
+    ]  # fmt: skip
     try:
-        # The tree of `x[*y]` is that of `x[(*y,)]`; as arguments, one is a tuple and the other is not.
-        call = ast.parse(b"f(" + text.data[start:end] + b"\n)", mode="eval").body
-    except SyntaxError:
-        return True  # `x[1:2, *y]`: slices stand in no parentheses
-    return not (isinstance(call, ast.Call) and len(call.args) == 1 and isinstance(call.args[0], ast.Tuple))
-
-
-def _formatted(data: bytes) -> Iterator[tuple[int, str]]:
-    """What the fields of f-strings hold and did not before 3.12: their own quotes, backslashes, comments, lines."""
-    quotes: list[str] = []
-    source = io.StringIO(data.decode("utf-8-sig"), newline="")
-    for token in tokenize.generate_tokens(source.readline):
-        kind = tokenize.tok_name[token.type]
-        # The text of the innermost literal is in no field of it.
-        around = quotes[:-1] if kind in ("FSTRING_MIDDLE", "FSTRING_END") else quotes
-        for quote in around:
-            if kind == "COMMENT":
-                yield token.start[0], "a comment in an f-string"
-            elif "\\" in token.string:
-                yield token.start[0], "a backslash in a field of an f-string"
-            elif quote in token.string:
-                yield token.start[0], "the quotes of an f-string in a field of it"
-            elif "\n" in token.string and len(quote) == 1:
-                yield token.start[0], "a line's end in a field of an f-string"
-            else:
-                continue
-            break
-        if kind == "FSTRING_START":
-            quotes.append(token.string.lstrip("fFrR"))
-        elif kind == "FSTRING_END":
-            quotes.pop()
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        raise CheckError(f"ruff, which looks for newer syntax, cannot be run: {reason}") from None
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found

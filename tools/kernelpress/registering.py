@@ -1,4 +1,4 @@
-"""Functions of PyTorch that take the names of operators, and which of their arguments is one."""
+"""Functions of PyTorch that take the names of operators, and the argument of each that is one."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ _ATTACH = frozenset(
         "_register_effectful_op",
     )
 )
-# PyTorch's own workings take names in many places; what else they take as a text may be anything.
-_WORKINGS = ("torch._C.", "torch._library.", "torch._custom_op.", "torch._custom_ops.", "torch._ops.")
 LIBRARIES = frozenset(("torch.library.Library", "torch.library._scoped_library"))
 LIBRARY_METHODS = (
     "define",
@@ -45,48 +43,52 @@ _KEYWORDS = ("qualname", "name", "op", "opname", "ns")
 _METHOD_KEYWORDS = ("op_name", "schema")
 
 
-def creates(called: frozenset[str]) -> bool:
-    """Whether a function of one of these names brings an operator into being."""
-    return any(_CREATE.fullmatch(name) for name in called)
+def creates(called: str) -> bool:
+    """True for a function that brings an operator into being."""
+    return _CREATE.fullmatch(called) is not None
 
 
 def attaches(called: frozenset[str]) -> bool:
-    """Whether a function of one of these names takes an operator that exists, or its name."""
+    """True if a function of one of these names takes an operator that exists, or its name."""
     return not called.isdisjoint(_ATTACH)
 
 
 def dispatches(called: frozenset[str]) -> bool:
-    """Whether a function of one of these names asks PyTorch's dispatcher for an operator by its name."""
+    """True if a function of one of these names asks PyTorch's dispatcher for an operator by its name."""
     return any(name.startswith("torch._C._dispatch_") for name in called)
 
 
-def may_take_names(called: frozenset[str]) -> bool:
-    """Whether a function of one of these names may take the name of an operator, or any other text."""
-    return any(name.startswith(_WORKINGS) for name in called)
+def is_library(names: frozenset[str]) -> bool:
+    """True for what may be an instance of ``Library``."""
+    return any(f"{library}()" in names for library in LIBRARIES)
 
 
-def naming_argument(call: ast.Call, *, method: bool = False, skip: int = 0) -> ast.expr | None:
+def is_library_method(called: frozenset[str]) -> bool:
+    """True for a method of a ``Library`` that takes the name of an operator."""
+    return any(f"{library}().{method}" in called for library in LIBRARIES for method in LIBRARY_METHODS)
+
+
+def naming_argument(call: ast.Call, *, method: bool = False) -> ast.expr | None:
     """The argument that names the operator or the namespace: the first one, or that of its keyword.
 
     Args:
         call: The call.
-        method: Whether it is one of a ``Library``'s methods.
-        skip: How many arguments come before that one.
+        method: True if it is one of a ``Library``'s methods.
     """
-    if len(call.args) > skip:
-        return None if isinstance(call.args[skip], ast.Starred) else call.args[skip]
+    if call.args:
+        return None if isinstance(call.args[0], ast.Starred) else call.args[0]
     keywords = _METHOD_KEYWORDS if method else _KEYWORDS
-    return next((each.value for each in call.keywords if each.arg in keywords), None)
+    return next((keyword.value for keyword in call.keywords if keyword.arg in keywords), None)
 
 
 def unpacks(call: ast.Call) -> bool:
-    """Whether a call gets arguments out of a list or a dictionary."""
-    return any(isinstance(each, ast.Starred) for each in call.args) or any(
-        each.arg is None for each in call.keywords
+    """True if a call gets arguments out of a list or a dictionary."""
+    return any(isinstance(argument, ast.Starred) for argument in call.args) or any(
+        keyword.arg is None for keyword in call.keywords
     )
 
 
-def implements(call: ast.Call, skip: int) -> bool:
-    """Whether a ``Library`` is one for operators that exist."""
-    kinds = [*call.args[skip + 1 : skip + 2], *(each.value for each in call.keywords if each.arg == "kind")]
+def implements(call: ast.Call) -> bool:
+    """True if a ``Library`` is one for operators that exist."""
+    kinds = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "kind")]
     return bool(kinds) and isinstance(kinds[0], ast.Constant) and kinds[0].value == "IMPL"

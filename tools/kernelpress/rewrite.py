@@ -6,19 +6,16 @@ to edit therefore stays byte for byte the same, and no line moves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from kernelpress.analysis import Analysis, analyse
-from kernelpress.files import SourceFile
+from kernelpress.analysis import Analysis, analyze
+from kernelpress.files import SourceFile, garbage_collection_paused
 from kernelpress.findings import Finding, FindingsError
-from kernelpress.follow import follow
 from kernelpress.imports import Import
 from kernelpress.layout import Layout
-from kernelpress.memory import Memory
-from kernelpress.shared import shared
-from kernelpress.text import Edit, Text
+from kernelpress.text import Edit
 
 # PyTorch's own: a package may extend them, but they are never its own to rename.
 _FOREIGN = frozenset(
@@ -65,176 +62,141 @@ class Rewritten:
     outside: tuple[tuple[Path, Import], ...] = ()
 
 
-def rewrite(
-    files: Sequence[SourceFile], package: str | Layout, package_dir: Path, memory: Memory | None = None
-) -> Rewritten:
+def rewrite(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
     """Leave the op namespace open and make imports of the package by its own name relative.
 
     Args:
         files: The package's files.
         package: The name under which the package imports itself in place, or what ships beside it as well.
         package_dir: Where the files stand, for messages.
-        memory: What is known of sources; without it, each is looked at.
 
     Raises:
         FindingsError: A namespace that is only known when the code runs, two operators of one name that would
             come to stand in the same namespace, or an import of a module that does not ship; all of them.
     """
-    rewritten = examine(files, package, package_dir, memory)
-    errors = [each for each in rewritten.findings if each.severity == "error"]
+    rewritten = examine(files, package, package_dir)
+    errors = [finding for finding in rewritten.findings if finding.severity == "error"]
     if errors:
         raise FindingsError(errors, rewritten.findings)
     return rewritten
 
 
-def examine(
-    files: Sequence[SourceFile], package: str | Layout, package_dir: Path, memory: Memory | None = None
-) -> Rewritten:
-    """The same, with what stands in the way as findings."""
+@garbage_collection_paused()
+def examine(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
+    """Do the same, with what stands in the way as findings."""
     layout = Layout(package) if isinstance(package, str) else package
-    memory = memory or Memory()
-    looked = _followed(
-        [
-            (replace(file, origin=file.origin or package_dir / file.path), each)
-            for file, each in zip(files, analyse(files, layout, memory), strict=True)
-        ],
-        layout,
-        memory,
-    )
-    own = {site.namespace for _, each in looked for site in each.sites if site.creates} - _FOREIGN
-    findings = [
-        finding
-        for file, each in looked
-        for finding in sorted(_findings(file, each, own), key=lambda finding: finding.line or 0)
-    ]
-    findings += _clashes(looked, own)
+    analyses = analyze(files, layout)
+    own = {ref.namespace for analysis in analyses for ref in analysis.references if ref.creates} - _FOREIGN
+    paths = {file.path: file.origin or package_dir / file.path for file in files}
+    findings: list[Finding] = []
+    for analysis in analyses:
+        path = paths[analysis.file.path]
+        findings += sorted(_findings(analysis, path, own), key=lambda finding: finding.line or 0)
+    findings += _name_conflicts(analyses, paths, own)
     return Rewritten(
-        files=tuple(RewrittenFile(file.path, _cut(file, each, own)) for file, each in looked),
+        files=tuple(RewrittenFile(analysis.file.path, _chunks(analysis, own)) for analysis in analyses),
         namespaces=tuple(sorted(own)),
         findings=tuple(findings),
-        outside=tuple((_at(file), found) for file, each in looked for found in each.outside),
+        outside=tuple(
+            (paths[analysis.file.path], imported)
+            for analysis in analyses
+            for imported in analysis.imports.outside
+        ),
     )
 
 
-def _followed(
-    looked: list[tuple[SourceFile, Analysis]], layout: Layout, memory: Memory
-) -> list[tuple[SourceFile, Analysis]]:
-    """With what files want of one another, which is not known of one alone."""
-    if not any(each.wanted for _, each in looked):
-        return looked
-    found = follow(
-        [(file, each.wanted) for file, each in looked],
-        layout,
-        shared([file for file, _ in looked], layout, memory),
-    )
-    return [
-        (
-            file,
-            replace(
-                each,
-                sites=(*each.sites, *found.sites.get(file.path, ())),
-                problems=(*each.problems, *found.problems.get(file.path, ())),
-            ),
-        )
-        for file, each in looked
-    ]
-
-
-def _cut(file: SourceFile, found: Analysis, own: set[str]) -> tuple[bytes, ...]:
-    taken = _both(found, own)
-    edits = {
-        Edit(site.start, site.end, None)
-        for site in found.sites
-        if site.namespace in own and site.start not in taken
+def _chunks(analysis: Analysis, own: set[str]) -> tuple[bytes, ...]:
+    """A file's content with its edits made, cut where the op namespace goes."""
+    conflicts = _conflicting_edits(analysis, own)
+    namespaces = {
+        Edit(ref.start, ref.end, None)
+        for ref in analysis.references
+        if ref.namespace in own and ref.start not in conflicts
     }
-    chunks, piece, at = [], b"", 0
-    for edit in sorted([*edits, *found.edits], key=lambda edit: edit.start):
-        piece += file.data[at : edit.start]
+    data = analysis.file.data
+    chunks, piece, position = [], b"", 0
+    for edit in sorted([*namespaces, *analysis.imports.edits], key=lambda edit: edit.start):
+        piece += data[position : edit.start]
         if edit.text is None:
             chunks.append(piece)
             piece = b""
         else:
             piece += edit.text
-        at = edit.end
-    return (*chunks, piece + file.data[at:])
+        position = edit.end
+    return (*chunks, piece + data[position:])
 
 
-def _both(found: Analysis, own: set[str]) -> tuple[int, ...]:
-    """Where the name of a namespace stands in what is replaced as the name of a module."""
-    return tuple(
-        site.start
-        for site in found.sites
-        if site.namespace in own and any(edit.start <= site.start < edit.end for edit in found.edits)
+def _conflicting_edits(analysis: Analysis, own: set[str]) -> list[int]:
+    """Offsets of namespaces in what is replaced as the name of a module."""
+    return sorted(
+        {
+            ref.start
+            for ref in analysis.references
+            if ref.namespace in own
+            and any(edit.start <= ref.start < edit.end for edit in analysis.imports.edits)
+        }
     )
 
 
-def _left(file: SourceFile, found: Analysis, own: set[str]) -> list[int]:
-    """Lines that name an operator and stay, other than those of a name that another file has asked for."""
-    of = Text(file.data).line_of
-    known = (
-        {of(site.start) for site in found.sites} if any(m.namespace in own for m in found.mentions) else set()
-    )
-    return sorted({each.line for each in found.mentions if each.namespace in own} - known)
-
-
-def _findings(file: SourceFile, found: Analysis, own: set[str]) -> Iterator[Finding]:
-    path = _at(file)
-    for each in found.problems:
-        yield Finding("KP304", "error", path, each.line, each.message, each.fix)
-    for start in sorted(_both(found, own)):
+def _findings(analysis: Analysis, path: Path, own: set[str]) -> Iterator[Finding]:
+    for problem in analysis.problems:
+        yield Finding("KP304", "error", path, problem.line, problem.message, problem.fix)
+    for start in _conflicting_edits(analysis, own):
         yield Finding(
-            "KP304", "error", path, Text(file.data).line_of(start),
+            "KP304", "error", path, analysis.file.text.line_of(start),
             "this is a namespace of operators here and the name of a module there, and the build has two names for "
             "them",
             "write out either where it is used",
         )  # fmt: skip
     if own:
-        for line in found.escapes:
+        for line in analysis.leaked_ops:
             yield Finding(
                 "KP304", "error", path, line, "torch.ops is passed on, which hides the namespace that is used",
                 'write `torch.ops.<namespace>` or `getattr(torch.ops, "<namespace>")` here',
             )  # fmt: skip
-    for line in _left(file, found, own):
+    for line, registers in sorted(
+        {(mention.line, mention.registers) for mention in analysis.mentions if mention.namespace in own}
+    ):
         yield Finding(
-            "KP304", "warning", path, line,
+            "KP304", "error" if registers else "warning", path, line,
             "this names an operator of the package in a way that is not known, and stays as it is; in the build the "
             "operator has another name",
-            "give the operator itself, or name it as a function of torch.library or torch.ops takes it",
+            "call it on a variable that is assigned a torch.library.Library once, or leave the namespace out"
+            if registers
+            else "give the operator itself, or name it as a function of torch.library or torch.ops takes it",
         )  # fmt: skip
-    for module in found.missing:
-        if module.when in ("load", "call"):
+    for imported in analysis.imports.missing:
+        if imported.when in ("load", "call"):
             yield Finding(
-                "KP302", "error", path, module.line,
-                f"{module.module} belongs to the project around the package and does not ship",
+                "KP302", "error", path, imported.line,
+                f"{imported.module} belongs to the project around the package and does not ship",
                 "list its file in `include`, or do without it",
             )  # fmt: skip
-    for line in found.unknown:
+    for line in analysis.imports.unknown:
         yield Finding(
             "KP305", "error", path, line, "a module of the project is named in a way that cannot be followed",
             'import it by a statement, or by importlib.import_module("its.name") alone',
         )  # fmt: skip
-    for line in found.unread:
+    for line in analysis.imports.unread:
         yield Finding(
             "KP305", "warning", path, line, "a module is imported by a name that is only known when the code runs",
             "if it is one of the project's, start the name with {__name__}",
         )  # fmt: skip
 
 
-def _clashes(looked: Sequence[tuple[SourceFile, Analysis]], own: set[str]) -> Iterator[Finding]:
-    """Several namespaces become one, so their operators must differ in name."""
+def _name_conflicts(
+    analyses: Sequence[Analysis], paths: Mapping[str, Path], own: set[str]
+) -> Iterator[Finding]:
+    """Operators of one name in namespaces that become one."""
     first: dict[str, str] = {}
-    for file, each in looked:
-        for site in each.sites:
-            if not (site.creates and site.op and site.namespace in own):
+    for analysis in analyses:
+        for ref in analysis.references:
+            if not (ref.creates and ref.op and ref.namespace in own):
                 continue
-            if first.setdefault(site.op, site.namespace) != site.namespace:
+            if first.setdefault(ref.op, ref.namespace) != ref.namespace:
                 yield Finding(
-                    "KP306", "error", _at(file), Text(file.data).line_of(site.start),
-                    f"operator {site.op!r} is defined in {first[site.op]!r} and in {site.namespace!r}, which "
+                    "KP306", "error", paths[analysis.file.path], analysis.file.text.line_of(ref.start),
+                    f"operator {ref.op!r} is defined in {first[ref.op]!r} and in {ref.namespace!r}, which "
                     "become one namespace in the build",
                     "rename one of them",
                 )  # fmt: skip
-
-
-def _at(file: SourceFile) -> Path:
-    return file.origin or Path(file.path)

@@ -1,33 +1,30 @@
-"""Where the sources name operators, found on the syntax tree."""
+"""References to operators and their namespaces, found on the syntax trees of a package."""
 
 from __future__ import annotations
 
 import ast
 import re
-from functools import cached_property
+from dataclasses import dataclass, field
 
-from kernelpress.expressions import ALWAYS, first_literal, is_text, mentions, rebound, words
-from kernelpress.handed_on import absolute, stands_for
-from kernelpress.names import Known, ScopedVisitor, choices
-from kernelpress.occurrences import Kind, Problem, Site, Sites, Wanted
+from kernelpress.expressions import first_literal, is_text
+from kernelpress.follow import Resolver
+from kernelpress.names import Module, Scope, ScopedVisitor
+from kernelpress.occurrences import Problem, Reference
 from kernelpress.registering import (
     LIBRARIES,
-    LIBRARY_METHODS,
     OPS,
     attaches,
     creates,
     dispatches,
     implements,
-    may_take_names,
+    is_library,
+    is_library_method,
     naming_argument,
     unpacks,
 )
-from kernelpress.shared import Shared
-from kernelpress.text import Text
 
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
-_LOOK_UP = ("__getattr__", "__getattribute__")
-_MENTIONS = mentions(ALWAYS)
+_TYPE_CHECKS = frozenset(("builtins.isinstance", "builtins.issubclass", "typing.cast"))
 
 _RUN_TIME_OPERATOR = (
     "the namespace of this operator is only known when the code runs",
@@ -39,253 +36,114 @@ _HIDDEN = (
     "this hides which operators are registered",
     "import the names that are used from torch.library",
 )
+_PASSED_ON = (
+    "this passes on a function that registers operators, which hides what it registers",
+    "call it here by its own name or a name that is assigned once, or use it as a decorator",
+)
+_ELSEWHERE = (
+    "{name} is taken from another module, and the build cannot see there what it stands for",
+    "write the operator's name out there as a string, at the top of the module, and assign it once",
+)
 
 
-def find_sites(tree: ast.Module, text: Text, shared: Shared, module: str, path: str) -> Sites:
-    """Find where a file names operators or their namespaces.
+@dataclass
+class OpReferences:
+    """What the files of a package hold of operators, by their paths in the kernel.
 
-    Args:
-        tree: The file's syntax tree.
-        text: Its content.
-        shared: What the files of its package share.
-        module: Its module's name in place.
-        path: Its path in the kernel.
+    ``leaked_ops`` are lines where ``torch.ops`` itself is handed on.
     """
-    if not _MENTIONS.search(text.data) and not any(name.encode() in text.data for name in shared.words):
-        return Sites()
-    finder = Finder(tree, text, shared, module, path)
-    finder.visit(tree)
-    return Sites(
-        tuple(sorted(set(finder.sites), key=lambda site: site.start)),
-        tuple(finder.escapes),
-        tuple(finder.problems),
-        tuple(dict.fromkeys(finder.wanted)),
-    )
+
+    references: dict[str, set[Reference]] = field(default_factory=dict)
+    leaked_ops: dict[str, list[int]] = field(default_factory=dict)
+    problems: dict[str, list[Problem]] = field(default_factory=dict)
 
 
-class Finder(ScopedVisitor):
-    """Collects what ``find_sites`` returns while it visits a tree."""
+def find_op_references(resolver: Resolver) -> OpReferences:
+    """Find where the modules of a package name operators or their namespaces."""
+    found = OpReferences()
+    for module in resolver.modules.values():
+        OpReferenceFinder(module, resolver, found).visit(module.file.tree)
+    return found
 
-    def __init__(self, tree: ast.Module, text: Text, shared: Shared, module: str, path: str) -> None:
-        super().__init__(walrus=b":=" in text.data)
-        self.text = text
-        self.shared = shared
-        self.module = module
-        self.path = path
-        self.sites: list[Site] = []
-        self.escapes: list[int] = []
-        self.problems: list[Problem] = []
-        self.wanted: list[Wanted] = []
+
+class OpReferenceFinder(ScopedVisitor):
+    """Collects the references that one module makes, which may be to constants of others."""
+
+    def __init__(self, module: Module, resolver: Resolver, found: OpReferences) -> None:
+        super().__init__(module)
+        self.resolver = resolver
+        self.found = found
+        self.text = module.file.text
+        # Expressions that stand for `torch.ops` or for a function that defines operators, where that is no leak.
         self.accounted: set[int] = set()
-        self.tree = tree
-        self.words = words(tree, shared.words, shared.tops, walrus=self.walrus)
 
-    @cached_property
-    def rebound(self) -> frozenset[str]:
-        """Names that stand for one thing at first and for another later."""
-        return rebound(self.tree) if re.search(rb"\b(?:global|nonlocal)\b", self.text.data) else frozenset()
+    # What an expression stands for ---------------------------------------------------------------------------
 
-    def visit(self, node: ast.AST) -> None:
-        """Leave out statements without any word that could matter: most of a file, and most of the time."""
-        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
-            start, end = self.text.span(node)
-            if not self.words.search(self.text.data, start, end):
-                return
-        super().visit(node)
-
-    def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
-        self.problems.append(Problem(node.lineno, *reason))
-
-    def names(self, node: ast.AST, _known: Known | None = None) -> frozenset[str]:
-        """With PyTorch's own names of what the package's modules hand on."""
-        found = super().names(node, _known)
-        if isinstance(node, ast.Name) and f"builtins.{node.id}" in found:
-            everything = self.everything
-            found |= {f"{star}.{node.id}" for star in everything}
-        more: set[str] = set()
-        for name in found:
-            if self.shared.own(name):
-                parts = absolute(name, self.module, self.path)
-                more |= stands_for(parts, self.shared.given)
-                if self.shared.torch and "torch" in parts[1:]:
-                    more.add(".".join(parts[parts.index("torch") :]))
-        return found | more if more else found
-
-    @cached_property
-    def everything(self) -> tuple[str, ...]:
-        """Modules of the package all of whose names the file imports."""
-        found = ScopedVisitor(walrus=False)
-        found.scopes = [self.tree]
-        stars = [star for star in found.bound("*") or () if isinstance(star, str) and self.shared.own(star)]
-        return tuple(star.removesuffix(".*") for star in stars)
+    def names(self, node: ast.AST) -> frozenset[str]:
+        return self.resolver.names(node, self.scope)
 
     def is_ops(self, node: ast.AST) -> bool:
-        """Whether an expression stands for ``torch.ops``."""
+        return not OPS.isdisjoint(self.names(node))
+
+    def is_operator(self, node: ast.AST, scope: Scope) -> bool:
+        """True for an expression that stands for an operator itself or for what another library has, not for a name.
+
+        What a function returns is neither, but for those that define an operator.
+        """
         return any(
-            name in OPS
-            or (self.shared.own(name) and name.rpartition(".")[2] in self.shared.ops and "_ops." not in name)
-            for name in self.names(node)
+            name.startswith("torch.ops.")
+            or creates((called := name.partition("("))[0])
+            or not (called[1] or self.resolver.is_own(name) or name.startswith("builtins."))
+            or "_ops" in name.split(".")[:-1]
+            for name in self.resolver.names(node, scope)
         )
 
-    def visit_Call(self, node: ast.Call) -> None:
-        called = self.names(node.func)
-        if "functools.partial" in called and len(node.args) > 1:
-            self.registration(node, self.names(node.args[0]), skip=1)
-        elif self.registration(node, called):
-            pass
-        elif (
-            isinstance(node.func, ast.Attribute)
-            and node.func.attr in LIBRARY_METHODS
-            and self.is_library(node.func.value)
-        ):
-            # A method of a `Library` takes names without a namespace, but also with its own.
-            argument = naming_argument(node, method=True)
-            if argument is not None and not self.literal_operator(self.resolved(argument), creates=False):
-                self.imported(argument, self.resolved(argument), "name", creates=False)
-        elif called & _GETATTR and len(node.args) >= 2 and self.is_ops(node.args[0]):
-            self.accounted.add(id(node.args[0]))
-            self.whole(node.args[1], creates=False)
-        elif (
-            isinstance(node.func, ast.Attribute)
-            and node.func.attr in _LOOK_UP
-            and node.args
-            and self.is_ops(node.func.value)
-        ):
-            self.accounted |= {id(node.func), id(node.func.value)}
-            self.whole(node.args[0], creates=False)
-        elif id(node) not in self.accounted and self.is_ops(node):
-            self.escapes.append(node.lineno)
-        self.generic_visit(node)
+    def is_helper(self, call: ast.Call, scope: Scope) -> bool:
+        """True for a call of the helper in the generated ``_ops``."""
+        return any(
+            name.endswith("_ops.add_op_namespace_prefix") for name in self.resolver.names(call.func, scope)
+        )
 
-    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> None:
-        """A name for ``torch.ops`` is followed, if it is a variable of a function or of a module."""
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if (
-            node.value is not None
-            and self.is_ops(node.value)
-            and not isinstance(self.scopes[-1], ast.ClassDef)
-            and all(self.followed(target) for target in targets)
-        ):
-            self.accounted.add(id(node.value))
-        self.generic_visit(node)
+    # What is noted -------------------------------------------------------------------------------------------
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self.visit_Assign(node)
+    def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
+        self.found.problems.setdefault(self.module.file.path, []).append(Problem(node.lineno, *reason))
 
-    def followed(self, target: ast.expr) -> bool:
-        """Whether every use of a variable is known to be one of ``torch.ops``."""
-        if not isinstance(target, ast.Name) or target.id in self.rebound:
-            return False
-        # Other modules may import it, and know it by the form that its definition must have.
-        return not isinstance(self.scopes[-1], ast.Module) or target.id in self.shared.ops
+    def leak(self, node: ast.expr | ast.stmt) -> None:
+        self.found.leaked_ops.setdefault(self.module.file.path, []).append(node.lineno)
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if self.is_ops(node.value) and id(node) not in self.accounted:
-            self.accounted.add(id(node.value))
-            end = self.text.span(node)[1]
-            start = end - len(node.attr.encode("utf-8"))
-            if node.attr.startswith("__"):
-                self.escapes.append(node.lineno)
-            elif self.text.data[start:end] != node.attr.encode("utf-8"):
-                # Python takes letters for others that look alike.
-                self.refuse(node, _IN_PIECES)
-            else:
-                self.sites.append(Site(start, end, node.attr))
-        elif id(node) not in self.accounted and self.is_ops(node):
-            self.escapes.append(node.lineno)
-        self.generic_visit(node)
+    def refuse_unresolved(self, name: ast.expr, scope: Scope, reason: tuple[str, str]) -> None:
+        """Refuse a name that cannot be resolved, or that can in another module alone."""
+        imported = sorted(full for full in self.names(name) if self.resolver.locate(full))
+        if scope.module is not self.module or (imported and not is_text(name)):
+            message, fix = _ELSEWHERE
+            shown = repr(ast.unparse(name) if not imported else imported[0].rpartition(".")[2])
+            reason = message.format(name=shown), fix
+        self.refuse(name, reason)
 
-    def visit_Name(self, node: ast.Name) -> None:
-        if id(node) not in self.accounted and isinstance(node.ctx, ast.Load) and self.is_ops(node):
-            self.escapes.append(node.lineno)
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        if node.module == "torch.ops" and not node.level:
-            self.escapes.append(node.lineno)
-        if node.module == "torch.library" and not node.level and node.names[0].name == "*":
-            self.refuse(node, _HIDDEN)
-
-    def registration(self, call: ast.Call, called: frozenset[str], skip: int = 0) -> bool:
-        """Look at a call of a function of these names; false where it takes neither operators nor namespaces.
-
-        What takes the name comes after ``skip`` other arguments.
-        """
-        argument = naming_argument(call, skip=skip)
-        if creates(called) or attaches(called):
-            if argument is None and unpacks(call):
-                self.refuse(call, _RUN_TIME_OPERATOR)
-            if argument is not None:
-                self.operator(argument, creates=creates(called))
-                if self.is_library(argument) and len(call.args) > skip + 1:
-                    self.literal_operator(self.resolved(call.args[skip + 1]), creates=False)
-        elif called & LIBRARIES:
-            if argument is None and unpacks(call):
-                self.refuse(call, _RUN_TIME_NAMESPACE)
-            if argument is not None:
-                self.whole(argument, creates=not implements(call, skip))
-        elif argument is not None and dispatches(called):
-            self.operator(argument, creates=False, strict=False)
-        elif argument is not None and may_take_names(called):
-            self.literal_operator(self.resolved(argument), creates=False)
+    def reference(
+        self,
+        asked: ast.expr,
+        literal: ast.expr,
+        scope: Scope,
+        namespace: str,
+        op: str | None,
+        *,
+        creates: bool,
+    ) -> None:
+        """Note a namespace that a literal begins with; ``asked`` is where this module needs it."""
+        file = scope.module.file
+        start = file.text.literal(literal, namespace)
+        if start is not None:
+            end = start + len(namespace.encode("utf-8"))
+            references = self.found.references.setdefault(file.path, set())
+            references.add(Reference(start, end, namespace, op, creates))
+        elif scope.module is self.module:
+            self.refuse(literal, _IN_PIECES)
         else:
-            return False
-        return True
+            self.refuse_unresolved(asked, scope, _IN_PIECES)
 
-    def resolved(self, node: ast.expr) -> ast.expr:
-        """What a name stands for, if it is bound once, by an assignment."""
-        seen: set[str] = set()
-        while isinstance(node, ast.Name) and node.id not in self.rebound and node.id not in seen:
-            seen.add(node.id)
-            bindings = self.bound(node.id)
-            if bindings is None or len(bindings) != 1 or not isinstance(bindings[0], ast.expr):
-                break
-            node = bindings[0]
-        return node
-
-    def is_library(self, node: ast.expr, _seen: set[int] | None = None) -> bool:
-        """Whether an expression may stand for a ``Library``, by its name or by what the name is bound to."""
-        name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
-        if name in self.shared.libraries or any(
-            self.shared.own(each) and each.rpartition(".")[2] in self.shared.libraries
-            for each in self.names(node)
-        ):
-            return True
-        seen = set() if _seen is None else _seen
-        parts = choices(node)
-        if isinstance(node, ast.Name):
-            bindings = self.bound(node.id) or []
-            parts = [each for each in bindings if isinstance(each, ast.expr) and id(bindings) not in seen]
-            seen.add(id(bindings))
-        elif isinstance(node, ast.Call):
-            return not self.names(node.func).isdisjoint(LIBRARIES)
-        return any(each is not node and self.is_library(each, seen) for each in parts)
-
-    def is_operator(self, node: ast.AST, depth: int = 20) -> bool:
-        """Whether an expression stands for an operator itself, and cannot be its name.
-
-        A function may be one by its decorator, and a name from another library is none that is rewritten.
-        """
-        if any(
-            name.startswith("torch.ops.") or not (self.shared.own(name) or name.startswith("builtins."))
-            for name in self.names(node)
-        ):
-            return True
-        if isinstance(node, ast.Call):
-            return creates(self.names(node.func)) or (
-                isinstance(node.func, ast.Call) and self.is_operator(node.func)
-            )
-        if isinstance(node, ast.Attribute):
-            return self.is_operator(node.value)
-        if isinstance(node, ast.Name) and depth:
-            bindings = self.bound(node.id) or []
-            return bool(bindings) and all(
-                isinstance(each, ast.stmt)
-                or (isinstance(each, ast.expr) and self.is_operator(each, depth - 1))
-                for each in bindings
-            )
-        return False
-
-    def literal_operator(self, node: ast.expr, *, creates: bool) -> bool:
+    def literal_operator(self, asked: ast.expr, node: ast.expr, scope: Scope, *, creates: bool) -> bool:
         """Note an expression whose value begins with ``namespace::``; false where it is something else."""
         leading = first_literal(node)
         if leading is None:
@@ -295,45 +153,131 @@ class Finder(ScopedVisitor):
         if not (colons and namespace.isidentifier()):
             return False
         op = re.match(r"\w+", rest)
-        self.site(literal, namespace, op[0] if op else None, creates=creates)
+        self.reference(asked, literal, scope, namespace, op[0] if op else None, creates=creates)
         return True
 
-    def site(self, literal: ast.expr, namespace: str, op: str | None, *, creates: bool) -> None:
-        start = self.text.literal(literal, namespace)
-        if start is None:
-            self.refuse(literal, _IN_PIECES)
-        else:
-            self.sites.append(Site(start, start + len(namespace.encode("utf-8")), namespace, op, creates))
+    def operator(self, asked: ast.expr, *, creates: bool, strict: bool = True) -> None:
+        """Note an expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
+        node, scope = self.resolver.constant(asked, self.scope)
+        if self.literal_operator(asked, node, scope, creates=creates) or is_library(self.names(asked)):
+            return
+        if isinstance(node, ast.Call) and self.is_helper(node, scope):
+            return
+        if not creates and (self.is_operator(asked, self.scope) or (not strict and not is_text(node))):
+            return
+        self.refuse_unresolved(asked, scope, _RUN_TIME_OPERATOR)
 
-    def operator(self, node: ast.expr, *, creates: bool, strict: bool = True) -> None:
-        """An expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
-        asked, node = node, self.resolved(node)
-        if self.literal_operator(node, creates=creates) or self.is_library(asked) or self.is_library(node):
-            return
-        if isinstance(node, ast.Call) and self.from_helper(node):
-            return
-        if strict and self.imported(asked, node, "operator", creates=creates):
-            return
-        if not creates and (self.is_operator(node) or (not strict and not is_text(node))):
-            return
-        self.refuse(asked, _RUN_TIME_OPERATOR)
-
-    def imported(self, asked: ast.expr, node: ast.expr, kind: Kind, *, creates: bool) -> bool:
-        """Note what another module of the package binds; false where it is something else."""
-        names = [name for name in self.names(node) if self.shared.own(name)]
-        self.wanted += (Wanted(name, asked.lineno, kind, creates) for name in sorted(names))
-        return bool(names)
-
-    def whole(self, node: ast.expr, *, creates: bool) -> None:
-        """An expression whose value is a namespace."""
-        asked, node = node, self.resolved(node)
+    def namespace(self, asked: ast.expr, *, creates: bool) -> None:
+        """Note an expression whose value is a namespace."""
+        node, scope = self.resolver.constant(asked, self.scope)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            self.site(node, node.value, None, creates=creates)
-        elif any(isinstance(each, ast.Call) and self.from_helper(each) for each in ast.walk(node)):
-            return
-        elif not self.imported(asked, node, "namespace", creates=creates):
-            self.refuse(asked, _RUN_TIME_NAMESPACE)
+            self.reference(asked, node, scope, node.value, None, creates=creates)
+        elif not any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node)):
+            self.refuse_unresolved(asked, scope, _RUN_TIME_NAMESPACE)
 
-    def from_helper(self, call: ast.Call) -> bool:
-        """Whether a name is made by the helper in the generated ``_ops``."""
-        return any(name.endswith("_ops.add_op_namespace_prefix") for name in self.names(call.func))
+    def unqualified(self, asked: ast.expr) -> None:
+        """Note the name of an operator that a ``Library`` takes, which may have a namespace."""
+        self.literal_operator(asked, *self.resolver.constant(asked, self.scope), creates=False)
+
+    # Where names stand ---------------------------------------------------------------------------------------
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = self.names(node.func)
+        self.accounted.add(id(node.func))
+        if self.registration(node, called):
+            pass
+        elif is_library_method(called):
+            argument = naming_argument(node, method=True)
+            if argument is not None:
+                self.unqualified(argument)
+        elif called & _GETATTR and len(node.args) >= 2 and self.is_ops(node.args[0]):
+            self.accounted.add(id(node.args[0]))
+            self.namespace(node.args[1], creates=False)
+        elif id(node) not in self.accounted and self.is_ops(node):
+            self.leak(node)
+        if not called & _TYPE_CHECKS:
+            for argument in node.args:
+                if self.names(argument) & LIBRARIES:
+                    self.refuse(argument, _PASSED_ON)
+        self.generic_visit(node)
+
+    def registration(self, call: ast.Call, called: frozenset[str]) -> bool:
+        """Note what a call names of operators; false where it takes neither operators nor namespaces."""
+        argument = naming_argument(call)
+        if any(map(creates, called)) or attaches(called):
+            if argument is None and unpacks(call):
+                self.refuse(call, _RUN_TIME_OPERATOR)
+            if argument is not None:
+                self.operator(argument, creates=any(map(creates, called)))
+                if is_library(self.names(argument)) and len(call.args) > 1:
+                    self.unqualified(call.args[1])
+        elif called & LIBRARIES:
+            if argument is None and unpacks(call):
+                self.refuse(call, _RUN_TIME_NAMESPACE)
+            if argument is not None:
+                self.namespace(argument, creates=not implements(call))
+        elif argument is not None and dispatches(called):
+            self.operator(argument, creates=False, strict=False)
+        else:
+            return False
+        return True
+
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> None:
+        """A variable of a function or a module that is assigned ``torch.ops``, or a function, is followed."""
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if (
+            node.value is not None
+            and not isinstance(self.scope.node, ast.ClassDef)
+            and all(
+                isinstance(target, ast.Name) and target.id not in self.module.rebound for target in targets
+            )
+        ):
+            self.accounted.add(id(node.value))
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.visit_Assign(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if self.is_ops(node.value):
+            self.attribute_of_ops(node)
+        else:
+            self.passed_on(node)
+        self.generic_visit(node)
+
+    def attribute_of_ops(self, node: ast.Attribute) -> None:
+        self.accounted.add(id(node.value))
+        end = self.text.span(node)[1]
+        start = end - len(node.attr.encode("utf-8"))
+        if node.attr.startswith("__"):
+            self.leak(node)
+        elif self.text.data[start:end] != node.attr.encode("utf-8"):
+            # Python takes letters for others that look alike.
+            self.refuse(node, _IN_PIECES)
+        else:
+            references = self.found.references.setdefault(self.module.file.path, set())
+            references.add(Reference(start, end, node.attr))
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.passed_on(node)
+
+    def passed_on(self, node: ast.Attribute | ast.Name) -> None:
+        """Report an expression that hands on what must be seen to be used."""
+        if id(node) in self.accounted:
+            return
+        names = self.names(node)
+        if not OPS.isdisjoint(names):
+            self.leak(node)
+        elif any(map(creates, names)) or attaches(names):
+            self.refuse(node, _PASSED_ON)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module == "torch.ops" and not node.level:
+            self.leak(node)
+        if node.module == "torch.library" and not node.level and node.names[0].name == "*":
+            self.refuse(node, _HIDDEN)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self.accounted.update(map(id, node.decorator_list))
+        super().visit_FunctionDef(node)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from kernelpress.conventions import METADATA, OPS_MODULE, SIGNATURE
 from kernelpress.errors import SourceError
-from kernelpress.files import SourceFile, read_bytes, read_python
+from kernelpress.files import SourceFile, garbage_collection_paused, read_file
 from kernelpress.layout import VENDOR, Layout
-from kernelpress.memory import Memory
 from kernelpress.provenance import GitState, git_state
 from kernelpress.spec_model import Spec
 from kernelpress.vendor import vendor
@@ -32,19 +31,18 @@ class Source:
     layout: Layout
 
 
-def read_source(spec: Spec, memory: Memory | None = None) -> Source:
+@garbage_collection_paused()
+def read_source(spec: Spec) -> Source:
     """Read every file of the kernel package that ships.
 
     Caches, bytecode, hidden files and whatever has none of the spec's suffixes stay behind. So does an
-    ``_ops.py`` of the package's own: the build generates one for each variant. ``memory`` spares the parsing of
-    sources that are in it.
+    ``_ops.py`` of the package's own: the build generates one for each variant.
 
     Raises:
         SourceError: The package is missing or is no package, holds a file that is not valid Python or
             not UTF-8, a link that leaves it, or a name that the build needs for itself.
     """
     package = spec.package_dir
-    memory = memory or Memory()
     if not package.is_dir():
         what = "of this name" if spec.source_dir else f"torch-ext/{spec.python_name}"
         raise SourceError(f"there is no package directory {what}; create it", path=package)
@@ -61,18 +59,13 @@ def read_source(spec: Spec, memory: Memory | None = None) -> Source:
             raise SourceError(
                 "the build writes a file of this name itself; rename this one", path=found[name]
             )
-    own = {
-        name: SourceFile(
-            name, read_python(path, memory) if path.suffix in (".py", ".pyi") else read_bytes(path), path
-        )
-        for name, path in found.items()
-    }
+    own = {name: read_file(path, name) for name, path in found.items()}
     if spec.source_dir is not None and OPS_MODULE in own and _HELPER not in own[OPS_MODULE].data:
         raise SourceError(
             "the build writes a module of this name itself; rename this one", path=found[OPS_MODULE]
         )
     layout, vendored = vendor(
-        spec.include, spec.package_name, (spec.import_root, spec.root.absolute()), own.values(), memory
+        spec.include, spec.package_name, (spec.import_root, spec.root.absolute()), own.values()
     )
     if vendored and any(name.startswith(f"{VENDOR}/") or name == f"{VENDOR}.py" for name in own):
         raise SourceError(f"`include` needs the name {VENDOR} for itself; rename this", path=package / VENDOR)

@@ -1,24 +1,21 @@
-"""Rules on the sources: a linter that reads no file, and runs none."""
+"""Rules on the sources of a kernel: a linter that takes them as they were read and rewritten."""
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kernelpress.files import SourceFile
 from kernelpress.findings import Finding, Severity
-from kernelpress.imports import Import, imported_modules
-from kernelpress.layout import Layout
+from kernelpress.import_cycles import import_cycles
+from kernelpress.imports import Import
 from kernelpress.newer_syntax import newer_syntax
 from kernelpress.rewrite import Rewritten
 from kernelpress.source import Source
 from kernelpress.spec_model import Spec
 from kernelpress.spec_reader import python_dependencies
-from kernelpress.text import parse, statements
 
 OLDEST_PYTHON = (3, 10)
 _ALLOWED = frozenset(("torch", "triton", *sys.stdlib_module_names))
@@ -35,7 +32,7 @@ _PRIVATE: tuple[tuple[re.Pattern[bytes], str, Severity, str, str], ...] = (
 
 
 def lint(source: Source, rewritten: Rewritten, spec: Spec) -> list[Finding]:
-    """Examine the sources of a kernel by every rule that needs nothing else.
+    """Examine the sources of a kernel by every rule that needs no build.
 
     Args:
         source: The sources as they were read.
@@ -44,8 +41,8 @@ def lint(source: Source, rewritten: Rewritten, spec: Spec) -> list[Finding]:
     """
     return [
         *_undeclared(rewritten.outside, spec),
-        *_old_syntax(source.files),
-        *_circles(source.files, source.layout),
+        *_newer_syntax(source.files),
+        *_import_cycles(source),
         *_contents(source, spec.root / "CARD.md"),
     ]
 
@@ -57,14 +54,16 @@ def optional_packages(outside: Iterable[tuple[Path, Import]], spec: Spec) -> tup
         sorted(
             {
                 top
-                for _, each in outside
-                if each.when in ("call", "guarded") and (top := each.module.partition(".")[0]) not in allowed
+                for _, imported in outside
+                if imported.when in ("call", "guarded")
+                and (top := imported.module.partition(".")[0]) not in allowed
             }
         )
     )
 
 
 def _declared(spec: Spec) -> frozenset[str]:
+    """Modules that a kernel may import when it is loaded."""
     listed = python_dependencies()
     packages = dict(listed["general"])
     for backend in listed["backends"].values():
@@ -81,102 +80,35 @@ def _declared(spec: Spec) -> frozenset[str]:
 
 def _undeclared(outside: Iterable[tuple[Path, Import]], spec: Spec) -> Iterator[Finding]:
     allowed = _declared(spec)
-    for path, each in outside:
-        top = each.module.partition(".")[0]
-        if each.when == "load" and top not in allowed:
+    for path, imported in outside:
+        top = imported.module.partition(".")[0]
+        if imported.when == "load" and top not in allowed:
             yield Finding(
-                "KP303", "error", path, each.line, f"{top} is imported with the module, and not declared",
+                "KP303", "error", path, imported.line, f"{top} is imported with the module, and not declared",
                 "import it inside the function that needs it, or name it in `python-depends`",
             )  # fmt: skip
 
 
-def _old_syntax(sources: Iterable[SourceFile]) -> Iterator[Finding]:
+def _newer_syntax(files: Iterable[SourceFile]) -> Iterator[Finding]:
     version = ".".join(map(str, OLDEST_PYTHON))
-    for file in sources:
-        if not file.path.endswith(".py"):
+    for file, line, message in newer_syntax(files, OLDEST_PYTHON):
+        yield Finding("KP301", "error", _at(file), line, message, f"write it as Python {version} reads it")
+
+
+def _import_cycles(source: Source) -> Iterator[Finding]:
+    modules = {source.layout.module_at(file.path): file for file in source.files if file.path.endswith(".py")}
+    for cycle in import_cycles(modules):
+        if all(modules[module].path.endswith("__init__.py") for module in cycle):
             continue
-        places: Iterable[tuple[int | None, str]]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(file.data, feature_version=OLDEST_PYTHON)
-            places = newer_syntax(file.data, tree)
-        except SyntaxError as error:
-            places = [(_newer(file) or error.lineno, error.msg)]
-        for line, syntax in dict.fromkeys(places):
-            yield Finding(
-                "KP301", "error", _at(file), line, f"no syntax of Python {version}: {syntax}",
-                f"write it as Python {version} reads it",
-            )  # fmt: skip
-
-
-def _newer(file: SourceFile) -> int | None:
-    """The line where newer syntax begins; Python's own parser names the one where a block of it ends."""
-    newer = ("TryStar", "TypeAlias")
-    lines = [node.lineno for node in statements(parse(file.data)) if type(node).__name__ in newer]
-    return min(lines, default=None)
-
-
-def _circles(sources: Iterable[SourceFile], layout: Layout) -> Iterator[Finding]:
-    """Modules that import each other while they are loaded."""
-    by_module = {layout.module_at(file.path): file for file in sources if file.path.endswith(".py")}
-    graph: dict[str, dict[str, None]] = {}
-    for module, file in by_module.items():
-        targets: dict[str, None] = {}
-        for source, names, when in imported_modules(parse(file.data), file.path, module):
-            if when not in ("load", "guarded"):
-                continue
-            below = [f"{source}.{name}" for name in names if f"{source}.{name}" in by_module]
-            # A package asked for its own modules need not be done with loading.
-            targets |= dict.fromkeys(below or [source] if source in by_module or below else [])
-        targets.pop(module, None)
-        graph[module] = targets
-    for circle in _components(graph):
-        first = min(circle)
-        packages = all(by_module[each].path.endswith("__init__.py") for each in circle)
-        if len(circle) > 1 and not packages:
-            route = " -> ".join((*circle, circle[0]))
-            yield Finding(
-                "KP307", "warning", _at(by_module[first]), None, f"modules import each other in a circle: {route}",
-                "move what they share into a module of its own, or import inside a function",
-            )  # fmt: skip
-
-
-def _components(graph: dict[str, dict[str, None]]) -> list[list[str]]:
-    """Groups of modules each of which reaches every other; by Tarjan's algorithm, without recursion."""
-    order: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found = []
-    for start in graph:
-        work = [(start, iter(graph[start]))] if start not in order else []
-        if work:
-            order[start] = low[start] = len(order)
-            stack.append(start)
-        while work:
-            node, rest = work[-1]
-            for target in rest:
-                if target not in graph:
-                    continue
-                if target not in order:
-                    order[target] = low[target] = len(order)
-                    stack.append(target)
-                    work.append((target, iter(graph[target])))
-                    break
-                if target in stack:
-                    low[node] = min(low[node], order[target])
-            else:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
-                if low[node] == order[node]:
-                    index = stack.index(node)
-                    found.append(stack[index:])
-                    del stack[index:]
-    return found
+        route = " -> ".join((*cycle, cycle[0]))
+        yield Finding(
+            "KP307", "warning", _at(modules[min(cycle)]), None, f"modules import each other in a circle: {route}",
+            "move what they share into a module of its own, or import inside a function",
+        )  # fmt: skip
 
 
 def _contents(source: Source, card: Path) -> Iterator[Finding]:
+    lowercase: dict[str, str] = {}
     for file in source.files:
         yield from _private(_at(file), file.data)
         if len(file.data) > _LIMIT:
@@ -186,16 +118,14 @@ def _contents(source: Source, card: Path) -> Iterator[Finding]:
             )  # fmt: skip
         elif b"\0" in file.data:
             yield Finding("KP106", "error", _at(file), None, "a binary file", "leave it out")
-    # The card goes to the Hub with the sources.
-    yield from _private(card, (source.card or "").encode())
-    lower: dict[str, str] = {}
-    for file in source.files:
-        other = lower.setdefault(file.path.lower(), file.path)
+        other = lowercase.setdefault(file.path.lower(), file.path)
         if other != file.path:
             yield Finding(
                 "KP107", "error", _at(file), None, f"this name and {other} differ in case alone",
                 "rename one of them",
             )  # fmt: skip
+    # The card goes to the Hub with the sources.
+    yield from _private(card, (source.card or "").encode())
 
 
 def _private(path: Path, data: bytes) -> Iterator[Finding]:

@@ -11,7 +11,6 @@ from kernelpress.digest import content_hash, tree_hash
 from kernelpress.errors import BuildError
 from kernelpress.findings import FindingsError
 from kernelpress.generated import metadata, ops_module
-from kernelpress.memory import Memory
 from kernelpress.place import replace
 from kernelpress.provenance import GitState
 from kernelpress.rewrite import Rewritten, examine
@@ -52,10 +51,8 @@ def prepare(spec: Spec, out: Path | None = None) -> Build:
         FindingsError: They cannot be rewritten; it holds all findings in them.
     """
     directory = (spec.root / "build" if out is None else out).resolve()
-    memory = Memory.of(spec.package_dir)
-    source = read_source(spec, memory)
-    rewritten = examine(source.files, source.layout, source.package_dir, memory)
-    memory.save()
+    source = read_source(spec)
+    rewritten = examine(source.files, source.layout, source.package_dir)
     findings = sorted(
         (*rewritten.findings, *lint(source, rewritten, spec)),
         key=lambda finding: (str(finding.path), finding.line or 0, finding.code),

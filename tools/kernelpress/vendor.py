@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kernelpress.errors import SourceError
-from kernelpress.files import SourceFile, read_python
+from kernelpress.files import SourceFile, read_file
 from kernelpress.imports import imported_modules
 from kernelpress.layout import VENDOR, Layout, module_file
-from kernelpress.memory import Memory
-from kernelpress.text import parse
 
 _EMPTY = b""
 # The package stands at the kernel's top and not below its parents' names; so they pass on who asks for it there.
@@ -27,7 +25,6 @@ def vendor(
     package: str,
     roots: tuple[Path, ...],
     own_files: Iterable[SourceFile],
-    memory: Memory | None = None,
 ) -> tuple[Layout, list[SourceFile]]:
     """Collect what ships beside the package.
 
@@ -36,7 +33,6 @@ def vendor(
         package: The package's dotted name.
         roots: First the directory that the project's modules are imported from, then the project's own.
         own_files: The package's own files.
-        memory: What is known of sources; without it, each is parsed.
 
     Returns:
         The layout of the kernel, and the files to add to the package's own.
@@ -44,7 +40,6 @@ def vendor(
     Raises:
         SourceError: Something listed is not there, belongs to the package anyway, or cannot ship.
     """
-    memory = memory or Memory()
     own = Layout(package)
     tops = {package.partition(".")[0]}
     found: dict[str, SourceFile] = {}
@@ -59,14 +54,13 @@ def vendor(
         module = pending.pop()
         if module in found:
             continue
-        path = next((file for root in roots if (file := module_file(root, module)) is not None), None)
+        path = next((origin for root in roots if (origin := module_file(root, module)) is not None), None)
         if path is None:
             continue
-        data = read_python(path, memory)
         stem = "/".join((VENDOR, *module.split(".")))
         place = f"{stem}/__init__.py" if path.name == "__init__.py" else f"{stem}.py"
-        found[module] = SourceFile(place, data, path)
-        pending += _project_imports(data, place, module, tops, own, roots)
+        found[module] = read_file(path, place)
+        pending += _project_imports(found[module], module, tops, own, roots)
     whole = re.compile(rb"^\s*import\b.*\b%s\." % package.partition(".")[0].encode(), re.MULTILINE)
     named = "." in package and any(whole.search(file.data) for file in own_files)
     layout = Layout(package, frozenset(found), named)
@@ -92,9 +86,9 @@ def _listed(entry: str, roots: tuple[Path, ...]) -> Iterator[str]:
 
 
 def _project_imports(
-    data: bytes, place: str, module: str, tops: set[str], own: Layout, roots: tuple[Path, ...]
+    file: SourceFile, module: str, tops: set[str], own: Layout, roots: tuple[Path, ...]
 ) -> Iterator[str]:
-    for source, names, when in imported_modules(parse(data), place, module):
+    for source, names, when in imported_modules(file, module):
         if when == "typing" or source.partition(".")[0] not in tops or own.owns(source):
             continue
         modules = [f"{source}.{name}" for name in names]

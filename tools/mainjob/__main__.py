@@ -22,7 +22,7 @@ from kernelpress.build_model import Build
 from kernelpress.check import check
 from kernelpress.errors import CheckError, KernelpressError
 from kernelpress.hubs import hub
-from kernelpress.localhub import running_hub
+from kernelpress.localhub import HubError, running_hub
 from kernelpress.publish import Published, publish
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
@@ -158,7 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         run(arguments.consumer.absolute(), arguments.steps)
-    except (KernelpressError, OSError) as error:
+    except (KernelpressError, HubError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 

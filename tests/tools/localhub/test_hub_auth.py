@@ -1,4 +1,4 @@
-"""Who may read and write: tokens and private repositories, with the real client."""
+"""Permission to read and to write: tokens and private repositories, with the real client."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, RepositoryNotFoundError
-from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, create_token, running_hub
 from kernelpress.localhub.context import Caller, Hub
+from kernelpress.localhub.errors import HubError
 from kernelpress.localhub.problems import Problem
 from kernelpress.localhub.store import Store
 from kernelpress.localhub.tokens import Tokens
@@ -229,7 +229,7 @@ def test_a_token_file_damaged_later_locks_everyone_out(root: Path) -> None:
 
 
 def test_without_open_even_loopback_writes_need_a_token(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kernelpress", "serve", "--root", str(tmp_path / "hub"), "--port", "0"]
+    command = [sys.executable, "-m", "kernelpress.localhub", "--root", str(tmp_path / "hub")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -240,21 +240,3 @@ def test_without_open_even_loopback_writes_need_a_token(tmp_path: Path) -> None:
             HfApi(endpoint=endpoint, token=token).create_repo("org/k", repo_type="kernel")
         finally:
             process.terminate()
-
-
-def test_a_token_is_made_for_a_hub_that_is_there_or_was_named(tmp_path: Path) -> None:
-    def token(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "kernelpress", "token", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    lost = token("create", "alice")
-    assert lost.returncode == 1
-    assert "there is no Hub here; name its directory with --root" in lost.stderr
-    assert token("revoke", "alice", "--root", "nowhere").returncode == 1
-    assert list(tmp_path.iterdir()) == []
-    made = token("create", "alice", "--root", "hub")
-    assert made.returncode == 0
-    assert made.stdout.startswith("kp_")
-    assert "made hub for a new Hub" in made.stderr
-    assert token("create", "bob", "--root", "hub").stderr == ""
-    assert token("list", "--root", "hub").stdout.count("write") == 2

@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer is a 4xx with a reason, nothing changes, and the Hub stays up."""
+"""Bad input is answered by a 4xx with a reason, changes nothing, and leaves the Hub running."""
 
 from __future__ import annotations
 

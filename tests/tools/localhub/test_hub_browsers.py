@@ -8,7 +8,7 @@ import httpx2
 import pytest
 from huggingface_hub import HfApi
 from kernelpress.localhub import RunningHub, create_token, running_hub
-from kernelpress.localhub.browsers import foreign
+from kernelpress.localhub.browsers import cross_site_reason
 from starlette.requests import Request
 
 _numbers = itertools.count()
@@ -76,17 +76,17 @@ def test_programs_and_the_hubs_own_pages_write(hub: RunningHub, host: str) -> No
 
 def test_the_name_that_the_hub_listens_on_is_its_own() -> None:
     request = Request({"type": "http", "scheme": "http", "headers": [(b"host", b"Hub.lan:8321")]})
-    assert foreign(request, "hub.lan") is None
-    assert foreign(request) is not None
+    assert cross_site_reason(request, "hub.lan") is None
+    assert cross_site_reason(request) is not None
 
 
 def test_with_a_token_the_page_does_not_matter(tmp_path) -> None:  # type: ignore[no-untyped-def]
     token = create_token(tmp_path / "hub", "alice")
     with running_hub(tmp_path / "hub") as hub:
-        given = {
+        headers = {
             "Authorization": f"Bearer {token}",
             "Origin": "https://hub.example.com",
             "Host": "hub.example.com",
         }
-        assert create(hub, **given).status_code == 200
+        assert create(hub, **headers).status_code == 200
         assert create(hub).status_code == 401

@@ -11,8 +11,8 @@ from kernelpress.localhub.cards import metadata_fault
 def bomb(merge: bool) -> str:
     lines = ["a0: &a0 {" + ", ".join(f"k{number}: 1" for number in range(10)) + "}"]
     for number in range(1, 9):
-        each = ", ".join([f"*a{number - 1}"] * 9)
-        lines.append(f"a{number}: &a{number} " + (f"{{<<: [{each}]}}" if merge else f"[{each}]"))
+        references = ", ".join([f"*a{number - 1}"] * 9)
+        lines.append(f"a{number}: &a{number} " + (f"{{<<: [{references}]}}" if merge else f"[{references}]"))
     return "\n".join(lines)
 
 
@@ -25,7 +25,7 @@ def test_a_block_that_stands_for_more_than_it_holds_is_refused_at_once(hub: Runn
 
 
 @pytest.mark.parametrize(
-    ("block", "said"),
+    ("block", "reason"),
     [
         ("a: 1\nb: *a", "aliases are not taken"),
         ("a: {<<: {b: 1}}", "merge keys are not taken"),
@@ -34,8 +34,8 @@ def test_a_block_that_stands_for_more_than_it_holds_is_refused_at_once(hub: Runn
         ("- a", "must be a YAML mapping"),
     ],
 )
-def test_what_is_wrong_with_a_block_is_said(block: str, said: str) -> None:
-    assert said in str(metadata_fault(f"---\n{block}\n---\ntext"))
+def test_what_is_wrong_with_a_block_is_said(block: str, reason: str) -> None:
+    assert reason in str(metadata_fault(f"---\n{block}\n---\ntext"))
 
 
 @pytest.mark.parametrize(

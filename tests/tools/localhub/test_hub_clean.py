@@ -1,4 +1,4 @@
-"""What nothing refers to is removed, and nothing else."""
+"""Garbage collection removes objects that nothing refers to, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
-from kernelpress.errors import HubError
 from kernelpress.localhub import clean, fsck, running_hub
+from kernelpress.localhub.errors import HubError
 from kernelpress.localhub.large import LargeFile, LargeFiles
 
 
@@ -45,10 +45,10 @@ def test_objects_of_deleted_branches_and_large_files_without_a_commit_go_and_all
         with pytest.raises(HubError, match="another Hub"):
             clean(root)
     before = fsck(root)
-    done = clean(root)
+    report = clean(root)
     # The commit, its tree and its file.
-    assert (done.objects, done.large_files, done.faults) == (3, 1, ())
-    assert done.bytes > lost.size
+    assert (report.objects, report.large_files, report.faults) == (3, 1, ())
+    assert report.bytes > lost.size
     assert LargeFiles(place / "lfs").has(kept)
     assert not LargeFiles(place / "lfs").has(lost)
     after = fsck(root)
@@ -66,8 +66,8 @@ def test_a_damaged_repository_is_left_alone(root: Path) -> None:
     place = root / "repos" / "kernels" / "org" / "demo.git"
     objects = sorted(path for path in (place / "objects").glob("??/*"))
     objects[0].unlink()
-    done = clean(root)
-    assert "kernels/org/demo" in done.faults[0]
+    report = clean(root)
+    assert "kernels/org/demo" in report.faults[0]
     assert sorted((place / "objects").glob("??/*")) == objects[1:]
 
 

@@ -84,8 +84,8 @@ def test_every_byte_comes_back(api: HfApi, new_repo: NewRepo, tmp_path: Path) ->
     repo = new_repo()
     commit(api, repo, *(add(path, data) for path, data in AWKWARD.items()))
     folder = Path(api.snapshot_download(repo, repo_type="kernel", cache_dir=tmp_path))
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert found == AWKWARD
+    downloaded = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert downloaded == AWKWARD
 
 
 def test_tree_listing_gives_git_blob_ids_and_sizes(api: HfApi, new_repo: NewRepo) -> None:
@@ -290,7 +290,7 @@ def test_resolve_speaks_http_caching_and_ranges(api: HfApi, hub: RunningHub, new
     etag = head.headers["etag"]
     unchanged = httpx2.get(url, headers={"If-None-Match": f'"other", W/{etag}'})
     assert (unchanged.status_code, unchanged.content) == (304, b"")
-    for wanted, status, content, span in [
+    for byte_range, status, content, span in [
         ("bytes=2-4", 206, b"234", "bytes 2-4/10"),
         ("bytes=7-", 206, b"789", "bytes 7-9/10"),
         ("bytes=-3", 206, b"789", "bytes 7-9/10"),
@@ -300,8 +300,8 @@ def test_resolve_speaks_http_caching_and_ranges(api: HfApi, hub: RunningHub, new
         ("bytes=0-1,3-4", 200, b"0123456789", None),
         ("lines=1-2", 200, b"0123456789", None),
     ]:
-        answer = httpx2.get(url, headers={"Range": wanted})
-        assert (answer.status_code, answer.headers.get("content-range")) == (status, span), wanted
+        answer = httpx2.get(url, headers={"Range": byte_range})
+        assert (answer.status_code, answer.headers.get("content-range")) == (status, span), byte_range
         assert content is None or answer.content == content
     stale = httpx2.get(url, headers={"Range": "bytes=2-4", "If-Range": '"old"'})
     assert (stale.status_code, stale.content) == (200, b"0123456789")

@@ -1,4 +1,4 @@
-"""What survives a restart, a kill and writers that race each other."""
+"""A restart, a kill and writers that race each other lose nothing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import pytest
 from dulwich.objects import Blob
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, running_hub
+from kernelpress.localhub.errors import HubError
 from kernelpress.localhub.paths import RepoId
 from kernelpress.localhub.repository import AddFile, Operation
 from kernelpress.localhub.store import Store
@@ -299,18 +299,18 @@ def test_readers_never_see_a_mixed_tree_while_a_publisher_commits(
 ) -> None:
     repo = new_repo()
     commit(api, repo, 0)
-    done = threading.Event()
+    finished = threading.Event()
     seen: list[set[str]] = []
 
     def read() -> None:
-        while not done.is_set():
+        while not finished.is_set():
             seen.append(generation_of(api, repo, tmp_path / "cache"))
 
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(1, 9):
         commit(api, repo, number)
-    done.set()
+    finished.set()
     reader.join()
     assert seen
     assert all(len(generations) == 1 for generations in seen)

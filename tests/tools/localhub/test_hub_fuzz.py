@@ -1,4 +1,4 @@
-"""Whatever is sent to any address of the Hub's own description, it answers, keeps running and stays whole."""
+"""The Hub answers any request to any address of its own description, keeps running and stays whole."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_the_description_names_the_whole_surface(surface: list[tuple[str, str, l
 
 
 def described(endpoint: str) -> list[tuple[str, str, list[str]]]:
-    found: dict[str, Any] = httpx2.get(f"{endpoint}/api/openapi.json").json()
-    assert found["openapi"].startswith("3.1")
+    description: dict[str, Any] = httpx2.get(f"{endpoint}/api/openapi.json").json()
+    assert description["openapi"].startswith("3.1")
     return [
         (method.upper(), path, [parameter["name"] for parameter in operation["parameters"]])
-        for path, item in found["paths"].items()
+        for path, item in description["paths"].items()
         for method, operation in item.items()
     ]
 
@@ -116,7 +116,7 @@ def test_every_answer_is_a_success_a_redirect_or_a_reason(
 
 def test_a_mistake_in_the_hub_would_be_seen(broken_hub: str) -> None:
     # Of two hundred requests to all addresses, chance may send none to this one.
-    surface = [each for each in described(broken_hub) if each[0] == "POST" and "/commit/" in each[1]]
+    surface = [route for route in described(broken_hub) if route[0] == "POST" and "/commit/" in route[1]]
 
     @seed(20261121)
     @settings(max_examples=50, deadline=None, database=None, phases=[Phase.generate])

@@ -47,8 +47,8 @@ def test_a_large_file_goes_in_and_out_whole_and_in_ranges(
     hub: RunningHub, api: HfApi, new_repo: NewRepo, big: Path, tmp_path: Path
 ) -> None:
     repo = new_repo()
-    done = upload(hub, repo, big, HF_HUB_DISABLE_XET="1")
-    assert done.returncode == 0, done.stderr
+    uploaded = upload(hub, repo, big, HF_HUB_DISABLE_XET="1")
+    assert uploaded.returncode == 0, uploaded.stderr
     digest = hashlib.sha256(big.read_bytes()).hexdigest()
     [info] = api.get_paths_info(repo, ["big.bin"], repo_type="kernel")
     assert (info.size, info.lfs.sha256) == (SIZE, digest)  # type: ignore[union-attr]
@@ -66,9 +66,9 @@ def test_a_client_that_would_use_xet_is_told_at_once_what_to_set(
     hub: RunningHub, new_repo: NewRepo, big: Path
 ) -> None:
     start = time.perf_counter()
-    done = upload(hub, new_repo(), big)
-    assert done.returncode != 0
-    assert "HF_HUB_DISABLE_XET=1" in done.stderr
+    uploaded = upload(hub, new_repo(), big)
+    assert uploaded.returncode != 0
+    assert "HF_HUB_DISABLE_XET=1" in uploaded.stderr
     assert time.perf_counter() - start < 60
 
 

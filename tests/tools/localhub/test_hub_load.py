@@ -37,8 +37,8 @@ with ThreadPoolExecutor(int(count)) as pool:
 
 def put(api: HfApi, repo: str, text: str, **options: str) -> str:
     operations = [CommitOperationAdd(path, text.encode()) for path in FILES]
-    made = api.create_commit(repo, operations, commit_message=text, repo_type="kernel", **options)
-    return str(made.oid)
+    info = api.create_commit(repo, operations, commit_message=text, repo_type="kernel", **options)
+    return str(info.oid)
 
 
 def test_two_hundred_readers_at_once_while_the_version_changes_each_get_one_whole_tree(
@@ -60,8 +60,8 @@ def test_two_hundred_readers_at_once_while_the_version_changes_each_get_one_whol
         put(api, repo, str(number), revision="v1")
         time.sleep(0.2)
     for reader in readers:
-        said, errors = reader.communicate()
-        assert (reader.returncode, said) == (0, f"[(1, {len(FILES)})]\n"), errors[-2000:]
+        output, errors = reader.communicate()
+        assert (reader.returncode, output) == (0, f"[(1, {len(FILES)})]\n"), errors[-2000:]
     with open(f"/proc/{hub.pid}/status") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     assert peak < 600 << 10
@@ -87,10 +87,10 @@ def test_fifty_publishers_to_their_own_and_ten_to_one_repository_lose_nothing(
 
     with ThreadPoolExecutor(60) as pool:
         to_shared = [pool.submit(publish_shared, number) for number in range(10)]
-        made = dict(zip(own, pool.map(publish_own, own), strict=True))
-        acknowledged = {each.result() for each in to_shared}
-    assert {repo: api.kernel_info(repo).sha for repo in own} == made
-    history = [each.commit_id for each in api.list_repo_commits(shared, repo_type="kernel")]
+        published = dict(zip(own, pool.map(publish_own, own), strict=True))
+        acknowledged = {future.result() for future in to_shared}
+    assert {repo: api.kernel_info(repo).sha for repo in own} == published
+    history = [item.commit_id for item in api.list_repo_commits(shared, repo_type="kernel")]
     assert acknowledged == set(history[:10])
     for oid in acknowledged:
         infos = api.get_paths_info(shared, FILES, repo_type="kernel", revision=oid)

@@ -1,4 +1,4 @@
-"""Whoever asks for a repository by a name that it had before is sent to where it is."""
+"""A request for a repository by a former name is sent on to its present one."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def test_the_client_reads_and_writes_by_the_former_name(
 ) -> None:
     old, new = moved
     assert api.repo_info(old, repo_type="kernel").id == new
-    assert "a/b c.txt" in {each.path for each in api.list_repo_tree(old, repo_type="kernel", recursive=True)}
-    assert [each.path for each in api.get_paths_info(old, ["a/b c.txt"], repo_type="kernel")] == ["a/b c.txt"]
+    assert "a/b c.txt" in {item.path for item in api.list_repo_tree(old, repo_type="kernel", recursive=True)}
+    assert [item.path for item in api.get_paths_info(old, ["a/b c.txt"], repo_type="kernel")] == ["a/b c.txt"]
     assert api.list_repo_refs(old, repo_type="kernel").branches[0].name == "main"
     file = api.hf_hub_download(old, "a/b c.txt", repo_type="kernel", cache_dir=tmp_path / "one")
     assert Path(file).read_bytes() == b"here"
     folder = api.snapshot_download(old, repo_type="kernel", cache_dir=tmp_path / "two")
     assert Path(folder, "a", "b c.txt").read_bytes() == b"here"
     api.create_branch(old, branch="v1", repo_type="kernel")
-    made = api.create_commit(
+    info = api.create_commit(
         old, [CommitOperationAdd("new.txt", b"x")], commit_message="x", repo_type="kernel", revision="v1"
     )
-    assert api.list_repo_commits(new, repo_type="kernel", revision="v1")[0].commit_id == made.oid
+    assert api.list_repo_commits(new, repo_type="kernel", revision="v1")[0].commit_id == info.oid
 
 
 def test_git_clones_from_the_former_address(hub: RunningHub, moved: tuple[str, str], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_every_former_name_leads_to_the_last_and_a_new_repository_takes_its_name
     second, third = f"{first}-b", f"{first}-c"
     api.move_repo(first, second, repo_type="kernel")
     api.move_repo(second, third, repo_type="kernel")
-    assert [api.repo_info(each, repo_type="kernel").id for each in (first, second)] == [third, third]
+    assert [api.repo_info(name, repo_type="kernel").id for name in (first, second)] == [third, third]
     api.create_repo(first, repo_type="kernel")
     assert api.repo_info(first, repo_type="kernel").id == first
     api.move_repo(third, second, repo_type="kernel")

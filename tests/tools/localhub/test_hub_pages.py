@@ -28,15 +28,15 @@ class Tags(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
 
 def harmless(text: str) -> bool:
-    for tag, attributes in Tags(text).found:
+    for tag, attributes in Tags(text).elements:
         if tag in {"script", "iframe", "object", "embed", "style", "form", "base", "svg"}:
             return False
         for name, value in attributes.items():
@@ -117,9 +117,9 @@ def test_a_browser_shows_the_page_on_a_phone_and_runs_nothing_of_the_card(
         "--window-size=390,800", "--virtual-time-budget=2000",
     ]  # fmt: skip
     address = f"{hub.endpoint}/kernels/{repo}"
-    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=90)
-    assert "<h1>Title</h1>" in done.stdout
-    assert f"<title>{repo}</title>" in done.stdout
+    browser = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=90)
+    assert "<h1>Title</h1>" in browser.stdout
+    assert f"<title>{repo}</title>" in browser.stdout
     picture = tmp_path / "page.png"
     subprocess.run([*command, f"--screenshot={picture}", address], capture_output=True, timeout=90)
     assert picture.stat().st_size > 5000

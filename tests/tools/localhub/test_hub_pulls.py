@@ -9,8 +9,8 @@ import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from kernelpress.errors import HubError
 from kernelpress.localhub import RunningHub, create_token, fsck, revoke_tokens, running_hub
+from kernelpress.localhub.errors import HubError
 
 NewRepo = Callable[..., str]
 
@@ -28,8 +28,8 @@ def model(api: HfApi, name: str) -> str:
 def test_a_pull_request_leaves_main_alone_until_it_is_merged(api: HfApi, tmp_path: Path) -> None:
     repo = model(api, "pulls/merged")
     before = api.model_info(repo).sha
-    made = api.create_commit(repo, add("a.txt", b"1"), commit_message="Add a", create_pr=True)
-    assert (made.pr_num, made.pr_revision) == (1, "refs/pr/1")
+    info = api.create_commit(repo, add("a.txt", b"1"), commit_message="Add a", create_pr=True)
+    assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
     api.create_commit(repo, add("b.txt", b"2"), commit_message="Add b", revision="refs/pr/1")
     assert api.model_info(repo).sha == before
     assert {"a.txt", "b.txt"} <= set(api.list_repo_files(repo, revision="refs/pr/1"))
@@ -53,15 +53,15 @@ def test_a_pull_request_that_conflicts_is_not_merged_and_says_where(api: HfApi) 
     assert api.model_info(repo).sha == ours.oid
     assert api.get_discussion_details(repo, 1).conflicting_files == ["a.txt"]
     api.change_discussion_status(repo, 1, "closed")
-    assert [each.status for each in api.get_repo_discussions(repo)] == ["closed"]
+    assert [pull.status for pull in api.get_repo_discussions(repo)] == ["closed"]
 
 
 def test_a_pull_request_of_a_kernel_is_made_and_only_on_main(
     hub: RunningHub, api: HfApi, new_repo: NewRepo
 ) -> None:
     repo = new_repo()
-    made = api.create_commit(repo, add("x", b"1"), commit_message="x", repo_type="kernel", create_pr=True)
-    assert made.pr_url == f"{hub.endpoint}/kernels/{repo}/discussions/1"
+    info = api.create_commit(repo, add("x", b"1"), commit_message="x", repo_type="kernel", create_pr=True)
+    assert info.pr_url == f"{hub.endpoint}/kernels/{repo}/discussions/1"
     answer = httpx2.post(f"{hub.endpoint}/api/kernels/{repo}/commit/v1?create_pr=1", content=b"")
     assert (answer.status_code, "for main only" in answer.text) == (400, True)
 

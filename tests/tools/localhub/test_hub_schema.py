@@ -24,7 +24,7 @@ LIKELY = {"kind": "kernels", "namespace": "org", "name": "described", "ref": "ma
 def as_lines(context: Any, value: Any) -> bytes:
     """A list as one line of JSON for each item; schemathesis knows no such kind of body."""
     return (
-        value if isinstance(value, bytes) else b"\n".join(json.dumps(each).encode() for each in _items(value))
+        value if isinstance(value, bytes) else b"\n".join(json.dumps(item).encode() for item in _items(value))
     )
 
 
@@ -75,5 +75,5 @@ def test_no_described_request_is_answered_by_a_server_error(filled: RunningHub) 
 def test_a_server_error_would_be_seen(broken_hub: str) -> None:
     with pytest.raises(FailureGroup) as caught:
         search(broken_hub, 50, method="POST", path_regex="/commit/")
-    assert [type(each) for each in caught.value.exceptions] == [ServerError]
+    assert [type(error) for error in caught.value.exceptions] == [ServerError]
     assert "/commit/" in str(caught.value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dulwich.objects import Blob, ShaFile, Tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernelpress.localhub.problems import Problem
+from kernelpress.localhub.errors import StorageError
 from kernelpress.localhub.trees import TreeEditor, TreeEntry
 
 paths = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3).map("/".join)
@@ -34,15 +34,15 @@ class Objects(dict[str, ShaFile]):
         return {item.path.decode(): TreeEntry(item.mode, item.sha.decode()) for item in tree.iteritems()}
 
     def files(self, oid: str, prefix: str = "") -> dict[str, str]:
-        found: dict[str, str] = {}
+        files: dict[str, str] = {}
         for name, entry in self.load(oid).items():
             if stat.S_ISDIR(entry.mode):
                 below = self.files(entry.oid, f"{prefix}{name}/")
                 assert below, "git knows no empty folders"
-                found |= below
+                files |= below
             else:
-                found[prefix + name] = entry.oid
-        return found
+                files[prefix + name] = entry.oid
+        return files
 
 
 def expected(model: dict[str, str], kind: str, path: str, blob: str) -> dict[str, str] | None:
@@ -76,7 +76,7 @@ def test_a_tree_edited_step_by_step_equals_the_dictionary(steps: list[tuple[str,
                 editor.delete_file(path)
             else:
                 editor.delete_folder(path)
-        except Problem:
+        except StorageError:
             assert after is None, (kind, path, model)
         else:
             assert after is not None, (kind, path, model)

@@ -1,18 +1,20 @@
 """The embedded Hub: enough of the Hugging Face Hub's HTTP API for its own clients, on plain git repositories.
 
 ``running_hub`` starts one in a separate process and stops it again; ``serve`` runs one in this process;
-``fsck`` examines one, and ``clean`` removes what nothing in it refers to.
+``fsck`` examines one, and ``clean`` removes objects that nothing in it refers to.
 """
 
-from .clean import Cleaned, clean
-from .fsck import Checked, fsck
+from .clean import CleanReport, clean
+from .errors import HubError
+from .fsck import FsckReport, fsck
 from .running import RunningHub, running_hub
 from .server import serve
 from .tokens import Token, create_token, list_tokens, revoke_tokens
 
 __all__ = [
-    "Checked",
-    "Cleaned",
+    "CleanReport",
+    "FsckReport",
+    "HubError",
     "RunningHub",
     "Token",
     "clean",

@@ -1,14 +1,12 @@
-"""Who is who: the caller's own account, and organizations."""
+"""Routes of the caller's own account and of organizations."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .context import Caller, Hub, hub_of
+from .context import hub_of
 from .messages import AsciiJSONResponse, iso_time, segment
 from .paths import printable
 from .problems import Problem
@@ -19,7 +17,8 @@ def whoami(request: Request) -> Response:
     caller = hub.caller(request)
     if caller.token is None:
         raise Problem(401, "Invalid username or password.")
-    organizations = sorted(hub.trust | _populated(hub, caller))
+    visible = {repo.namespace for repo in hub.store.repositories() if hub.visible(repo, caller)}
+    organizations = sorted(hub.trust | visible)
     return AsciiJSONResponse(
         {
             "type": "user",
@@ -41,10 +40,10 @@ def whoami(request: Request) -> Response:
 
 def organization(request: Request) -> Response:
     hub = hub_of(request)
-    caller = hub.caller(request)
-    name = segment(request, "name")
-    repos = [repo for repo in hub.store.namespaces().get(name, []) if hub.visible(repo, caller)]
-    if not repos and name not in hub.trust:
+    caller, name = hub.caller(request), segment(request, "name")
+    repos = (repo for repo in hub.store.repositories() if repo.namespace == name)
+    kinds = [repo.kind for repo in repos if hub.visible(repo, caller)]
+    if not kinds and name not in hub.trust:
         raise Problem(404, f"organization {printable(name)!r} not found")
     return AsciiJSONResponse(
         {
@@ -52,8 +51,8 @@ def organization(request: Request) -> Response:
             "fullname": name,
             "avatarUrl": "",
             "trustedKernelPublisher": name in hub.trust,
-            "numModels": sum(repo.kind == "model" for repo in repos),
-            "numKernels": sum(repo.kind == "kernel" for repo in repos),
+            "numModels": kinds.count("model"),
+            "numKernels": kinds.count("kernel"),
         }
     )
 
@@ -64,16 +63,8 @@ def user(request: Request) -> Response:
     raise Problem(404, f"user {printable(segment(request, 'name'))!r} not found")
 
 
-def _populated(hub: Hub, caller: Caller) -> set[str]:
-    return {
-        namespace
-        for namespace, repos in hub.store.namespaces().items()
-        if any(hub.visible(repo, caller) for repo in repos)
-    }
-
-
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    yield Route("/api/whoami-v2", whoami)
-    yield Route("/api/organizations/{name}/overview", organization)
-    yield Route("/api/users/{name}/overview", user)
+routes = [
+    Route("/api/whoami-v2", whoami),
+    Route("/api/organizations/{name}/overview", organization),
+    Route("/api/users/{name}/overview", user),
+]

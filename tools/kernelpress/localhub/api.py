@@ -1,40 +1,30 @@
-"""The repository API: everything below ``/api/kernels`` and ``/api/models``, and ``/api/repos``."""
+"""Routes of repositories: creating, moving, listing, describing and deleting them, and their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
 
-from dulwich.errors import NotGitRepository
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .contents import PathInfo
-from .context import Caller, Target, hub_of, revision_of
-from .messages import AsciiJSONResponse, endpoint, flag, iso_time, json_object, number, string
+from .contents import CommitInfo, PathInfo
+from .context import API_REPO, Caller, Target, hub_of, revision_of
+from .errors import Conflict
+from .messages import AsciiJSONResponse, Body, endpoint, flag, iso_time, number, string, with_json
 from .paths import KINDS, RepoId, RepoKind, printable, repo_id
 from .problems import Problem, bad_request, conflict
-from .repository import DEFAULT_BRANCH
 from .trees_api import lfs_json
 
-# Repositories
 
-
-async def create_repo(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_create_repo, request, body)
-
-
-def _create_repo(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def create_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     repo = _repo_in_body(body, caller)
     hub.require_write(request, caller, repo.namespace)
     url = f"{endpoint(request)}/{repo.web_path}"
-    private = _wants_private(body)
+    private = _private_in_body(body)
     if private and not hub.tokens.any_exist():
         raise bad_request(
             "a private repository needs a token, else nobody could read it: create one with "
@@ -42,18 +32,14 @@ def _create_repo(request: Request, body: dict[str, object]) -> Response:
         )
     try:
         hub.store.create(repo, private=private, author=caller.name)
-    except Problem as problem:
+    except Conflict as error:
         # The client reads the address even from this answer when told that existing is fine.
-        raise conflict(problem.message, url=url) from problem
+        raise conflict(str(error), url=url) from error
     return AsciiJSONResponse({"url": url, "name": str(repo), "id": str(repo)})
 
 
-async def delete_repo(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_delete_repo, request, body)
-
-
-def _delete_repo(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def delete_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     repo = _repo_in_body(body, caller)
@@ -63,17 +49,11 @@ def _delete_repo(request: Request, body: dict[str, object]) -> Response:
     return AsciiJSONResponse({})
 
 
-async def move_repo(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_move_repo, request, body)
-
-
-def _move_repo(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def move_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
-    kind = KINDS.get(f"{string(body, 'type', 'model')}s")
-    if kind is None:
-        raise bad_request("the embedded Hub serves kernel and model repositories only")
+    kind = _kind_in_body(body)
     ids = []
     for key in ("fromRepo", "toRepo"):
         namespace, slash, name = string(body, key).partition("/")
@@ -93,47 +73,36 @@ def _move_repo(request: Request, body: dict[str, object]) -> Response:
 def list_repos(request: Request) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
+    kind = KINDS.get(request.path_params["kind"])
+    if kind is None:
+        raise Problem(404, "the embedded Hub lists kernels and models only")
     query = request.query_params
     limit = number(request, "limit", 1000, lowest=0)
-    search, author = query.get("search", "").lower(), query.get("author")
-    found = []
-    for repo in hub.store.repositories(_listed_kind(request)):
-        if search in str(repo).lower() and author in (None, repo.namespace) and hub.visible(repo, caller):
-            git = hub.store.get(repo)
-            # One that goes away in this moment is not listed.
-            with suppress(NotGitRepository, FileNotFoundError):
-                if git is not None:
-                    target = Target(repo, git, hub.store.settings(repo), caller)
-                    found.append(_info(target, git.resolve(DEFAULT_BRANCH)))
+    repos = hub.listed(caller, query.get("search", ""), query.get("author"), kind)
+    infos = [_info(target, commit) for target, commit in repos]
     if query.get("sort") == "lastModified":
-        found.sort(key=lambda info: str(info["lastModified"]), reverse=True)
-    return AsciiJSONResponse(found[:limit])
+        infos.sort(key=lambda info: str(info["lastModified"]), reverse=True)
+    return AsciiJSONResponse(infos[:limit])
 
 
 def repo_info(request: Request) -> Response:
     target = hub_of(request).readable(request)
     commit = target.git.resolve(revision_of(request))
-    info = _info(target, commit)
+    info = _info(target, target.git.commit_info(commit))
     query = request.query_params
-    root = target.git.entry(commit, "")
-    assert root is not None
-    files = [item for item in target.git.walk(root, "", True) if not item[1].is_folder]
+    files = target.git.files(commit)
     if flag(request, "blobs"):
-        info["siblings"] = [_sibling(file) for file in target.git.describe(files)]
+        info["siblings"] = [_sibling(file) for file in target.git.describe(files.items())]
     else:
-        info["siblings"] = [{"rfilename": path} for path, _ in files]
-    wanted = {*query.getlist("expand"), *query.getlist("expand[]")}
-    if wanted:
-        info = {key: value for key, value in info.items() if key in wanted | {"id", "_id"}}
+        info["siblings"] = [{"rfilename": path} for path in files]
+    properties = {*query.getlist("expand"), *query.getlist("expand[]")}
+    if properties:
+        info = {key: value for key, value in info.items() if key in properties | {"id", "_id"}}
     return AsciiJSONResponse(info)
 
 
-async def update_settings(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_update_settings, request, body)
-
-
-def _update_settings(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def update_settings(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     target = hub.writable(request)
     unknown = sorted(set(body) - {"private", "visibility", "gated"})
@@ -143,7 +112,7 @@ def _update_settings(request: Request, body: dict[str, object]) -> Response:
         )
     settings = target.settings
     if "private" in body or "visibility" in body:
-        settings = replace(settings, private=_wants_private(body))
+        settings = replace(settings, private=_private_in_body(body))
     if "gated" in body:
         gated = body["gated"]
         if gated not in (False, "auto", "manual"):
@@ -155,10 +124,7 @@ def _update_settings(request: Request, body: dict[str, object]) -> Response:
     return AsciiJSONResponse({"private": settings.private, "gated": settings.gated or False})
 
 
-# Helpers
-
-
-def _repo_in_body(body: dict[str, object], caller: Caller) -> RepoId:
+def _repo_in_body(body: Body, caller: Caller) -> RepoId:
     name = string(body, "name")
     namespace = string(body, "organization", "")
     # Some clients send the full id as the name.
@@ -168,13 +134,17 @@ def _repo_in_body(body: dict[str, object], caller: Caller) -> RepoId:
         if caller.token is None:
             raise bad_request(f"name the owner too: 'owner/{printable(name)}'")
         namespace = caller.name
+    return repo_id(_kind_in_body(body), namespace, name)
+
+
+def _kind_in_body(body: Body) -> RepoKind:
     kind = KINDS.get(f"{string(body, 'type', 'model')}s")
     if kind is None:
         raise bad_request("the embedded Hub serves kernel and model repositories only")
-    return repo_id(kind, namespace, name)
+    return kind
 
 
-def _wants_private(body: dict[str, object]) -> bool:
+def _private_in_body(body: Body) -> bool:
     visibility = body.get("visibility")
     private = body.get("private", False)
     if visibility not in (None, "public", "private"):
@@ -184,13 +154,6 @@ def _wants_private(body: dict[str, object]) -> bool:
     return visibility == "private" or bool(private)
 
 
-def _listed_kind(request: Request) -> RepoKind:
-    kind = KINDS.get(request.path_params["kind"])
-    if kind is None:
-        raise Problem(404, "the embedded Hub lists kernels and models only")
-    return kind
-
-
 def _sibling(file: PathInfo) -> dict[str, object]:
     item: dict[str, object] = {"rfilename": file.path, "size": file.size, "blobId": file.entry.oid}
     if file.large is not None:
@@ -198,15 +161,15 @@ def _sibling(file: PathInfo) -> dict[str, object]:
     return item
 
 
-def _info(target: Target, commit: str) -> dict[str, object]:
+def _info(target: Target, commit: CommitInfo) -> dict[str, object]:
     repo = target.id
     return {
         "_id": f"{repo.kind}:{repo}",
         "id": str(repo),
         f"{repo.kind}Id": str(repo),
         "author": repo.namespace,
-        "sha": commit,
-        "lastModified": iso_time(target.git.commit_info(commit).time),
+        "sha": commit.oid,
+        "lastModified": iso_time(commit.time),
         "createdAt": iso_time(target.settings.created),
         "private": target.settings.private,
         "gated": target.settings.gated or False,
@@ -217,13 +180,12 @@ def _info(target: Target, commit: str) -> dict[str, object]:
     }
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    repo = "/api/{kind}/{namespace}/{name}"
-    yield Route("/api/repos/create", create_repo, methods=["POST"])
-    yield Route("/api/repos/move", move_repo, methods=["POST"])
-    yield Route("/api/repos/delete", delete_repo, methods=["DELETE"])
-    yield Route("/api/{kind}", list_repos)
-    yield Route(repo, repo_info)
-    yield Route(repo + "/revision/{ref}", repo_info)
-    yield Route(repo + "/settings", update_settings, methods=["PUT"])
+routes = [
+    Route("/api/repos/create", create_repo, methods=["POST"]),
+    Route("/api/repos/move", move_repo, methods=["POST"]),
+    Route("/api/repos/delete", delete_repo, methods=["DELETE"]),
+    Route("/api/{kind}", list_repos),
+    Route(API_REPO, repo_info),
+    Route(API_REPO + "/revision/{ref}", repo_info),
+    Route(API_REPO + "/settings", update_settings, methods=["PUT"]),
+]

@@ -15,8 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kernelpress.errors import HubError
-
 from . import (
     accounts,
     api,
@@ -32,9 +30,10 @@ from . import (
     uploads,
 )
 from .context import Hub, repository_gone
+from .errors import HubError, StorageError
 from .messages import AsciiJSONResponse, problem_response
 from .paths import printable
-from .problems import Problem
+from .problems import Problem, as_problem
 from .store import Store
 from .tokens import Tokens
 
@@ -54,25 +53,27 @@ def create_app(
     Raises:
         HubError: The directory cannot be used.
     """
+    modules = (
+        openapi,
+        accounts,
+        cards,
+        api,
+        refs_api,
+        trees_api,
+        pulls,
+        lfs,
+        uploads,
+        resolve,
+        git_http,
+        # The last, because a model's page can have almost any address.
+        pages,
+    )
     app = Starlette(
-        routes=[
-            Route("/healthz", _health),
-            *openapi.routes(),
-            *accounts.routes(),
-            *cards.routes(),
-            *api.routes(),
-            *refs_api.routes(),
-            *trees_api.routes(),
-            *pulls.routes(),
-            *lfs.routes(),
-            *uploads.routes(),
-            *resolve.routes(),
-            *git_http.routes(),
-            *pages.routes(),
-        ],
+        routes=[Route("/healthz", _health), *(route for module in modules for route in module.routes)],
         middleware=[Middleware(_EncodedPaths)],
         exception_handlers={
             Problem: _on_problem,
+            StorageError: _on_problem,
             HTTPException: _on_unknown,
             NotGitRepository: _on_deleted,
             HubError: _on_unusable,
@@ -106,16 +107,16 @@ def _health(request: Request) -> Response:
     return AsciiJSONResponse({"status": "ok"})
 
 
-async def _on_problem(request: Request, problem: Exception) -> Response:
-    assert isinstance(problem, Problem)
-    return problem_response(problem)
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem | StorageError)
+    return problem_response(as_problem(error))
 
 
 async def _on_unknown(request: Request, error: Exception) -> Response:
     # The router's "no such path" (404) and "not with this method" (405).
     assert isinstance(error, HTTPException)
-    asked = printable(f"{request.method} {request.scope['path']}")
-    message = f"the embedded Hub does not implement {asked}"
+    route = printable(f"{request.method} {request.scope['path']}")
+    message = f"the embedded Hub does not implement {route}"
     return problem_response(Problem(error.status_code, message, headers=dict(error.headers or {})))
 
 
@@ -136,7 +137,7 @@ async def _on_crash(request: Request, error: Exception) -> Response:
 
 
 async def _on_disk(request: Request, error: Exception) -> Response:
-    # What was being written is aside still, and goes with the request.
+    # Unfinished files are still aside, and go with the request.
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return problem_response(Problem(507, "the Hub's disk is full; nothing of this request was kept"))
     raise error

@@ -1,4 +1,4 @@
-"""Writes that a web page made a browser send, where no token shows that its user wants them.
+"""Protection against cross-site request forgery, where no token shows that a browser's user wants a write.
 
 A Hub on a loopback address is reached by every page that its user looks at. A page's request to another
 site carries ``Origin`` or ``Sec-Fetch-Site``, which the page cannot leave out; one whose own name was made
@@ -12,11 +12,9 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-_OWN = ("same-origin", "none")
 
-
-def foreign(request: Request, host: str | None = None) -> str | None:
-    """What shows that a request comes from a page of another site; ``None`` for one that may write.
+def cross_site_reason(request: Request, host: str | None = None) -> str | None:
+    """The reason to think that a page of another site sent a request, or None for one that may write.
 
     Args:
         request: The request.
@@ -29,7 +27,7 @@ def foreign(request: Request, host: str | None = None) -> str | None:
     origin = request.headers.get("origin")
     if origin is not None and origin.lower() != f"{request.scope['scheme']}://{named}".lower():
         return "its Origin header names another site"
-    if request.headers.get("sec-fetch-site", "none") not in _OWN:
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return "its Sec-Fetch-Site header says that another site sent it"
     return None
 

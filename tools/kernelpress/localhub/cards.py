@@ -1,25 +1,23 @@
-"""Check the metadata block of a ``README.md``, which the client asks for before it uploads one."""
+"""Validation of the metadata block of a ``README.md``, which the client asks for before it uploads one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from .context import hub_of
-from .messages import AsciiJSONResponse, json_object, string
+from .messages import AsciiJSONResponse, Body, string, with_json
 
 _MAX_BLOCK = 64 << 10
 _BLOCK = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
-class _Plain(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):
     """YAML without references: what a few lines refer to can stand for more than any memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -38,14 +36,14 @@ class _Plain(yaml.SafeLoader):
 
 
 def metadata_fault(card: str) -> str | None:
-    """What is wrong with the YAML block at the top of ``card``, or None; a card without one is fine."""
+    """Name the fault in the YAML block at the top of ``card``; None if there is no fault, or no block."""
     block = _BLOCK.match(card)
     if block is None:
         return None
     if len(block.group(1)) > _MAX_BLOCK:
         return f"the metadata block is longer than {_MAX_BLOCK >> 10} KiB"
     try:
-        metadata = yaml.load(block.group(1), _Plain)
+        metadata = yaml.load(block.group(1), _PlainLoader)
     # PyYAML lets the errors of a bad date or number through, and follows nesting by recursion.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         return f"the metadata block is not valid YAML: {error or type(error).__name__}"
@@ -54,15 +52,13 @@ def metadata_fault(card: str) -> str | None:
     return None
 
 
-async def validate_yaml(request: Request) -> Response:
-    body = await json_object(request)
+@with_json
+def validate_yaml(request: Request, body: Body) -> Response:
     # Anybody may ask, as on the Hugging Face Hub: its client checks a card before there is a repository for it.
     hub_of(request).caller(request)
-    fault = await run_in_threadpool(metadata_fault, string(body, "content"))
+    fault = metadata_fault(string(body, "content"))
     errors = [] if fault is None else [{"message": fault}]
     return AsciiJSONResponse({"errors": errors, "warnings": []}, status_code=400 if errors else 200)
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    yield Route("/api/validate-yaml", validate_yaml, methods=["POST"])
+routes = [Route("/api/validate-yaml", validate_yaml, methods=["POST"])]

@@ -1,16 +1,17 @@
-"""Parse the body of a commit request: one JSON object a line, a header and then operations."""
+"""The body of a commit request: one JSON object a line, a header and then operations."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .errors import StorageError
 from .large import LargeFile
+from .messages import Body, string
 from .paths import file_path, is_oid, printable
-from .problems import Problem, bad_request, too_large
+from .problems import Problem, as_problem, bad_request, too_large
 from .repository import AddFile, DeleteFile, DeleteFolder, Operation
 
 MAX_FILE_BYTES = 64 << 20
@@ -46,9 +47,9 @@ def parse_commit(
         large: Finds a large file, given the path it is for and its digest.
 
     Raises:
-        Problem: 4xx naming the line and what is wrong with it.
+        Problem: 4xx naming the line and its fault.
     """
-    header: dict[str, object] | None = None
+    header: Body | None = None
     operations: list[Operation] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -63,14 +64,14 @@ def parse_commit(
                 raise bad_request("the first line must be the header")
             else:
                 operations.append(_operation(key, value, stage, large))
-        except Problem as problem:
-            raise Problem(problem.status, f"commit line {number}: {problem.message}") from problem
+        except (Problem, StorageError) as error:
+            raise Problem(as_problem(error).status, f"commit line {number}: {error}") from error
     if header is None:
         raise bad_request("the commit is empty: its first line must be the header")
     return CommitRequest(_message(header), _parent(header), operations)
 
 
-def _parse_line(line: bytes) -> tuple[str, dict[str, object]]:
+def _parse_line(line: bytes) -> tuple[str, Body]:
     if len(line) > MAX_LINE_BYTES:
         raise too_large(f"a file is larger than the {MAX_FILE_BYTES >> 20} MiB this Hub takes")
     try:
@@ -86,50 +87,43 @@ def _parse_line(line: bytes) -> tuple[str, dict[str, object]]:
 
 
 def _operation(
-    key: str,
-    value: dict[str, object],
-    stage: Callable[[bytes], str],
-    large: Callable[[str, str], LargeFile],
+    key: str, value: Body, stage: Callable[[bytes], str], large: Callable[[str, str], LargeFile]
 ) -> Operation:
+    if key not in ("file", "deletedFile", "deletedFolder", "lfsFile"):
+        raise bad_request(f"unknown operation {printable(key)!r}")
+    path = string(value, "path")
+    # The client marks folders by a trailing slash.
+    path = file_path(path.rstrip("/") if key == "deletedFolder" else path)
     match key:
-        case "file":
-            path = file_path(_text(value, "path"))
-            return AddFile(path, stage(_content(path, value)))
         case "deletedFile":
-            return DeleteFile(file_path(_text(value, "path")))
+            return DeleteFile(path)
         case "deletedFolder":
-            # The client marks folders by a trailing slash.
-            return DeleteFolder(file_path(_text(value, "path").rstrip("/")))
-        case "lfsFile":
-            path = file_path(_text(value, "path"))
+            return DeleteFolder(path)
+        case "file":
+            content = _content(path, value)
+        case _:
             if value.get("algo", "sha256") != "sha256":
                 raise bad_request(f"{printable(path)!r}: this Hub knows sha256 only")
-            return AddFile(path, stage(large(path, _text(value, "oid")).pointer))
-        case _:
-            raise bad_request(f"unknown operation {printable(key)!r}")
+            content = large(path, string(value, "oid")).pointer
+    return AddFile(path, stage(content))
 
 
-def _content(path: str, value: dict[str, object]) -> bytes:
-    content = _text(value, "content")
+def _content(path: str, value: Body) -> bytes:
+    content = string(value, "content")
     encoding = value.get("encoding", "utf-8")
+    if encoding not in ("base64", "utf-8"):
+        raise bad_request(f"{printable(path)!r}: unknown encoding {printable(str(encoding))!r}; use 'base64'")
     try:
-        if encoding == "base64":
-            data = base64.b64decode(content, validate=True)
-        elif encoding == "utf-8":
-            data = content.encode("utf-8")
-        else:
-            raise bad_request(
-                f"{printable(path)!r}: unknown encoding {printable(str(encoding))!r}; use 'base64'"
-            )
-    except (binascii.Error, ValueError):
+        data = base64.b64decode(content, validate=True) if encoding == "base64" else content.encode("utf-8")
+    except ValueError:
         raise bad_request(f"{printable(path)!r}: the content is not valid {encoding}") from None
     if len(data) > MAX_FILE_BYTES:
         raise too_large(f"{printable(path)!r} is larger than the {MAX_FILE_BYTES >> 20} MiB this Hub takes")
     return data
 
 
-def _message(header: dict[str, object]) -> str:
-    summary = _text(header, "summary")
+def _message(header: Body) -> str:
+    summary = string(header, "summary")
     description = header.get("description") or ""
     if not isinstance(description, str):
         raise bad_request('the header\'s "description" must be a string')
@@ -147,17 +141,8 @@ def _message(header: dict[str, object]) -> str:
     return message
 
 
-def _parent(header: dict[str, object]) -> str | None:
+def _parent(header: Body) -> str | None:
     parent = header.get("parentCommit")
-    if parent is None:
-        return None
-    if not isinstance(parent, str) or not is_oid(parent):
+    if parent is not None and not (isinstance(parent, str) and is_oid(parent)):
         raise bad_request('the header\'s "parentCommit" must be a full commit id')
     return parent
-
-
-def _text(value: dict[str, object], key: str) -> str:
-    text = value.get(key)
-    if not isinstance(text, str):
-        raise bad_request(f'"{key}" must be a string')
-    return text

@@ -1,9 +1,9 @@
-"""What a git repository holds: commits, trees and files, read through a cache."""
+"""The reading half of a git repository: commits, trees and files, through a cache."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,8 +12,10 @@ from dulwich.errors import NotGitRepository
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.repo import Repo
 
+from .errors import EntryNotFound
 from .large import MAX_POINTER, LargeFile, LargeFiles, parse_pointer
 from .objects import ObjectCache
+from .paths import printable
 from .trees import TreeEntry
 
 
@@ -53,8 +55,8 @@ class PathInfo:
     large: LargeFile | None = None
 
 
-class Contents:
-    """The objects of a bare git repository; safe from any thread.
+class Reader:
+    """Reads the objects of a bare git repository; safe from any thread.
 
     Args:
         path: The bare repository.
@@ -97,7 +99,7 @@ class Contents:
             next_oid = info.parents[0] if info.parents else None
 
     def entry(self, commit: str, path: str) -> TreeEntry | None:
-        """What stands at ``path`` in ``commit``, or None."""
+        """The tree entry at ``path`` in ``commit``, or None; the root's path is empty."""
         entry: TreeEntry | None = TreeEntry(0o040000, self.commit_info(commit).tree)
         for name in path.split("/") if path else ():
             if entry is None or not entry.is_folder:
@@ -110,17 +112,24 @@ class Contents:
         entry = self.entry(commit, path)
         return None if entry is None else self._path_info(path, entry)
 
-    def walk(self, folder: TreeEntry, path: str, recursive: bool) -> Iterator[tuple[str, TreeEntry]]:
-        """The entries below ``folder``, which stands at ``path``, in git's order."""
-        for name, entry in self._tree(folder.oid).items():
-            below = f"{path}/{name}" if path else name
-            yield below, entry
-            if recursive and entry.is_folder:
-                yield from self.walk(entry, below, recursive)
+    def walk(self, commit: str, path: str = "", *, recursive: bool) -> Iterator[tuple[str, TreeEntry]]:
+        """Paths and entries below the folder at ``path``, in git's order.
 
-    def describe(self, found: list[tuple[str, TreeEntry]]) -> list[PathInfo]:
-        """Add sizes to what ``walk`` found."""
-        return [self._path_info(path, entry) for path, entry in found]
+        Raises:
+            EntryNotFound: There is no such folder; raised at once.
+        """
+        folder = self.entry(commit, path)
+        if folder is None or not folder.is_folder:
+            raise EntryNotFound(f"there is no folder {printable(path)!r} at this revision")
+        return self._walk(folder, f"{path}/" if path else "", recursive)
+
+    def files(self, commit: str) -> dict[str, TreeEntry]:
+        """Everything in ``commit`` but folders, by path."""
+        return {path: entry for path, entry in self.walk(commit, recursive=True) if not entry.is_folder}
+
+    def describe(self, entries: Iterable[tuple[str, TreeEntry]]) -> list[PathInfo]:
+        """Add sizes to paths and entries."""
+        return [self._path_info(path, entry) for path, entry in entries]
 
     def read(self, oid: str) -> bytes:
         """Content of the blob ``oid``, which must exist."""
@@ -133,6 +142,15 @@ class Contents:
             self._cache.put(key, data, len(data))
             self._cache.put((self._identity, oid, "size"), len(data), 0)
         return cast(bytes, data)
+
+    def large_file(self, oid: str, size: int | None = None) -> LargeFile | None:
+        """The large file that the blob ``oid`` (of ``size`` bytes, where that is known) points to, if it does."""
+        if size is not None and size > MAX_POINTER:
+            return None
+        data = self.read(oid) if size != 0 else b""
+        file = parse_pointer(data) if len(data) <= MAX_POINTER else None
+        # Text that looks like a pointer, and whose object nobody uploaded here, is just a file.
+        return file if file is not None and self.large.has(file) else None
 
     def last_commits(self, commit: str, paths: list[str]) -> dict[str, CommitInfo]:
         """For each path in ``commit``, the newest commit (following first parents) that changed it."""
@@ -150,24 +168,47 @@ class Contents:
 
     # Internals
 
+    def _walk(self, folder: TreeEntry, prefix: str, recursive: bool) -> Iterator[tuple[str, TreeEntry]]:
+        for name, entry in self._tree(folder.oid).items():
+            yield prefix + name, entry
+            if recursive and entry.is_folder:
+                yield from self._walk(entry, f"{prefix}{name}/", recursive)
+
+    def _path_info(self, path: str, entry: TreeEntry) -> PathInfo:
+        if entry.is_folder:
+            return PathInfo(path, entry, None)
+        key = (self._identity, entry.oid, "size")
+        size = cast("int | None", self._cache.get(key))
+        if size is None:
+            try:
+                size = len(self.read(entry.oid))
+            except KeyError:
+                # A submodule's commit lives in another repository.
+                size = 0
+            self._cache.put(key, size, 0)
+        large = self.large_file(entry.oid, size)
+        return PathInfo(path, entry, size if large is None else large.size, large)
+
     def _peel(self, oid: str) -> str:
-        obj = self._object_or_none(oid)
-        while isinstance(obj, Tag):
-            oid = obj.object[1].decode("ascii")
-            obj = self._object_or_none(oid)
+        while isinstance(tag := self._load_or_none(oid), Tag):
+            oid = tag.object[1].decode("ascii")
         return oid
 
     def _tree(self, oid: str) -> Mapping[str, TreeEntry]:
-        tree = self._load(oid)
-        return cast(Mapping[str, TreeEntry], tree)
+        return cast(Mapping[str, TreeEntry], self._load(oid))
+
+    def _load_or_none(self, oid: str) -> object | None:
+        try:
+            return self._load(oid)
+        except KeyError:
+            return None
 
     def _load(self, oid: str) -> object:
-        """A commit or a parsed tree, through the cache."""
+        """An object; a commit or a parsed tree comes through the cache."""
         key = (self._identity, oid)
         value = self._cache.get(key)
         if value is None:
-            obj = self._object(oid)
-            value = obj
+            value = obj = self._object(oid)
             if isinstance(obj, Tree):
                 value = {
                     item.path.decode("utf-8", "surrogateescape"): TreeEntry(
@@ -175,7 +216,8 @@ class Contents:
                     )
                     for item in obj.iteritems()
                 }
-            self._cache.put(key, value, 4 * obj.raw_length())
+            if isinstance(obj, Commit | Tree):
+                self._cache.put(key, value, 4 * obj.raw_length())
         return value
 
     def _object(self, oid: str) -> ShaFile:
@@ -188,38 +230,3 @@ class Contents:
                 # Deleted under a request that was reading it.
                 raise NotGitRepository(str(self.path)) from None
             raise
-
-    def _object_or_none(self, oid: str) -> object | None:
-        value = self._cache.get((self._identity, oid))
-        if value is None:
-            try:
-                value = self._object(oid)
-            except KeyError:
-                return None
-            if isinstance(value, Commit):
-                self._cache.put((self._identity, oid), value, 4 * value.raw_length())
-        return value
-
-    def _path_info(self, path: str, entry: TreeEntry) -> PathInfo:
-        if entry.is_folder:
-            return PathInfo(path, entry, None)
-        key = (self._identity, entry.oid, "size")
-        size = self._cache.get(key)
-        if size is None:
-            try:
-                size = len(self.read(entry.oid))
-            except KeyError:
-                # A submodule's commit lives in another repository.
-                size = 0
-            self._cache.put(key, size, 0)
-        large = self.large_file(entry.oid, cast(int, size))
-        return PathInfo(path, entry, cast(int, size) if large is None else large.size, large)
-
-    def large_file(self, oid: str, size: int | None = None) -> LargeFile | None:
-        """The large file that the blob ``oid`` (of ``size`` bytes, where that is known) points to, if it does."""
-        if size is not None and size > MAX_POINTER:
-            return None
-        data = self.read(oid) if size != 0 else b""
-        found = parse_pointer(data) if len(data) <= MAX_POINTER else None
-        # Text that looks like a pointer, and whose object nobody uploaded here, is just a file.
-        return found if found is not None and self.large.has(found) else None

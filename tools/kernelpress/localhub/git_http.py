@@ -1,10 +1,10 @@
-"""``git clone`` and ``git fetch`` over smart HTTP, read-only."""
+"""Routes of ``git clone`` and ``git fetch`` over smart HTTP, read-only."""
 
 from __future__ import annotations
 
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
 from typing import IO
 
@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from .context import hub_of
-from .messages import body_chunks
+from .context import WEB_REPOS, hub_of
+from .messages import whole_body
 from .problems import bad_request, too_large
 
 _MAX_REQUEST = 16 << 20
@@ -33,8 +33,8 @@ def advertise(request: Request) -> Response:
     if service != "git-upload-pack":
         raise bad_request("use a git client that speaks the smart HTTP protocol (git 1.6.6 or later)")
     output = BytesIO()
-    preamble = b"# service=git-upload-pack\n"
-    output.write(b"%04x%s0000" % (len(preamble) + 4, preamble))
+    # A packet: its length in four hex digits, itself included, and its content.
+    output.write(b"001e# service=git-upload-pack\n0000")
     _upload_pack(request, BytesIO(), output, advertise_refs=True)
     return Response(
         output.getvalue(),
@@ -44,8 +44,7 @@ def advertise(request: Request) -> Response:
 
 
 async def upload_pack(request: Request) -> Response:
-    body = b"".join([chunk async for chunk in body_chunks(request, _MAX_REQUEST)])
-    return await run_in_threadpool(_upload_pack_response, request, body)
+    return await run_in_threadpool(_upload_pack_response, request, await whole_body(request, _MAX_REQUEST))
 
 
 def _upload_pack_response(request: Request, body: bytes) -> Response:
@@ -83,7 +82,7 @@ def _upload_pack(request: Request, source: IO[bytes], sink: IO[bytes], *, advert
             handler.handle()
     except NotGitRepository:
         raise hub_of(request).repo_not_found(target.id, target.caller) from None
-    # What dulwich raises for requests that no git client would send.
+    # The errors that dulwich raises for requests that no git client would send.
     except (GitProtocolError, HangupException, AssertionError, ValueError, LookupError, TypeError) as error:
         raise bad_request(f"not a valid git-upload-pack request: {error}") from error
 
@@ -105,11 +104,12 @@ def _drain(file: IO[bytes]) -> Iterator[bytes]:
             yield chunk
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    for prefix in ("/{kind}", ""):
-        for suffix in (".git", ""):
-            repo = f"{prefix}/{{namespace}}/{{name}}{suffix}"
-            yield Route(repo + "/info/refs", advertise)
-            yield Route(repo + "/git-upload-pack", upload_pack, methods=["POST"])
-            yield Route(repo + "/git-receive-pack", no_push, methods=["POST"])
+routes = [
+    route
+    for repo in (f"{repo}{suffix}" for repo in WEB_REPOS for suffix in (".git", ""))
+    for route in (
+        Route(repo + "/info/refs", advertise),
+        Route(repo + "/git-upload-pack", upload_pack, methods=["POST"]),
+        Route(repo + "/git-receive-pack", no_push, methods=["POST"]),
+    )
+]

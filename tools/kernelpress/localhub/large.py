@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from .errors import InvalidInput
 from .objects import sync
-from .problems import bad_request
 
 MAX_POINTER = 200
 _CHUNK = 1 << 20
+# dulwich.lfs reads more than git-lfs does: digests that are none, sizes like "1_0", lines in any order or twice.
 _POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize ([0-9]{1,15})\n?"
 )
@@ -31,7 +32,7 @@ class LargeFile:
 
     @property
     def pointer(self) -> bytes:
-        """What git holds in its place."""
+        """The content of the blob that stands for the file in git (https://git-lfs.com, specification v1)."""
         return (
             f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
         ).encode("ascii")
@@ -56,11 +57,11 @@ class LargeFiles:
         self._root = root
 
     def path(self, sha256: str) -> Path:
-        """Where a file with this digest is kept."""
+        """Path of the file with this digest, which need not exist."""
         return self._root / "objects" / sha256[:2] / sha256[2:4] / sha256
 
     def has(self, file: LargeFile) -> bool:
-        """Whether it is here, whole."""
+        """True if the file is here, whole."""
         return self.size(file.sha256) == file.size
 
     def size(self, sha256: str) -> int | None:
@@ -72,63 +73,56 @@ class LargeFiles:
 
     def incoming(self) -> IO[bytes]:
         """A new file to write to, for ``keep``; it disappears when it is closed and not kept."""
-        folder = self._root / "incoming"
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.NamedTemporaryFile(dir=folder, prefix="whole-")
+        return tempfile.NamedTemporaryFile(dir=self._incoming(), prefix="whole-")
 
     def keep(self, received: IO[bytes], digest: str, file: LargeFile) -> None:
-        """Make what was received a large file.
+        """Make a received file a large file.
 
         Args:
             received: From ``incoming``, written completely.
             digest: The hex digest of what was written.
-            file: What was announced.
+            file: The digest and size that were announced.
 
         Raises:
-            Problem: 400 when the content is another.
+            InvalidInput: The content is another.
         """
         received.flush()
         size = os.fstat(received.fileno()).st_size
         if digest != file.sha256 or size != file.size:
-            raise bad_request(
+            raise InvalidInput(
                 f"the content is not what was announced: {size} bytes with sha256 {digest}, "
                 f"not {file.size} bytes with {file.sha256}"
             )
         os.fsync(received.fileno())
-        place = self.path(file.sha256)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = self.path(file.sha256)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # A link, so that two uploads of the same content cannot be in each other's way.
-        aside = place.with_name(f"{Path(received.name).name}.new")
+        aside = path.with_name(f"{Path(received.name).name}.new")
         os.link(received.name, aside)
-        os.replace(aside, place)
-        for folder in (place.parent, place.parent.parent, place.parent.parent.parent):
+        os.replace(aside, path)
+        for folder in path.parents[:3]:
             sync(folder)
 
     def parts(self, file: LargeFile) -> Path:
-        """Where the parts of an upload are put together; the same for every part."""
-        folder = self._root / "incoming"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"parts-{file.sha256}"
+        """Path of the file in which the parts of an upload are put together; the same for every part."""
+        return self._incoming() / f"parts-{file.sha256}"
 
     def keep_parts(self, file: LargeFile) -> None:
         """Make the parts of an upload a large file.
 
         Raises:
-            Problem: 400 when a part is missing or the content is another.
+            InvalidInput: A part is missing or the content is another.
         """
-        place = self.parts(file)
-        if not place.exists():
+        path = self.parts(file)
+        if not path.exists():
             if self.has(file):
                 return
-            raise bad_request("no part of this file has arrived; upload it again")
-        digest = hashlib.sha256()
-        with place.open("rb") as source:
-            while chunk := source.read(_CHUNK):
-                digest.update(chunk)
+            raise InvalidInput("no part of this file has arrived; upload it again")
+        with path.open("rb") as source:
             try:
-                self.keep(source, digest.hexdigest(), file)
+                self.keep(source, sha256_of(source), file)
             finally:
-                place.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     def read(self, file: LargeFile, start: int, stop: int) -> Iterator[bytes]:
         """Bytes ``start`` to ``stop`` (exclusive) of a file that is here, in pieces."""
@@ -140,7 +134,7 @@ class LargeFiles:
                 yield chunk
 
     def all(self) -> Iterator[tuple[str, Path]]:
-        """Digests and places of all files."""
+        """Digests and paths of all files."""
         for path in sorted((self._root / "objects").glob("??/??/*")):
             if len(path.name) == 64:
                 yield path.name, path
@@ -148,5 +142,18 @@ class LargeFiles:
     def clear_incoming(self) -> None:
         """Forget uploads that were cut off; nobody may be uploading."""
         shutil.rmtree(self._root / "incoming", ignore_errors=True)
-        for left in (self._root / "objects").glob("??/??/*.new"):
-            left.unlink()
+        for leftover in (self._root / "objects").glob("??/??/*.new"):
+            leftover.unlink()
+
+    def _incoming(self) -> Path:
+        folder = self._root / "incoming"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def sha256_of(source: IO[bytes]) -> str:
+    """Hex digest of what is left to read, read in pieces."""
+    digest = hashlib.sha256()
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The git-lfs batch API and its transfers: large files in and out, streamed to and from the disk.
+"""Routes of the git-lfs batch API and its transfers: large files in and out, streamed to and from the disk.
 
 A transfer's address carries its own permission, signed and short-lived: the Hub's client sends no token there.
 """
@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import os
 import time
-from collections.abc import Iterable
 from math import ceil
 
 from starlette.concurrency import run_in_threadpool
@@ -17,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from .context import Hub, Target, hub_of, named_repo
+from .context import API_REPO, WEB_REPOS, Hub, Target, hub_of, named_repo
 from .large import LargeFile
-from .messages import AsciiJSONResponse, body_chunks, endpoint, json_object
+from .messages import AsciiJSONResponse, Body, body_chunks, endpoint, whole_body, with_json
 from .paths import RepoId
 from .problems import Problem, bad_request, too_large
 from .resolve import large_response
@@ -37,12 +36,8 @@ _XET = (
 )
 
 
-async def batch(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_batch, request, body)
-
-
-def _batch(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def batch(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     operation = body.get("operation")
     if operation not in ("upload", "download"):
@@ -72,25 +67,28 @@ def _announced(item: object) -> LargeFile:
 def _answer(
     request: Request, hub: Hub, target: Target, operation: str, transfers: list[object], file: LargeFile
 ) -> dict[str, object]:
-    large = target.git.large
+    """The batch API's answer for one file: an error, nothing to do, or the addresses to use."""
+
+    def address(verb: str, part: int = 0) -> str:
+        return _address(request, hub, target.id, verb, file, part)
+
+    here = target.git.large.has(file)
     answer: dict[str, object] = {"oid": file.sha256, "size": file.size}
+    action: dict[str, object]
     if operation == "download":
-        if not large.has(file):
+        if not here:
             return answer | {"error": {"code": 404, "message": "this repository has no such file"}}
-        href = _address(request, hub, target.id, "get", file)
-        return answer | {"authenticated": True, "actions": {"download": {"href": href}}}
-    if file.size > MAX_LARGE_BYTES:
+        action = {"href": address("get")}
+    elif file.size > MAX_LARGE_BYTES:
         return answer | {"error": {"code": 413, "message": f"larger than {MAX_LARGE_BYTES} bytes"}}
-    if large.has(file):
+    elif here:
         return answer
-    if file.size < MULTIPART_FROM or "multipart" not in transfers:
-        href = _address(request, hub, target.id, "put", file)
-        return answer | {"authenticated": True, "actions": {"upload": {"href": href}}}
-    header: dict[str, str] = {"chunk_size": str(PART_BYTES)}
-    for part in range(1, ceil(file.size / PART_BYTES) + 1):
-        header[str(part)] = _address(request, hub, target.id, "part", file, part)
-    href = _address(request, hub, target.id, "done", file)
-    return answer | {"authenticated": True, "actions": {"upload": {"href": href, "header": header}}}
+    elif file.size < MULTIPART_FROM or "multipart" not in transfers:
+        action = {"href": address("put")}
+    else:
+        parts = {str(part): address("part", part) for part in range(1, ceil(file.size / PART_BYTES) + 1)}
+        action = {"href": address("done"), "header": {"chunk_size": str(PART_BYTES)} | parts}
+    return answer | {"authenticated": True, "actions": {operation: action}}
 
 
 async def put(request: Request) -> Response:
@@ -110,23 +108,22 @@ async def put_part(request: Request) -> Response:
     length = min(PART_BYTES, file.size - start)
     if length <= 0:
         raise bad_request("there is no such part")
-    place = target.git.large.parts(file)
-    digest, done = hashlib.sha256(), 0
-    descriptor = os.open(place, os.O_WRONLY | os.O_CREAT, 0o644)
+    digest, received = hashlib.sha256(), 0
+    descriptor = os.open(target.git.large.parts(file), os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         async for chunk in body_chunks(request, length):
             digest.update(chunk)
-            await run_in_threadpool(os.pwrite, descriptor, chunk, start + done)
-            done += len(chunk)
+            await run_in_threadpool(os.pwrite, descriptor, chunk, start + received)
+            received += len(chunk)
     finally:
         os.close(descriptor)
-    if done != length:
-        raise bad_request(f"this part has {length} bytes, and {done} arrived")
+    if received != length:
+        raise bad_request(f"this part has {length} bytes, and {received} arrived")
     return Response(headers={"ETag": f'"{digest.hexdigest()}"'})
 
 
 async def put_done(request: Request) -> Response:
-    await json_object(request)
+    await whole_body(request)
     target, file, _ = await run_in_threadpool(_permitted, request, "done")
     await run_in_threadpool(target.git.large.keep_parts, file)
     return AsciiJSONResponse({"success": True})
@@ -160,31 +157,31 @@ def _signature(hub: Hub, repo: RepoId, claim: str) -> str:
 
 
 def _permitted(request: Request, verb: str) -> tuple[Target, LargeFile, int]:
-    hub, given = hub_of(request), request.path_params
+    hub, segments = hub_of(request), request.path_params
     repo = named_repo(request)
-    claim = f"{verb}/{given['oid']}/{given['size']}/{given['part']}/{given['until']}"
+    claim = f"{verb}/{segments['oid']}/{segments['size']}/{segments['part']}/{segments['until']}"
     # Nothing of the address is believed, not even that its numbers are some, until the signature holds.
-    if not hmac.compare_digest(_signature(hub, repo, claim).encode(), given["signature"].encode("latin-1")):
+    if not hmac.compare_digest(
+        _signature(hub, repo, claim).encode(), segments["signature"].encode("latin-1")
+    ):
         raise Problem(403, "this address was not given out by this Hub, or before its restart; ask again")
-    if int(given["until"]) < time.time():
+    if int(segments["until"]) < time.time():
         raise Problem(403, "this address has expired; ask again")
-    file = LargeFile(given["oid"], int(given["size"]))
+    file = LargeFile(segments["oid"], int(segments["size"]))
     if file.size > MAX_LARGE_BYTES:
         raise too_large(f"larger than {MAX_LARGE_BYTES} bytes")
-    return hub.trusted_target(repo), file, int(given["part"])
+    return hub.trusted_target(repo), file, int(segments["part"])
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    for prefix in ("/{kind}", ""):
-        repo = f"{prefix}/{{namespace}}/{{name}}.git/info/lfs"
-        yield Route(repo + "/objects/batch", batch, methods=["POST"])
-    claim = "/lfs/{kind}/{namespace}/{name}/%s/{oid}/{size}/{part}/{until}/{signature}"
-    yield Route(claim % "put", put, methods=["PUT"])
-    yield Route(claim % "part", put_part, methods=["PUT"])
-    yield Route(claim % "done", put_done, methods=["POST"])
-    yield Route(claim % "get", get)
-    for verb in ("write", "read"):
-        token = f"/api/{{kind}}/{{namespace}}/{{name}}/xet-{verb}-token/{{ref}}"
-        yield Route(token, xet_token)
-        yield Route(f"{token}/{_XET_HINT}", xet_refused)
+_CLAIM = "/lfs/{kind}/{namespace}/{name}/%s/{oid}/{size}/{part}/{until}/{signature}"
+_XET_TOKENS = [f"{API_REPO}/xet-{verb}-token/{{ref}}" for verb in ("write", "read")]
+
+routes = [
+    *(Route(f"{repo}.git/info/lfs/objects/batch", batch, methods=["POST"]) for repo in WEB_REPOS),
+    Route(_CLAIM % "put", put, methods=["PUT"]),
+    Route(_CLAIM % "part", put_part, methods=["PUT"]),
+    Route(_CLAIM % "done", put_done, methods=["POST"]),
+    Route(_CLAIM % "get", get),
+    *(Route(token, xet_token) for token in _XET_TOKENS),
+    *(Route(f"{token}/{_XET_HINT}", xet_refused) for token in _XET_TOKENS),
+]

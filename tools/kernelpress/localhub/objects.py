@@ -9,7 +9,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from pathlib import Path
-from types import TracebackType
 
 from dulwich.objects import ShaFile
 
@@ -30,6 +29,7 @@ class ObjectCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> object | None:
+        """Return the value kept under ``key``, or None."""
         with self._lock:
             item = self._items.get(key)
             if item is None:
@@ -38,6 +38,7 @@ class ObjectCache:
             return item[0]
 
     def put(self, key: Hashable, value: object, size: int) -> None:
+        """Keep ``value``, which takes about ``size`` bytes, under ``key``."""
         # The overhead of the entry itself counts too: otherwise empty files would be free.
         size += 256
         if size > self._max_item_bytes:
@@ -53,7 +54,7 @@ class ObjectCache:
 
 
 class ObjectBatch:
-    """New objects of one commit, staged aside until all of them are ready.
+    """New objects of one commit, staged aside until all of them are ready; a context manager.
 
     dulwich writes loose objects one at a time and without syncing their directories, so the batch has its
     own path: all files are written first and synced afterwards (the file system can then flush them
@@ -73,18 +74,13 @@ class ObjectBatch:
     def __enter__(self) -> ObjectBatch:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def add(self, obj: ShaFile) -> str:
         """Stage ``obj`` unless the repository has it; returns its id."""
         oid = obj.id.decode("ascii")
-        if oid not in self._staged and not self._place(oid).exists():
+        if oid not in self._staged and not self._final_path(oid).exists():
             path = self._staging / oid
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
             with open(descriptor, "wb") as file:
@@ -98,17 +94,17 @@ class ObjectBatch:
             sync(path)
         folders = set()
         for oid, path in self._staged.items():
-            place = self._place(oid)
-            place.parent.mkdir(exist_ok=True)
-            os.replace(path, place)
-            folders.add(place.parent)
+            final_path = self._final_path(oid)
+            final_path.parent.mkdir(exist_ok=True)
+            os.replace(path, final_path)
+            folders.add(final_path.parent)
         for folder in folders:
             sync(folder)
         if folders:
             sync(self._objects)
         self._staged.clear()
 
-    def _place(self, oid: str) -> Path:
+    def _final_path(self, oid: str) -> Path:
         return self._objects / oid[:2] / oid[2:]
 
 
@@ -119,3 +115,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_durably(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file so that a crash leaves its old content or its new one; one writer at a time."""
+    aside = path.with_name(f"{path.name}.new")
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,10 +21,10 @@ _BODIES = {
 }
 
 
-def describe(routes: Sequence[BaseRoute]) -> dict[str, object]:
+def describe(served: Sequence[BaseRoute]) -> dict[str, object]:
     """An OpenAPI 3.1 document of these routes: addresses, methods, parameters and kinds of bodies."""
     paths: dict[str, dict[str, object]] = {}
-    for route in routes:
+    for route in served:
         if not isinstance(route, Route):
             continue
         names = _PARAMETER.findall(route.path)
@@ -56,6 +56,4 @@ def openapi(request: Request) -> Response:
     return AsciiJSONResponse(describe(request.app.routes))
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    yield Route("/api/openapi.json", openapi)
+routes = [Route("/api/openapi.json", openapi)]

@@ -1,17 +1,17 @@
-"""Web pages for people: repositories, cards, versions, commits and what changed. No script runs on them."""
+"""Web pages for people: repositories, cards, versions, commits and differences. No script runs on them."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from urllib.parse import quote
 
+import jinja2
 import tomli
-from dulwich.errors import NotGitRepository
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
@@ -19,14 +19,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from .context import Target, hub_of
+from .context import WEB_REPOS, Target, hub_of
 from .messages import iso_time, number, segment
-from .paths import KINDS, RESERVED_NAMESPACES, RepoId, file_path
-from .problems import Problem, entry_not_found
-from .pulls import load
+from .paths import RESERVED_NAMESPACES
+from .problems import entry_not_found
+from .pulls import load_all, load_named
 from .refs import PULLS
 from .repository import DEFAULT_BRANCH, Repository
-from .templates import STYLE, pages
+from .trees_api import folder_path
 
 _HEADERS = {
     # The second wall behind escaping: even markup that got through could load and run nothing.
@@ -42,24 +42,32 @@ _MAX_LINES = 5000
 _MAX_FILES = 200
 _LISTED = 200
 _COMMITS = 50
+_TEMPLATES = Path(__file__).parent / "templates"
+_STYLE = (_TEMPLATES / "style.css").read_bytes()
 _markdown = MarkdownIt("js-default")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a diff: ``kind`` is ``add``, ``del`` or empty."""
-
-    kind: str
-    text: str
+# Everything put into a template is escaped, except a card that `render_card` has made.
+_templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    auto_reload=False,
+    undefined=jinja2.StrictUndefined,
+)
+_templates.filters["day"] = lambda seconds: iso_time(seconds)[:10]
 
 
 @dataclass(frozen=True)
 class FileChange:
-    """A file that differs between two trees; ``lines`` is None where that is not shown."""
+    """A file that differs between two trees.
+
+    Args:
+        path: Its path.
+        kind: ``added``, ``removed`` or ``changed``.
+        lines: The lines of a unified diff, each with its CSS class; None where they are not shown.
+    """
 
     path: str
     kind: str
-    lines: tuple[Line, ...] | None
+    lines: list[tuple[str, str]] | None
 
 
 def render_card(text: str) -> Markup:
@@ -68,26 +76,15 @@ def render_card(text: str) -> Markup:
 
 
 def style(request: Request) -> Response:
-    return Response(STYLE, media_type="text/css", headers={"Cache-Control": "max-age=3600"})
+    return Response(_STYLE, media_type="text/css", headers={"Cache-Control": "max-age=3600"})
 
 
 def index(request: Request) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     search = request.query_params.get("search", "")
-    found = []
-    for repo in (repo for kind in KINDS.values() for repo in hub.store.repositories(kind)):
-        if search.lower() not in str(repo).lower() or not hub.visible(repo, caller):
-            continue
-        # One that goes away in this moment is not listed.
-        with suppress(NotGitRepository, FileNotFoundError, Problem):
-            git = hub.store.get(repo)
-            if git is not None:
-                changed = git.commit_info(git.resolve(DEFAULT_BRANCH)).time
-                private = hub.store.settings(repo).private
-                found.append({"id": repo, "private": private, "time": changed, "changed": _day(changed)})
-    found.sort(key=lambda item: (-int(str(item["time"])), str(item["id"])))
-    return _page("list", title="Hub", repo=None, search=search, found=found[:_LISTED])
+    repositories = sorted(hub.listed(caller, search), key=lambda item: (-item[1].time, str(item[0].id)))
+    return _page("list", title="Hub", search=search, repositories=repositories[:_LISTED])
 
 
 def repository(request: Request) -> Response:
@@ -95,18 +92,14 @@ def repository(request: Request) -> Response:
     git = target.git
     branches = git.branches()
     names = sorted((name for name in branches if re.fullmatch(r"v\d+", name)), key=lambda name: int(name[1:]))
-    versions = [
-        _version(git, name, branches[name], before)
-        for name, before in zip(names, ["", *names][: len(names)], strict=True)
-    ]
-    pulls = sorted((int(name) for name in git.pulls() if name.isdigit()), reverse=True)[:_LISTED]
+    pairs = zip(names, ["", *names], strict=False)
+    versions = [_version(git, name, branches[name], before) for name, before in pairs]
     card = _text(git, git.resolve(DEFAULT_BRANCH), "README.md", _MAX_CARD)
     return _page(
         "repo",
-        title=str(target.id),
-        repo=target.id,
+        target,
         versions=versions[::-1],
-        pulls=[load(git, each) for each in pulls],
+        pulls=list(islice(load_all(git), _LISTED)),
         card=None if card is None else render_card(card),
     )
 
@@ -114,18 +107,14 @@ def repository(request: Request) -> Response:
 def tree(request: Request) -> Response:
     target = _target(request)
     revision = segment(request, "ref")
-    commit = target.git.resolve(revision)
-    path = segment(request, "path").strip("/") if "path" in request.path_params else ""
-    folder = target.git.entry(commit, file_path(path) if path else "")
-    if folder is None or not folder.is_folder:
-        raise entry_not_found(f"there is no folder {path!r} at this revision")
+    path = folder_path(request)
     entries = []
-    for info in target.git.describe(list(target.git.walk(folder, path, False))):
+    for info in target.git.describe(target.git.walk(target.git.resolve(revision), path, recursive=False)):
         verb = "tree" if info.entry.is_folder else "resolve"
         href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quote(info.path)}"
         name = info.path.rsplit("/", 1)[-1] + ("/" if info.entry.is_folder else "")
         entries.append({"name": name, "href": href, "size": info.size})
-    return _page("tree", title=str(target.id), repo=target.id, path=path, revision=revision, entries=entries)
+    return _page("tree", target, path=path, revision=revision, entries=entries)
 
 
 def commits(request: Request) -> Response:
@@ -133,15 +122,9 @@ def commits(request: Request) -> Response:
     revision = segment(request, "ref")
     start = number(request, "p", 0, lowest=0)
     history = target.git.history(target.git.resolve(revision))
-    found = list(islice(history, start * _COMMITS, (start + 1) * _COMMITS + 1))
-    shown = [
-        {"oid": info.oid, "title": info.title, "author": info.author, "changed": _day(info.time)}
-        for info in found[:_COMMITS]
-    ]
-    following = f"?p={start + 1}" if len(found) > _COMMITS else None
-    return _page(
-        "commits", title=str(target.id), repo=target.id, revision=revision, commits=shown, next=following
-    )
+    page = list(islice(history, start * _COMMITS, (start + 1) * _COMMITS + 1))
+    following = f"?p={start + 1}" if len(page) > _COMMITS else None
+    return _page("commits", target, revision=revision, commits=page[:_COMMITS], next=following)
 
 
 def commit(request: Request) -> Response:
@@ -162,47 +145,33 @@ def compare(request: Request) -> Response:
     )
 
 
-def pull(request: Request) -> Response:
+def pull_request(request: Request) -> Response:
     target = _target(request)
-    text = segment(request, "number")
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise entry_not_found("there is no such pull request")
-    found = load(target.git, int(text))
-    head = target.git.resolve(f"{PULLS}{found.number}")
-    heading = f"#{found.number} {found.title} ({found.status}, by {found.author})"
-    return _diff_page(target, heading, found.base, head, found.description)
+    pull = load_named(target.git, request)
+    head = target.git.resolve(f"{PULLS}{pull.number}")
+    heading = f"#{pull.number} {pull.title} ({pull.status}, by {pull.author})"
+    return _diff_page(target, heading, pull.base, head, pull.description)
 
 
 def _diff_page(target: Target, heading: str, before: str | None, after: str, text: str) -> Response:
     changes = list(islice(_changes(target.git, before, after), _MAX_FILES + 1))
     cut = "" if len(changes) <= _MAX_FILES else f", of which the first {_MAX_FILES} are shown"
-    return _page(
-        "diff",
-        title=heading,
-        repo=target.id,
-        heading=heading,
-        text=text,
-        changes=changes[:_MAX_FILES],
-        cut=cut,
-    )
+    return _page("diff", target, title=heading, text=text, changes=changes[:_MAX_FILES], cut=cut)
 
 
 def _changes(git: Repository, before: str | None, after: str) -> Iterable[FileChange]:
     old, new = ({} if commit is None else _blobs(git, commit) for commit in (before, after))
     for path in sorted(old.keys() | new.keys()):
-        if old.get(path) == new.get(path):
-            continue
-        kind = "added" if path not in old else "removed" if path not in new else "changed"
-        yield FileChange(path, kind, _lines(git, old.get(path), new.get(path)))
+        if old.get(path) != new.get(path):
+            kind = "added" if path not in old else "removed" if path not in new else "changed"
+            yield FileChange(path, kind, _lines(git, old.get(path), new.get(path)))
 
 
 def _blobs(git: Repository, commit: str) -> dict[str, str]:
-    root = git.entry(commit, "")
-    assert root is not None
-    return {path: entry.oid for path, entry in git.walk(root, "", True) if entry.is_file}
+    return {path: entry.oid for path, entry in git.files(commit).items() if entry.is_file}
 
 
-def _lines(git: Repository, old: str | None, new: str | None) -> tuple[Line, ...] | None:
+def _lines(git: Repository, old: str | None, new: str | None) -> list[tuple[str, str]] | None:
     texts = []
     for oid in (old, new):
         data = b"" if oid is None else git.read(oid)
@@ -211,15 +180,13 @@ def _lines(git: Repository, old: str | None, new: str | None) -> tuple[Line, ...
         texts.append(data.decode("utf-8", "replace").splitlines())
     if sum(map(len, texts)) > _MAX_LINES:
         return None
-    found = islice(difflib.unified_diff(texts[0], texts[1], lineterm="", n=3), 2, None)
-    return tuple(Line({"+": "add", "-": "del"}.get(line[:1], ""), line) for line in found)
+    diff = islice(difflib.unified_diff(texts[0], texts[1], lineterm="", n=3), 2, None)
+    return [({"+": "add", "-": "del"}.get(line[:1], ""), line) for line in diff]
 
 
 def _version(git: Repository, name: str, oid: str, before: str) -> dict[str, object]:
     folder = git.entry(oid, "build")
-    variants = [] if folder is None or not folder.is_folder else [
-        path for path, entry in git.walk(folder, "", False) if entry.is_folder
-    ]  # fmt: skip
+    below = [] if folder is None or not folder.is_folder else git.walk(oid, "build", recursive=False)
     yanked = None
     text = _text(git, oid, "kernel-yanked.toml", _MAX_TEXT)
     if text is not None:
@@ -230,8 +197,8 @@ def _version(git: Repository, name: str, oid: str, before: str) -> dict[str, obj
     return {
         "name": name,
         "commit": oid,
-        "changed": _day(git.commit_info(oid).time),
-        "variants": variants,
+        "time": git.commit_info(oid).time,
+        "variants": [path.removeprefix("build/") for path, entry in below if entry.is_folder],
         "yanked": yanked,
         "before": before,
     }
@@ -250,26 +217,25 @@ def _target(request: Request) -> Target:
     return hub_of(request).readable(request, content=True)
 
 
-def _day(seconds: int) -> str:
-    return iso_time(seconds)[:10]
-
-
-def _page(name: str, *, title: str, repo: RepoId | None, **values: object) -> Response:
+def _page(name: str, target: Target | None = None, *, title: str | None = None, **values: object) -> Response:
+    repo = None if target is None else target.id
+    text = _templates.get_template(f"{name}.html").render(title=title or str(repo), repo=repo, **values)
     # A file name or a commit may hold what is no valid Unicode.
-    text = pages.get_template(name).render(title=title, repo=repo, **values)
     return HTMLResponse(text.encode("utf-8", "replace"), headers=_HEADERS)
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module; they come last, because a model's page can have almost any address."""
-    yield Route("/", index)
-    yield Route("/style.css", style)
-    for prefix in ("/{kind}", ""):
-        repo = f"{prefix}/{{namespace}}/{{name}}"
-        yield Route(repo + "/tree/{ref}", tree)
-        yield Route(repo + "/tree/{ref}/{path:path}", tree)
-        yield Route(repo + "/commits/{ref}", commits)
-        yield Route(repo + "/commit/{ref}", commit)
-        yield Route(repo + "/compare/{range}", compare)
-        yield Route(repo + "/discussions/{number}", pull)
-        yield Route(repo, repository)
+_PAGES = {
+    "/tree/{ref}": tree,
+    "/tree/{ref}/{path:path}": tree,
+    "/commits/{ref}": commits,
+    "/commit/{ref}": commit,
+    "/compare/{range}": compare,
+    "/discussions/{number}": pull_request,
+    "": repository,
+}
+
+routes = [
+    Route("/", index),
+    Route("/style.css", style),
+    *(Route(repo + path, page) for repo in WEB_REPOS for path, page in _PAGES.items()),
+]

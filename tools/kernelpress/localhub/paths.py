@@ -1,4 +1,4 @@
-"""Which names are allowed: repositories, branches and tags, files inside a repository.
+"""The rules for names of repositories, branches and tags, and for paths of files.
 
 Everything that later becomes part of a file-system path or a git tree passes through here first.
 """
@@ -12,7 +12,7 @@ from typing import Literal
 
 from dulwich.refs import Ref, check_ref_format
 
-from .problems import bad_request
+from .errors import InvalidInput
 
 RepoKind = Literal["kernel", "model"]
 KINDS: dict[str, RepoKind] = {"kernels": "kernel", "models": "model"}
@@ -56,7 +56,7 @@ class RepoId:
 
 
 def is_name(text: str) -> bool:
-    """Whether ``text`` can be a namespace or a repository's name (the Hub's rule)."""
+    """True if ``text`` can be a namespace or a repository's name (the Hub's rule)."""
     return (
         len(text) <= 96
         and _NAME.fullmatch(text) is not None
@@ -70,29 +70,29 @@ def repo_id(kind: RepoKind, namespace: str, name: str) -> RepoId:
     """Check a repository's name.
 
     Raises:
-        Problem: 400 when either part is not a name the Hub allows.
+        InvalidInput: Either part is not a name that the Hub allows.
     """
     for part in (namespace, name):
         if not is_name(part):
-            raise bad_request(
+            raise InvalidInput(
                 f"{printable(part)!r} is no valid name: use up to 96 letters, digits, '-', '_' and '.', "
                 "not starting or ending with '-' or '.', without '--' or '..'"
             )
     if namespace.lower() in RESERVED_NAMESPACES:
-        raise bad_request(f"{namespace!r} is reserved and cannot be a namespace")
+        raise InvalidInput(f"{namespace!r} is reserved and cannot be a namespace")
     return RepoId(kind, namespace, name)
 
 
 def is_oid(text: str) -> bool:
-    """Whether ``text`` is a full git object id."""
+    """True if ``text`` is a full git object id."""
     return _OID.fullmatch(text) is not None
 
 
-def ref_name(text: str, what: str) -> str:
-    """Check a new branch's or tag's short name; ``what`` names it in the message.
+def ref_name(text: str, kind: str) -> str:
+    """Check a new branch's or tag's short name; ``kind`` names it in the message.
 
     Raises:
-        Problem: 400 when git would not take the name, or when it could be mistaken for a commit id.
+        InvalidInput: Git would not take the name, or it could be mistaken for a commit id.
     """
     try:
         raw = text.encode("utf-8")
@@ -101,7 +101,7 @@ def ref_name(text: str, what: str) -> str:
     full = Ref(b"refs/heads/" + raw)
     usable = raw != b"" and len(raw) <= MAX_ELEMENT_BYTES and not raw.startswith((b"-", b"refs/"))
     if not usable or b"\x7f" in raw or raw == b"HEAD" or is_oid(text) or not check_ref_format(full):
-        raise bad_request(f"{printable(text)!r} is no valid {what} name")
+        raise InvalidInput(f"{printable(text)!r} is no valid {kind} name")
     return text
 
 
@@ -112,11 +112,11 @@ def file_path(text: str) -> str:
         The path, unchanged: ``/``-separated, relative, without empty, ``.`` or ``..`` elements.
 
     Raises:
-        Problem: 400 naming what is wrong with it.
+        InvalidInput: The message names what is wrong with it.
     """
     reason = _path_fault(text)
     if reason is not None:
-        raise bad_request(f"invalid path {printable(text)!r}: {reason}")
+        raise InvalidInput(f"invalid path {printable(text)!r}: {reason}")
     return text
 
 

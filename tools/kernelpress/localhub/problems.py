@@ -1,4 +1,4 @@
-"""What a request can go wrong with, as exceptions that become the Hub's own error answers.
+"""Errors with an HTTP status, which become the Hub's answers.
 
 The client chooses its exception by the ``X-Error-Code`` header and shows ``X-Error-Message``, so both are
 part of the protocol.
@@ -6,13 +6,15 @@ part of the protocol.
 
 from __future__ import annotations
 
+from .errors import Conflict, EntryNotFound, InvalidInput, RevisionNotFound, StaleParent, StorageError
+
 
 class Problem(Exception):
     """An answer other than success.
 
     Args:
         status: HTTP status, 4xx unless the Hub itself is broken.
-        message: What is wrong and how to mend it.
+        message: The cause and how to mend it.
         code: The Hub's error code (``RepoNotFound``, ``RevisionNotFound``, ``EntryNotFound``), if it has one.
         headers: Further response headers.
         extra: Further members of the JSON body.
@@ -47,9 +49,22 @@ def conflict(message: str, **extra: object) -> Problem:
     return Problem(409, message, extra=extra)
 
 
-def revision_not_found(revision: str) -> Problem:
-    return Problem(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
-
-
 def entry_not_found(message: str) -> Problem:
     return Problem(404, message, code="EntryNotFound")
+
+
+_ANSWERS: dict[type[StorageError], tuple[int, str | None]] = {
+    InvalidInput: (400, None),
+    RevisionNotFound: (404, "RevisionNotFound"),
+    EntryNotFound: (404, "EntryNotFound"),
+    Conflict: (409, None),
+    StaleParent: (412, None),
+}
+
+
+def as_problem(error: Problem | StorageError) -> Problem:
+    """The answer that an error of the storage becomes."""
+    if isinstance(error, Problem):
+        return error
+    status, code = _ANSWERS[type(error)]
+    return Problem(status, str(error), code=code)

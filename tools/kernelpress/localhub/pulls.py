@@ -1,35 +1,42 @@
-"""Pull requests: a commit that no branch points to yet, with what its author says about it.
+"""Pull requests: a commit that no branch points to yet, with what its author says about it; and their routes.
 
-<repository>.git/refs/pr/<number>       where it is
-<repository>.git/pulls/<number>.json    what is known about it
+<repository>.git/refs/pr/<number>       its newest commit
+<repository>.git/pulls/<number>.json    its title, status and so on
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .context import Target, hub_of
-from .messages import AsciiJSONResponse, endpoint, iso_time, json_object, number, segment, string
-from .objects import sync
+from .context import API_REPO, Target, hub_of
+from .messages import (
+    AsciiJSONResponse,
+    Body,
+    endpoint,
+    iso_time,
+    number,
+    segment,
+    string,
+    whole_number,
+    with_json,
+)
+from .objects import replace_durably
 from .problems import Problem, bad_request, conflict
 from .refs import PULLS
 from .repository import DEFAULT_BRANCH, AddFile, DeleteFile, Operation, Repository
-from .trees import TreeEntry
 
 _PAGE = 50
 
 
 @dataclass(frozen=True)
-class Pull:
+class PullRequest:
     """A pull request.
 
     Args:
@@ -53,26 +60,21 @@ class Pull:
     merge: str | None = None
 
 
-def store(git: Repository, pull: Pull) -> None:
-    """Keep what is known about a pull request, in place of what was."""
+def save(git: Repository, pull: PullRequest) -> None:
+    """Keep a pull request, in place of its former state."""
     folder = git.path / "pulls"
     folder.mkdir(exist_ok=True)
-    aside = folder / f"{pull.number}.json.new"
-    aside.write_text(json.dumps(asdict(pull)), "utf-8")
-    sync(aside)
-    os.replace(aside, folder / f"{pull.number}.json")
-    sync(folder)
+    replace_durably(folder / f"{pull.number}.json", json.dumps(asdict(pull)))
 
 
-def load(git: Repository, number: int) -> Pull:
+def load(git: Repository, number: int) -> PullRequest:
     """A pull request by its number.
 
     Raises:
         Problem: 404 when there is none.
     """
-    path = git.path / "pulls" / f"{number}.json"
     try:
-        return Pull(**json.loads(path.read_text("utf-8")))
+        return PullRequest(**json.loads((git.path / "pulls" / f"{number}.json").read_text("utf-8")))
     except FileNotFoundError:
         head = git.pulls().get(str(number))
         if head is None:
@@ -81,82 +83,87 @@ def load(git: Repository, number: int) -> Pull:
         return described(git, number, head)
 
 
-def described(git: Repository, number: int, head: str) -> Pull:
+def load_all(git: Repository) -> Iterator[PullRequest]:
+    """All pull requests, newest first."""
+    for name in sorted(git.pulls(), key=int, reverse=True):
+        yield load(git, int(name))
+
+
+def load_named(git: Repository, request: Request) -> PullRequest:
+    """The pull request that the request's path names.
+
+    Raises:
+        Problem: 404 when there is none.
+    """
+    pull_number = whole_number(segment(request, "number"))
+    if pull_number is None:
+        raise Problem(404, "there is no such pull request")
+    return load(git, pull_number)
+
+
+def described(git: Repository, number: int, head: str) -> PullRequest:
     """A pull request as its commit describes it."""
     info = git.commit_info(head)
     base = info.parents[0] if info.parents else head
-    return Pull(number, info.title, info.description, info.author, info.time, base)
+    return PullRequest(number, info.title, info.description, info.author, info.time, base)
 
 
-def address(request: Request, target: Target, number: int) -> str:
-    """Where people find a pull request."""
+def pull_request_url(request: Request, target: Target, number: int) -> str:
+    """The address of a pull request's page."""
     return f"{endpoint(request)}/{target.id.web_path}/discussions/{number}"
 
 
 def list_pulls(request: Request) -> Response:
     target = hub_of(request).readable(request)
     query = request.query_params
-    if query.get("type") == "discussion":
-        found = []
-    else:
-        numbers = sorted((int(name) for name in target.git.pulls() if name.isdigit()), reverse=True)
-        found = [load(target.git, each) for each in numbers]
+    pulls = [] if query.get("type") == "discussion" else list(load_all(target.git))
     if query.get("status") in ("open", "closed"):
-        found = [each for each in found if (each.status == "open") == (query["status"] == "open")]
+        pulls = [pull for pull in pulls if (pull.status == "open") == (query["status"] == "open")]
     if "author" in query:
-        found = [each for each in found if each.author == query["author"]]
+        pulls = [pull for pull in pulls if pull.author == query["author"]]
     start = number(request, "p", 0, lowest=0) * _PAGE
-    page = [_json(target, each) for each in found[start : start + _PAGE]]
-    return AsciiJSONResponse({"discussions": page, "count": len(found), "start": start})
+    page = [_json(target, pull) for pull in pulls[start : start + _PAGE]]
+    return AsciiJSONResponse({"discussions": page, "count": len(pulls), "start": start})
 
 
 def pull_details(request: Request) -> Response:
     target = hub_of(request).readable(request)
-    pull = load(target.git, _number(request))
-    events: list[dict[str, object]] = [
-        {
-            "id": f"{pull.number}-opened",
-            "type": "comment",
-            "createdAt": iso_time(pull.created),
-            "author": {"name": pull.author},
-            "data": {
-                "edited": False,
-                "hidden": False,
-                "latest": {"raw": pull.description, "updatedAt": iso_time(pull.created)},
-            },
-        }
-    ]
+    pull = load_named(target.git, request)
+    opened = iso_time(pull.created)
+    comment = {
+        "edited": False,
+        "hidden": False,
+        "latest": {"raw": pull.description, "updatedAt": opened},
+    }
+    events = [_event(f"{pull.number}-opened", "comment", pull.created, pull.author, comment)]
     head = target.git.resolve(f"{PULLS}{pull.number}")
     for info in target.git.history(head):
         if info.oid == pull.base:
             break
-        event = {"id": info.oid, "type": "commit", "createdAt": iso_time(info.time)}
-        data = {"subject": info.title, "oid": info.oid}
-        events.append(event | {"author": {"name": info.author}, "data": data})
+        subject = {"subject": info.title, "oid": info.oid}
+        events.append(_event(info.oid, "commit", info.time, info.author, subject))
     _, conflicts = _merge_operations(target.git, pull, target.git.resolve(DEFAULT_BRANCH), head)
     changes: dict[str, object] = {"base": f"refs/heads/{DEFAULT_BRANCH}"}
     if pull.merge is not None:
         changes["mergeCommitId"] = pull.merge
-    waiting = conflicts if pull.status == "open" else []
-    details = {"changes": changes, "filesWithConflicts": waiting, "events": events, "diff": None}
+    unmerged = conflicts if pull.status == "open" else []
+    details = {"changes": changes, "filesWithConflicts": unmerged, "events": events, "diff": None}
     return AsciiJSONResponse(_json(target, pull) | details)
 
 
-async def merge(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_merge, request, body)
-
-
-def _merge(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def merge(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     git = target.git
-    pull = _open(git, _number(request))
+    pull = load_named(git, request)
+    if pull.status != "open":
+        raise conflict(f"pull request {pull.number} is {pull.status}")
     head, main = git.resolve(f"{PULLS}{pull.number}"), git.resolve(DEFAULT_BRANCH)
     operations, conflicts = _merge_operations(git, pull, main, head)
     if conflicts:
         raise conflict(f"main has changed these since: {', '.join(conflicts)}; open a new pull request")
     with git.batch() as batch:
-        done = git.commit(
+        merge_commit = git.commit(
             DEFAULT_BRANCH,
             operations,
             batch=batch,
@@ -165,49 +172,30 @@ def _merge(request: Request, body: dict[str, object]) -> Response:
             parent=main,
             merged=head,
         )
-    store(git, replace(pull, status="merged", merge=done))
-    return AsciiJSONResponse({"oid": done})
+    save(git, replace(pull, status="merged", merge=merge_commit))
+    return AsciiJSONResponse({"oid": merge_commit})
 
 
-async def set_status(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_set_status, request, body)
-
-
-def _set_status(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def set_status(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     status = string(body, "status")
     if status not in ("open", "closed"):
         raise bad_request('"status" must be "open" or "closed"')
-    pull = load(target.git, _number(request))
+    pull = load_named(target.git, request)
     if pull.status == "merged":
         raise conflict("this pull request is merged")
-    store(target.git, replace(pull, status=status))
-    event = {
-        "id": f"{pull.number}-{status}",
-        "type": "status-change",
-        "createdAt": iso_time(int(time.time())),
-    }
-    return AsciiJSONResponse(
-        {"newStatus": event | {"author": {"name": target.caller.name}, "data": {"status": status}}}
-    )
+    save(target.git, replace(pull, status=status))
+    oid = f"{pull.number}-{status}"
+    event = _event(oid, "status-change", int(time.time()), target.caller.name, {"status": status})
+    return AsciiJSONResponse({"newStatus": event})
 
 
-def _open(git: Repository, number: int) -> Pull:
-    pull = load(git, number)
-    if pull.status != "open":
-        raise conflict(f"pull request {number} is {pull.status}")
-    return pull
+def _event(oid: str, kind: str, at: int, author: str, data: Body) -> dict[str, object]:
+    return {"id": oid, "type": kind, "createdAt": iso_time(at), "author": {"name": author}, "data": data}
 
 
-def _number(request: Request) -> int:
-    text = segment(request, "number")
-    if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise Problem(404, "there is no such pull request")
-    return int(text)
-
-
-def _json(target: Target, pull: Pull) -> dict[str, object]:
+def _json(target: Target, pull: PullRequest) -> dict[str, object]:
     return {
         "num": pull.number,
         "title": pull.title,
@@ -219,9 +207,11 @@ def _json(target: Target, pull: Pull) -> dict[str, object]:
     }
 
 
-def _merge_operations(git: Repository, pull: Pull, main: str, head: str) -> tuple[list[Operation], list[str]]:
-    """What brings the pull request's changes to ``main``, and the paths that both have changed differently."""
-    base, ours, theirs = (_files(git, commit) for commit in (pull.base, main, head))
+def _merge_operations(
+    git: Repository, pull: PullRequest, main: str, head: str
+) -> tuple[list[Operation], list[str]]:
+    """The changes that a pull request brings to ``main``, and the paths that both have changed differently."""
+    base, ours, theirs = (git.files(commit) for commit in (pull.base, main, head))
     operations: list[Operation] = []
     conflicts = []
     for path in sorted(base.keys() | theirs.keys()):
@@ -237,16 +227,11 @@ def _merge_operations(git: Repository, pull: Pull, main: str, head: str) -> tupl
     return operations, conflicts
 
 
-def _files(git: Repository, commit: str) -> dict[str, TreeEntry]:
-    root = git.entry(commit, "")
-    assert root is not None
-    return {path: entry for path, entry in git.walk(root, "", True) if not entry.is_folder}
+_BASE = API_REPO + "/discussions"
 
-
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    base = "/api/{kind}/{namespace}/{name}/discussions"
-    yield Route(base, list_pulls)
-    yield Route(base + "/{number}", pull_details)
-    yield Route(base + "/{number}/merge", merge, methods=["POST"])
-    yield Route(base + "/{number}/status", set_status, methods=["POST"])
+routes = [
+    Route(_BASE, list_pulls),
+    Route(_BASE + "/{number}", pull_details),
+    Route(_BASE + "/{number}/merge", merge, methods=["POST"]),
+    Route(_BASE + "/{number}/status", set_status, methods=["POST"]),
+]

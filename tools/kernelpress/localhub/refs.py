@@ -10,12 +10,13 @@ from dulwich.objects import ObjectID
 from dulwich.refs import Ref
 from dulwich.repo import Repo
 
+from .errors import Conflict
 from .objects import sync
-from .problems import conflict
 
 BRANCHES = "refs/heads/"
 TAGS = "refs/tags/"
 PULLS = "refs/pr/"
+_KINDS = {BRANCHES: "branch", TAGS: "tag", PULLS: "pull request"}
 _LOCK_SECONDS = 5.0
 
 
@@ -33,18 +34,14 @@ class Refs:
 
     def under(self, base: str) -> dict[str, str]:
         """Short names below ``base`` and their object ids, sorted by name."""
-        found = self._git.refs.as_dict(Ref(base.rstrip("/").encode()))
-        return {name.decode("utf-8", "replace"): oid.decode("ascii") for name, oid in sorted(found.items())}
+        refs = self._git.refs.as_dict(Ref(base.rstrip("/").encode()))
+        return {name.decode("utf-8", "replace"): oid.decode("ascii") for name, oid in sorted(refs.items())}
 
     def read(self, ref: str) -> str | None:
         """The object id that a full ref points to, or None."""
+        # dulwich raises ValueError for names that cannot be refs; one that is no Unicode is such an error, too.
         try:
-            raw = ref.encode("utf-8")
-        except UnicodeEncodeError:
-            return None
-        # dulwich raises ValueError for names that cannot be refs.
-        try:
-            oid: bytes = self._git.refs[Ref(raw)]
+            oid: bytes = self._git.refs[Ref(ref.encode("utf-8"))]
         except (KeyError, ValueError, OSError):
             return None
         return oid.decode("ascii")
@@ -53,7 +50,7 @@ class Refs:
         """Move a ref from ``old`` to ``new``; returns False when it is not at ``old``.
 
         Raises:
-            Problem: 409 when another process keeps the ref locked.
+            Conflict: Another process keeps the ref locked.
         """
         name = Ref(ref.encode("utf-8"))
         deadline = time.monotonic() + _LOCK_SECONDS
@@ -64,35 +61,36 @@ class Refs:
             except FileLocked:
                 # No writer of ours: somebody runs git in the repository's directory.
                 if time.monotonic() > deadline:
-                    raise conflict(f"another git process holds the lock of {ref}; try again") from None
+                    raise Conflict(f"another git process holds the lock of {ref}; try again") from None
                 time.sleep(0.02)
         if moved:
             sync((self._path / ref).parent)
         return bool(moved)
 
-    def check_new(self, base: str, name: str, what: str) -> None:
-        """Make sure that ``name`` can be created.
+    def check_new(self, base: str, name: str) -> None:
+        """Make sure that ``name`` can be created below ``base``.
 
         Raises:
-            Problem: 409 when it exists or clashes with another's.
+            Conflict: It exists or clashes with another's.
         """
+        kind = _KINDS[base]
         for other in self.under(base):
             if other == name:
-                raise conflict(f"{what} {name!r} exists already")
+                raise Conflict(f"{kind} {name!r} exists already")
             # A ref is a file: "a" and "a/b" cannot both be.
             if other.startswith(name + "/") or name.startswith(other + "/"):
-                raise conflict(f"{what} {name!r} cannot exist beside {what} {other!r}")
+                raise Conflict(f"{kind} {name!r} cannot exist beside {kind} {other!r}")
 
-    def create(self, base: str, name: str, oid: str, what: str) -> None:
+    def create(self, base: str, name: str, oid: str) -> None:
         """Create a ref; the object it points to is on stable storage already.
 
         Raises:
-            Problem: 409 as ``check_new``.
+            Conflict: As ``check_new``.
         """
-        self.check_new(base, name, what)
+        self.check_new(base, name)
         ref = base + name
         if not self._git.refs.add_if_new(Ref(ref.encode("utf-8")), ObjectID(oid.encode())):
-            raise conflict(f"{what} {name!r} exists already")
+            raise Conflict(f"{_KINDS[base]} {name!r} exists already")
         folder = (self._path / ref).parent
         while folder != self._path:
             sync(folder)

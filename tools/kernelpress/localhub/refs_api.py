@@ -1,16 +1,13 @@
-"""Branches, tags and pull requests' refs over HTTP."""
+"""Routes of branches, tags and pull requests' refs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .context import hub_of
-from .messages import AsciiJSONResponse, flag, json_object, segment, string
+from .context import API_REPO, hub_of
+from .messages import AsciiJSONResponse, Body, flag, segment, string, with_json
 from .paths import ref_name
 from .problems import bad_request
 from .refs import BRANCHES, PULLS, TAGS
@@ -29,12 +26,8 @@ def list_refs(request: Request) -> Response:
     )
 
 
-async def create_branch(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_create_branch, request, body)
-
-
-def _create_branch(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def create_branch(request: Request, body: Body) -> Response:
     git = hub_of(request).writable(request).git
     name = ref_name(segment(request, "ref"), "branch")
     git.create_branch(name, git.resolve(string(body, "startingPoint", DEFAULT_BRANCH)))
@@ -46,12 +39,8 @@ def delete_branch(request: Request) -> Response:
     return AsciiJSONResponse({})
 
 
-async def create_tag(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_create_tag, request, body)
-
-
-def _create_tag(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def create_tag(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     name = ref_name(string(body, "tag"), "tag")
     message = string(body, "message", "")
@@ -73,11 +62,10 @@ def _ref_list(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
     return [{"name": name, "ref": prefix + name, "targetCommit": oid} for name, oid in refs.items()]
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    repo = "/api/{kind}/{namespace}/{name}"
-    yield Route(repo + "/refs", list_refs)
-    yield Route(repo + "/branch/{ref}", create_branch, methods=["POST"])
-    yield Route(repo + "/branch/{ref}", delete_branch, methods=["DELETE"])
-    yield Route(repo + "/tag/{ref}", create_tag, methods=["POST"])
-    yield Route(repo + "/tag/{ref}", delete_tag, methods=["DELETE"])
+routes = [
+    Route(API_REPO + "/refs", list_refs),
+    Route(API_REPO + "/branch/{ref}", create_branch, methods=["POST"]),
+    Route(API_REPO + "/branch/{ref}", delete_branch, methods=["DELETE"]),
+    Route(API_REPO + "/tag/{ref}", create_tag, methods=["POST"]),
+    Route(API_REPO + "/tag/{ref}", delete_tag, methods=["DELETE"]),
+]

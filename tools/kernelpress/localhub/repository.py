@@ -14,10 +14,10 @@ from dulwich.objects import Blob, Commit, ObjectID, Tag, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo
 
-from .contents import Contents
+from .contents import Reader
+from .errors import InvalidInput, RevisionNotFound, StaleParent
 from .objects import ObjectBatch, ObjectCache
 from .paths import is_oid, printable
-from .problems import Problem, bad_request, revision_not_found
 from .refs import BRANCHES, PULLS, TAGS, Refs
 from .trees import TreeEditor
 
@@ -45,7 +45,7 @@ class DeleteFolder:
 Operation = AddFile | DeleteFile | DeleteFolder
 
 
-class Repository(Contents):
+class Repository(Reader):
     """A bare git repository.
 
     Reading is safe from any thread. Writers inside this process queue up on a lock; against writers outside
@@ -101,10 +101,10 @@ class Repository(Contents):
         """The commit id for a branch, a tag, a full ref or a full commit id.
 
         Raises:
-            Problem: 404 ``RevisionNotFound``.
+            RevisionNotFound: There is none.
         """
         if is_oid(revision):
-            if isinstance(self._object_or_none(revision), Commit):
+            if isinstance(self._load_or_none(revision), Commit):
                 return revision
             raise self._no_revision(revision)
         full = revision.startswith((BRANCHES, TAGS, PULLS))
@@ -118,44 +118,39 @@ class Repository(Contents):
         """Point a new branch at ``commit``.
 
         Raises:
-            Problem: 409 when the branch exists or its name clashes with another's.
+            Conflict: The branch exists or its name clashes with another's.
         """
-        self._create_ref(BRANCHES, name, commit, "branch")
+        with self.exclusive():
+            self._refs.create(BRANCHES, name, commit)
 
     def create_tag(self, name: str, commit: str, message: str, author: str) -> None:
         """Point a new tag at ``commit``: an annotated one when there is a message.
 
         Raises:
-            Problem: 409 when the tag exists or its name clashes with another's.
+            Conflict: The tag exists or its name clashes with another's.
         """
-        if not message:
-            self._create_ref(TAGS, name, commit, "tag")
-            return
-        tag = Tag()
-        tag.tagger = _identity(author)
-        tag.message = message.encode("utf-8")
-        tag.name = name.encode("utf-8")
-        tag.object = (Commit, ObjectID(commit.encode("ascii")))
-        tag.tag_time = int(time.time())
-        tag.tag_timezone = 0
-        with self.batch() as batch:
-            self._create_ref(TAGS, name, batch.add(tag), "tag", batch)
+        with self.exclusive(), self.batch() as batch:
+            self._refs.check_new(TAGS, name)
+            oid = batch.add(_tag_object(name, commit, message, author)) if message else commit
+            batch.publish()
+            self._refs.create(TAGS, name, oid)
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch.
 
         Raises:
-            Problem: 404 when there is none, 400 when it is the default branch.
+            RevisionNotFound: There is none.
+            InvalidInput: It is the default branch.
         """
         if name == DEFAULT_BRANCH:
-            raise bad_request(f"the default branch {name!r} cannot be deleted")
+            raise InvalidInput(f"the default branch {name!r} cannot be deleted")
         self._delete_ref(BRANCHES + name, name)
 
     def delete_tag(self, name: str) -> None:
         """Remove a tag.
 
         Raises:
-            Problem: 404 when there is none.
+            RevisionNotFound: There is none.
         """
         self._delete_ref(TAGS + name, name)
 
@@ -194,8 +189,9 @@ class Repository(Contents):
             The new commit's id.
 
         Raises:
-            Problem: 404 ``RevisionNotFound`` for an unknown branch, 412 when the branch is not at
-                ``parent``, 400 or 404 when an operation does not apply.
+            RevisionNotFound: There is no such branch.
+            StaleParent: The branch is not at ``parent``.
+            InvalidInput, EntryNotFound: An operation does not apply.
         """
         ref = branch if branch.startswith(PULLS) else BRANCHES + branch
         with self.exclusive():
@@ -204,8 +200,7 @@ class Repository(Contents):
                 if head is None:
                     raise self._no_revision(branch)
                 if parent is not None and parent != head:
-                    raise Problem(
-                        412,
+                    raise StaleParent(
                         f"branch {branch!r} is at {head}, not at the given parent commit {parent}: "
                         "a commit has happened since. Refresh and try again.",
                     )
@@ -223,12 +218,12 @@ class Repository(Contents):
             The pull request's number and the commit.
 
         Raises:
-            Problem: 400 or 404 when an operation does not apply.
+            InvalidInput, EntryNotFound: An operation does not apply.
         """
         with self.exclusive():
             number = 1 + max((int(name) for name in self.pulls() if name.isdigit()), default=0)
             new = self._build([base], operations, batch, message, author)
-            self._refs.create(PULLS, str(number), new, "pull request")
+            self._refs.create(PULLS, str(number), new)
             return number, new
 
     def _build(
@@ -253,16 +248,7 @@ class Repository(Contents):
         # Deleted under the request: then no revision is there, but that is not what the caller has to know.
         if not self.path.exists():
             return NotGitRepository(str(self.path))
-        return revision_not_found(printable(revision))
-
-    def _create_ref(
-        self, base: str, name: str, oid: str, what: str, batch: ObjectBatch | None = None
-    ) -> None:
-        with self.exclusive():
-            self._refs.check_new(base, name, what)
-            if batch is not None:
-                batch.publish()
-            self._refs.create(base, name, oid, what)
+        return RevisionNotFound(printable(revision))
 
     def _delete_ref(self, ref: str, name: str) -> None:
         with self.exclusive():
@@ -292,6 +278,17 @@ def _commit_object(tree: str, parents: list[str], message: str, author: str) -> 
     commit.encoding = b"UTF-8"
     commit.message = message.encode("utf-8")
     return commit
+
+
+def _tag_object(name: str, commit: str, message: str, author: str) -> Tag:
+    tag = Tag()
+    tag.tagger = _identity(author)
+    tag.message = message.encode("utf-8")
+    tag.name = name.encode("utf-8")
+    tag.object = (Commit, ObjectID(commit.encode("ascii")))
+    tag.tag_time = int(time.time())
+    tag.tag_timezone = 0
+    return tag
 
 
 def _identity(author: str) -> bytes:

@@ -1,16 +1,16 @@
-"""Files over HTTP: ``/<repository>/resolve/<revision>/<path>`` and ``/raw/``."""
+"""Routes of files: ``/<repository>/resolve/<revision>/<path>`` and ``/raw/``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from .context import hub_of
+from .context import WEB_REPOS, hub_of
 from .large import LargeFile
 from .messages import decoded
 from .paths import file_path, printable
@@ -20,13 +20,14 @@ from .repository import Repository
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 # The part of a file that decides whether it is text, as git does.
 _SAMPLE = 8000
+_TEXT, _BINARY = "text/plain; charset=utf-8", "application/octet-stream"
 
 
 def resolve(request: Request) -> Response:
     git = hub_of(request).readable(request, content=True).git
     revision, path = _split(request.path_params["rest"])
     commit = git.resolve(revision)
-    oid = _file(git, commit, path)
+    oid = _blob(git, commit, path)
     headers = {
         "X-Repo-Commit": commit,
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1], safe='')}",
@@ -34,41 +35,55 @@ def resolve(request: Request) -> Response:
     large = git.large_file(oid)
     if large is not None:
         return large_response(request, git, large, headers)
-    headers |= {"ETag": f'"{oid}"', "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"}
-    if _matches(request.headers.get("if-none-match"), oid):
-        return Response(status_code=304, headers=headers)
     data = git.read(oid)
     # Never a type that a browser would run: files here are untrusted input.
-    headers["Content-Type"] = "text/plain; charset=utf-8" if _is_text(data) else "application/octet-stream"
-    span = _requested_range(request, len(data), oid)
-    if span is None:
-        return Response(data, headers=headers)
-    first, last = span
-    headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-    return Response(data[first : last + 1], status_code=206, headers=headers)
+    headers["Content-Type"] = _BINARY if b"\0" in data[:_SAMPLE] else _TEXT
+    return _response(request, oid, len(data), headers, lambda start, stop: data[start:stop])
 
 
 def large_response(request: Request, git: Repository, file: LargeFile, headers: dict[str, str]) -> Response:
-    """The content of a large file, or what of it was asked for, straight from the disk."""
+    """The content of a large file, or the range that was asked for, straight from the disk."""
     headers = headers | {
-        "ETag": f'"{file.sha256}"',
         "X-Linked-Etag": f'"{file.sha256}"',
         "X-Linked-Size": str(file.size),
+        "Content-Type": _BINARY,
+    }
+    return _response(
+        request, file.sha256, file.size, headers, lambda start, stop: git.large.read(file, start, stop)
+    )
+
+
+def _response(
+    request: Request,
+    tag: str,
+    size: int,
+    headers: dict[str, str],
+    read: Callable[[int, int], bytes | Iterable[bytes]],
+) -> Response:
+    """Answer with content of ``size`` bytes that ``tag`` identifies, by RFC 9110's rules for ETags and ranges.
+
+    Raises:
+        Problem: 416 when the content is too short for the range.
+    """
+    headers = headers | {
+        "ETag": f'"{tag}"',
         "Accept-Ranges": "bytes",
         "X-Content-Type-Options": "nosniff",
-        "Content-Type": "application/octet-stream",
     }
-    if _matches(request.headers.get("if-none-match"), file.sha256):
+    if _matches(request.headers.get("if-none-match"), tag):
         return Response(status_code=304, headers=headers)
-    span = _requested_range(request, file.size, file.sha256)
-    first, stop = (0, file.size) if span is None else (span[0], span[1] + 1)
-    headers["Content-Length"] = str(stop - first)
+    span = _requested_range(request, size, tag)
+    start, stop = span or (0, size)
+    headers["Content-Length"] = str(stop - start)
     if span is not None:
-        headers["Content-Range"] = f"bytes {first}-{stop - 1}/{file.size}"
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     if request.method == "HEAD":
         return Response(headers=headers)
-    pieces = git.large.read(file, first, stop)
-    return StreamingResponse(pieces, status_code=200 if span is None else 206, headers=headers)
+    content = read(start, stop)
+    status = 200 if span is None else 206
+    if isinstance(content, bytes):
+        return Response(content, status, headers)
+    return StreamingResponse(content, status, headers)
 
 
 def _split(rest: str) -> tuple[str, str]:
@@ -80,37 +95,32 @@ def _split(rest: str) -> tuple[str, str]:
     return decoded("/".join(parts[:width])), file_path(decoded("/".join(parts[width:])))
 
 
-def _file(git: Repository, commit: str, path: str) -> str:
+def _blob(git: Repository, commit: str, path: str) -> str:
     entry = git.entry(commit, path)
     if entry is None:
         raise entry_not_found(f"there is no file {printable(path)!r} at this revision")
     if not entry.is_file:
-        what = "a folder" if entry.is_folder else "a symbolic link or a submodule"
-        raise entry_not_found(f"{printable(path)!r} is {what}, not a file")
+        kind = "a folder" if entry.is_folder else "a symbolic link or a submodule"
+        raise entry_not_found(f"{printable(path)!r} is {kind}, not a file")
     return entry.oid
 
 
-def _matches(header: str | None, oid: str) -> bool:
+def _matches(header: str | None, tag: str) -> bool:
     if header is None:
         return False
-    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
-    return "*" in tags or f'"{oid}"' in tags
+    tags = [item.strip().removeprefix("W/") for item in header.split(",")]
+    return "*" in tags or f'"{tag}"' in tags
 
 
-def _is_text(data: bytes) -> bool:
-    sample = data[:_SAMPLE]
-    return b"\0" not in sample
-
-
-def _requested_range(request: Request, size: int, oid: str) -> tuple[int, int] | None:
-    """First and last byte asked for, or None for the whole file.
+def _requested_range(request: Request, size: int, tag: str) -> tuple[int, int] | None:
+    """Start and end (exclusive) of the range asked for, or None for all of it.
 
     Raises:
-        Problem: 416 when the file is too short for it.
+        Problem: 416 when the content is too short for it.
     """
     header = request.headers.get("range")
     condition = request.headers.get("if-range")
-    if header is None or request.method == "HEAD" or (condition is not None and condition != f'"{oid}"'):
+    if header is None or request.method == "HEAD" or (condition is not None and condition != f'"{tag}"'):
         return None
     match = _RANGE.fullmatch(header.strip())
     # A form we do not serve (several ranges, another unit) may be ignored, says RFC 9110.
@@ -118,18 +128,14 @@ def _requested_range(request: Request, size: int, oid: str) -> tuple[int, int] |
         return None
     first, last = match.groups()
     if not first:
-        start, stop = max(0, size - int(last)), size - 1
+        start, stop = max(0, size - int(last)), size
     else:
-        start, stop = int(first), min(int(last), size - 1) if last else size - 1
+        start, stop = int(first), min(int(last) + 1, size) if last else size
         if last and int(last) < start:
             return None
-    if start > stop:
+    if start >= stop:
         raise Problem(416, f"the file has only {size} bytes", headers={"Content-Range": f"bytes */{size}"})
     return start, stop
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    for prefix in ("/{kind}", ""):
-        for verb in ("resolve", "raw"):
-            yield Route(f"{prefix}/{{namespace}}/{{name}}/{verb}/{{rest:path}}", resolve)
+routes = [Route(f"{repo}/{verb}/{{rest:path}}", resolve) for repo in WEB_REPOS for verb in ("resolve", "raw")]

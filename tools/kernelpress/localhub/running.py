@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernelpress.errors import HubError
+from .errors import HubError
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
@@ -25,7 +25,7 @@ class RunningHub:
     Args:
         endpoint: Its address, for ``HF_ENDPOINT`` or ``HfApi(endpoint=...)``.
         root: Its directory.
-        log: What it printed.
+        log: The file with all that it printed.
         pid: Its process.
     """
 
@@ -47,20 +47,11 @@ def running_hub(root: Path, *, trust: Sequence[str] = (), port: int = 0) -> Iter
         port: Port to listen on; 0 takes a free one.
 
     Raises:
-        HubError: The Hub did not start; the message ends with what it printed.
+        HubError: The Hub did not start; the message ends with its output.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "kernelpress.localhub",
-        "--open",
-        "--root",
-        str(root),
-        "--port",
-        str(port),
-    ]
-    for organization in trust:
-        command += ["--trust", organization]
+    package = __name__.rpartition(".")[0]
+    command = [sys.executable, "-m", package, "--open", f"--root={root}", f"--port={port}"]
+    command += [f"--trust={organization}" for organization in trust]
     log = root / "hub.log"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import ipaddress
-import os
+import logging
 import signal
 import socket
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
-from kernelpress.errors import HubError
-
 from .app import create_app
+from .errors import HubError
 from .paths import is_name
+from .store import locked
 
 _STOP_SECONDS = 5
 
@@ -32,11 +30,10 @@ def serve(
     *,
     open_writes: bool = False,
     verbose: bool = False,
-    ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the Hub at ``root`` until SIGINT or SIGTERM; returns after a clean stop.
 
-    Must be called from the main thread.
+    Prints one line with its address once it answers. Must be called from the main thread.
 
     Args:
         root: The Hub's directory, created when missing.
@@ -45,7 +42,6 @@ def serve(
         trust: Organizations that are trusted kernel publishers.
         open_writes: Take writes without a token as long as none was created; on loopback addresses only.
         verbose: Log every request.
-        ready: Called with the Hub's address once it answers. By default one line is printed.
 
     Raises:
         HubError: ``open_writes`` on an address that others can reach, the port is taken, the root cannot be
@@ -61,26 +57,19 @@ def serve(
             raise HubError(
                 f"--open lets everybody write who can reach {address}; use it on 127.0.0.1 only, and tokens elsewhere"
             )
-        app = create_app(root, trust=organizations, open_writes=open_writes, host=host)
-        url = f"http://[{address}]:{bound_port}" if ":" in address else f"http://{address}:{bound_port}"
-
-        def announce() -> None:
-            if ready is not None:
-                ready(url)
-            else:
-                trusted = ", ".join(organizations) or "none"
-                print(f"kernelpress Hub at {url}  (root {root}; trusted: {trusted})", flush=True)
-
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         config = uvicorn.Config(
-            app,
+            create_app(root, trust=organizations, open_writes=open_writes, host=host),
             access_log=verbose,
             log_level="info" if verbose else "warning",
-            log_config=_log_config(verbose),
+            log_config=None,
             lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
-        server = _Server(config, announce)
+        url = f"http://[{address}]:{bound_port}" if ":" in address else f"http://{address}:{bound_port}"
+        trusted = ", ".join(organizations) or "none"
+        server = _Server(config, f"kernelpress Hub at {url}  (root {root}; trusted: {trusted})")
         # uvicorn hands a signal on to the handler that was there before it, once it has stopped.
         # Ours makes that a normal return, and works in the moments when uvicorn's is not in place.
         before = {number: signal.signal(number, server.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -92,9 +81,11 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    """A server that prints a line once it answers, and that can be told to stop."""
+
+    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
         super().__init__(config)
-        self._announce = announce
+        self._greeting = greeting
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         self.should_exit = True
@@ -102,36 +93,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if not self.should_exit:
-            self._announce()
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Be the one process that writes below a Hub's root.
-
-    Raises:
-        HubError: Another one is, or the root cannot be used.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(root / "hub.lock", "a+", encoding="ascii")  # noqa: SIM115
-    except OSError as error:
-        raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
-    with file:
-        try:
-            # The kernel drops this lock with the process, however it ends.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(20).strip() or "unknown"
-            raise HubError(
-                f"another Hub (process {holder}) is using this root; stop it or choose another --root",
-                path=root,
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+            print(self._greeting, flush=True)
 
 
 @contextmanager
@@ -154,24 +116,3 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             advice = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
             raise HubError(f"cannot listen on {host}:{port}: {error.strerror}{advice}") from error
         yield listener
-
-
-def _log_config(verbose: bool) -> dict[str, object]:
-    handlers = {
-        "errors": {"class": "logging.StreamHandler", "formatter": "plain", "stream": sys.stderr},
-        "access": {"class": "logging.StreamHandler", "formatter": "plain", "stream": sys.stdout},
-    }
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(message)s"}},
-        "handlers": handlers,
-        "loggers": {
-            "uvicorn.error": {"handlers": ["errors"], "level": "WARNING", "propagate": False},
-            "uvicorn.access": {
-                "handlers": ["access"],
-                "level": "INFO" if verbose else "WARNING",
-                "propagate": False,
-            },
-        },
-    }

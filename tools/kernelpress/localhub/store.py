@@ -1,4 +1,4 @@
-"""The Hub's root directory: which repositories exist, and their settings.
+"""The Hub's root directory: its repositories and their settings.
 
     <root>/repos/<kind>s/<namespace>/<name>.git    bare repositories, settings in <name>.git/hub.json
     <root>/tmp/                                    things in the making; emptied at every start
@@ -8,6 +8,7 @@ A repository appears and disappears by one rename, so a crash leaves it whole or
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,18 +16,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dulwich.errors import NotGitRepository
 from dulwich.repo import Repo
 
-from kernelpress.errors import HubError
-
+from .errors import Conflict, HubError
 from .large import LargeFiles
-from .objects import ObjectCache, sync
+from .objects import ObjectCache, replace_durably, sync
 from .paths import KINDS, RepoId, RepoKind, is_name
-from .problems import conflict
 from .repository import DEFAULT_BRANCH, Repository, write_initial_commit
 
 _SETTINGS = "hub.json"
@@ -36,12 +36,12 @@ _INITIAL_FILES = {".gitattributes": b"# This Hub keeps every file in git itself.
 
 @dataclass(frozen=True)
 class Settings:
-    """What the Hub knows about a repository besides its git content.
+    """The properties of a repository that are not in git.
 
     Args:
         private: Visible only with a token.
         created: Seconds since the epoch.
-        gated: Whose content needs a token: any (``"auto"``), or one of its organization (``"manual"``).
+        gated: The token that reading its content takes: any (``"auto"``), or one of its organization (``"manual"``).
         former: Ids under which it was known before it was moved, ``namespace/name``, oldest first.
     """
 
@@ -49,6 +49,35 @@ class Settings:
     created: int
     gated: str | None = None
     former: tuple[str, ...] = ()
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Be the one process that writes below a Hub's root.
+
+    Raises:
+        HubError: Another one is, or the root cannot be used.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / "hub.lock", "a+", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
+    with file:
+        try:
+            # The kernel drops this lock with the process, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip() or "unknown"
+            raise HubError(
+                f"another Hub (process {holder}) is using this root; stop it or choose another --root",
+                path=root,
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 class Store:
@@ -79,7 +108,7 @@ class Store:
                 RepoId(repo.kind, *name.split("/")): repo
                 for kind in KINDS.values()
                 for repo in self.repositories(kind)
-                for name in _former(self._place(repo))
+                for name in _former(self._path(repo))
             }
         except OSError as error:
             raise HubError(f"cannot use it as the Hub's root: {error.strerror}", path=root) from error
@@ -88,26 +117,26 @@ class Store:
         """Create a repository with an initial commit on its default branch.
 
         Raises:
-            Problem: 409 when it exists.
+            Conflict: It exists.
         """
-        place = self._place(repo)
-        if place.exists():
+        path = self._path(repo)
+        if path.exists():
             raise _exists(repo)
         with tempfile.TemporaryDirectory(prefix="repo-", dir=self._scratch) as scratch:
-            made = Path(scratch) / "made.git"
-            with Repo.init_bare(str(made), mkdir=True, default_branch=DEFAULT_BRANCH.encode()) as git:
+            new = Path(scratch) / "new.git"
+            with Repo.init_bare(str(new), mkdir=True, default_branch=DEFAULT_BRANCH.encode()) as git:
                 write_initial_commit(git, _INITIAL_FILES, author, Path(scratch))
-            _write_settings(made, Settings(private=private, created=int(time.time())))
-            for folder, _, files in os.walk(made):
+            _write_settings(new, Settings(private=private, created=int(time.time())))
+            for folder, _, files in os.walk(new):
                 for name in files:
                     sync(Path(folder) / name)
                 sync(Path(folder))
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                if place.exists():
+                if path.exists():
                     raise _exists(repo)
-                os.rename(made, place)
-        for above in (place.parent, place.parent.parent, self._repos):
+                os.rename(new, path)
+        for above in (path.parent, path.parent.parent, self._repos):
             sync(above)
 
     def delete(self, repo: RepoId) -> bool:
@@ -131,104 +160,89 @@ class Store:
         """Rename a repository, with everything in it; returns False when there is none.
 
         Raises:
-            Problem: 409 when the new name is taken.
+            Conflict: The new name is taken.
         """
         git = self.get(old)
         if git is None:
             return False
-        place = self._place(new)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = self._path(new)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with git.exclusive(), self._lock:
-                if place.exists():
+                if path.exists():
                     raise _exists(new)
                 # Written before the one rename that moves all: a former name that is the present one harms nobody.
                 settings = self.settings(old)
-                kept = [each for each in settings.former if each not in (str(old), str(new))]
-                settings = replace(settings, former=(*kept, str(old)))
+                former = [name for name in settings.former if name not in (str(old), str(new))]
+                settings = replace(settings, former=(*former, str(old)))
                 _write_settings(git.path, settings)
-                os.rename(git.path, place)
+                os.rename(git.path, path)
                 git.retire()
                 del self._open[old]
                 self._moved |= {RepoId(new.kind, *name.split("/")): new for name in settings.former}
         except NotGitRepository:
             return False
-        for folder in {git.path.parent, place.parent, place.parent.parent}:
+        for folder in {git.path.parent, path.parent, path.parent.parent}:
             sync(folder)
         return True
 
     def get(self, repo: RepoId) -> Repository | None:
         """The repository, or None when there is none."""
-        found = self._open.get(repo)
-        if found is not None:
-            return found
+        git = self._open.get(repo)
+        if git is not None:
+            return git
         with self._lock:
             try:
-                return self._open.setdefault(repo, Repository(self._place(repo), self._cache, self._scratch))
+                return self._open.setdefault(repo, Repository(self._path(repo), self._cache, self._scratch))
             except NotGitRepository:
                 return None
 
     def moved(self, repo: RepoId) -> RepoId | None:
-        """What a repository is called now that had this id once; None when there is none, or it is gone."""
+        """The present id of a repository that had this one once; None when there is none, or it is gone."""
         new = self._moved.get(repo)
         return new if new is not None and self.get(new) is not None else None
 
     def settings(self, repo: RepoId) -> Settings:
         """Settings of an existing repository."""
-        fields = json.loads((self._place(repo) / _SETTINGS).read_text(encoding="utf-8"))
+        fields = json.loads((self._path(repo) / _SETTINGS).read_text(encoding="utf-8"))
         return Settings(**fields | {"former": tuple(fields.get("former", ()))})
 
     def update(self, repo: RepoId, settings: Settings) -> None:
         """Replace the settings of an existing repository."""
-        _write_settings(self._place(repo), settings)
+        _write_settings(self._path(repo), settings)
 
-    def repositories(self, kind: RepoKind) -> Iterator[RepoId]:
-        """All repositories of a kind, sorted by name."""
-        base = self._repos / f"{kind}s"
-        for namespace in sorted(base.iterdir()) if base.exists() else ():
-            if not is_name(namespace.name):
-                continue
-            for place in sorted(namespace.glob("*.git")):
-                if is_name(place.stem):
-                    yield RepoId(kind, namespace.name, place.stem)
+    def repositories(self, only: RepoKind | None = None) -> Iterator[RepoId]:
+        """All repositories of a kind (or of every kind), sorted by name within a kind."""
+        for kind in KINDS.values() if only is None else (only,):
+            for path in sorted((self._repos / f"{kind}s").glob("*/*.git")):
+                if is_name(path.parent.name) and is_name(path.stem):
+                    yield RepoId(kind, path.parent.name, path.stem)
 
-    def namespaces(self) -> dict[str, list[RepoId]]:
-        """Every namespace that holds a repository, with its repositories."""
-        found: dict[str, list[RepoId]] = {}
-        for kind in KINDS.values():
-            for repo in self.repositories(kind):
-                found.setdefault(repo.namespace, []).append(repo)
-        return found
-
-    def _place(self, repo: RepoId) -> Path:
+    def _path(self, repo: RepoId) -> Path:
         return self._repos / f"{repo.kind}s" / repo.namespace / f"{repo.name}.git"
 
 
 def _exists(repo: RepoId) -> Exception:
-    return conflict(f"You already created this {repo.kind} repo: {repo}")
+    return Conflict(f"You already created this {repo.kind} repo: {repo}")
 
 
-def _former(place: Path) -> list[str]:
+def _former(folder: Path) -> list[str]:
     """Former names of a repository, as far as they can be read: a damaged one is fsck's business."""
     try:
-        names = json.loads((place / _SETTINGS).read_text(encoding="utf-8")).get("former", [])
+        names = json.loads((folder / _SETTINGS).read_text(encoding="utf-8")).get("former", [])
         return [name for name in names if name.count("/") == 1]
     except (OSError, ValueError, AttributeError, TypeError):
         return []
 
 
 def _write_settings(folder: Path, settings: Settings) -> None:
-    aside = folder / f"{_SETTINGS}.new"
-    aside.write_text(json.dumps(asdict(settings), sort_keys=True) + "\n", encoding="utf-8")
-    sync(aside)
-    os.replace(aside, folder / _SETTINGS)
-    sync(folder)
+    replace_durably(folder / _SETTINGS, json.dumps(asdict(settings), sort_keys=True) + "\n")
 
 
 def _remove_stale_locks(repos: Path) -> None:
     # dulwich locks a ref by creating a file; a Hub that was killed leaves it, and the ref could never move
     # again. Whoever holds the root's lock may remove it: no other writer is alive.
-    for place in repos.glob("*/*/*.git"):
-        for lock in [*place.glob("*.lock"), *(place / "refs").rglob("*.lock")]:
+    for folder in repos.glob("*/*/*.git"):
+        for lock in [*folder.glob("*.lock"), *(folder / "refs").rglob("*.lock")]:
             lock.unlink()
-        LargeFiles(place / "lfs").clear_incoming()
+        LargeFiles(folder / "lfs").clear_incoming()

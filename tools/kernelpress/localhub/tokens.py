@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import secrets
 import threading
 import time
@@ -14,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from kernelpress.errors import HubError
-
-from .objects import sync
+from .errors import HubError
+from .objects import replace_durably
 from .paths import is_name
 
 Scope = Literal["read", "write"]
@@ -42,7 +40,7 @@ class Token:
     organizations: tuple[str, ...] = ()
 
     def covers(self, namespace: str) -> bool:
-        """Whether it is for this namespace."""
+        """True if it is for this namespace."""
         return not self.organizations or namespace in self.organizations
 
 
@@ -81,7 +79,16 @@ def list_tokens(root: Path) -> list[Token]:
     Raises:
         HubError: The file is damaged.
     """
-    return _read(root / _FILE)
+    path = root / _FILE
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))["tokens"]
+        return [Token(**item | {"organizations": tuple(item.get("organizations", ()))}) for item in items]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise HubError(
+            "the token file is damaged; mend it or delete it and create new tokens", path=path
+        ) from error
 
 
 def revoke_tokens(root: Path, name: str) -> int:
@@ -104,13 +111,8 @@ def _change(root: Path, change: Callable[[list[Token]], list[Token]]) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / f"{_FILE}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            tokens = change(_read(root / _FILE))
-            aside = root / f"{_FILE}.new"
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump({"tokens": [asdict(token) for token in tokens]}, file, indent=2)
-            sync(aside)
-            os.replace(aside, root / _FILE)
-            sync(root)
+            tokens = [asdict(token) for token in change(list_tokens(root))]
+            replace_durably(root / _FILE, json.dumps({"tokens": tokens}, indent=2), 0o600)
     except OSError as error:
         raise HubError(f"cannot store the token: {error.strerror}", path=root) from error
 
@@ -126,7 +128,7 @@ class Tokens:
     """
 
     def __init__(self, root: Path) -> None:
-        self._path = root / _FILE
+        self._root = root
         self._lock = threading.Lock()
         self._stamp: tuple[int, int, int] | None = None
         self._by_digest: dict[str, Token] = {}
@@ -137,34 +139,22 @@ class Tokens:
         return self._current().get(_digest(secret))
 
     def any_exist(self) -> bool:
-        """Whether any token was ever handed out for this root."""
+        """True if any token was ever handed out for this root."""
         return bool(self._current()) or self._stamp is not None
 
     def _current(self) -> dict[str, Token]:
         with self._lock:
             try:
-                status = self._path.stat()
+                status = (self._root / _FILE).stat()
             except FileNotFoundError:
                 self._stamp, self._by_digest = None, {}
                 return self._by_digest
             stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
             if stamp != self._stamp:
-                self._by_digest = {token.sha256: token for token in _read(self._path)}
+                self._by_digest = {token.sha256: token for token in list_tokens(self._root)}
                 self._stamp = stamp
             return self._by_digest
 
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _read(path: Path) -> list[Token]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["tokens"]
-        return [Token(**item | {"organizations": tuple(item.get("organizations", ()))}) for item in found]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise HubError(
-            "the token file is damaged; mend it or delete it and create new tokens", path=path
-        ) from error

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dulwich.objects import ObjectID, ShaFile, Tree
 
+from .errors import EntryNotFound, InvalidInput
 from .paths import printable
-from .problems import bad_request, entry_not_found
-
-FILE_MODE = 0o100644
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,12 @@ class TreeEntry:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a plain file: no folder, symbolic link or submodule."""
+        """True for a plain file: no folder, symbolic link or submodule."""
         return stat.S_ISREG(self.mode)
 
 
-@dataclass
-class _Folder:
-    """A folder that has been opened for changes."""
-
-    entries: dict[str, TreeEntry | _Folder] = field(default_factory=dict)
+# A folder that has been opened for changes is a dictionary; one that has not is still its entry.
+_Folder = dict[str, "TreeEntry | _Folder"]
 
 
 class TreeEditor:
@@ -53,61 +48,64 @@ class TreeEditor:
 
     def __init__(self, load: Callable[[str], Mapping[str, TreeEntry]], root: str) -> None:
         self._load = load
-        self._root = _Folder(dict(load(root)))
+        self._root: _Folder = dict(load(root))
 
     def put(self, path: str, blob: str) -> None:
         """Add or replace a file.
 
         Raises:
-            Problem: 400 when a folder stands at ``path``, or a file where a folder is needed.
+            InvalidInput: A folder stands at ``path``, or a file where a folder is needed.
         """
         *parents, name = path.split("/")
         folder = self._root
         for parent in parents:
-            below = self._open(folder, parent)
-            if below is None:
-                if parent in folder.entries:
-                    raise bad_request(
+            child = self._open(folder, parent)
+            if child is None:
+                if parent in folder:
+                    raise InvalidInput(
                         f"cannot add {printable(path)!r}: {printable(parent)!r} is a file there"
                     )
-                below = folder.entries[parent] = _Folder()
-            folder = below
-        old = folder.entries.get(name)
-        if _holds_anything(old) if isinstance(old, _Folder) else (old is not None and old.is_folder):
-            raise bad_request(f"cannot add {printable(path)!r}: a folder of this name exists")
-        mode = old.mode if isinstance(old, TreeEntry) and old.is_file else FILE_MODE
-        folder.entries[name] = TreeEntry(mode, blob)
+                child = folder[parent] = {}
+            folder = child
+        old = folder.get(name)
+        if old is not None and _is_folder(old):
+            raise InvalidInput(f"cannot add {printable(path)!r}: a folder of this name exists")
+        mode = old.mode if isinstance(old, TreeEntry) and old.is_file else stat.S_IFREG | 0o644
+        folder[name] = TreeEntry(mode, blob)
 
     def delete_file(self, path: str) -> None:
         """Remove a file.
 
         Raises:
-            Problem: 404 ``EntryNotFound`` when there is no file of this name.
+            EntryNotFound: There is no file of this name.
         """
-        found = self._find(path)
-        if found is not None:
-            folder, name = found
-            entry = folder.entries[name]
-            if isinstance(entry, TreeEntry) and not entry.is_folder:
-                del folder.entries[name]
-                return
-        # The client recognizes this wording and adds advice about trailing slashes.
-        raise entry_not_found(f"A file with this name doesn't exist: {printable(path)}")
+        self._delete(path, is_folder=False)
 
     def delete_folder(self, path: str) -> None:
         """Remove a folder with everything in it.
 
         Raises:
-            Problem: 404 ``EntryNotFound`` when there is no folder of this name.
+            EntryNotFound: There is no folder of this name.
         """
-        found = self._find(path)
-        if found is not None:
-            folder, name = found
-            entry = folder.entries[name]
-            if _holds_anything(entry) if isinstance(entry, _Folder) else entry.is_folder:
-                del folder.entries[name]
-                return
-        raise entry_not_found(f"A folder with this name doesn't exist: {printable(path)}")
+        self._delete(path, is_folder=True)
+
+    def _delete(self, path: str, *, is_folder: bool) -> None:
+        *parents, name = path.split("/")
+        folder: _Folder | None = self._root
+        for parent in parents:
+            folder = None if folder is None else self._open(folder, parent)
+        entry = None if folder is None else folder.get(name)
+        if (
+            folder is None
+            or entry is None
+            or _is_folder(entry) != is_folder
+            # An opened folder whose files are all gone.
+            or (isinstance(entry, dict) and not is_folder)
+        ):
+            # The client recognizes this wording and adds advice about trailing slashes.
+            kind = "folder" if is_folder else "file"
+            raise EntryNotFound(f"A {kind} with this name doesn't exist: {printable(path)}")
+        del folder[name]
 
     def write(self, add: Callable[[ShaFile], str]) -> str:
         """Store the changed trees through ``add``; returns the root's id."""
@@ -115,32 +113,23 @@ class TreeEditor:
 
     def _write(self, folder: _Folder, add: Callable[[ShaFile], str]) -> str:
         tree = Tree()
-        for name, entry in folder.entries.items():
-            if isinstance(entry, _Folder):
-                if not _holds_anything(entry):
+        for name, entry in folder.items():
+            if isinstance(entry, dict):
+                if not _is_folder(entry):
                     continue
                 entry = TreeEntry(stat.S_IFDIR, self._write(entry, add))
             tree.add(name.encode("utf-8", "surrogateescape"), entry.mode, ObjectID(entry.oid.encode("ascii")))
         return add(tree)
 
     def _open(self, folder: _Folder, name: str) -> _Folder | None:
-        entry = folder.entries.get(name)
+        entry = folder.get(name)
         if isinstance(entry, TreeEntry) and entry.is_folder:
-            opened = folder.entries[name] = _Folder(dict(self._load(entry.oid)))
-            return opened
-        return entry if isinstance(entry, _Folder) else None
-
-    def _find(self, path: str) -> tuple[_Folder, str] | None:
-        *parents, name = path.split("/")
-        folder = self._root
-        for parent in parents:
-            below = self._open(folder, parent)
-            if below is None:
-                return None
-            folder = below
-        return (folder, name) if name in folder.entries else None
+            entry = folder[name] = dict(self._load(entry.oid))
+        return entry if isinstance(entry, dict) else None
 
 
-def _holds_anything(folder: _Folder) -> bool:
-    # Git knows no empty folders: one whose files are all gone disappears.
-    return any(not isinstance(entry, _Folder) or _holds_anything(entry) for entry in folder.entries.values())
+def _is_folder(entry: TreeEntry | _Folder) -> bool:
+    """True for a folder that holds any file: git knows no empty ones."""
+    if isinstance(entry, TreeEntry):
+        return entry.is_folder
+    return any(isinstance(below, TreeEntry) or _is_folder(below) for below in entry.values())

@@ -1,9 +1,9 @@
-"""How files get in: the preupload question and the commit that carries them."""
+"""Routes by which files get in: the preupload question and the commit that carries them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import IO
 
 from dulwich.objects import Blob
@@ -13,31 +13,28 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .commits import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
-from .context import hub_of
-from .ignore import MAX_BYTES, Ignore
+from .context import API_REPO, hub_of
+from .ignore import MAX_BYTES, GitIgnore
 from .large import LargeFile
-from .messages import AsciiJSONResponse, endpoint, flag, json_object, segment, spooled_body, string
+from .messages import AsciiJSONResponse, Body, endpoint, flag, segment, spooled_body, string, with_json
 from .paths import file_path, printable
 from .problems import bad_request
-from .pulls import address, described, store
+from .pulls import described, pull_request_url, save
+from .refs import BRANCHES
 from .repository import DEFAULT_BRANCH, Repository
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-async def preupload(request: Request) -> Response:
-    body = await json_object(request)
-    return await run_in_threadpool(_preupload, request, body)
-
-
-def _preupload(request: Request, body: dict[str, object]) -> Response:
+@with_json
+def preupload(request: Request, body: Body) -> Response:
     _check_pull_request(request)
     git = hub_of(request).writable(request).git
     commit = git.resolve(segment(request, "ref"))
     files = body.get("files")
     if not isinstance(files, list):
         raise bad_request('"files" must be a list')
-    ignored = _gitignore(git, commit, body)
+    gitignore = _gitignore(git, commit, body)
     answers = []
     for item in files:
         if not isinstance(item, dict):
@@ -51,7 +48,7 @@ def _preupload(request: Request, body: dict[str, object]) -> Response:
             {
                 "path": path,
                 "uploadMode": "regular" if size <= MAX_FILE_BYTES else "lfs",
-                "shouldIgnore": ignored is not None and ignored.ignores(path),
+                "shouldIgnore": gitignore.ignores(path),
                 # Lets the client leave out what has not changed.
                 "oid": entry.oid if entry is not None and entry.is_file else None,
             }
@@ -70,7 +67,6 @@ async def commit(request: Request) -> Response:
 def _commit(request: Request, body: IO[bytes]) -> Response:
     target = hub_of(request).writable(request)
     git, author = target.git, target.caller.name
-    branch = segment(request, "ref").removeprefix("refs/heads/")
 
     def large(path: str, digest: str) -> LargeFile:
         size = git.large.size(digest) if _DIGEST.fullmatch(digest) else None
@@ -82,17 +78,18 @@ def _commit(request: Request, body: IO[bytes]) -> Response:
         parsed = parse_commit(_lines(body), lambda data: batch.add(Blob.from_string(data)), large)
         answer: dict[str, object] = {"success": True, "hookOutput": ""}
         if flag(request, "create_pr"):
-            base = parsed.parent or git.resolve(DEFAULT_BRANCH)
-            if all(info.oid != base for info in git.history(git.resolve(DEFAULT_BRANCH))):
+            main = git.resolve(DEFAULT_BRANCH)
+            base = parsed.parent or main
+            if all(info.oid != base for info in git.history(main)):
                 raise bad_request(f"the parent commit {base} is none of {DEFAULT_BRANCH}")
             number, oid = git.open_pull(
                 base, parsed.operations, batch=batch, message=parsed.message, author=author
             )
-            store(git, described(git, number, oid))
-            answer["pullRequestUrl"] = address(request, target, number)
+            save(git, described(git, number, oid))
+            answer["pullRequestUrl"] = pull_request_url(request, target, number)
         else:
             oid = git.commit(
-                branch,
+                _branch(request),
                 parsed.operations,
                 batch=batch,
                 message=parsed.message,
@@ -103,8 +100,12 @@ def _commit(request: Request, body: IO[bytes]) -> Response:
     return AsciiJSONResponse(answer | {"commitOid": oid, "commitUrl": url})
 
 
+def _branch(request: Request) -> str:
+    return segment(request, "ref").removeprefix(BRANCHES)
+
+
 def _check_pull_request(request: Request) -> None:
-    branch = segment(request, "ref").removeprefix("refs/heads/")
+    branch = _branch(request)
     if flag(request, "create_pr") and branch != DEFAULT_BRANCH:
         raise bad_request(f"pull requests are for {DEFAULT_BRANCH} only, not for {printable(branch)!r}")
 
@@ -115,19 +116,18 @@ def _lines(body: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _gitignore(git: Repository, commit: str, body: dict[str, object]) -> Ignore | None:
+def _gitignore(git: Repository, commit: str, body: Body) -> GitIgnore:
+    """The patterns that the client sends, or else those at the repository's root."""
     text = body.get("gitIgnore")
-    if isinstance(text, str):
-        return Ignore(text)
-    entry = git.entry(commit, ".gitignore")
-    if entry is None or not entry.is_file:
-        return None
-    # One byte more is enough to see that it is too long.
-    return Ignore(git.read(entry.oid)[: MAX_BYTES + 1].decode("utf-8", "replace"))
+    if not isinstance(text, str):
+        entry = git.entry(commit, ".gitignore")
+        content = git.read(entry.oid) if entry is not None and entry.is_file else b""
+        # One byte more is enough to see that it is too long.
+        text = content[: MAX_BYTES + 1].decode("utf-8", "replace")
+    return GitIgnore(text)
 
 
-def routes() -> Iterable[Route]:
-    """The routes of this module."""
-    repo = "/api/{kind}/{namespace}/{name}"
-    yield Route(repo + "/preupload/{ref}", preupload, methods=["POST"])
-    yield Route(repo + "/commit/{ref}", commit, methods=["POST"])
+routes = [
+    Route(API_REPO + "/preupload/{ref}", preupload, methods=["POST"]),
+    Route(API_REPO + "/commit/{ref}", commit, methods=["POST"]),
+]
