@@ -50,7 +50,7 @@ bench-hub: $(VENV)/.ready
 
 # Every Triton kernel and tile configuration that ships, for every architecture; needs no GPU.
 compile: $(VENV)/.ready
-	$(BIN)/python -m kernelpress.aot
+	$(BIN)/kernelpress compile
 
 # All that needs a GPU, with any Python that has torch for it: `make gpu PYTHON=python3 GPU="--minutes 30 --wheels wheels"`.
 gpu:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from kernelpress import aot, specifications
+from kernelpress.cli import app
 from kernelpress.errors import BuildError
 from kernelpress.specifications import name_of
+from typer.testing import CliRunner
 
 # One of each generation that compiles differently.
 TARGETS = ("sm_80", "sm_90", "sm_120", "gfx942")
@@ -130,10 +132,16 @@ def project(tmp_path: Path):
     return write
 
 
-def test_table_names_every_kernel_and_target(project, capsys) -> None:
+def compiled(root: Path, *options: str, code: int) -> str:
+    """Output of ``kernelpress compile``."""
+    done = CliRunner().invoke(app, ["compile", str(root), *options])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_table_names_every_kernel_and_target(project) -> None:
     root = project("first", "COMPILE_SPECS = [spec(targets=('sm_80', 'gfx90a'))]")
-    assert aot.main([str(root)]) == 0
-    told = capsys.readouterr().out
+    told = compiled(root, code=0)
     assert [line.split()[:3] for line in told.splitlines()[1:3]] == [
         ["product", "sm_80", "1"],
         ["product", "gfx90a", "1"],
@@ -141,19 +149,15 @@ def test_table_names_every_kernel_and_target(project, capsys) -> None:
     assert "2 compilations, 0 failed" in told
 
 
-def test_kernels_that_do_not_fit_or_compile_are_named_and_fail(project, capsys) -> None:
+def test_kernels_that_do_not_fit_or_compile_are_named_and_fail(project) -> None:
     root = project(
         "second",
         "COMPILE_SPECS = [spec(arguments={'x_ptr': '*fp32:16'}, constants={'BLOCK': 128}, targets=('sm_80', 'sm_86')), "
         "spec(kernel=broken, constants={})]",
     )
-    assert aot.main([str(root), "--target", "sm_86"]) == 1
-    assert (
-        "  sm_86   product plain: needs 131072 bytes of shared memory, a block may have 101376"
-        in capsys.readouterr().out
-    )
-    assert aot.main([str(root), "--target", "sm_80"]) == 1
-    told = capsys.readouterr().out
+    told = compiled(root, "--target", "sm_86", code=1)
+    assert "  sm_86   product plain: needs 131072 bytes of shared memory, a block may have 101376" in told
+    told = compiled(root, "--target", "sm_80", code=1)
     assert "broken plain: " in told
     assert "module 'triton.language' has no attribute 'no_such_function'" in told
     assert "product plain" not in told
@@ -194,9 +198,10 @@ def test_bad_specifications_are_refused_before_anything_compiles(project, name, 
         list(aot.compile_package(package, ["sm_80"], 1))
 
 
-def test_interpreting_triton_is_refused(project, monkeypatch, capsys) -> None:
+def test_what_cannot_be_compiled_for_is_refused(project, monkeypatch) -> None:
+    package = project("tenth", "COMPILE_SPECS = [spec()]") / "torch-ext" / "tenth"
+    with pytest.raises(BuildError, match="sm_10 is none of the targets sm_80, sm_86"):
+        list(aot.compile_package(package, ["sm_10"]))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert aot.main([str(project("tenth", "COMPILE_SPECS = [spec()]"))]) == 1
-    assert (
-        "error: TRITON_INTERPRET=1 makes Triton interpret, not compile; unset it" in capsys.readouterr().err
-    )
+    with pytest.raises(BuildError, match="TRITON_INTERPRET=1 makes Triton interpret, not compile; unset it"):
+        list(aot.compile_package(package))

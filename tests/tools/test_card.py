@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import tomli
-from kernelpress.card import public_names, render_card
+from kernelpress.card import PublicName, describe, render_card
 from kernelpress.errors import SourceError
 from kernelpress.spec import load_spec
 from kernelpress.variant import build
@@ -14,9 +14,12 @@ def card(root: Path) -> str:
     return render_card(build(load_spec(root)), "org/demo-kernel")
 
 
+def functions(root: Path) -> list[PublicName]:
+    return describe({file.path: file.data for file in build(load_spec(root)).variants[0].files})[0]
+
+
 def test_public_functions_are_found_through_imports_with_signature_and_summary(make_kernel):
-    variant = build(load_spec(make_kernel())).variants[0]
-    names = {each.name: each for each in public_names(variant)}
+    names = {each.name: each for each in functions(make_kernel())}
     assert list(names) == ["label", "scale", "twice"]
     assert names["twice"].signature == "twice(x: torch.Tensor) -> torch.Tensor"
     assert names["twice"].summary == "Twice ``x``."
@@ -26,10 +29,17 @@ def test_public_functions_are_found_through_imports_with_signature_and_summary(m
 
 def test_a_name_that_is_no_function_stands_by_itself(make_kernel):
     text = "from .nowhere import lost\nSIZE = 3\n__all__ = ('SIZE', 'lost')\n"
-    variant = build(load_spec(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))).variants[0]
-    assert [(each.name, each.signature) for each in public_names(variant)] == [
-        ("SIZE", ""), ("lost", "")
-    ]  # fmt: skip
+    found = functions(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))
+    assert [(each.name, each.signature) for each in found] == [("SIZE", ""), ("lost", "")]
+
+
+def test_names_that_are_put_into_all_or_assigned_are_described(make_kernel):
+    text = (
+        "from .twice import twice as double\nagain = double\n__all__ = ['double']\n__all__.append('again')\n"
+    )
+    found = functions(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))
+    assert [str(each) for each in found] == ["double", "again"]
+    assert found[1].signature == "again(x: torch.Tensor) -> torch.Tensor"
 
 
 def test_the_default_card_says_how_to_use_the_kernel_and_what_it_holds(make_kernel):

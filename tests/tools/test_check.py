@@ -80,19 +80,18 @@ def test_a_changed_a_missing_and_an_added_file_are_found(make_kernel):
     assert all(name in said for name in ("ops/common.py", "_ops.py", "added.py"))
 
 
-def test_bytecode_links_and_hidden_files_are_found(make_kernel):
+def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
     directory = built(make_kernel())
     variant = directory / "torch-cpu"
     (variant / "__pycache__").mkdir()
     (variant / "__pycache__" / "twice.cpython-311.pyc").write_bytes(b"")
     (variant / ".hidden").write_text("")
     (variant / "link.py").symlink_to("twice.py")
-    found = [each for each in check(directory) if each.code == "KP103"]
-    assert {each.path.name for each in found} == {
-        "__pycache__",
-        "twice.cpython-311.pyc",
-        ".hidden",
-        "link.py",
+    monkeypatch.chdir(directory.parent)
+    found = [each for each in check(Path("build")) if each.code == "KP103"]
+    assert {each.path for each in found} == {
+        Path("build/torch-cpu", name)
+        for name in ("__pycache__", "__pycache__/twice.cpython-311.pyc", ".hidden", "link.py")
     }
 
 
@@ -122,7 +121,8 @@ def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, mon
 
 
 def test_a_module_of_kernelpress_itself_cannot_be_imported_by_accident(make_kernel):
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": "import variant\n"})))
+    text = "import sys\nassert 'kernelpress' not in sys.modules\nimport variant\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
     assert "No module named 'variant'" in found.message
 
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from kernelpress.compile_rule import check_compilation
-from kernelpress.spec import load_spec
+from kernelpress.aot import Compiled, findings
+from kernelpress.cli import app
+from typer.testing import CliRunner
 
 BUILD_TOML = """\
 [general]
@@ -56,10 +60,21 @@ def test_a_kernel_with_a_specification_must_compile(make_kernel, stored, codes):
             f"torch-ext/{package}/specs.py": SPECS.format(stored=stored),
         }
     )
-    found = check_compilation(load_spec(root))
-    assert [each.code for each in found] == codes
-    assert all("copy (plain) for sm_80" in each.message for each in found)
+    done = CliRunner().invoke(app, ["compile", str(root), "--output", "json"])
+    assert done.exit_code == len(codes), done.output
+    found = json.loads(done.output)
+    assert [finding["code"] for finding in found] == codes
+    assert all("copy (plain) for sm_80" in finding["message"] for finding in found)
 
 
 def test_a_package_without_specifications_has_nothing_to_compile(make_kernel):
-    assert check_compilation(load_spec(make_kernel())) == []
+    done = CliRunner().invoke(app, ["compile", str(make_kernel())])
+    assert done.exit_code == 1
+    assert "nothing to compile: no module of the package has a COMPILE_SPECS" in str(done.exception)
+
+
+def test_a_kernel_that_spills_is_warned_of():
+    spilling = Compiled("copy", "plain", "sm_80", shared=64, registers=255, spilled=8)
+    (finding,) = findings([spilling], Path("package"))
+    assert (finding.code, finding.severity) == ("KP401", "warning")
+    assert "copy (plain) for sm_80 spills 8 bytes a thread" in finding.message

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import pytest
-from kernelpress.contract import compare, compare_files
+from kernelpress.contract import compare
 from kernelpress.errors import CheckError
+from kernelpress.published import read_variant
 from kernelpress.spec import load_spec
-from kernelpress.variant import build
+from kernelpress.variant import Variant, build
 
 OVERLOADS = (
     "from typing import overload\n@overload\ndef f(a: int) -> int: ...\n@overload\ndef f(a: str) -> str: ...\n"
     "def f(a): ...\n"
 )
 PROPERTY = "class C:\n    @property\n    def p(self): ...\n    @p.setter\n    def p(self, value): ...\n"
+
+
+def contents(variant: Variant) -> dict[str, bytes]:
+    return {file.path: file.data for file in variant.files}
 
 
 def changes(old: str, new: str) -> list[tuple[str, str]]:
@@ -21,7 +26,7 @@ def changes(old: str, new: str) -> list[tuple[str, str]]:
             "m.py": (f"X: int = 1\nclass C:\n    pass\ndef f(): ...\n{text}\n").encode(),
         }
 
-    return [(each.effect, str(each)) for each in compare_files(files(old), files(new))]
+    return [(each.effect, str(each)) for each in compare(files(old), files(new))]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_what_every_caller_survives_is_no_break(old, new):
 )  # fmt: skip
 def test_what_a_public_module_holds_is_public(old, new, said):
     head = b"__all__ = ['layers']\nfrom . import layers\n"
-    found = compare_files(
+    found = compare(
         {"__init__.py": head, "layers.py": old.encode()}, {"__init__.py": head, "layers.py": new.encode()}
     )
     assert sorted((each.effect, str(each)) for each in found) == said
@@ -107,7 +112,7 @@ def test_a_public_module_that_imports_its_package_is_compared_once():
     head = b"__all__ = ['layers', 'f']\nfrom . import layers\ndef f(): ...\n"
     layers = b"__all__ = ['package', 'g']\nimport kernel as package\ndef g(): ...\n"
     new = {"__init__.py": head, "layers.py": layers.replace(b"g()", b"g(a)")}
-    found = compare_files({"__init__.py": head, "layers.py": layers}, new)
+    found = compare({"__init__.py": head, "layers.py": layers}, new)
     assert ("breaks", "layers.g: required parameter 'a' added") in [
         (each.effect, str(each)) for each in found
     ]
@@ -131,7 +136,7 @@ def test_names_are_followed_to_what_they_stand_for(old, new, said):
 def test_a_name_taken_from_all_breaks_and_one_put_in_adds():
     old = {"__init__.py": b"def a(): ...\ndef b(): ...\n__all__ = ['a']\n"}
     new = {"__init__.py": b"def a(): ...\ndef b(): ...\n__all__ = ['b']\n"}
-    assert [(each.effect, each.name) for each in compare_files(old, new)] == [("breaks", "a"), ("adds", "b")]
+    assert [(each.effect, each.name) for each in compare(old, new)] == [("breaks", "a"), ("adds", "b")]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +155,7 @@ def test_a_name_that_no_longer_stands_for_code_of_the_package_breaks(before, aft
         {"__init__.py": f"__all__ = ['f']\n{text}\n".encode(), "m.py": b"from torch import add as f\n"}
         for text in (before, after)
     ]
-    assert [(each.effect, str(each), each.path) for each in compare_files(*files)] == [
+    assert [(each.effect, str(each), each.path) for each in compare(*files)] == [
         ("breaks", said, "__init__.py")
     ]
 
@@ -161,42 +166,43 @@ def test_a_name_that_no_longer_stands_for_code_of_the_package_breaks(before, aft
 )
 def test_a_name_taken_from_elsewhere_all_along_is_no_break(text):
     files = {"__init__.py": f"__all__ = ['f']\n{text}\n".encode(), "m.py": b"from torch import add as f\n"}
-    assert compare_files(files, files) == ()
+    assert compare(files, files) == ()
 
 
 @pytest.mark.parametrize("grown", ["append('f')", "extend(['f'])", "insert(0, 'f')"])
 def test_names_put_into_all_by_a_call_are_public(grown):
     old = {"__init__.py": f"__all__ = ['g']\n__all__.{grown}\ndef g(): ...\ndef f(a, b): ...\n".encode()}
     new = {name: data.replace(b"a, b", b"a") for name, data in old.items()}
-    assert [str(each) for each in compare_files(old, new)] == ["f: parameter 'b' removed"]
+    assert [str(each) for each in compare(old, new)] == ["f: parameter 'b' removed"]
     new = {"__init__.py": b"__all__ = ['g', 'f']\n__all__.remove('f')\ndef g(): ...\ndef f(a, b): ...\n"}
-    assert [str(each) for each in compare_files(old, new)] == ["f: removed from __all__"]
+    assert [str(each) for each in compare(old, new)] == ["f: removed from __all__"]
 
 
 def test_an_addition_says_where_it_stands():
     new = {"__init__.py": b"from .m import f\n__all__ = ['f']\n", "m.py": b"\ndef f(): ...\n"}
-    (added,) = compare_files({"__init__.py": b"__all__ = []\n"}, new)
+    (added,) = compare({"__init__.py": b"__all__ = []\n"}, new)
     assert (added.effect, added.path, added.line) == ("adds", "m.py", 2)
 
 
 def test_a_build_has_the_api_of_itself_in_every_form(make_kernel):
     made = build(load_spec(make_kernel()))
+    new = contents(made.variants[0])
     for old in (made.directory, *(made.directory / variant.name for variant in made.variants)):
-        assert compare(old, made) == ()
-    nested = {file.path: file.data for file in made.variants[-1].files}
-    assert compare(nested, made) == ()
+        assert compare(read_variant(old), new) == ()
+    for variant in made.variants:
+        assert compare(contents(variant), new) == ()
 
 
 def test_a_build_that_lost_a_function_is_compared_through_its_files(make_kernel):
     root = make_kernel()
-    published = {file.path: file.data for file in build(load_spec(root)).variants[0].files}
+    published = contents(build(load_spec(root)).variants[0])
     path = root / "torch-ext/demo_kernel/twice.py"
     path.write_text(path.read_text().replace("def twice(x: torch.Tensor)", "def twice(x: torch.Tensor, y)"))
-    assert [str(each) for each in compare(published, build(load_spec(root)))] == [
+    assert [str(each) for each in compare(published, contents(build(load_spec(root)).variants[0]))] == [
         "twice: required parameter 'y' added"
     ]
 
 
-def test_files_without_a_package_are_refused(make_kernel):
+def test_files_without_a_package_are_refused():
     with pytest.raises(CheckError, match="no Python package"):
-        compare({"metadata.json": b"{}"}, build(load_spec(make_kernel())))
+        compare({"metadata.json": b"{}"}, {"__init__.py": b""})

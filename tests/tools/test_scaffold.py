@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
+import kernelpress
 import pytest
 import yaml
 from kernelpress.check import check
@@ -82,3 +84,10 @@ def test_the_workflow_is_sound_and_installs_kernelpress_from_where_it_is_told(tm
         env={"PATH": path, "KERNELPRESS": source},
     )
     assert done.stdout.splitlines() == ["install", "torch", "pytest", "numpy", source]
+
+
+def test_every_template_is_installed_with_the_package():
+    templates = Path(kernelpress.__file__).parent / "templates"
+    # As setuptools does with what pyproject.toml names as the package's data.
+    data = glob(str(templates / "**"), recursive=True)
+    assert {str(path) for path in templates.rglob("*") if path.is_file()} <= set(data)

@@ -24,6 +24,7 @@ SECRETS = (
 )
 NOSY = f"""
 import os
+import sys
 
 
 def _token():
@@ -32,6 +33,7 @@ def _token():
 
 
 _found = [name for name in {SECRETS!r} if name in os.environ] + ["get_token"] * (_token() is not None)
+_found += ["kernelpress"] * ("kernelpress" in sys.modules)
 if _found:
     raise RuntimeError(f"can read {{_found}}")
 FACTOR = 2"""

@@ -1,4 +1,4 @@
-"""Versions of a kernel in one archive, for machines that reach no Hub.
+"""Archives that hold versions of a kernel, for machines that reach no Hub.
 
 The archive is a plain tar: ``manifest.json``, then ``<branch>/<path>`` for every file of every version and of
 ``main``. The manifest holds the sha256 of each; nothing that it does not name is ever unpacked.
@@ -25,6 +25,7 @@ from kernels._rust import Digest, DigestValidationError, Metadata  # type: ignor
 from kernelpress.conventions import MAIN, METADATA, REPO_TYPE, VERSION_BRANCH
 from kernelpress.errors import PublishError
 from kernelpress.hubs import checked_repo_id, explained
+from kernelpress.new_directory import new_directory
 from kernelpress.repository import branch_heads, versions_of
 from kernelpress.spec_model import is_repo_id
 
@@ -56,21 +57,24 @@ def bundle(api: HfApi, repo_id: str, archive: Path, versions: Sequence[int] = ()
     """
     checked_repo_id(repo_id)
     with explained(api, repo_id), tempfile.TemporaryDirectory(prefix="kernelpress-") as scratch:
-        at = branch_heads(api, repo_id)
-        have = versions_of(at)
-        missing = sorted(set(versions) - set(have))
-        if missing or not have:
+        branches = branch_heads(api, repo_id)
+        published = versions_of(branches)
+        missing = sorted(set(versions) - set(published))
+        if missing or not published:
             raise PublishError(
-                f"{repo_id} has no version {', '.join(map(str, missing)) or 'at all'}; it has {have or 'none'}"
+                f"{repo_id} has no version {', '.join(map(str, missing)) or 'at all'}; "
+                f"it has {published or 'none'}"
             )
-        names = [f"v{number}" for number in (sorted(set(versions)) or have)] + [MAIN]
+        names = [f"v{number}" for number in (sorted(set(versions)) or published)] + [MAIN]
         folders = {}
         for name in names:
             folders[name] = Path(scratch, name)
-            api.snapshot_download(repo_id, repo_type=REPO_TYPE, revision=at[name], local_dir=folders[name])
+            api.snapshot_download(
+                repo_id, repo_type=REPO_TYPE, revision=branches[name], local_dir=folders[name]
+            )
             shutil.rmtree(folders[name] / ".cache", ignore_errors=True)
             _check_digests(folders[name])
-        commits = {name: at[name] for name in names}
+        commits = {name: branches[name] for name in names}
         try:
             _write(archive, repo_id, commits, folders)
         except OSError as error:
@@ -89,17 +93,8 @@ def unbundle(archive: Path, directory: Path) -> Bundled:
     if directory.exists():
         raise PublishError("there is something here already; name a directory that is new", path=directory)
     with opened(archive) as (manifest, commits, folder):
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
-            try:
-                shutil.copytree(folder, aside, dirs_exist_ok=True)
-                aside.chmod(0o755)
-                aside.rename(directory)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-        except OSError as error:
-            raise PublishError(f"cannot be written: {error.strerror}", path=directory) from error
+        with new_directory(directory, PublishError) as fresh:
+            shutil.copytree(folder, fresh, dirs_exist_ok=True)
         return Bundled(manifest["repo-id"], commits, directory)
 
 
@@ -115,15 +110,15 @@ def _write(archive: Path, repo_id: str, commits: Mapping[str, str], folders: Map
         "commits": commits,
         "sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()},
     }
-    aside = archive.with_name(f"{archive.name}.tmp-{os.getpid()}")
+    unfinished = archive.with_name(f"{archive.name}.tmp-{os.getpid()}")
     try:
-        with tarfile.open(aside, "w", format=tarfile.PAX_FORMAT) as out:
+        with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as out:
             _add(out, _MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
             for name, path in sorted(files.items()):
                 _add(out, name, path.read_bytes())
-        aside.replace(archive)
+        unfinished.replace(archive)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _add(out: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -173,8 +168,7 @@ def _manifest(source: tarfile.TarFile, archive: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise PublishError("the archive's manifest is damaged; make it again", path=archive)
-    found: dict[str, Any] = manifest
-    return found
+    return dict(manifest)
 
 
 def _is_inside(path: str, commits: Mapping[str, str]) -> bool:
@@ -189,12 +183,12 @@ def _is_inside(path: str, commits: Mapping[str, str]) -> bool:
 
 
 def _extract(source: tarfile.TarFile, digests: Mapping[str, str], folder: Path, archive: Path) -> None:
-    left = dict(digests)
+    missing = dict(digests)
     for member in source:
         if member.name == _MANIFEST:
             continue
-        wanted = left.pop(member.name, None)
-        file = source.extractfile(member) if wanted is not None and member.isreg() else None
+        expected = missing.pop(member.name, None)
+        file = source.extractfile(member) if expected is not None and member.isreg() else None
         if file is None:
             raise PublishError(
                 f"the archive holds {member.name!r}, which its manifest does not", path=archive
@@ -206,10 +200,10 @@ def _extract(source: tarfile.TarFile, digests: Mapping[str, str], folder: Path, 
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
                 out.write(chunk)
-        if digest.hexdigest() != wanted:
+        if digest.hexdigest() != expected:
             raise PublishError(f"{member.name} is damaged: its content is not what was bundled", path=archive)
-    if left:
-        raise PublishError(f"the archive lacks {min(left)}; it was cut off", path=archive)
+    if missing:
+        raise PublishError(f"the archive lacks {min(missing)}; it was cut off", path=archive)
 
 
 def _check_digests(folder: Path) -> None:
@@ -222,8 +216,8 @@ def _check_digests(folder: Path) -> None:
         except (OSError, ValueError) as error:
             raise PublishError(f"{variant.name} has unreadable metadata: {error}") from error
         except DigestValidationError as error:
-            said = "; ".join(str(violation) for violation in error.violations)
-            raise PublishError(f"{variant.name} is not what its metadata says: {said}") from error
+            violations = "; ".join(str(violation) for violation in error.violations)
+            raise PublishError(f"{variant.name} is not what its metadata says: {violations}") from error
 
 
 def files_below(folder: Path) -> list[Path]:

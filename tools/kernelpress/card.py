@@ -1,18 +1,19 @@
-"""The card: the Hub's README.md of a kernel, rendered from CARD.md and what the sources say of themselves."""
+"""The card, a kernel's README.md on the Hub: rendered from CARD.md and the package's own docstrings."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from textwrap import dedent
 
+import griffe
 import jinja2
 
-from kernelpress.build_model import Build, Variant
+from kernelpress.build_model import Build
 from kernelpress.errors import SourceError
 from kernelpress.generated import own_version
-from kernelpress.text import parse
+from kernelpress.public_api import definition, load_api, public_names
 
 _DEFAULT = "card.md"
 _LAYERS = "layers"
@@ -20,7 +21,7 @@ _LAYERS = "layers"
 
 @dataclass(frozen=True)
 class PublicName:
-    """A function or class of the package's ``__all__``; ``signature`` is empty for anything else."""
+    """A name in the package's ``__all__``; ``signature`` and ``summary`` are empty unless it is a function or class."""
 
     name: str
     signature: str
@@ -51,7 +52,7 @@ def render_card(build: Build, repo_id: str) -> str:
     path = spec.root / "CARD.md"
     try:
         text = build.source.card
-        names = public_names(build.variants[0])
+        functions, layers = describe({file.path: file.data for file in build.variants[0].files})
         template = environment.get_template(_DEFAULT) if text is None else environment.from_string(text)
         return template.render(
             name=spec.name,
@@ -63,12 +64,15 @@ def render_card(build: Build, repo_id: str) -> str:
             python_depends=list(spec.python_depends),
             upstream=spec.upstream,
             source=spec.source,
-            functions=[each for each in names if each.name != _LAYERS],
-            layers=layers(build.variants[0]) if any(each.name == _LAYERS for each in names) else [],
+            functions=functions,
+            layers=layers,
             has_benchmark=(spec.root / "benchmarks" / "benchmark.py").is_file(),
-            benchmarks=_benchmarks(spec.root),
+            benchmarks=[
+                path.relative_to(spec.root).as_posix()
+                for path in sorted(spec.root.glob("benchmarks/benchmark*.py"))
+            ],
             built_with=f"kernelpress {own_version()}",
-            variants=[{"name": each.name, "id": each.id} for each in build.variants],
+            variants=[{"name": variant.name, "id": variant.id} for variant in build.variants],
             content_hash=build.content_hash,
             tree_hash=build.tree_hash,
             dirty=build.source.git is not None and build.source.git.dirty,
@@ -79,85 +83,29 @@ def render_card(build: Build, repo_id: str) -> str:
         raise SourceError(f"the card cannot be rendered: {error.message}", path=path) from None
 
 
-def layers(variant: Variant) -> list[PublicName]:
-    """Classes that the package's ``layers`` module defines; by upstream's convention they replace a model's own."""
-    modules = {file.path: parse(file.data) for file in variant.files if file.path.endswith(".py")}
-    for path in (f"{_LAYERS}.py", f"{_LAYERS}/__init__.py"):
-        if path in modules:
-            return [
-                _describe(each.name, each) for each in modules[path].body if isinstance(each, ast.ClassDef)
-            ]
-    return []
+def describe(files: Mapping[str, bytes]) -> tuple[list[PublicName], list[PublicName]]:
+    """Describe a variant's public names, and the classes in its layers.
 
-
-def _benchmarks(root: Path) -> list[str]:
-    return sorted(path.relative_to(root).as_posix() for path in root.glob("benchmarks/benchmark*.py"))
-
-
-def public_names(variant: Variant) -> list[PublicName]:
-    """What ``__all__`` of the package holds, with signatures and first lines of docstrings.
+    By upstream's convention a public module ``layers`` holds classes that replace a model's own.
 
     Args:
-        variant: One with the package directly in it; there, all imports within the package are relative.
+        files: The variant's files by their paths in it.
     """
-    modules = {file.path: parse(file.data) for file in variant.files if file.path.endswith(".py")}
-    return [
-        _describe(name, _definition(name, "__init__.py", modules)) for name in _all(modules["__init__.py"])
-    ]
+    package = load_api(files)
+    functions = {name: definition(package, name) for name in public_names(package)}
+    module = functions.pop(_LAYERS, None)
+    members = module.members if isinstance(module, griffe.Module) else {}
+    layers = {name: member for name, member in members.items() if isinstance(member, griffe.Class)}
+    return [_describe(*item) for item in functions.items()], [_describe(*item) for item in layers.items()]
 
 
-def _all(module: ast.Module) -> list[str]:
-    for statement in module.body:
-        if (
-            isinstance(statement, ast.Assign)
-            and any(isinstance(target, ast.Name) and target.id == "__all__" for target in statement.targets)
-            and isinstance(statement.value, ast.List | ast.Tuple)
-        ):
-            return [
-                item.value
-                for item in statement.value.elts
-                if isinstance(item, ast.Constant) and isinstance(item.value, str)
-            ]
-    return []
-
-
-_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
-
-def _definition(
-    name: str, path: str, modules: Mapping[str, ast.Module], seen: frozenset[tuple[str, str]] = frozenset()
-) -> _Definition | None:
-    """Follow a name through the package's own imports to where it is defined."""
-    if (path, name) in seen or path not in modules:
-        return None
-    for statement in ast.walk(modules[path]):
-        if isinstance(statement, _Definition) and statement.name == name and statement in modules[path].body:
-            return statement
-        if isinstance(statement, ast.ImportFrom) and statement.level:
-            for alias in statement.names:
-                if (alias.asname or alias.name) == name:
-                    target = _module_path(path, statement, modules)
-                    return _definition(alias.name, target, modules, seen | {(path, name)})
-    return None
-
-
-def _module_path(path: str, statement: ast.ImportFrom, modules: Mapping[str, ast.Module]) -> str:
-    folder = PurePosixPath(path).parent
-    for _ in range(statement.level - 1):
-        folder = folder.parent
-    stem = (
-        folder.joinpath(*(statement.module or "").split(".")).as_posix()
-        if statement.module
-        else folder.as_posix()
-    )
-    return f"{stem}.py" if f"{stem}.py" in modules else PurePosixPath(stem, "__init__.py").as_posix()
-
-
-def _describe(name: str, found: _Definition | None) -> PublicName:
-    if found is None:
+def _describe(name: str, member: griffe.Object | None) -> PublicName:
+    if not isinstance(member, griffe.Function | griffe.Class):
         return PublicName(name, "", "")
-    summary = (ast.get_docstring(found) or "").partition("\n")[0]
-    if isinstance(found, ast.ClassDef):
+    summary = member.docstring.value.partition("\n")[0] if member.docstring else ""
+    if isinstance(member, griffe.Class):
         return PublicName(name, f"class {name}", summary)
-    returns = f" -> {ast.unparse(found.returns)}" if found.returns is not None else ""
-    return PublicName(name, f"{name}({ast.unparse(found.args)}){returns}", summary)
+    function = ast.parse(dedent(member.source)).body[0]
+    assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+    returns = f" -> {ast.unparse(function.returns)}" if function.returns is not None else ""
+    return PublicName(name, f"{name}({ast.unparse(function.args)}){returns}", summary)

@@ -7,21 +7,19 @@ from pathlib import Path
 from kernelpress.build_model import Build
 from kernelpress.built import differing_variants, place_in_sources
 from kernelpress.check import check
-from kernelpress.compile_rule import check_compilation
 from kernelpress.errors import KernelpressError, SpecError
 from kernelpress.findings import Finding, FindingsError
 from kernelpress.spec import KernelOptions
 from kernelpress.variant import prepare
 
 
-def check_kernel(options: KernelOptions, *, compile: bool = False) -> list[Finding]:
+def check_kernel(options: KernelOptions) -> list[Finding]:
     """Examine a kernel's sources and the variants in ``build/`` by every rule.
 
     A directory that holds nothing but a build is examined too, as far as that goes.
 
     Args:
         options: The kernel.
-        compile: Compile its Triton kernels ahead of time, too.
 
     Raises:
         CheckError: The sources are sound, and there is no build.
@@ -30,8 +28,6 @@ def check_kernel(options: KernelOptions, *, compile: bool = False) -> list[Findi
     if not options.describes():
         return check(directory)
     findings, kernel = check_sources(options)
-    if compile and kernel is not None:
-        findings += check_compilation(kernel.spec)
     # Sources that cannot be built may leave no build behind; then the findings in them are the answer.
     if not directory.is_dir() and any(finding.severity == "error" for finding in findings):
         return findings

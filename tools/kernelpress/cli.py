@@ -48,6 +48,9 @@ def _options(
     pass
 
 
+Output = Annotated[Form, typer.Option(help="How to print what is found.")]
+
+
 @app.command()
 @kernel_options
 def build(
@@ -85,17 +88,13 @@ def build(
 @kernel_options
 def check(
     options: KernelOptions,
-    output: Annotated[Form, typer.Option(help="How to print what is found.")] = "text",
-    compile: Annotated[
-        bool,
-        typer.Option("--compile", help="Compile Triton kernels that have COMPILE_SPECS ahead of time too."),
-    ] = False,
+    output: Output = "text",
 ) -> None:
     """Check the sources and the build in build/: imports, operators, metadata, digests, loading and more."""
     from kernelpress.check_kernel import check_kernel
     from kernelpress.output import render, summary
 
-    findings = check_kernel(options, compile=compile)
+    findings = check_kernel(options)
     out = console()
     if output != "text" or findings:
         out.print(render(findings, output), soft_wrap=True, markup=output == "text")
@@ -103,6 +102,26 @@ def check(
     if output == "text":
         out.print(f"[{'red' if errors else 'yellow'}]{summary(findings)}[/]" if findings else _WHOLE)
     if errors:
+        raise typer.Exit(1)
+
+
+@app.command("compile")
+@kernel_options
+def compile_ahead(
+    options: KernelOptions,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Only this architecture, such as sm_90; may be repeated.")
+    ] = None,
+    output: Output = "text",
+) -> None:
+    """Compile the Triton kernels that have COMPILE_SPECS ahead of time, without a GPU, and print what each needs."""
+    from kernelpress.aot import compile_package, findings, table
+    from kernelpress.output import render
+
+    spec = options.load()
+    results = list(compile_package(spec.package_dir, target or ()))
+    print(table(results) if output == "text" else render(findings(results, spec.package_dir), output))
+    if any(result.error is not None for result in results):
         raise typer.Exit(1)
 
 
@@ -131,12 +150,12 @@ def api(
 ) -> None:
     """Compare what __all__ holds with a published build: what breaks, and what is added."""
     from kernelpress.contract import compare
-    from kernelpress.published import published_files
+    from kernelpress.published import published_files, read_variant
     from kernelpress.variant import prepare
 
     kernel = prepare(options.load())
-    baseline = published_files(against) if against is not None else options.directory / "build"
-    changes = compare(baseline, kernel)
+    baseline = read_variant(options.directory / "build") if against is None else published_files(against)
+    changes = compare(baseline, {file.path: file.data for file in kernel.variants[0].files})
     out = console()
     for change in changes:
         where = f" ({change.path}:{change.line})" if change.path else ""

@@ -1,9 +1,7 @@
-"""A kernel as a project in upstream's layout, for huggingface/kernels' kernel-builder."""
+"""Export of a kernel as a project in upstream's layout, for huggingface/kernels' kernel-builder."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,12 @@ import jinja2
 import tomlkit
 
 from kernelpress.errors import BuildError
+from kernelpress.new_directory import new_directory
+from kernelpress.opsstyle import to_ops_style
 from kernelpress.rewrite import RewrittenFile, rewrite
 from kernelpress.source import read_source
 from kernelpress.spec_model import EDITION, Spec
 
-# Upstream generates `_ops.py` with this helper, so that names made by it need no rewriting there.
-_HELPER = "add_op_namespace_prefix"
 _PLACEHOLDER = "kernelpress_own_namespace"
 
 
@@ -37,26 +35,15 @@ def export(spec: Spec, out: Path) -> Path:
         raise BuildError("this is not empty; name a directory that is not there yet", path=out)
     source = read_source(spec)
     rewritten = rewrite(source.files, source.layout, source.package_dir)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
-        try:
-            package = fresh / "torch-ext" / spec.python_name
-            for file in rewritten.files:
-                target = package / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(_in_ops_style(file))
-            (fresh / "build.toml").write_text(_build_toml(spec), "utf-8")
-            (fresh / "flake.nix").write_text(_template("flake.nix").render(name=spec.name), "utf-8")
-            (fresh / "CARD.md").write_text(_template("upstream-card.md").render(), "utf-8")
-            fresh.chmod(0o755)
-            if out.exists():
-                out.rmdir()
-            fresh.rename(out)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    except OSError as error:
-        raise BuildError(f"cannot be written: {error.strerror}", path=error.filename or out) from error
+    with new_directory(out) as fresh:
+        package = fresh / "torch-ext" / spec.python_name
+        for file in rewritten.files:
+            target = package / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(_in_ops_style(file))
+        (fresh / "build.toml").write_text(_build_toml(spec), "utf-8")
+        (fresh / "flake.nix").write_text(_template("flake.nix").render(name=spec.name), "utf-8")
+        (fresh / "CARD.md").write_text(_template("upstream-card.md").render(), "utf-8")
     return out
 
 
@@ -64,13 +51,10 @@ def _in_ops_style(file: RewrittenFile) -> bytes:
     """A file with its own namespace taken from ``_ops`` at every place that the build would fill in."""
     if len(file.chunks) == 1:
         return file.chunks[0]
-    from kernelpress.opsstyle import to_ops_style
-
     return to_ops_style(file.render(_PLACEHOLDER), _PLACEHOLDER, file.path.count("/"))
 
 
 def _build_toml(spec: Spec) -> str:
-    document = tomlkit.document()
     general: dict[str, Any] = {
         "name": spec.name,
         "version": spec.version,
@@ -88,9 +72,7 @@ def _build_toml(spec: Spec) -> str:
     for backend in spec.backends:
         if backend.python_depends:
             general[backend.name] = {"python-depends": list(backend.python_depends)}
-    document["general"] = general
-    document["torch-noarch"] = {"pyext": list(spec.pyext)}
-    return tomlkit.dumps(document)
+    return tomlkit.dumps({"general": general, "torch-noarch": {"pyext": list(spec.pyext)}})
 
 
 def _template(name: str) -> jinja2.Template:

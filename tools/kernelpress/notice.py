@@ -1,4 +1,4 @@
-"""Tell the readers of a published version something, through the code that they load.
+"""Notices to the readers of a published version, through the code that they load.
 
 The loader shows its users nothing but what a kernel itself does: today's does not read ``kernel-status.toml``.
 So a notice becomes a Python warning at the end of every variant's ``__init__.py``, with the digest brought up to
@@ -33,7 +33,7 @@ def notice(api: HfApi, repo_id: str, revision: str, text: str) -> list[Operation
     A signature does not survive this: it is over the metadata, which has a new digest.
     """
     files = tree(api, repo_id, revision)
-    found: list[Operation] = []
+    operations: list[Operation] = []
     for variant in sorted({path.split("/")[1] for path in files if path.startswith("build/")}):
         root = f"build/{variant}/"
         inits = [path for path in files if path.startswith(root) and path.endswith("/__init__.py")]
@@ -47,15 +47,15 @@ def notice(api: HfApi, repo_id: str, revision: str, text: str) -> list[Operation
         if isinstance(digest, dict) and isinstance(digest.get("files"), dict):
             sha256 = base64.b64encode(hashlib.sha256(data).digest()).decode("ascii")
             digest["files"][path.removeprefix(root)] = sha256
-        found.append(CommitOperationAdd(path, data))
+        operations.append(CommitOperationAdd(path, data))
         rendered = json.dumps(metadata, indent=2, sort_keys=True).encode("ascii") + b"\n"
-        found.append(CommitOperationAdd(f"{root}{METADATA}", rendered))
+        operations.append(CommitOperationAdd(f"{root}{METADATA}", rendered))
         if f"{root}{SIGNATURE}" in files:
-            found.append(CommitOperationDelete(f"{root}{SIGNATURE}", is_folder=False))
+            operations.append(CommitOperationDelete(f"{root}{SIGNATURE}", is_folder=False))
     if CARD in files:
         card = fetch(api, repo_id, revision, CARD).decode("utf-8", "replace")
-        found.append(CommitOperationAdd(CARD, "".join(_with_notice(card, text)).encode("utf-8")))
-    return found
+        operations.append(CommitOperationAdd(CARD, "".join(_with_notice(card, text)).encode("utf-8")))
+    return operations
 
 
 def _metadata(data: bytes, repo_id: str, root: str) -> dict[str, Any]:

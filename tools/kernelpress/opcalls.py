@@ -1,4 +1,4 @@
-"""Calls operators whose arguments nobody told: made-up ones, on fake tensors first, then in earnest on the CPU.
+"""Calls of operators with sample inputs: on fake tensors first, then in earnest on the CPU.
 
 Runs in processes that have torch and the standard library alone.
 """
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .made_up import Search, bound, shown, value, words
+from .made_up import SampleSearch, bind, words_of
 
 # Seconds of the processor for one call and for all of a package's, as a loop over made-up numbers may never end. One
 # that sleeps ends with the process.
@@ -36,10 +36,20 @@ class _ResultError(Exception):
     """A fake implementation's result is not what the schema says."""
 
 
-class Ran(NamedTuple):
-    """What one call did: its results' shapes and dtypes or its error, and the files of ``roots`` whose code ran."""
+class _Result(NamedTuple):
+    """Sizes, of which one that only data tells is ``None``, and dtype of a tensor; or the type of anything else."""
 
-    results: list[tuple[list[Any], str]] | None
+    sizes: list[int | None]
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.removeprefix('torch.')}{self.sizes}"
+
+
+class _Call(NamedTuple):
+    """Results or error of one call, and the files of the builds looked at whose code ran."""
+
+    results: list[_Result]
     error: BaseException | None
     files: tuple[str, ...]
 
@@ -48,62 +58,66 @@ def operators(namespace: str) -> dict[str, Any]:
     """The overloads of a namespace by their names without it."""
     import torch
 
-    found = {}
+    overloads = {}
     for full in sorted(torch._C._dispatch_get_all_op_names()):
         space, _, name = full.partition("::")
         if space == namespace:
             packet, _, overload = name.partition(".")
-            found[name] = getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
-    return found
+            overloads[name] = getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
+    return overloads
 
 
 def call_all(namespace: str, own: str) -> dict[str, Any]:
     """Examine every operator of a namespace; see ``examine``."""
     end = time.process_time() + _ALL
-    texts = words(namespace)
+    words = words_of(namespace)
     return {
-        name: examine(overload, own, texts)
+        name: examine(overload, own, words)
         if time.process_time() < end
         else _NOTHING | {"fake_why": "no time was left"}
         for name, overload in operators(namespace).items()
     }
 
 
-def mixed(first: tuple[str, str], second: tuple[str, str], calls: dict[str, Any]) -> str | None:
-    """What goes wrong when two builds' operators of the same names are called in one process.
+def conflict(first: tuple[str, str], second: tuple[str, str], calls: dict[str, Any]) -> str | None:
+    """Say what goes wrong when two builds' operators of the same names are called in one process.
 
     Args:
         first: Namespace and directory of one build.
         second: Those of the other.
-        calls: What ``call_all`` found for the first.
+        calls: The results of ``call_all`` for the first.
 
     Returns:
         The first operator that runs code of the other build or fares otherwise than the other build's, or ``None``.
     """
     roots = (first[1], second[1])
-    pairs = operators(first[0]), operators(second[0])
     for (namespace, own), other in ((first, second[1]), (second, first[1])):
         for name in calls:
-            strange = next(
-                (file for file in _functions(f"{namespace}::{name}") if file.startswith(other)), None
-            )
-            if strange is not None:
-                return f"operator {name!r} of {own} is a function of {strange}"
-    for name, found in calls.items():
-        if found["arguments"] is None or any(name not in each for each in pairs):
+            for file in _function_files(f"{namespace}::{name}"):
+                if file.startswith(other):
+                    return f"operator {name!r} of {own} is a function of {file}"
+    pairs = operators(first[0]), operators(second[0])
+    for name, call in calls.items():
+        if call["arguments"] is None or any(name not in overloads for overloads in pairs):
             continue
-        ran = [call(each[name], found["arguments"], roots, fake=found["real"] != "ran") for each in pairs]
-        for one, own, other in zip(ran, roots, reversed(roots), strict=True):
-            strange = next((file for file in one.files if file.startswith(other)), None)
-            if strange is not None:
-                return f"calling operator {name!r} of {own} runs {strange}"
-        fared = [each.results if each.error is None else type(each.error).__name__ for each in ran]
-        if fared[0] != fared[1]:
-            return f"operator {name!r} gives {fared[0]} in one and {fared[1]} in the other"
+        fake = call["real"] != "ran"
+        results = [_call(overloads[name], call["arguments"], roots, fake=fake) for overloads in pairs]
+        for result, own, other in zip(results, roots, reversed(roots), strict=True):
+            for file in result.files:
+                if file.startswith(other):
+                    return f"calling operator {name!r} of {own} runs {file}"
+        one, another = (
+            [(sizes, kind) for sizes, kind in result.results]
+            if result.error is None
+            else type(result.error).__name__
+            for result in results
+        )
+        if one != another:
+            return f"operator {name!r} gives {one} in one and {another} in the other"
     return None
 
 
-def _functions(op: str) -> list[str]:
+def _function_files(op: str) -> list[str]:
     """Files of the Python functions of an operator, as far as PyTorch keeps them: of ``custom_op`` and kin."""
     from torch._library import custom_ops
 
@@ -111,17 +125,19 @@ def _functions(op: str) -> list[str]:
     if definition is None:
         return []
     functions = (definition._init_fn, definition._abstract_fn, *definition._backend_fns.values())
-    codes = [getattr(inspect.unwrap(each), "__code__", None) for each in functions if each is not None]
+    codes = [
+        getattr(inspect.unwrap(function), "__code__", None) for function in functions if function is not None
+    ]
     return [code.co_filename for code in codes if code is not None]
 
 
-def examine(overload: Any, own: str, texts: list[str]) -> dict[str, Any]:
+def examine(overload: Any, own: str, words: list[str]) -> dict[str, Any]:
     """Look for arguments that an operator takes, and run its fake implementation and itself on them.
 
     Args:
         overload: The operator.
         own: The directory that its code stands in.
-        texts: Strings to try where it takes one.
+        words: Strings to try where it takes one.
 
     Returns:
         ``fake`` and ``real`` say ``"ran"``, ``"failed"`` (the operator is at fault) or ``"not run"`` (nothing that was
@@ -130,88 +146,89 @@ def examine(overload: Any, own: str, texts: list[str]) -> dict[str, Any]:
         the operator gave, if they agreed on no list that both took.
     """
     answer = dict(_NOTHING)
-    search = Search(overload, own, texts)
+    search = SampleSearch(overload, own, words)
     for arguments in search.lists(None):
-        faked = call(overload, arguments, (own,), fake=True)
-        if faked.error is None:
+        fake = _call(overload, arguments, (own,), fake=True)
+        if fake.error is None:
             answer |= {"fake": "ran", "fake_why": "", "arguments": arguments}
             break
-        answer["fake_why"] = _said(faked.error)
-        if certain(faked, own):
-            return answer | {"fake": "failed"} | _place(faked.error, own)
-        search.learn(arguments, faked.error)
+        answer["fake_why"] = _reason(fake.error)
+        if _is_at_fault(fake, own):
+            return answer | {"fake": "failed"} | _location(fake.error, own)
+        search.learn(arguments, fake.error)
     else:
         return answer
     for arguments in search.lists(answer["arguments"]):
-        ran = call(overload, arguments, (own,), fake=False)
-        if ran.error is not None:
-            answer["real_why"] = _said(ran.error)
-            search.learn(arguments, ran.error)
+        real = _call(overload, arguments, (own,), fake=False)
+        if real.error is not None:
+            answer["real_why"] = _reason(real.error)
+            search.learn(arguments, real.error)
             continue
-        faked = call(overload, arguments, (own,), fake=True)
-        if faked.results is None or ran.results is None:
+        fake = _call(overload, arguments, (own,), fake=True)
+        if fake.error is not None:
             continue
         answer |= {"real": "ran", "real_why": "", "arguments": arguments}
-        if _agree(faked.results, ran.results):
+        if _agree(fake.results, real.results):
             return answer | {"differs": ""}
         # Arguments that make no sense may be taken all the same, and then the two need not agree; so others are
         # tried for as long as there is time.
-        answer["differs"] = f"{_shown(faked.results)} against {_shown(ran.results)} for {shown(arguments)}"
+        promised, given = (", ".join(map(str, call.results)) or "nothing" for call in (fake, real))
+        answer["differs"] = f"{promised} against {given} for ({', '.join(map(repr, arguments))})"
     return answer
 
 
-def call(overload: Any, arguments: list[Any], roots: tuple[str, ...], *, fake: bool) -> Ran:
-    """Call an operator, and see which files below ``roots`` ran for it."""
+def _call(overload: Any, arguments: list[Any], roots: tuple[str, ...], *, fake: bool) -> _Call:
+    """Call an operator, and note which files below ``roots`` ran for it."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     files: dict[str, None] = {}
 
-    def watch(frame: Any, event: str, _: Any) -> None:
+    def profile(frame: Any, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(roots):
             files.setdefault(frame.f_code.co_filename)
 
-    results, failed = None, None
+    results: list[_Result] = []
+    error: BaseException | None = None
     # Results of sizes that only data tells are a fake implementation's right; to read the data is not.
     mode = (
         FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False)) if fake else contextlib.nullcontext()
     )
     try:
         with mode, torch.no_grad(), _limited():
-            values = [value(each) for each in arguments]
-            positional, named = bound(overload, values)
+            positional, named = bind(overload, arguments)
             before = sys.getprofile()
-            sys.setprofile(watch)
+            sys.setprofile(profile)
             try:
                 returned = overload(*positional, **named)
             finally:
                 sys.setprofile(before)
         if fake:
             _check_results(overload, returned)
-        results = [_described(each) for each in _flat(returned)]
+        results = _results(returned)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - whatever the operator's code raises is the answer
-        failed = error
-    return Ran(results, failed, tuple(files))
+    except BaseException as raised:  # noqa: BLE001 - whatever the operator's code raises is the answer
+        error = raised
+    return _Call(results, error, tuple(files))
 
 
-def certain(ran: Ran, own: str) -> bool:
-    """Whether a fake implementation is at fault whatever its arguments were."""
+def _is_at_fault(call: _Call, own: str) -> bool:
+    """Return whether a fake implementation fails whatever its arguments are."""
     import torch._subclasses.fake_tensor as fakes
 
-    error = ran.error
+    error = call.error
     if isinstance(
         error, NameError | ImportError | SyntaxError | fakes.DataDependentOutputException | _ResultError
     ):
         return True
     if isinstance(error, AttributeError):
         # An optional argument that was left out is no fault of the operator's.
-        return bool(ran.files) and error.obj is not None
-    if not ran.files:
+        return bool(call.files) and error.obj is not None
+    if not call.files:
         return isinstance(error, TypeError) and _BINDING.search(str(error)) is not None
-    if not _place(error, own):
+    if not _location(error, own):
         # It has returned, and PyTorch does not take what it gave.
         return isinstance(error, Exception)
     return "data pointer" in str(error)
@@ -220,18 +237,19 @@ def certain(ran: Ran, own: str) -> bool:
 def _check_results(overload: Any, returned: Any) -> None:
     import torch
 
-    promised = [str(each.type) for each in overload._schema.returns]
+    promised = [str(result.type) for result in overload._schema.returns]
     given = [returned] if len(promised) == 1 else list(returned or ())
     if len(given) != len(promised) or any(
-        kind == "Tensor" and not isinstance(each, torch.Tensor)
-        for kind, each in zip(promised, given, strict=True)
+        kind == "Tensor" and not isinstance(value, torch.Tensor)
+        for kind, value in zip(promised, given, strict=True)
     ):
-        kinds = ", ".join(type(each).__name__ for each in given) or "nothing"
+        kinds = ", ".join(type(value).__name__ for value in given) or "nothing"
         raise _ResultError(f"returns {kinds}, and the schema says {', '.join(promised) or 'nothing'}")
 
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
+    """Raise in the block when it has run for too long."""
     if not hasattr(signal, "setitimer"):  # not on Windows, where the whole process has a limit alone
         yield
         return
@@ -248,45 +266,35 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGPROF, previous)
 
 
-# Results -------------------------------------------------------------------------------------------------------
-
-
-def _flat(returned: Any) -> list[Any]:
-    if isinstance(returned, tuple | list):
-        return [item for each in returned for item in _flat(each)]
-    return [returned]
-
-
-def _described(each: Any) -> tuple[list[Any], str]:
+def _results(returned: Any) -> list[_Result]:
     import torch
 
-    if not isinstance(each, torch.Tensor):
-        return [], type(each).__name__
-    # A size that only data tells is none to compare.
-    return [size if isinstance(size, int) else None for size in each.shape], str(each.dtype)
+    if isinstance(returned, tuple | list):
+        return [result for item in returned for result in _results(item)]
+    if not isinstance(returned, torch.Tensor):
+        return [_Result([], type(returned).__name__)]
+    return [
+        _Result([size if isinstance(size, int) else None for size in returned.shape], str(returned.dtype))
+    ]
 
 
-def _agree(told: list[tuple[list[Any], str]], true: list[tuple[list[Any], str]]) -> bool:
-    return len(told) == len(true) and all(
-        one[1] == other[1]
-        and len(one[0]) == len(other[0])
-        and all(size is None or size == given for size, given in zip(one[0], other[0], strict=True))
-        for one, other in zip(told, true, strict=True)
+def _agree(promised: list[_Result], given: list[_Result]) -> bool:
+    return len(promised) == len(given) and all(
+        one.kind == other.kind
+        and len(one.sizes) == len(other.sizes)
+        and all(size in (None, actual) for size, actual in zip(one.sizes, other.sizes, strict=True))
+        for one, other in zip(promised, given, strict=True)
     )
 
 
-def _shown(results: list[tuple[list[Any], str]]) -> str:
-    return ", ".join(f"{kind.removeprefix('torch.')}{shape}" for shape, kind in results) or "nothing"
-
-
-def _said(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     if isinstance(error, _ResultError):
         return f"it {lines[0]}"
     return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 
-def _place(error: BaseException | None, own: str) -> dict[str, Any]:
+def _location(error: BaseException | None, own: str) -> dict[str, Any]:
     frames = traceback.extract_tb(error.__traceback__ if error else None)
-    inside = [frame for frame in frames if frame.filename.startswith(own)]
-    return {"file": inside[-1].filename, "line": inside[-1].lineno} if inside else {}
+    places = [frame for frame in frames if frame.filename.startswith(own)]
+    return {"file": places[-1].filename, "line": places[-1].lineno} if places else {}

@@ -18,6 +18,7 @@ from kernelpress.conventions import CARD, MAIN, METADATA, REPO_TYPE, SIGNATURE, 
 from kernelpress.errors import PublishError
 from kernelpress.generated import without_provenance
 from kernelpress.hubs import checked_repo_id, explained, token_of
+from kernelpress.published import read_variant
 from kernelpress.repository import (
     branch_heads,
     content_id,
@@ -228,7 +229,8 @@ def _compare_api(
         api.snapshot_download(
             repo_id, repo_type=REPO_TYPE, revision=base, local_dir=scratch, allow_patterns=patterns
         )
-        return against, compare(Path(scratch, "build", flat), build)
+        old = read_variant(Path(scratch, "build", flat))
+    return against, compare(old, {file.path: file.data for file in build.variants[0].files})
 
 
 def _objections(build: Build, repo_id: str, api: HfApi, branches: tuple[BranchPlan, ...]) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""Whether a build comes out the same elsewhere."""
+"""Proof that a build comes out the same elsewhere."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -21,33 +22,31 @@ os.umask(int(sys.argv[1], 8))
 from kernelpress.variant import build
 build(pickle.loads(sys.stdin.buffer.read()), Path(sys.argv[2]))
 """
-_SURROUNDINGS = (
+_CIRCUMSTANCES = (
     ("077", {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TZ": "UTC"}),
     ("002", {"PYTHONHASHSEED": "2", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Tokyo"}),
 )
 
 
-def reproduce(made: Build) -> None:
+def reproduce(build: Build) -> None:
     """Build twice more, in other places and under other circumstances, and compare every byte.
 
     Raises:
         BuildError: A file comes out differently; the message names it.
     """
-    import pickle
-
-    spec = pickle.dumps(made.spec)
+    spec = pickle.dumps(build.spec)
     expected = {
-        f"{variant.name}/{file.path}": file.data for variant in made.variants for file in variant.files
+        f"{variant.name}/{file.path}": file.data for variant in build.variants for file in variant.files
     }
-    for umask, settings in _SURROUNDINGS:
+    for umask, settings in _CIRCUMSTANCES:
         with tempfile.TemporaryDirectory(prefix="kernelpress-verify-") as scratch:
             out = Path(scratch, "elsewhere", "build")
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-c", _AGAIN, umask, str(out)], input=spec, capture_output=True, check=False,
                 env=os.environ | settings | {"XDG_CACHE_HOME": scratch},
             )  # fmt: skip
-            if done.returncode:
-                last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            if process.returncode:
+                last = process.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
                 raise BuildError(f"the build cannot be made again elsewhere: {last}")
             again = {
                 path.relative_to(out).as_posix(): path.read_bytes()

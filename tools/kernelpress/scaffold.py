@@ -1,30 +1,16 @@
-"""A new kernel project that builds, passes its checks and its own tests."""
+"""New kernel projects, made from the files in ``templates/init``."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 from kernelpress.errors import BuildError, SpecError
+from kernelpress.new_directory import new_directory
 from kernelpress.spec import load_spec
 from kernelpress.spec_model import is_repo_id
 
-_PACKAGE = "torch-ext/@PACKAGE@"
-# What a project's file is made from; `@NAME@`, `@PACKAGE@` and `@ORG@` in either are filled in.
-_FILES = {
-    "build.toml": "build.toml",
-    "flake.nix": "flake.nix",
-    "CARD.md": "CARD.md",
-    ".gitignore": "gitignore",
-    f"{_PACKAGE}/__init__.py": "package_init.py",
-    f"{_PACKAGE}/swiglu.py": "swiglu.py",
-    f"{_PACKAGE}/kernels.py": "kernels.py",
-    "tests/test_swiglu.py": "test_swiglu.py",
-    "benchmarks/benchmark.py": "benchmark.py",
-    ".github/workflows/kernel.yml": "workflow.yml",
-}
+_TEMPLATES = Path(str(files("kernelpress"))) / "templates" / "init"
 
 
 def scaffold(name: str, organization: str, where: Path) -> Path:
@@ -43,27 +29,19 @@ def scaffold(name: str, organization: str, where: Path) -> Path:
         raise SpecError(f"'{organization}/{name}' is no repository id; correct the name or --org")
     if where.exists():
         raise BuildError("this is there already; name a new kernel or move it", path=where)
-    filled = {"@NAME@": name, "@PACKAGE@": name.replace("-", "_"), "@ORG@": organization}
-    templates = files("kernelpress") / "templates" / "init"
-    try:
-        fresh = Path(tempfile.mkdtemp(prefix=f".{where.name}.tmp-", dir=where.absolute().parent))
+    # In the names and the text of the templates, which stand as the project's files do. Setuptools leaves hidden files
+    # out of a package's data.
+    values = {"@NAME@": name, "@PACKAGE@": name.replace("-", "_"), "@ORG@": organization, "@DOT@": "."}
+    with new_directory(where) as fresh:
+        for template in _TEMPLATES.rglob("*.tmpl"):
+            path = fresh / _fill(template.relative_to(_TEMPLATES).with_suffix("").as_posix(), values)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(_fill(template.read_text("utf-8"), values), "utf-8")
         try:
-            for target, template in _FILES.items():
-                text = _fill((templates / f"{template}.tmpl").read_text("utf-8"), filled)
-                path = fresh / _fill(target, filled)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, "utf-8")
-            try:
-                load_spec(fresh)  # refuses a name that the loader would
-            except SpecError as error:
-                # The file it names is gone with the message.
-                raise SpecError(error.message) from None
-            fresh.chmod(0o755)
-            fresh.rename(where)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    except OSError as error:
-        raise BuildError(f"cannot be written: {error.strerror}", path=error.filename or where) from error
+            load_spec(fresh)  # refuses a name that the loader would
+        except SpecError as error:
+            # The file it names is gone with the message.
+            raise SpecError(error.message) from None
     return where
 
 

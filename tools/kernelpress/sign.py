@@ -1,4 +1,4 @@
-"""Signatures of a build's metadata, where the environment can say who is building."""
+"""Signatures of a build's metadata, made where the environment can say who is building."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changed between two forms of one function that a caller would feel."""
+"""Changes between two forms of one function that a caller would feel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import griffe
 
-# What Griffe notes of a function or a property that its callers would feel.
+from kernelpress.public_api import final
+
+# Labels that Griffe gives to a function or a property: what a caller feels when one is gained, and when it is lost.
 _LABELS = {
     "async": ("is now awaited", "need no longer be awaited"),
     "staticmethod": ("is now a static method", "is no longer a static method"),
@@ -14,13 +16,11 @@ _LABELS = {
     "writable": ("", "can no longer be set"),
     "deletable": ("", "can no longer be deleted"),
 }
-# Constants that are named by one another.
-_CONSTANTS = 20
 _POSITIONAL = (griffe.ParameterKind.positional_only, griffe.ParameterKind.positional_or_keyword)
 
 
 def labels(old: griffe.Object, new: griffe.Object) -> Iterator[str]:
-    """Another way to call or to use it: awaited, without an instance, no longer set."""
+    """Changes of the way to call or to use it: awaited, without an instance, no longer set."""
     for label, (gained, lost) in _LABELS.items():
         if label in new.labels - old.labels and gained:
             yield gained
@@ -29,29 +29,30 @@ def labels(old: griffe.Object, new: griffe.Object) -> Iterator[str]:
 
 
 def overloads(old: griffe.Function, new: griffe.Function) -> Iterator[str]:
-    """Ways to call a function that a type checker was told of and is told of no longer."""
+    """Overloads, ways to call a function that a type checker knows of, that are there no longer."""
     for before in old.overloads or ():
         if not any(
             next(signature(before, after), None) is None and _types(before).items() <= _types(after).items()
             for after in new.overloads or ()
         ):
-            told = ", ".join(f"{each.name}: {each.annotation}" for each in before.parameters)
-            yield f"overload ({told}) removed"
+            types = ", ".join(f"{name}: {annotation}" for name, annotation in _types(before).items())
+            yield f"overload ({types}) removed"
 
 
 def _types(function: griffe.Function) -> dict[str, str]:
-    return {each.name: str(each.annotation) for each in function.parameters}
+    return {parameter.name: str(parameter.annotation) for parameter in function.parameters}
 
 
 def signature(old: griffe.Function, new: griffe.Function) -> Iterator[str]:
     """Breaks of a signature; Griffe's own comparison lets a changed annotation pass, upstream's rule does not."""
     variadic = (griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword)
-    kinds = {each.kind for each in new.parameters}
-    order = [each.name for each in new.parameters if each.kind in _POSITIONAL]
+    by_name = {parameter.name: parameter for parameter in new.parameters}
+    kinds = {parameter.kind for parameter in new.parameters}
+    order = [parameter.name for parameter in new.parameters if parameter.kind in _POSITIONAL]
     position = 0
     for parameter in old.parameters:
         name = parameter.name
-        after = next((each for each in new.parameters if each.name == name), None)
+        after = by_name.get(name)
         positional = parameter.kind in _POSITIONAL
         if after is None:
             if parameter.kind in variadic:
@@ -84,23 +85,18 @@ def signature(old: griffe.Function, new: griffe.Function) -> Iterator[str]:
 def _default(function: griffe.Function, parameter: griffe.Parameter) -> str:
     """A default as it is written; a constant of the package is followed to its value."""
     value = parameter.default
-    for _ in range(_CONSTANTS):
-        if not isinstance(value, griffe.ExprName | griffe.ExprAttribute):
-            break
+    if isinstance(value, griffe.ExprName | griffe.ExprAttribute):
         try:
-            constant = function.modules_collection[value.canonical_path]
-            if constant.is_alias:
-                constant = constant.final_target
+            constant = final(function.modules_collection[value.canonical_path])
         except (KeyError, griffe.AliasResolutionError, griffe.CyclicAliasError):
-            break
-        if not constant.is_attribute or constant.value is None:
-            break
-        value = constant.value
+            constant = None
+        if isinstance(constant, griffe.Attribute) and constant.value is not None:
+            value = constant.value
     return str(value)
 
 
 def _accepts(old: griffe.Parameter, new: griffe.Parameter) -> bool:
-    """Whether every way to pass the parameter still works."""
+    """Return whether every way to pass the parameter still works."""
     return old.kind is new.kind or (
         new.kind is griffe.ParameterKind.positional_or_keyword
         and old.kind in (griffe.ParameterKind.positional_only, griffe.ParameterKind.keyword_only)

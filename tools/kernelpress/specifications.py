@@ -1,7 +1,7 @@
-"""What a package lists of its Triton kernels to be compiled ahead of time, and the architectures that there are.
+"""Triton kernels that a package lists to be compiled ahead of time, and the architectures to compile for.
 
 A package says what to compile in ``COMPILE_SPECS``, a list at the top level of any of its modules, of objects with
-the attributes of :class:`Specification`. Only the modules that hold one are imported.
+the attributes of :class:`CompileSpec`. Only the modules that hold one are imported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TARGETS = {
 }
 
 
-class Specification(Protocol):
+class CompileSpec(Protocol):
     """One compilation of one kernel.
 
     Attributes:
@@ -79,49 +79,53 @@ def modules_with_specs(package: Path) -> list[str]:
     Raises:
         BuildError: A module is not valid Python.
     """
-    found = []
+    names = []
     for path in sorted(package.rglob("*.py")):
         try:
-            body = ast.parse(path.read_bytes()).body
+            statements = ast.parse(path.read_bytes()).body
         except SyntaxError as error:
             raise BuildError(f"not valid Python: {error.msg}", path=path, line=error.lineno) from error
         targets = [
             target
-            for node in body
-            if isinstance(node, ast.Assign | ast.AnnAssign)
-            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            for statement in statements
+            if isinstance(statement, ast.Assign | ast.AnnAssign)
+            for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
         ]
         if any(isinstance(target, ast.Name) and target.id == MARK for target in targets):
             parts = path.relative_to(package.parent).with_suffix("").parts
-            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return found
+            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
 
 
-def load_specifications(module: str) -> Sequence[Specification]:
+def load_specifications(module: str) -> Sequence[CompileSpec]:
     """Import ``module`` and return its ``COMPILE_SPECS``.
 
     Raises:
-        BuildError: One of them names an argument that its kernel has not, leaves one out, or names no target that
-            kernelpress knows.
+        BuildError: The module cannot be imported, or one of its specifications names an argument that its kernel has
+            not, leaves one out, or names no target that kernelpress knows.
     """
-    specifications: Sequence[Specification] = getattr(importlib.import_module(module), MARK)
-    for each in specifications:
-        where = f"{module}.{MARK}: {name_of(each)} {each.label}"
-        given = {*each.arguments, *each.constants}
-        if given != set(each.kernel.arg_names) or len(given) != len(each.arguments) + len(each.constants):
-            missing = sorted(set(each.kernel.arg_names) - given)
-            unknown = sorted(given - set(each.kernel.arg_names))
-            raise BuildError(
-                f"{where}: every argument stands once in `arguments` or `constants`; "
-                f"missing {missing}, unknown {unknown}"
-            )
-        if not set(each.targets) <= set(TARGETS):
-            raise BuildError(
-                f"{where}: targets {sorted(set(each.targets) - set(TARGETS))} are none of {list(TARGETS)}"
-            )
-    return specifications
+    try:
+        specs: Sequence[CompileSpec] = getattr(importlib.import_module(module), MARK)
+        for spec in specs:
+            _check(spec, f"{module}.{MARK}: {name_of(spec)} {spec.label}")
+    except BuildError:
+        raise
+    except Exception as error:
+        raise BuildError(f"cannot import {module}: {type(error).__name__}: {error}") from error
+    return specs
 
 
-def name_of(specification: Specification) -> str:
+def _check(spec: CompileSpec, where: str) -> None:
+    expected, listed = set(spec.kernel.arg_names), [*spec.arguments, *spec.constants]
+    if sorted(listed) != sorted(expected):
+        raise BuildError(
+            f"{where}: every argument stands once in `arguments` or `constants`; "
+            f"missing {sorted(expected - set(listed))}, unknown {sorted(set(listed) - expected)}"
+        )
+    if unknown := sorted(set(spec.targets) - set(TARGETS)):
+        raise BuildError(f"{where}: targets {unknown} are none of {list(TARGETS)}")
+
+
+def name_of(spec: CompileSpec) -> str:
     """The kernel's name."""
-    return str(specification.kernel.__name__)
+    return str(spec.kernel.__name__)

@@ -1,4 +1,4 @@
-"""What a caller may rely on to be the same after an import: settings of Python and PyTorch, and who defined what.
+"""Global state that a caller relies on to survive an import: settings of Python and PyTorch, and their attributes.
 
 Runs in processes that have torch and the standard library alone.
 """
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 _TORCHS_OWN = ("environment variable TORCHINDUCTOR_CACHE_DIR", "environment variable TRITON_CACHE_DIR")
 
 
-class Surroundings(NamedTuple):
-    """Settings by what they are called, as text, and attributes by their full names.
+class GlobalState(NamedTuple):
+    """Settings, as text by what they are called, and attributes, by their full names.
 
     The attributes are kept as they are, so that another object cannot come to have the address of one of them.
     """
@@ -35,29 +35,29 @@ class Surroundings(NamedTuple):
     attributes: dict[str, Any]
 
 
-def surroundings() -> Surroundings:
-    """All of it as it is now."""
+def global_state() -> GlobalState:
+    """Record the global state as it is now."""
     settings = {name: str(value) for name, value in (_python() | _torch()).items()}
     settings |= {f"environment variable {name}": value for name, value in os.environ.items()}
     settings |= dict.fromkeys(map(_filter, warnings.filters), "set")
     settings |= dict(_configurations())
-    return Surroundings(settings, dict(_attributes()))
+    return GlobalState(settings, dict(_attributes()))
 
 
-def differences(before: Surroundings, after: Surroundings) -> list[str]:
-    """What has changed, as the end of a sentence about who did it."""
-    found = [
+def differences(before: GlobalState, after: GlobalState) -> list[str]:
+    """List what has changed, each as the end of a sentence about who did it."""
+    changed = [
         f"changes {name}"
         for name in sorted(before.settings.keys() | after.settings.keys())
         if before.settings.get(name) != after.settings.get(name) and name not in _TORCHS_OWN
     ]
     for name, value in before.attributes.items():
         if name not in after.attributes:
-            found.append(f"removes {name}")
+            changed.append(f"removes {name}")
         elif after.attributes[name] is not value:
-            found.append(f"replaces {name}")
+            changed.append(f"replaces {name}")
     # An imported module becomes an attribute of the package that it is in.
-    return found + [
+    return changed + [
         f"adds {name}"
         for name, value in after.attributes.items()
         if name not in before.attributes and not isinstance(value, ModuleType)
@@ -76,7 +76,7 @@ def _python() -> dict[str, Any]:
         "the garbage collector": (gc.isenabled(), gc.get_threshold()),
         "the locale": locale.setlocale(locale.LC_ALL, None),
         "the handlers of signals": [
-            (each, signal.getsignal(each)) for each in sorted(signal.valid_signals())
+            (number, signal.getsignal(number)) for number in sorted(signal.valid_signals())
         ],
         "the threads that run": threading.active_count(),
         "how processes are started": multiprocessing.get_start_method(allow_none=True),
@@ -119,9 +119,9 @@ def _torch() -> dict[str, Any]:
 
 def _filter(entry: Any) -> str:
     action, message, category, module, line = entry
-    patterns = [getattr(each, "pattern", each) for each in (message, module)]
-    told = " ".join(str(each) for each in (action, category.__name__, *patterns, line) if each)
-    return f"which warnings are shown ({told})"
+    patterns = [getattr(pattern, "pattern", pattern) for pattern in (message, module)]
+    parts = [str(part) for part in (action, category.__name__, *patterns, line) if part]
+    return f"which warnings are shown ({' '.join(parts)})"
 
 
 def _configurations() -> Iterator[tuple[str, str]]:
@@ -136,7 +136,7 @@ def _configurations() -> Iterator[tuple[str, str]]:
 
 
 def _attributes() -> Iterator[tuple[str, Any]]:
-    """Whatever others would find replaced, of what kernels are tempted to replace."""
+    """The attributes that kernels are tempted to replace, by their full names."""
     import torch
     from torch.nn import functional
 
@@ -145,12 +145,12 @@ def _attributes() -> Iterator[tuple[str, Any]]:
         torch.Tensor, torch.nn.Module, torch.nn.Linear, torch.autograd.Function,
     )  # fmt: skip
     for owner in owners:
-        prefix = (
-            owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
-        )
-        held: dict[str, Any] = {}
-        for each in reversed(owner.__mro__) if isinstance(owner, type) else (owner,):
-            held |= vars(each)
-        for name, value in held.items():
+        if isinstance(owner, ModuleType):
+            prefix, attributes = owner.__name__, vars(owner)
+        else:
+            prefix, attributes = f"{owner.__module__}.{owner.__qualname__}", {}
+            for base in reversed(owner.__mro__):
+                attributes |= vars(base)
+        for name, value in attributes.items():
             if not name.startswith("_") or (isinstance(owner, type) and name.endswith("__")):
                 yield f"{prefix}.{name}", value

@@ -1,8 +1,7 @@
-"""Versions of a kernel from an archive that ``bundle`` wrote, put on another Hub."""
+"""Upload of the versions in an archive that ``bundle`` wrote to another Hub."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -10,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from kernelpress.bundle import files_below, opened
 from kernelpress.conventions import MAIN, REPO_TYPE, VERSION_BRANCH
 from kernelpress.hubs import RefusedError, checked_repo_id, explained
-from kernelpress.repository import branch_heads, staging_branch, tree, versions_of
+from kernelpress.repository import branch_heads, has_content, staging_branch, tree, versions_of
 
 
 def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bool = False) -> dict[str, str]:
@@ -33,35 +32,35 @@ def upload(archive: Path, api: HfApi, repo_id: str | None = None, *, private: bo
     """
     with opened(archive) as (manifest, commits, folder):
         target = checked_repo_id(repo_id or manifest["repo-id"])
-        done: dict[str, str] = {}
+        changed: dict[str, str] = {}
         with explained(api, target):
             api.create_repo(target, repo_type=REPO_TYPE, private=private, exist_ok=True)
             for name in sorted(commits, key=_order):
-                at = branch_heads(api, target)
+                branches = branch_heads(api, target)
                 message = f"Unbundle {manifest['repo-id']}@{name}, commit {commits[name][:12]}"
-                newest = max(versions_of(at), default=-1)
+                newest = max(versions_of(branches), default=-1)
                 if name == MAIN:
                     if newest <= max(versions_of(commits), default=-1):
-                        commit = _commit(api, target, MAIN, at[MAIN], folder / MAIN, message)
-                        if commit != at[MAIN]:
-                            done[MAIN] = commit
+                        commit = _commit(api, target, MAIN, branches[MAIN], folder / MAIN, message)
+                        if commit != branches[MAIN]:
+                            changed[MAIN] = commit
                     continue
-                if name in at:
-                    if _operations(api, target, at[name], folder / name):
+                if name in branches:
+                    if _operations(api, target, branches[name], folder / name):
                         raise RefusedError(f"{name} of {target} holds something else than the archive")
                     continue
                 # A version's branch is made of a finished commit, so that it never shows another tree.
                 if newest > _order(name)[1]:
-                    with staging_branch(api, target, name, at[MAIN]) as aside:
-                        commit = _commit(api, target, aside, at[MAIN], folder / name, message)
+                    with staging_branch(api, target, name, branches[MAIN]) as staged:
+                        commit = _commit(api, target, staged, branches[MAIN], folder / name, message)
                         api.create_branch(target, branch=name, revision=commit, repo_type=REPO_TYPE)
                 else:
-                    commit = _commit(api, target, MAIN, at[MAIN], folder / name, message)
-                    if commit != at[MAIN]:
-                        done[MAIN] = commit
+                    commit = _commit(api, target, MAIN, branches[MAIN], folder / name, message)
+                    if commit != branches[MAIN]:
+                        changed[MAIN] = commit
                     api.create_branch(target, branch=name, revision=commit, repo_type=REPO_TYPE)
-                done[name] = commit
-        return done
+                changed[name] = commit
+        return changed
 
 
 def _order(name: str) -> tuple[int, int]:
@@ -74,30 +73,23 @@ def _commit(api: HfApi, repo_id: str, branch: str, base: str, folder: Path, mess
     operations = _operations(api, repo_id, base, folder)
     if not operations:
         return base
-    made = api.create_commit(
+    created = api.create_commit(
         repo_id, operations, commit_message=message, repo_type=REPO_TYPE, revision=branch, parent_commit=base
     )
-    return str(made.oid)
+    return str(created.oid)
 
 
 def _operations(
     api: HfApi, repo_id: str, revision: str, folder: Path
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    there = tree(api, repo_id, revision)
+    entries = tree(api, repo_id, revision)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files_below(folder)}
-    found: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for path, data in files.items():
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        held = there.get(path)
-        same = held is not None and (
-            held.blob_id == git if held.lfs is None else held.lfs.sha256 == hashlib.sha256(data).hexdigest()
-        )
-        # How a Hub stores files is its own affair.
-        if not same and path != ".gitattributes":
-            found.append(CommitOperationAdd(path, data))
-    found += [
-        CommitOperationDelete(path, is_folder=False)
-        for path in sorted(there)
-        if path not in files and path != ".gitattributes"
+        if path not in entries or not has_content(entries[path], data):
+            operations.append(CommitOperationAdd(path, data))
+    operations += [
+        CommitOperationDelete(path, is_folder=False) for path in sorted(entries.keys() - files.keys())
     ]
-    return found
+    # How a Hub stores files is its own affair.
+    return [operation for operation in operations if operation.path_in_repo != ".gitattributes"]
