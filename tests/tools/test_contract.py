@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from kernelpress.build_model import Variant
 from kernelpress.contract import compare
 from kernelpress.errors import CheckError
 from kernelpress.published import read_variant
 from kernelpress.spec import load_spec
-from kernelpress.variant import Variant, build
+from kernelpress.variant import build
 
 OVERLOADS = (
     "from typing import overload\n@overload\ndef f(a: int) -> int: ...\n@overload\ndef f(a: str) -> str: ...\n"
