@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from kernelpress.files import SourceFile
-from kernelpress.rewrite import rewrite
+from kernelpress.rewrite import Rewritten, rewrite
 
 HERE = Path("torch-ext/demo")
 DEFINES = 'from torch.library import define\ndefine("demo::one", "(Tensor x) -> Tensor")\n'
 
 
+def rewrite_or_raise(files: list[SourceFile], package: str = "demo") -> Rewritten:
+    result = rewrite(files, package, HERE)
+    result.raise_errors()
+    return result
+
+
 def rewritten(text: str, path: str = "__init__.py", namespace: str = "NEW", package: str = "demo") -> str:
-    result = rewrite([SourceFile(path, text.encode())], package, HERE)
+    result = rewrite_or_raise([SourceFile(path, text.encode())], package)
     return result.files[0].render(namespace).decode()
 
 
@@ -22,4 +28,4 @@ def package(**files: str) -> dict[str, str]:
         SourceFile(f"{name.replace('__', '/').replace('init', '__init__')}.py", f"{text}\n".encode())
         for name, text in files.items()
     ]
-    return {file.path: file.render("NEW").decode() for file in rewrite(sources, "demo", HERE).files}
+    return {file.path: file.render("NEW").decode() for file in rewrite_or_raise(sources).files}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from kernelpress.check import EXAMINED, check
+from kernelpress.check import RULE_CHECKS, check
 from kernelpress.errors import CheckError
 from kernelpress.findings import Finding
 from kernelpress.rules import RULES
@@ -179,7 +179,7 @@ def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(make_ker
 
 
 def test_every_rule_that_examines_a_variant_is_explained():
-    assert set(EXAMINED) <= set(RULES)
+    assert set(RULE_CHECKS) <= set(RULES)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernelpress.files import SourceFile
-from kernelpress.layout import Layout
-from kernelpress.rewrite import examine
+from kernelpress.layout import ModuleMap
+from kernelpress.rewrite import rewrite
 from kernelpress.vendor import vendor
 
 # A project `{top}` with the package `{top}.nn.fast`; each form leaves one value in OUT.
@@ -122,8 +122,8 @@ def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypa
         SourceFile(path.relative_to(package).as_posix(), path.read_bytes(), path)
         for path in sorted(package.rglob("*.py"))
     ]
-    layout, vendored = vendor([f"{top}/tools/shape.py"], f"{top}.nn.fast", (root / "place",), own)
-    result = examine([*own, *vendored], layout, package)
+    module_map, vendored = vendor([f"{top}/tools/shape.py"], f"{top}.nn.fast", (root / "place",), own)
+    result = rewrite([*own, *vendored], module_map, package)
     assert result.findings == ()
     write(root / "kernel" / kernel, {file.path: file.render("NEW") for file in result.files})
     after = {file.path: file.render("NEW").decode() for file in result.files}["deep/case.py"]
@@ -155,7 +155,7 @@ def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypa
     ],
 )
 def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
-    found = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q")).findings
+    found = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
     assert [(each.code, each.line) for each in found] == [("KP302", line)]
 
 
@@ -176,7 +176,7 @@ def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
     ],
 )
 def test_a_module_named_in_a_way_that_cannot_be_followed_is_refused(text):
-    found = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q")).findings
+    found = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
     assert [(each.code, each.severity, each.line) for each in found] == [("KP305", "error", 2)]
 
 
@@ -190,7 +190,7 @@ def test_a_module_named_in_a_way_that_cannot_be_followed_is_refused(text):
     ],
 )
 def test_a_function_that_imports_and_is_passed_on_is_a_warning_with_its_line(text):
-    found = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q")).findings
+    found = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
     assert [(each.code, each.severity, each.line) for each in found] == [("KP305", "warning", 2)]
 
 
@@ -207,6 +207,6 @@ def test_a_function_that_imports_and_is_passed_on_is_a_warning_with_its_line(tex
     ],
 )
 def test_what_is_never_imported_or_done_without_needs_not_ship(text):
-    result = examine([SourceFile("a.py", text.encode())], Layout("p.q"), Path("q"))
+    result = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q"))
     assert result.findings == ()
     assert result.files[0].chunks == (text.encode(),)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile
-from kernelpress.rewrite import examine, rewrite
-from rewriting import DEFINES, HERE, rewritten
+from kernelpress.rewrite import rewrite
+from rewriting import DEFINES, HERE, rewrite_or_raise, rewritten
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_namespace_of_an_operator_defined_elsewhere_stays():
 
 def test_a_use_follows_a_definition_in_another_file():
     files = [SourceFile("a.py", DEFINES.encode()), SourceFile("b.py", b"import torch\ntorch.ops.demo.one\n")]
-    result = rewrite(files, "demo", HERE)
+    result = rewrite_or_raise(files)
     assert result.namespaces == ("demo",)
     assert result.files[1].render("NEW") == b"import torch\ntorch.ops.NEW.one\n"
 
@@ -169,10 +169,7 @@ def test_the_library_of_another_file_is_recognized():
         SourceFile("a.py", b'import torch.library as t\nLIB = t.Library("demo", "DEF")\n'),
         SourceFile("b.py", b'from .a import LIB\nLIB.impl("demo::one", f)\n'),
     ]
-    assert (
-        rewrite(files, "demo", HERE).files[1].render("NEW")
-        == b'from .a import LIB\nLIB.impl("NEW::one", f)\n'
-    )
+    assert rewrite_or_raise(files).files[1].render("NEW") == b'from .a import LIB\nLIB.impl("NEW::one", f)\n'
 
 
 def test_a_local_name_hides_one_of_the_module():
@@ -191,7 +188,7 @@ def test_variables_assigned_over_and_over_from_one_another_take_no_time():
     names = "abcdefgh"
     again = "".join(f"{x} = {y}.t\n{x} = {y}\n" for _ in range(4) for x in names for y in names)
     text = f"{DEFINES}import torch\na = torch.ops\nb = torch.library\n{again}h.demo.one\n"
-    assert b"h.NEW.one" in examine([SourceFile("a.py", text.encode())], "demo", HERE).files[0].render("NEW")
+    assert b"h.NEW.one" in rewrite([SourceFile("a.py", text.encode())], "demo", HERE).files[0].render("NEW")
 
 
 def test_two_namespaces_become_one():
@@ -234,7 +231,7 @@ def test_an_import_that_binds_the_package_finds_it_under_any_name(tmp_path, run_
         "b/__init__.py": "",
         "b/c.py": "X = 5\n",
     }
-    result = rewrite([SourceFile(path, text.encode()) for path, text in files.items()], "demo", HERE)
+    result = rewrite_or_raise([SourceFile(path, text.encode()) for path, text in files.items()])
     for file in result.files:
         (tmp_path / "_demo_1" / file.path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "_demo_1" / file.path).write_bytes(file.render("NEW"))
@@ -251,4 +248,4 @@ def test_offsets_hold_behind_non_ascii_text_and_other_line_ends(newline, bom):
 
 def test_a_file_with_nothing_to_change_is_one_piece():
     data = "if x:  # ä\n\ty=2 \x0c\n".encode()
-    assert rewrite([SourceFile("a.py", data)], "demo", HERE).files[0].chunks == (data,)
+    assert rewrite_or_raise([SourceFile("a.py", data)]).files[0].chunks == (data,)

@@ -9,8 +9,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kernelpress.files import SourceFile
-from kernelpress.rewrite import rewrite
-from rewriting import HERE
+from rewriting import rewrite_or_raise
 
 # A module is put together from pieces of which each keeps to itself; run before and after, it must answer the same.
 REGISTRATIONS = (
@@ -106,7 +105,7 @@ def test_a_module_answers_the_same_before_and_after(pieces, head, newline):
         for piece in (registration, *others):
             text += piece.format(ns=ns, op=f"op{index}", k=factor)
     before = text.replace("\n", newline).encode()
-    (file,) = rewrite([SourceFile("__init__.py", before)], "demo", HERE).files
+    (file,) = rewrite_or_raise([SourceFile("__init__.py", before)]).files
     after = file.render(new)
     assert after.count(newline.encode()) == before.count(newline.encode())
     assert ast.dump(ast.parse(after.replace(new.encode(), ns.encode()))) == ast.dump(ast.parse(before))

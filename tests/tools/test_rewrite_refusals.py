@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile
-from kernelpress.rewrite import examine
+from kernelpress.rewrite import rewrite
 from rewriting import DEFINES, HERE, rewritten
 
 
@@ -95,7 +95,7 @@ def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
 )
 def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_its_line(text):
     file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
-    (found,) = examine([file], "demo", HERE).findings
+    (found,) = rewrite([file], "demo", HERE).findings
     assert (found.code, found.severity, found.line) == ("KP304", "warning", 4 + text.count("\n"))
 
 
@@ -113,7 +113,7 @@ def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_i
 )
 def test_what_names_no_operator_of_the_package_or_is_renamed_is_no_warning(text):
     file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
-    assert examine([file], "demo", HERE).findings == ()
+    assert rewrite([file], "demo", HERE).findings == ()
 
 
 def test_names_made_by_the_generated_helper_are_left_to_it():

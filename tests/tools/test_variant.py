@@ -399,7 +399,7 @@ def test_three_hundred_files_of_three_hundred_lines_are_built_in_five_seconds(ma
         "    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
         "    print(sum(usage.ru_utime + usage.ru_stime for usage in used))\n"
     )
-    script = root / "timed.py"
+    script = root / "execution_times.py"
     script.write_text(code)
     done = subprocess.run(
         [sys.executable, str(script), str(root)], capture_output=True, text=True, check=True

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from kernelpress.files import SourceFile
 from kernelpress.follow import MOST_VARIABLES, Resolver
 from kernelpress.imports import Imports, find_imports
-from kernelpress.layout import Layout
+from kernelpress.layout import ModuleMap
 from kernelpress.leftovers import find_mentions
 from kernelpress.occurrences import Mention, Problem, Reference
 from kernelpress.sites import find_op_references
@@ -32,9 +32,9 @@ class Analysis:
     mentions: tuple[Mention, ...] = ()
 
 
-def analyze(files: Sequence[SourceFile], layout: Layout) -> list[Analysis]:
+def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis]:
     """Analyze every file of a package, in the order given; those that are no Python have nothing in them."""
-    resolver = Resolver(files, layout)
+    resolver = Resolver(files, module_map)
     with _deep_recursion():
         operators = find_op_references(resolver)
         modules = {module.file.path: module for module in resolver.modules.values()}
@@ -46,7 +46,7 @@ def analyze(files: Sequence[SourceFile], layout: Layout) -> list[Analysis]:
                 ),
                 tuple(operators.leaked_ops.get(file.path, ())),
                 tuple(operators.problems.get(file.path, ())),
-                find_imports(modules[file.path], resolver, layout),
+                find_imports(modules[file.path], resolver, module_map),
                 find_mentions(file, references),
             )
             if file.path in modules

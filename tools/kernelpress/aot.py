@@ -26,7 +26,7 @@ from kernelpress.specifications import (
     MARK,
     TARGETS,
     CompileSpec,
-    load_specifications,
+    load_specs,
     modules_with_specs,
     name_of,
 )
@@ -74,7 +74,7 @@ def compile_package(
     jobs = [
         (module, index, target)
         for module in modules_with_specs(package.resolve())
-        for index, spec in enumerate(load_specifications(module))
+        for index, spec in enumerate(load_specs(module))
         for target in spec.targets
         if target in targets
     ]
@@ -98,7 +98,7 @@ def compile_package(
 
 
 def _compile_job(module: str, index: int, target: str) -> Compiled:
-    return compile_one(load_specifications(module)[index], target)
+    return compile_one(load_specs(module)[index], target)
 
 
 def compile_one(spec: CompileSpec, target: str) -> Compiled:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernelpress.findings import Finding
-from kernelpress.imports import Import
+from kernelpress.module_imports import Import
 from kernelpress.source import Source
 from kernelpress.spec_model import Spec
 

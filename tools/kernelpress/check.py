@@ -39,16 +39,16 @@ class Subject:
         return Finding("", severity, self.directory / path, line, message, fix)
 
 
-Examine = Callable[[Subject], Iterable[Finding]]
-EXAMINED: dict[str, Examine] = {}
+RuleCheck = Callable[[Subject], Iterable[Finding]]
+RULE_CHECKS: dict[str, RuleCheck] = {}
 _REBUILD = "run `kernelpress build` again"
 
 
-def rule(code: str) -> Callable[[Examine], Examine]:
+def rule(code: str) -> Callable[[RuleCheck], RuleCheck]:
     """Register the function that examines a variant by a rule."""
 
-    def enter(examine: Examine) -> Examine:
-        EXAMINED[code] = examine
+    def enter(examine: RuleCheck) -> RuleCheck:
+        RULE_CHECKS[code] = examine
         return examine
 
     return enter
@@ -64,7 +64,7 @@ def probe_rule(code: str) -> Callable[[Callable[[Subject, Probed], Iterable[Find
 
 
 def check(build_dir: Path) -> list[Finding]:
-    """Examine every variant of a build by every rule.
+    """RuleCheck every variant of a build by every rule.
 
     Each variant is also loaded by the ``kernels`` loader in a process of its own, offline and with nothing
     of the project on its path.
@@ -84,7 +84,7 @@ def check(build_dir: Path) -> list[Finding]:
     return [
         replace(finding, code=code)
         for subject in _subjects(directories)
-        for code, examine in EXAMINED.items()
+        for code, examine in RULE_CHECKS.items()
         for finding in examine(subject)
     ]
 

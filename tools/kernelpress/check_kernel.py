@@ -14,7 +14,7 @@ from kernelpress.variant import prepare
 
 
 def check_kernel(options: KernelOptions) -> list[Finding]:
-    """Examine a kernel's sources and the variants in ``build/`` by every rule.
+    """RuleCheck a kernel's sources and the variants in ``build/`` by every rule.
 
     A directory that holds nothing but a build is examined too, as far as that goes.
 

@@ -34,7 +34,8 @@ def export(spec: Spec, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError("this is not empty; name a directory that is not there yet", path=out)
     source = read_source(spec)
-    rewritten = rewrite(source.files, source.layout, source.package_dir)
+    rewritten = rewrite(source.files, source.module_map, source.package_dir)
+    rewritten.raise_errors()
     with new_directory(out) as fresh:
         package = fresh / "torch-ext" / spec.python_name
         for file in rewritten.files:

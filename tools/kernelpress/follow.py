@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterable
 
 from kernelpress.files import SourceFile
-from kernelpress.layout import Layout
+from kernelpress.layout import ModuleMap
 from kernelpress.names import Module, Scope
 
 # Variables that one expression's value may go through; one that goes through more is not known.
@@ -22,13 +22,13 @@ class Resolver:
     class of the package has a colon before its own name.
     """
 
-    def __init__(self, files: Iterable[SourceFile], layout: Layout) -> None:
-        self.tops = layout.tops
+    def __init__(self, files: Iterable[SourceFile], module_map: ModuleMap) -> None:
+        self.tops = module_map.tops
         self.modules = {
             name: Module(file, name)
             for file in files
             if file.is_python
-            for name in (layout.module_at(file.path),)
+            for name in (module_map.module_at(file.path),)
         }
         self._resolved: dict[tuple[int, str], frozenset[str]] = {}
 

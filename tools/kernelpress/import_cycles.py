@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from kernelpress.files import SourceFile
-from kernelpress.imports import imported_modules
+from kernelpress.module_imports import imported_modules
 
 
 def import_cycles(modules: Mapping[str, SourceFile]) -> Iterator[tuple[str, ...]]:

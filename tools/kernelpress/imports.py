@@ -1,33 +1,23 @@
-"""Imports of one file: which of them change so that the kernel finds its own modules, and what else it asks for."""
+"""Edits that make imports of the kernel's own modules relative, and the other modules that each file imports."""
 
 from __future__ import annotations
 
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kernelpress.by_name import IMPORTERS, Named, may_name, named, readings
 from kernelpress.expressions import first_literal
-from kernelpress.files import SourceFile
 from kernelpress.follow import Resolver
-from kernelpress.layout import VENDOR, Layout
+from kernelpress.layout import VENDOR, ModuleMap
+from kernelpress.module_imports import Import
 from kernelpress.names import Module, ScopedVisitor
 from kernelpress.text import Edit
-from kernelpress.when import When, timed
+from kernelpress.when import When, execution_times
 
 # The name of a kernel's top module is the first part of any of its modules' names.
 _TOP = '__name__.partition(".")[0]'
-
-
-@dataclass(frozen=True)
-class Import:
-    """A module that a file imports: its full name in place, where, and when."""
-
-    module: str
-    line: int
-    when: When
 
 
 @dataclass(frozen=True)
@@ -47,9 +37,9 @@ class Imports:
     unread: tuple[int, ...] = ()
 
 
-def find_imports(module: Module, resolver: Resolver, layout: Layout) -> Imports:
+def find_imports(module: Module, resolver: Resolver, module_map: ModuleMap) -> Imports:
     """Analyze every import of a module, given what ships with it and where."""
-    visitor = _ImportVisitor(module, resolver, layout)
+    visitor = _ImportVisitor(module, resolver, module_map)
     visitor.visit(module.file.tree)
     return Imports(
         tuple(visitor.edits),
@@ -60,33 +50,11 @@ def find_imports(module: Module, resolver: Resolver, layout: Layout) -> Imports:
     )
 
 
-def imported_modules(file: SourceFile, name: str) -> Iterator[tuple[str, tuple[str, ...], When]]:
-    """Each import of a module as a full module name, the names taken from it, and when it runs.
-
-    Args:
-        file: The module's file.
-        name: Its name in place.
-    """
-    module = Module(file, name)
-    for node, when in timed(file.tree, calls=may_name(file.data)):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, (), when) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            source = module.absolute(node.module, node.level)
-            if source is not None:
-                yield source, tuple(alias.name for alias in node.names), when
-        elif isinstance(node, ast.Call) and node.args:
-            first = node.args[0]
-            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if called in ("import_module", "__import__") and isinstance(first, ast.Constant):
-                yield str(first.value), (), when
-
-
 class _ImportVisitor(ScopedVisitor):
-    def __init__(self, module: Module, resolver: Resolver, layout: Layout) -> None:
+    def __init__(self, module: Module, resolver: Resolver, module_map: ModuleMap) -> None:
         super().__init__(module)
         self.resolver = resolver
-        self.layout = layout
+        self.module_map = module_map
         self.text = module.file.text
         self.path = module.file.path
         self.depth = self.path.count("/")
@@ -96,7 +64,7 @@ class _ImportVisitor(ScopedVisitor):
         self.followed: set[int] = set()
         self.when: dict[int, When] = {
             id(child): when
-            for child, when in timed(module.file.tree, calls=self.calls)
+            for child, when in execution_times(module.file.tree, calls=self.calls)
             if isinstance(child, ast.Import | ast.ImportFrom | ast.Call | ast.Subscript | ast.Compare)
         }
         self.edits: list[Edit] = []
@@ -123,9 +91,9 @@ class _ImportVisitor(ScopedVisitor):
         changed = False
         parts = []
         for alias in node.names:
-            if alias.name.partition(".")[0] not in self.layout.tops:
+            if alias.name.partition(".")[0] not in self.module_map.tops:
                 self.note(self.outside, alias.name, node)
-            elif self.layout.place(alias.name) is None:
+            elif self.module_map.place(alias.name) is None:
                 self.note(self.missing, alias.name, node)
             else:
                 changed = True
@@ -136,7 +104,7 @@ class _ImportVisitor(ScopedVisitor):
             self.replace(node, parts)
 
     def own(self, alias: ast.alias) -> str:
-        place = self.layout.place(alias.name)
+        place = self.module_map.place(alias.name)
         assert place is not None
         if alias.asname:
             if not place:
@@ -146,13 +114,13 @@ class _ImportVisitor(ScopedVisitor):
             first = f"from {self.relative(place)} import __name__ as {alias.asname}"
             return f"{first}; from {self.relative(place[:-1])} import {place[-1]} as {alias.asname}"
         top = alias.name.partition(".")[0]
-        if top == self.layout.package:
+        if top == self.module_map.package:
             # No relative import binds the package itself; `__import__` returns it once the rest is imported.
             rest = f' + ".{".".join(place)}"' if place else ""
             return f"{top} = __import__({_TOP}{rest})"
         wanted = [".".join(place)] * bool(place)
-        if self.layout.owns(alias.name):
-            wanted.append(f"{VENDOR}.{self.layout.package.rpartition('.')[0]}")
+        if self.module_map.owns(alias.name):
+            wanted.append(f"{VENDOR}.{self.module_map.package.rpartition('.')[0]}")
         wanted.append(f"{VENDOR}.{top}")
         names = ", ".join(f'".{name}"' for name in wanted)
         return f'{top} = [__import__({_TOP} + n, None, None, ["__name__"]) for n in ({names},)][-1]'
@@ -164,17 +132,17 @@ class _ImportVisitor(ScopedVisitor):
         if source is None:
             self.note(self.missing, "." * node.level + (node.module or ""), node)
             return
-        if source.partition(".")[0] not in self.layout.tops:
+        if source.partition(".")[0] not in self.module_map.tops:
             self.note(self.outside, source, node)
             return
-        place = self.layout.place(source)
-        empty = source in self.layout.parents
+        place = self.module_map.place(source)
+        empty = source in self.module_map.parents
         whole, others = [], []
         for alias in node.names:
             full = f"{source}.{alias.name}"
-            if full == self.layout.package:
+            if full == self.module_map.package:
                 others.append(f"{alias.asname or alias.name} = __import__({_TOP})")
-            elif place is None or (empty and self.layout.place(full) is None):
+            elif place is None or (empty and self.module_map.place(full) is None):
                 self.note(self.missing, source if place is not None or not empty else full, node)
                 return
             else:
@@ -279,7 +247,7 @@ class _ImportVisitor(ScopedVisitor):
     def read_name(self, node: ast.expr, name: ast.expr, found: Named, *, alone: bool) -> None:
         """Note one expression that a module's name may be read from; ``alone`` as in ``Named``."""
         literal, text = first_literal(name) or (None, "")
-        own = text.partition(".")[0] in self.layout.tops
+        own = text.partition(".")[0] in self.module_map.tops
         if isinstance(name, ast.Constant) and literal is name:
             if own:
                 # A variable is given the new name wherever it gets its value.
@@ -290,7 +258,7 @@ class _ImportVisitor(ScopedVisitor):
             if own and "." in text:
                 self.unknown.append(node.lineno)
         elif any(
-            isinstance(part, ast.Constant) and str(part.value).partition(".")[0] in self.layout.tops
+            isinstance(part, ast.Constant) and str(part.value).partition(".")[0] in self.module_map.tops
             for part in ast.walk(name)
         ):
             self.unknown.append(node.lineno)
@@ -301,7 +269,7 @@ class _ImportVisitor(ScopedVisitor):
 
     def own_by_name(self, node: ast.expr, module: str, literal: ast.Constant | None) -> None:
         """A module of the project's, named by a string that may be replaced where it is given."""
-        place = self.layout.place(module)
+        place = self.module_map.place(module)
         if place is None:
             self.note(self.missing, module, node)
         elif literal is None or self.in_text:

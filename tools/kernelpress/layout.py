@@ -11,7 +11,7 @@ VENDOR = "_vendor"
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModuleMap:
     """Names in place against places in the kernel.
 
     Args:

@@ -20,7 +20,7 @@ from kernelpress.child import child_environment, run_isolated
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """The outcome of calling an operator with sample inputs, as ``examine`` returns it."""
+    """The outcome of calling an operator with sample inputs, as ``op_calls.examine`` returns it."""
 
     op: str
     fake: Literal["ran", "failed", "not run"]

@@ -1,4 +1,4 @@
-"""Third step: sources in which the op namespace is left open, so that each variant can have its own.
+"""Rewrites sources so that the op namespace is left open, and each variant can have its own.
 
 Every edit replaces a name or an import where the syntax tree says it stands, and nothing else. What has nothing
 to edit therefore stays byte for byte the same, and no line moves.
@@ -13,8 +13,8 @@ from pathlib import Path
 from kernelpress.analysis import Analysis, analyze
 from kernelpress.files import SourceFile, garbage_collection_paused
 from kernelpress.findings import Finding, FindingsError
-from kernelpress.imports import Import
-from kernelpress.layout import Layout
+from kernelpress.layout import ModuleMap
+from kernelpress.module_imports import Import
 from kernelpress.text import Edit
 
 # PyTorch's own: a package may extend them, but they are never its own to rename.
@@ -61,31 +61,35 @@ class Rewritten:
     findings: tuple[Finding, ...] = ()
     outside: tuple[tuple[Path, Import], ...] = ()
 
+    def raise_errors(self, findings: Sequence[Finding] = ()) -> None:
+        """Raise what forbids a build.
 
-def rewrite(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
-    """Leave the op namespace open and make imports of the package by its own name relative.
+        Args:
+            findings: All findings in the sources, for the error to hold; by default those of the rewriting.
 
-    Args:
-        files: The package's files.
-        package: The name under which the package imports itself in place, or what ships beside it as well.
-        package_dir: Where the files stand, for messages.
-
-    Raises:
-        FindingsError: A namespace that is only known when the code runs, two operators of one name that would
-            come to stand in the same namespace, or an import of a module that does not ship; all of them.
-    """
-    rewritten = examine(files, package, package_dir)
-    errors = [finding for finding in rewritten.findings if finding.severity == "error"]
-    if errors:
-        raise FindingsError(errors, rewritten.findings)
-    return rewritten
+        Raises:
+            FindingsError: There are findings that are errors.
+        """
+        errors = [finding for finding in self.findings if finding.severity == "error"]
+        if errors:
+            raise FindingsError(errors, findings or self.findings)
 
 
 @garbage_collection_paused()
-def examine(files: Sequence[SourceFile], package: str | Layout, package_dir: Path) -> Rewritten:
-    """Do the same, with what stands in the way as findings."""
-    layout = Layout(package) if isinstance(package, str) else package
-    analyses = analyze(files, layout)
+def rewrite(files: Sequence[SourceFile], package: str | ModuleMap, package_dir: Path) -> Rewritten:
+    """Leave the op namespace open and make imports of the package by its own name relative.
+
+    What stands in the way is among the findings: a namespace that is only known when the code runs, two operators of
+    one name that would come to stand in the same namespace, an import of a module that does not ship.
+
+    Args:
+        files: The package's files.
+        package: The name under which the package imports itself in place, or a map that also tells of other modules
+            that ship.
+        package_dir: The package's directory, for messages.
+    """
+    module_map = ModuleMap(package) if isinstance(package, str) else package
+    analyses = analyze(files, module_map)
     own = {ref.namespace for analysis in analyses for ref in analysis.references if ref.creates} - _FOREIGN
     paths = {file.path: file.origin or package_dir / file.path for file in files}
     findings: list[Finding] = []

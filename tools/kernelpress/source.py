@@ -10,7 +10,7 @@ from pathlib import Path
 from kernelpress.conventions import METADATA, OPS_MODULE, SIGNATURE
 from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile, garbage_collection_paused, read_file
-from kernelpress.layout import VENDOR, Layout
+from kernelpress.layout import VENDOR, ModuleMap
 from kernelpress.provenance import GitState, git_state
 from kernelpress.spec_model import Spec
 from kernelpress.vendor import vendor
@@ -28,7 +28,7 @@ class Source:
     files: tuple[SourceFile, ...]
     card: str | None
     git: GitState | None
-    layout: Layout
+    module_map: ModuleMap
 
 
 @garbage_collection_paused()
@@ -64,7 +64,7 @@ def read_source(spec: Spec) -> Source:
         raise SourceError(
             "the build writes a module of this name itself; rename this one", path=paths[OPS_MODULE]
         )
-    layout, vendored = vendor(
+    module_map, vendored = vendor(
         spec.include, spec.package_name, (spec.import_root, spec.root.absolute()), own.values()
     )
     if vendored and any(name.startswith(f"{VENDOR}/") or name == f"{VENDOR}.py" for name in own):
@@ -78,7 +78,7 @@ def read_source(spec: Spec) -> Source:
         files=tuple(sorted(files, key=lambda file: file.path)),
         card=_card(spec.root),
         git=git_state(spec.import_root if spec.source_dir else spec.root, inputs, (package, suffixes)),
-        layout=layout,
+        module_map=module_map,
     )
 
 

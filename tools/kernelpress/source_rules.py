@@ -10,7 +10,7 @@ from pathlib import Path
 from kernelpress.files import SourceFile
 from kernelpress.findings import Finding, Severity
 from kernelpress.import_cycles import import_cycles
-from kernelpress.imports import Import
+from kernelpress.module_imports import Import
 from kernelpress.newer_syntax import newer_syntax
 from kernelpress.rewrite import Rewritten
 from kernelpress.source import Source
@@ -32,7 +32,7 @@ _PRIVATE: tuple[tuple[re.Pattern[bytes], str, Severity, str, str], ...] = (
 
 
 def lint(source: Source, rewritten: Rewritten, spec: Spec) -> list[Finding]:
-    """Examine the sources of a kernel by every rule that needs no build.
+    """RuleCheck the sources of a kernel by every rule that needs no build.
 
     Args:
         source: The sources as they were read.
@@ -96,7 +96,9 @@ def _newer_syntax(files: Iterable[SourceFile]) -> Iterator[Finding]:
 
 
 def _import_cycles(source: Source) -> Iterator[Finding]:
-    modules = {source.layout.module_at(file.path): file for file in source.files if file.path.endswith(".py")}
+    modules = {
+        source.module_map.module_at(file.path): file for file in source.files if file.path.endswith(".py")
+    }
     for cycle in import_cycles(modules):
         if all(modules[module].path.endswith("__init__.py") for module in cycle):
             continue

@@ -97,7 +97,7 @@ def modules_with_specs(package: Path) -> list[str]:
     return names
 
 
-def load_specifications(module: str) -> Sequence[CompileSpec]:
+def load_specs(module: str) -> Sequence[CompileSpec]:
     """Import ``module`` and return its ``COMPILE_SPECS``.
 
     Raises:

@@ -9,11 +9,10 @@ from kernelpress.build_model import Build, Variant, VariantFile
 from kernelpress.conventions import METADATA, OPS_MODULE, UNIVERSAL, VARIANT_PREFIX
 from kernelpress.digest import content_hash, tree_hash
 from kernelpress.errors import BuildError
-from kernelpress.findings import FindingsError
 from kernelpress.generated import metadata, ops_module
 from kernelpress.place import replace
 from kernelpress.provenance import GitState
-from kernelpress.rewrite import Rewritten, examine
+from kernelpress.rewrite import Rewritten, rewrite
 from kernelpress.source import Source, read_source
 from kernelpress.source_rules import lint
 from kernelpress.spec_model import BackendSpec, Spec
@@ -52,14 +51,12 @@ def prepare(spec: Spec, out: Path | None = None) -> Build:
     """
     directory = (spec.root / "build" if out is None else out).resolve()
     source = read_source(spec)
-    rewritten = examine(source.files, source.layout, source.package_dir)
+    rewritten = rewrite(source.files, source.module_map, source.package_dir)
     findings = sorted(
         (*rewritten.findings, *lint(source, rewritten, spec)),
         key=lambda finding: (str(finding.path), finding.line or 0, finding.code),
     )
-    blocking = [finding for finding in rewritten.findings if finding.severity == "error"]
-    if blocking:
-        raise FindingsError(blocking, findings)
+    rewritten.raise_errors(findings)
     digest = content_hash(spec, rewritten)
     variants = tuple(_variants(spec, source, rewritten, digest))
     return Build(

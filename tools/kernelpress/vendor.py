@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kernelpress.errors import SourceError
 from kernelpress.files import SourceFile, read_file
-from kernelpress.imports import imported_modules
-from kernelpress.layout import VENDOR, Layout, module_file
+from kernelpress.layout import VENDOR, ModuleMap, module_file
+from kernelpress.module_imports import imported_modules
 
 _EMPTY = b""
 # The package stands at the kernel's top and not below its parents' names, so they give it to whoever asks for it there.
@@ -25,7 +25,7 @@ def vendor(
     package: str,
     roots: tuple[Path, ...],
     own_files: Iterable[SourceFile],
-) -> tuple[Layout, list[SourceFile]]:
+) -> tuple[ModuleMap, list[SourceFile]]:
     """Collect what ships beside the package.
 
     Args:
@@ -35,12 +35,12 @@ def vendor(
         own_files: The package's own files.
 
     Returns:
-        The layout of the kernel, and the files to add to the package's own.
+        The module_map of the kernel, and the files to add to the package's own.
 
     Raises:
         SourceError: Something listed is not there, belongs to the package anyway, or cannot ship.
     """
-    own = Layout(package)
+    own = ModuleMap(package)
     tops = {package.partition(".")[0]}
     vendored: dict[str, SourceFile] = {}
     pending = []
@@ -63,8 +63,8 @@ def vendor(
         pending += _project_imports(vendored[module], module, tops, own, roots)
     whole = re.compile(rb"^\s*import\b.*\b%s\." % package.partition(".")[0].encode(), re.MULTILINE)
     named = "." in package and any(whole.search(file.data) for file in own_files)
-    layout = Layout(package, frozenset(vendored), named)
-    return layout, [*vendored.values(), *_parents(layout)]
+    module_map = ModuleMap(package, frozenset(vendored), named)
+    return module_map, [*vendored.values(), *_parents(module_map)]
 
 
 def _listed(entry: str, roots: tuple[Path, ...]) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _listed(entry: str, roots: tuple[Path, ...]) -> Iterator[str]:
 
 
 def _project_imports(
-    file: SourceFile, module: str, tops: set[str], own: Layout, roots: tuple[Path, ...]
+    file: SourceFile, module: str, tops: set[str], own: ModuleMap, roots: tuple[Path, ...]
 ) -> Iterator[str]:
     for source, names, when in imported_modules(file, module):
         if when == "typing" or source.partition(".")[0] not in tops or own.owns(source):
@@ -99,11 +99,11 @@ def _project_imports(
             yield source
 
 
-def _parents(layout: Layout) -> Iterator[SourceFile]:
-    if not (layout.vendored or layout.named_whole):
+def _parents(module_map: ModuleMap) -> Iterator[SourceFile]:
+    if not (module_map.vendored or module_map.named_whole):
         return
     yield SourceFile(f"{VENDOR}/__init__.py", _EMPTY)
-    holder, _, name = layout.package.rpartition(".")
-    for parent in sorted(layout.parents):
+    holder, _, name = module_map.package.rpartition(".")
+    for parent in sorted(module_map.parents):
         data = _PARENT.format(name=name).encode("ascii") if parent == holder else _EMPTY
         yield SourceFile(f"{VENDOR}/{parent.replace('.', '/')}/__init__.py", data)

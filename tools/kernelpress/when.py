@@ -12,7 +12,9 @@ When = Literal["load", "guarded", "call", "typing"]
 _CAUGHT = frozenset(("ImportError", "ModuleNotFoundError", "Exception", "BaseException"))
 
 
-def timed(tree: ast.AST, when: When = "load", *, calls: bool = True) -> Iterator[tuple[ast.AST, When]]:
+def execution_times(
+    tree: ast.AST, when: When = "load", *, calls: bool = True
+) -> Iterator[tuple[ast.AST, When]]:
     """Every node below one, with the time it executes at; without ``calls``, expressions are left out."""
     for name, value in ast.iter_fields(tree):
         for child in value if isinstance(value, list) else [value]:
@@ -20,7 +22,7 @@ def timed(tree: ast.AST, when: When = "load", *, calls: bool = True) -> Iterator
                 continue
             inner = _inner(tree, name, when)
             yield child, inner
-            yield from timed(child, inner, calls=calls)
+            yield from execution_times(child, inner, calls=calls)
 
 
 def _inner(parent: ast.AST, field: str, when: When) -> When:
