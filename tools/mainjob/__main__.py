@@ -31,7 +31,7 @@ from rich.console import Console
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONSUMER = Path(__file__).with_name("consumer.py")
-DOCUMENTS = ("README.md", "CARD.md", "LICENSE", "docs/*.md")
+DOCUMENTS = ("README.md", "CARD.md", "LICENSE", "docs/**/*.md")
 
 console = Console()
 
