@@ -190,5 +190,5 @@ def test_annotations_are_escaped():
 
 
 def test_the_page_of_rules_is_todays():
-    written = Path(__file__).parents[2] / "docs" / "rules.md"
+    written = Path(__file__).parents[2] / "docs/publishing/rules.md"
     assert written.read_text("utf-8") == page() + "\n"

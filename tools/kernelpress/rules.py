@@ -274,7 +274,7 @@ def page() -> str:
         "# Rules",
         "",
         "What `kernelpress check` looks for. `kernelpress explain KP103` prints one of these. This page is made by",
-        "`python -m kernelpress.rules > docs/rules.md`.",
+        "`python -m kernelpress.rules > docs/publishing/rules.md`.",
     ]
     for rule in _ALL:
         lines += [

@@ -9,6 +9,7 @@ from kernelpress.build_model import Build, Variant, VariantFile
 from kernelpress.conventions import METADATA, OPS_MODULE, UNIVERSAL, VARIANT_PREFIX
 from kernelpress.digest import content_hash, tree_hash
 from kernelpress.errors import BuildError
+from kernelpress.files import garbage_collection_paused
 from kernelpress.generated import metadata, ops_module
 from kernelpress.place import replace
 from kernelpress.provenance import GitState
@@ -39,6 +40,8 @@ def build(spec: Spec, out: Path | None = None) -> Build:
     return kernel
 
 
+# Trees of all sources are held until the end: a collection would walk through them, again and again.
+@garbage_collection_paused()
 def prepare(spec: Spec, out: Path | None = None) -> Build:
     """Build all variants of a kernel in memory; nothing is written.
 

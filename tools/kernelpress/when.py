@@ -22,7 +22,9 @@ def execution_times(
                 continue
             inner = _inner(tree, name, when)
             yield child, inner
-            yield from execution_times(child, inner, calls=calls)
+            # Without expressions there is nothing below a simple statement.
+            if calls or hasattr(child, "body") or isinstance(child, ast.Match):
+                yield from execution_times(child, inner, calls=calls)
 
 
 def _inner(parent: ast.AST, field: str, when: When) -> When:
