@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 import triton
-from scattermoe_lora.ops import tiles
+from scattermoe_lora.ops import tile_tables as tiles
 from triton.runtime.errors import PTXASError
 from triton.testing import do_bench
 from tune_problems import Problem, is_layer, problem
@@ -170,7 +170,7 @@ def tune(kernel: str, rule: tiles.Rule, until: float = math.inf) -> Found:
 
 
 def render(measured: Mapping[str, str] | None, found: list[Found]) -> str:
-    """The table's file, one rule a line, as :func:`scattermoe_lora.ops.tiles.load` reads it."""
+    """The table's file, one rule a line, as :func:`scattermoe_lora.ops.tile_tables.load` reads it."""
     parts = [f'  "measured": {json.dumps(measured)}']
     for kernel, group in itertools.groupby(found, key=lambda each: each.kernel):
         lines = [

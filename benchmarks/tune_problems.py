@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scattermoe_lora.ops import activation, tiles
+from scattermoe_lora.ops import activation
+from scattermoe_lora.ops import tile_tables as tiles
 from scattermoe_lora.ops.activation import Gate
 from scattermoe_lora.ops.experts.gpu import project_and_gate
 from scattermoe_lora.ops.grouped_linear import gpu

@@ -100,7 +100,7 @@ def expected(submodule):
     """``expected(case, q, k, v)``: the oracle in float64, sequence by sequence."""
     reference, window = (
         submodule("ops.attention.reference").attention,
-        submodule("ops.attention.geometry").Window,
+        submodule("ops.attention.window").Window,
     )
 
     def compute(case: Case, q, k, v) -> torch.Tensor:
@@ -255,7 +255,7 @@ def test_blocks_hold_all_that_is_seen_and_mask_all_that_is_not(submodule, left, 
 
 def with_sink(submodule, case: Case, q, k, v, sink) -> torch.Tensor:
     """Probabilities over the keys and the sink, of which the sink's are dropped."""
-    geometry, reference = submodule("ops.attention.geometry"), submodule("ops.attention.reference")
+    geometry, reference = submodule("ops.attention.window"), submodule("ops.attention.reference")
     window = geometry.Window(case.window[0], 0 if case.causal else case.window[1])
     out, lse = reference.attention(q, k, v, case.head_dim**-0.5, window)
     stacked = torch.stack([lse, sink[:, None].expand_as(lse)])

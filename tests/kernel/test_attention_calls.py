@@ -195,7 +195,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("window", [-1, 100])
 def test_nothing_grows_with_the_square_of_the_length(submodule, window) -> None:
-    cpu, geometry = submodule("ops.attention.cpu"), submodule("ops.attention.geometry")
+    cpu, geometry = submodule("ops.attention.cpu"), submodule("ops.attention.window")
     most = []
     for length in (2048, 4096):
         q, k, v = (torch.randn(1, length, heads, 16) for heads in (2, 1, 1))

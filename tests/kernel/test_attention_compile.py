@@ -32,7 +32,7 @@ def test_head_of_512_fits_and_multiplies_on_tensor_cores(submodule, target, name
 
 def test_every_tile_of_every_device_is_compiled(submodule) -> None:
     """A rule that no specification stands for would be found too large by a user."""
-    devices, tiles = submodule("ops.tiles"), submodule("ops.attention.tiles")
+    devices, tiles = submodule("ops.tile_tables"), submodule("ops.attention.tiles")
     specs = submodule("ops.attention.specs").COMPILE_SPECS
     kernels = {
         "forward": "attention_forward_kernel",
@@ -58,7 +58,7 @@ def test_every_tile_of_every_device_is_compiled(submodule) -> None:
 def test_every_device_has_a_tile_for_every_head(submodule, monkeypatch, itemsize, head_dim) -> None:
     import torch
 
-    devices, tiles = submodule("ops.tiles"), submodule("ops.attention.tiles")
+    devices, tiles = submodule("ops.tile_tables"), submodule("ops.attention.tiles")
     like = torch.empty(1, dtype=torch.bfloat16 if itemsize == 2 else torch.float32)
     for device in devices.available():
         monkeypatch.setattr(devices, "table_of", lambda _, device=device: device)

@@ -22,7 +22,7 @@ BLOCKS = {
 
 @pytest.fixture(scope="session")
 def tiles(submodule):
-    return submodule("ops.tiles")
+    return submodule("ops.tile_tables")
 
 
 def test_there_is_a_table_for_every_target_and_a_default(tiles) -> None:
@@ -175,7 +175,7 @@ if INTERPRETED:
             matmul = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group}
             outer = {"BLOCK_P": n, "BLOCK_Q": k, "BLOCK_S": m}
             patch.setattr(
-                submodule("ops.tiles"),
+                submodule("ops.tile_tables"),
                 "launch",
                 lambda name, *_: matmul if name == "grouped_matmul" else outer,
             )

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_products import REGULAR, exact_product, operand_dtype, product
-from .geometry import Window
+from .cpu_matmul import REGULAR, exact_product, operand_dtype, product
+from .window import Window
 
 # Scores of one block: 4 MB of float32. Half of that made the products slower, twice as much the passes in between.
 _BLOCK_SCORES = 1 << 20

@@ -9,9 +9,9 @@ import triton
 
 from ..grouped_linear.gpu import float32_precision
 from . import tiles
-from .geometry import Window
 from .kernels import attention_delta_kernel, attention_forward_kernel
 from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
+from .window import Window
 
 # Strides are passed in units of as many elements, so that the compiler knows a row to start at a multiple of 16 bytes.
 _UNIT = 8

@@ -8,7 +8,7 @@ import torch
 
 from .. import dispatch
 from . import cpu
-from .geometry import Window, refuse_bad_boundaries
+from .window import Window, refuse_bad_boundaries
 
 
 @torch.library.custom_op("scattermoe_lora::attention_forward", mutates_args=())
@@ -34,7 +34,7 @@ def attention_forward(
         cu_seqlens_q, cu_seqlens_k: ``[B + 1]`` int32, where each sequence starts; both or neither.
         max_seqlen_q, max_seqlen_k: No sequence is longer.
         scale: Factor of the scores.
-        left, right: The fields of a :class:`scattermoe_lora.ops.attention.geometry.Window`.
+        left, right: The fields of a :class:`scattermoe_lora.ops.attention.window.Window`.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0: they stay.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .. import tiles as devices
+from .. import tile_tables as devices
 from ..compile_spec import TARGETS, CompileSpec
 from . import tiles
 from .gpu import delta_block

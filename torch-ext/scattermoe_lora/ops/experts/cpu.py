@@ -15,8 +15,8 @@ import torch
 
 from .. import activation
 from ..activation import Gate
+from ..cpu_matmul import product, rounded, two_products
 from ..grouped_linear.cpu import accumulator, linear, outer, per_expert, segments, sum_rows
-from ..products import product, rounded, two_products
 
 Part = tuple[int, int, int]
 Views = tuple[torch.Tensor, ...] | None

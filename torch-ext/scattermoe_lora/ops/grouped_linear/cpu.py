@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from ..products import add_product, product, rounded, two_products
+from ..cpu_matmul import add_product, product, rounded, two_products
 from ..routing import empty_gradient
 
 

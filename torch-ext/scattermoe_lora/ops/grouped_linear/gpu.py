@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .. import tiles
+from .. import tile_tables as tiles
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 
 

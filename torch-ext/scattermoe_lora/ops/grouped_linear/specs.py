@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import tiles
+from .. import tile_tables as tiles
 from ..compile_spec import TARGETS, CompileSpec
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 

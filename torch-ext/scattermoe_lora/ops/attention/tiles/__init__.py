@@ -1,4 +1,4 @@
-"""Tile configurations of attention: data in ``<device>.json`` beside this module, for the devices of :mod:`..tiles`.
+"""Tile configurations of attention: data in ``<device>.json`` beside this module, by device.
 
 A file maps a kernel's name to rules, tried from the top. A rule holds for elements of ``bytes`` bytes and heads of at
 most ``head_dim``; one that says ``"same_kv": true`` only where the keys are the values. ``launch`` is what the kernel
@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 import torch
 
-from ... import tiles
+from ... import tile_tables
 
 TILES = Path(__file__).parent
 
@@ -58,7 +58,7 @@ def launch(kernel: str, like: torch.Tensor, head_dim: int, same_kv: bool) -> Map
     Raises:
         NotImplementedError: No rule for elements of that size.
     """
-    for rule in load(tiles.table_of(like.device))[kernel]:
+    for rule in load(tile_tables.table_of(like.device))[kernel]:
         if rule.bytes == like.itemsize and head_dim <= rule.head_dim and (same_kv or not rule.same_kv):
             return rule.launch
     raise NotImplementedError(

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..products import has_onednn, multiplies_bfloat16
+from ..cpu_matmul import has_onednn, multiplies_bfloat16
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20

@@ -1,4 +1,4 @@
-"""Tile configurations: data in ``<device>.json`` beside this module, looked up by device, kernel and shape.
+"""Tile configurations: data in ``grouped_linear/tiles/<device>.json``, looked up by device, kernel and shape.
 
 A file maps a kernel's name to rules, tried from the top. A rule holds for elements of ``bytes`` bytes and, where they
 are not null, at most that many ``rows`` an expert and sizes ``n`` and ``k`` (see :func:`launch`); its ``launch`` is
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-TILES = Path(__file__).parent
+TILES = Path(__file__).parent / "grouped_linear" / "tiles"
 DEFAULT = "default"
 
 

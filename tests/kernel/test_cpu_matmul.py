@@ -26,7 +26,7 @@ def test_products_of_any_size_through_onednn_match_the_reference(
     elements: int,
 ) -> None:
     # At these sizes every float32 product would be left to torch.mm.
-    products = submodule("ops.products")
+    products = submodule("ops.cpu_matmul")
     monkeypatch.setattr(products, "_LARGE", 1)
     monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
     asked = []
@@ -47,7 +47,7 @@ def test_products_of_any_size_through_onednn_match_the_reference(
 
 
 def test_pieces_cover_the_rows_with_few_sizes(submodule) -> None:
-    products = submodule("ops.products")
+    products = submodule("ops.cpu_matmul")
     sizes = set()
     for rows in range(1, 3000):
         found = products.pieces(rows)
@@ -59,7 +59,7 @@ def test_pieces_cover_the_rows_with_few_sizes(submodule) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 127, 129, 200, 300, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_of_many_pieces_are_whole(submodule, rows: int, dtype: torch.dtype) -> None:
-    products = submodule("ops.products")
+    products = submodule("ops.cpu_matmul")
     x = torch.randn(products.rounded(rows), 96).to(dtype)[:rows]
     weight, before = torch.randn(104, 96).to(dtype), torch.randn(products.rounded(rows), 104).to(dtype)[:rows]
     exact_product = x.double() @ weight.double().T
@@ -88,7 +88,7 @@ def test_with_and_without_gradients_the_output_has_the_same_bits(
     kernel, submodule, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     # Checkpointing runs the forward without, and again with.
-    monkeypatch.setattr(submodule("ops.products"), "_LARGE", 1)
+    monkeypatch.setattr(submodule("ops.cpu_matmul"), "_LARGE", 1)
     arguments = problem(WIDE, "silu", dtype, targets=BOTH, train_base=False, sentinels=True)
     with torch.no_grad():
         without = kernel.experts_forward(*arguments[:4], lora=arguments[4])
@@ -97,7 +97,7 @@ def test_with_and_without_gradients_the_output_has_the_same_bits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_behind_an_experts_own_do_not_reach_its_results(submodule, dtype: torch.dtype) -> None:
-    products = submodule("ops.products")
+    products = submodule("ops.cpu_matmul")
     buffer, weight = torch.full((32, 300), float("nan")).to(dtype), torch.randn(200, 300).to(dtype)
     x = buffer[:19].normal_()
     sums = torch.full((32, 200), float("nan")).to(dtype)
@@ -118,8 +118,8 @@ def test_without_onednn_torch_mm_serves(
     def absent(*_: Any) -> None:
         raise AssertionError("oneDNN was called")
 
-    monkeypatch.setattr(submodule("ops.products"), "_LARGE", 1)
-    monkeypatch.setattr(submodule("ops.products"), "_widened", absent)
+    monkeypatch.setattr(submodule("ops.cpu_matmul"), "_LARGE", 1)
+    monkeypatch.setattr(submodule("ops.cpu_matmul"), "_widened", absent)
     with torch.backends.mkldnn.flags(enabled=switch != "enabled"):
         if switch == "is_available":
             monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
