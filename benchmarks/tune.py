@@ -27,6 +27,8 @@ from unittest import mock
 import torch
 import triton
 from scattermoe_lora.ops import tile_tables as tiles
+from scattermoe_lora.ops.grouped_linear import gpu
+from scattermoe_lora.ops.grouped_linear.gpu import TILES
 from triton.runtime.errors import PTXASError
 from triton.testing import do_bench
 from tune_problems import Problem, is_layer, problem
@@ -62,13 +64,14 @@ class Found:
 def candidates(kernel: str, rule: tiles.Rule) -> Iterator[Launch]:
     """Launches worth timing: blocks that the rule's shapes fill, and 2 to 128 results a thread, of whose 255 registers
     the rest holds addresses."""
-    sides, limits = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), (rule.rows, rule.n, rule.k)
+    sides, limits = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), (rule.limits[name] for name in ("rows", "n", "k"))
     if kernel == "grouped_outer":
-        sides, limits = ("BLOCK_P", "BLOCK_Q", "BLOCK_S"), (rule.k, rule.n, rule.rows)
+        sides, limits = ("BLOCK_P", "BLOCK_Q", "BLOCK_S"), (rule.limits[name] for name in ("k", "n", "rows"))
     ordering = {name: value for name, value in rule.launch.items() if name == "GROUP_M"}
     # A size without a limit is large, and fills at least 64.
     first, second = (
-        [s for s in SIDES if (s >= 64 if limit is None else s <= max(16, limit))] for limit in limits[:2]
+        [s for s in SIDES if (s >= 64 if limit is None else s <= max(16, limit))]
+        for limit in itertools.islice(limits, 2)
     )
     for blocks in itertools.product(first, second, (16, 32, 64, 128)):
         for warps, stages in itertools.product((4, 8), (2, 3, 4)):
@@ -124,7 +127,7 @@ def search(launches: Sequence[Launch], clock: Timer) -> list[tuple[float, Launch
 
 @contextmanager
 def launched(launch: Mapping[str, int]) -> Iterator[None]:
-    with mock.patch.object(tiles, "launch", return_value=launch):
+    with mock.patch.object(gpu, "tile", return_value=launch):
         yield
 
 
@@ -174,11 +177,7 @@ def render(measured: Mapping[str, str] | None, found: list[Found]) -> str:
     parts = [f'  "measured": {json.dumps(measured)}']
     for kernel, group in itertools.groupby(found, key=lambda each: each.kernel):
         lines = [
-            "    "
-            + json.dumps(
-                {"bytes": e.rule.bytes, "rows": e.rule.rows, "n": e.rule.n, "k": e.rule.k, "launch": e.launch}
-            )
-            for e in group
+            "    " + json.dumps({"bytes": e.rule.bytes, **e.rule.limits, "launch": e.launch}) for e in group
         ]
         parts.append(f'  "{kernel}": [\n' + ",\n".join(lines) + "\n  ]")
     return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -214,7 +213,7 @@ def tune_all(
         kernel, rule = rules[i]
         found[i] = each = one(kernel, rule, until)
         times = ["none" if ms is None else f"{ms:.4f}" for ms in (each.before, each.after)]
-        shape = f"bytes {rule.bytes}, rows {rule.rows}, n {rule.n}, k {rule.k}"
+        shape = f"bytes {rule.bytes}, " + ", ".join(f"{name} {limit}" for name, limit in rule.limits.items())
         print(
             f"{time.monotonic() - begin:>4.0f} s  {kernel} {shape}: {times[0]} -> {times[1]} ms, {each.launch}",
             flush=True,
@@ -260,7 +259,7 @@ def main() -> None:
         sys.exit(
             f"error: --install: {own_table()} has no table of its own; {device}, which it takes, serves others, too"
         )
-    rules = [(kernel, rule) for kernel, rules in tiles.load(device).rules.items() for rule in rules]
+    rules = [(kernel, rule) for kernel, rules in tiles.load(TILES, device).rules.items() for rule in rules]
     count, minutes = estimate(rules)
     print(f"{device}: {len(rules)} rules, {count} launches to time: about {minutes:.0f} minutes", flush=True)
 
@@ -270,7 +269,7 @@ def main() -> None:
 
     found = tune_all(rules, arguments.minutes, keep)
     if arguments.install:
-        write(tiles.TILES / f"{device}.json", found)
+        write(TILES / f"{device}.json", found)
 
 
 if __name__ == "__main__":

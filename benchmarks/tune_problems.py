@@ -44,9 +44,9 @@ def layer(rows: int, dtype: torch.dtype, device: str) -> Problem:
     gate = Gate("silu")
 
     def call() -> list[torch.Tensor]:
-        hidden, activated = project_and_gate(x, up, *routing, 1, low, up_b, None, gate, True)
-        y = gpu.grouped_matmul(a, down, *routing, low=low, low_weight=down_b)
-        dx = gpu.grouped_matmul(dh, up.mT, *routing, low=low, low_weight=up_a)
+        hidden, activated = project_and_gate(x, up, routing, 1, (low, up_b), None, gate, True)
+        y = gpu.grouped_matmul(a, down, routing, low=(low, down_b))
+        dx = gpu.grouped_matmul(dh, up.mT, routing, low=(low, up_a))
         return [hidden, activated, y, dx]
 
     def by_torch(left: torch.Tensor, weight: torch.Tensor, low_weight: torch.Tensor) -> torch.Tensor:
@@ -66,25 +66,26 @@ def layer(rows: int, dtype: torch.dtype, device: str) -> Problem:
 def problem(kernel: str, rule: tiles.Rule, device: str = "cuda") -> Problem:
     """Products that the rule serves."""
     dtype = torch.bfloat16 if rule.bytes == 2 else torch.float32
-    rows, n, k = rule.rows or ROWS, rule.n or WIDE, rule.k or WIDE
+    limits = rule.limits
+    rows, n, k = limits["rows"] or ROWS, limits["n"] or WIDE, limits["k"] or WIDE
     if is_layer(kernel, rule):
         return layer(rows, dtype, device)
     index = torch.arange(EXPERTS, device=device).repeat(rows).view(-1, 1)
-    order, offsets = sort_by_expert(index, EXPERTS)
+    routing = sort_by_expert(index, EXPERTS)
     left = torch.randn(EXPERTS * rows, k, device=device, dtype=dtype)
     if kernel == "grouped_matmul":
         weight = torch.randn(EXPERTS, n, k, device=device, dtype=dtype)
         expected = (gathered(left) @ weight.mT).reshape(-1, n)
-        return Problem(lambda: [gpu.grouped_matmul(left, weight, order, offsets, top_k=1)], [expected])
+        return Problem(lambda: [gpu.grouped_matmul(left, weight, routing, top_k=1)], [expected])
     right = torch.randn(EXPERTS * rows, n, device=device, dtype=dtype)
     # In the backward one side is in sorted order as it is.
     expected = left.view(EXPERTS, rows, k).mT @ gathered(right)
-    return Problem(lambda: [gpu.grouped_outer(left, right, order, offsets, top_k_q=1)], [expected])
+    return Problem(lambda: [gpu.grouped_outer(left, right, routing, top_k_q=1)], [expected])
 
 
 def is_layer(kernel: str, rule: tiles.Rule) -> bool:
     """Whether a rule serves a layer's own projections, not its low-rank products."""
-    return kernel == "grouped_matmul" and rule.n is None
+    return kernel == "grouped_matmul" and rule.limits["n"] is None
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_eager(
 ) -> None:
     """In one graph for every length, and in the kernel."""
     runs = []
-    traced = submodule("integration.attention_traced")
+    traced = submodule("ops.attention.segments")
     forward = traced.attention_forward
     monkeypatch.setattr(traced, "attention_forward", lambda *given: runs.append(given) or forward(*given))
     m = model(CONFIGS[name]())
@@ -95,7 +95,7 @@ def test_a_traced_graph_leaves_to_transformers_what_it_cannot_look_into(attentio
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_operators_of_a_traced_graph_pass_opcheck(submodule, packed: bool, shared: bool) -> None:
-    traced = submodule("integration.attention_traced")
+    traced = submodule("ops.attention.segments")
     q = torch.randn(2, 5, 4, 16, requires_grad=True)
     k, v = (torch.randn(2, 5, 2, 16, requires_grad=True) for _ in "kv")
     v = None if shared else v
@@ -110,7 +110,7 @@ def test_the_operators_of_a_traced_graph_pass_opcheck(submodule, packed: bool, s
 
 
 def test_a_traced_graph_refuses_padding_between_tokens_under_a_window(submodule) -> None:
-    traced = submodule("integration.attention_traced")
+    traced = submodule("ops.attention.segments")
     q, numbers = torch.randn(1, 4, 2, 16), torch.tensor([[1, 0, 1, 1]], dtype=torch.int32)
     traced.segments_forward(q, q, q, numbers, True, False, 1.0, -1, -1, 0.0)
     with pytest.raises(ValueError, match="pad to the left or right"):

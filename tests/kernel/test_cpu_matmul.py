@@ -67,9 +67,9 @@ def test_products_of_many_pieces_are_whole(submodule, rows: int, dtype: torch.dt
     low, low_right = torch.randn(rows, 5).to(dtype), torch.randn(104, 5).to(dtype).t()
     both = torch.empty(products.rounded(rows), 104).to(dtype)[:rows]
     got = [
-        products.product(x, weight.t(), torch.empty(rows, 104).to(dtype)),
-        products.add_product(x, weight.t(), sums),
-        products.two_products(x, weight.t(), low, low_right, both),
+        products.matmul(x, weight.t(), torch.empty(rows, 104).to(dtype)),
+        products.add_matmul(x, weight.t(), sums),
+        products.low_rank_matmul(x, weight.t(), low, low_right, both),
     ]
     expected = [
         exact_product, exact_product + before.double(), exact_product + low.double() @ low_right.double()
@@ -104,8 +104,8 @@ def test_rows_behind_an_experts_own_do_not_reach_its_results(submodule, dtype: t
     before = torch.randn(19, 200).to(dtype)
     sums[:19] = before
     exact_product = x.double() @ weight.double().T
-    got = products.product(x, weight.t(), torch.empty(19, 200).to(dtype))
-    added = products.add_product(x, weight.t(), sums[:19])
+    got = products.matmul(x, weight.t(), torch.empty(19, 200).to(dtype))
+    added = products.add_matmul(x, weight.t(), sums[:19])
     rounding = 1e-5 if dtype == torch.float32 else 1e-2
     assert_close([got, added], [exact_product, exact_product + before.double()], rounding)
     assert sums[19:].isnan().all()

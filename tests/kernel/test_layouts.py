@@ -113,7 +113,7 @@ def test_any_layout_of_any_shape(
                 "grouped_matmul": {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 2},
                 "grouped_outer": {"BLOCK_P": n, "BLOCK_Q": k, "BLOCK_S": m},
             }
-            patch.setattr(submodule("ops.tile_tables"), "launch", lambda name, *_: launches[name])
+            patch.setattr(submodule("ops.grouped_linear.gpu"), "tile", lambda name, *_: launches[name])
         assert_experts_match(submodule, shape, GATES[gate], transposed, biased, adapted, sentinels)
 
 

@@ -256,9 +256,10 @@ def test_native_code_allocates_the_result_and_chunks(kernel, submodule, monkeypa
     cpu = submodule("ops.norm_rotary.cpu")
     monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 256)
     x, weight, cos, sin, grad = (t.detach() for t in leaves((2, 50, 4, 16, 16, 2), torch.bfloat16))
+    operands = submodule("ops.norm_rotary.arguments").Operands(x, weight, cos, sin, 1e-6)
     for call in (
-        lambda: cpu.forward(x, weight, cos, sin, 1e-6, torch.bfloat16),
-        lambda: cpu.backward(grad, x, weight, cos, sin, 1e-6, True, True),
+        lambda: cpu.forward(operands),
+        lambda: cpu.backward(grad, operands, ["x", "weight"]),
     ):
         with Largest() as seen:
             call()
@@ -285,8 +286,8 @@ def test_operators_pass_opcheck(kernel, submodule) -> None:
     torch.library.opcheck(op.norm_rotary_forward, (x, weight, cos, sin, 1e-6))
     torch.library.opcheck(op.norm_rotary_forward, (x, None, None, None, 1e-6))
     plain = [t.detach() for t in (grad, x, weight, cos, sin)]
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(op.norm_rotary_backward, (*plain, 1e-6, *needs))
+    for needs in ([True, True], [True, False], [False, True]):
+        torch.library.opcheck(op.norm_rotary_backward, (*plain, 1e-6, needs))
 
 
 if not TRITON:

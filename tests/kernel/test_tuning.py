@@ -26,17 +26,17 @@ def tune():
 
 
 def test_tuning_considers_every_launch_that_ships_and_writes_tables_as_they_are_read(tune) -> None:
-    for device in tune.tiles.available():
+    for device in tune.tiles.DEVICES:
         found = []
-        for kernel, rules in tune.tiles.load(device).rules.items():
+        for kernel, rules in tune.tiles.load(tune.TILES, device).rules.items():
             for rule in rules:
                 candidates = list(tune.candidates(kernel, rule))
                 assert all(set(each) == set(rule.launch) for each in candidates)
                 if rule.launch["num_stages"] <= 4:
                     assert dict(rule.launch) in candidates
                 found.append(tune.Found(kernel, rule, 1.0, dict(rule.launch), 1.0))
-        file = tune.tiles.TILES / f"{device}.json"
-        assert tune.render(tune.tiles.load(device).measured, found) == file.read_text()
+        file = tune.TILES / f"{device}.json"
+        assert tune.render(tune.tiles.load(tune.TILES, device).measured, found) == file.read_text()
 
 
 def test_tuning_without_a_gpu_says_so() -> None:
@@ -49,7 +49,11 @@ def test_tuning_without_a_gpu_says_so() -> None:
 
 @pytest.fixture
 def rules(tune):
-    return [(kernel, rule) for kernel, rules in tune.tiles.load("sm_90").rules.items() for rule in rules]
+    return [
+        (kernel, rule)
+        for kernel, rules in tune.tiles.load(tune.TILES, "sm_90").rules.items()
+        for rule in rules
+    ]
 
 
 class Clock:
@@ -89,7 +93,7 @@ def test_search_finds_the_fastest_launch_and_times_a_third_of_them(tune, rules) 
 def test_a_tile_that_fits_with_two_stages_alone_is_found_and_one_that_does_not_run_is_left_out(
     tune, rules
 ) -> None:
-    kernel, rule = next(pair for pair in rules if (pair[1].rows, pair[1].n, pair[1].k) == (None, None, None))
+    kernel, rule = next(pair for pair in rules if set(pair[1].limits.values()) == {None})
     launches = list(tune.candidates(kernel, rule))
     best = {name: max(each[name] for each in launches) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
 
@@ -145,7 +149,7 @@ def test_a_launch_that_computes_something_else_is_not_taken(
     monkeypatch.setattr(tune, "search", lambda *_: [(1.0, named["first"]), (2.0, named["second"])])
 
     def call():
-        (name,) = (name for name, launch in named.items() if launch == tune.tiles.launch())
+        (name,) = (name for name, launch in named.items() if launch == tune.gpu.tile())
         running.append(name)
         result = torch.ones(400, 400)
         # One small block of one of the results.
@@ -250,7 +254,7 @@ def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeyp
 PROBLEMS = """
 import tune, tune_problems as sizes
 sizes.EXPERTS, sizes.ROWS, sizes.WIDE, sizes.INTERMEDIATE, sizes.RANK = 3, 20, 64, 48, 16
-for kernel, rules in tune.tiles.load("sm_90").rules.items():
+for kernel, rules in tune.tiles.load(tune.TILES, "sm_90").rules.items():
     for rule in rules:
         if rule.bytes == 4:
             given = tune.problem(kernel, rule, "cpu")

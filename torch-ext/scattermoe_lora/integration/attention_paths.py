@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops.attention.api import flash_attn_func, flash_attn_varlen_func
+from ..ops.attention.segments import segments_forward
+from ..ops.attention.sequences import select_tokens
 from .attention_masks import for_sdpa, supports
 from .attention_plans import Plan, dense
-from .attention_traced import segments_forward
 
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,19 +95,14 @@ def kernel(call: Call, plan: Plan, segments: torch.Tensor | None) -> Result:
         return out, None
     if sequences is None:
         return flash_attn_func(query, key, value, **options), None
-    q, k = _tokens(query, sequences.query_index), _tokens(key, sequences.key_index)
-    v = k if value is key else _tokens(value, sequences.key_index)
+    q, k = select_tokens(query, sequences.query_index), select_tokens(key, sequences.key_index)
+    v = k if value is key else select_tokens(value, sequences.key_index)
     lengths = sequences.cu_query, sequences.cu_key, sequences.max_query, sequences.max_key
     out = flash_attn_varlen_func(q, k, v, *lengths, **options)
     if sequences.query_index is not None:
         rows = query.shape[0] * query.shape[1]
         out = out.new_zeros(rows, *out.shape[1:]).index_copy(0, sequences.query_index, out)
     return out.view(query.shape), None
-
-
-def _tokens(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    states = states.flatten(0, 1)
-    return states if index is None else states.index_select(0, index)
 
 
 def is_flash_package(implementation: str) -> bool:

@@ -1,9 +1,10 @@
-"""Tile configurations: data in ``grouped_linear/tiles/<device>.json``, looked up by device, kernel and shape.
+"""Tile tables: what a kernel is launched with, as data, looked up by device, kernel and sizes.
 
-A file maps a kernel's name to rules, tried from the top. A rule holds for elements of ``bytes`` bytes and, where they
-are not null, at most that many ``rows`` an expert and sizes ``n`` and ``k`` (see :func:`launch`); its ``launch`` is
-what the kernel is launched with. ``measured`` says on which GPU the rules were timed, or is null where they are
-reasoned, not timed.
+A table is a file ``tiles/<device>.json`` beside an operator; ``default.json`` fits every device. It maps a kernel's
+name to rules, tried from the top. A rule holds for elements of ``bytes`` bytes; its ``launch`` has the block sizes,
+``num_warps`` and ``num_stages``. Everything else in it is a limit: the largest value that it serves of the size of that
+name, null for any, or ``true`` where it serves only what the name says. ``measured`` says on which GPU the rules were
+timed, or is null where they are reasoned, not timed.
 """
 
 from __future__ import annotations
@@ -18,27 +19,26 @@ from typing import Any
 
 import torch
 
-TILES = Path(__file__).parent / "grouped_linear" / "tiles"
+from .compile_spec import TARGETS
+
 DEFAULT = "default"
+DEVICES = tuple(sorted((*TARGETS, DEFAULT)))
+"""Those with a table."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: the shapes it serves (None: any) and the launch's parameters."""
+    """One line of a table: element size, limits by name (None: any), and what to launch with."""
 
     bytes: int
-    rows: int | None
-    n: int | None
-    k: int | None
+    limits: Mapping[str, int | None]
     launch: Mapping[str, int]
 
-    def serves(self, itemsize: int, rows: float, n: int, k: int) -> bool:
-        """Whether the rule holds for a product of that element size and shape."""
-        return (
-            self.bytes == itemsize
-            and (self.rows is None or rows <= self.rows)
-            and (self.n is None or n <= self.n)
-            and (self.k is None or k <= self.k)
+    def serves(self, itemsize: int, sizes: Mapping[str, float]) -> bool:
+        """Tell whether the rule holds for elements of that many bytes and these sizes."""
+        return self.bytes == itemsize and all(
+            limit is None or (sizes[name] if limit is True else sizes[name] <= limit)
+            for name, limit in self.limits.items()
         )
 
 
@@ -51,25 +51,24 @@ class Table:
 
 
 @functools.cache
-def available() -> tuple[str, ...]:
-    """The devices that have a table, ``default`` among them."""
-    return tuple(sorted(path.stem for path in TILES.glob("*.json")))
-
-
-@functools.cache
-def load(device: str) -> Table:
-    """The table of one of the :func:`available` devices."""
-    content = json.loads((TILES / f"{device}.json").read_text("utf-8"))
+def load(folder: Path, device: str) -> Table:
+    """The table of one of the :data:`DEVICES` in an operator's folder."""
+    content = json.loads((folder / f"{device}.json").read_text("utf-8"))
     measured = content.pop("measured")
     rules = {
-        kernel: tuple(Rule(**{**line, "launch": MappingProxyType(line["launch"])}) for line in lines)
+        kernel: tuple(
+            Rule(
+                line.pop("bytes"), launch=MappingProxyType(line.pop("launch")), limits=MappingProxyType(line)
+            )
+            for line in lines
+        )
         for kernel, lines in content.items()
     }
     return Table(measured, MappingProxyType(rules))
 
 
 def closest(backend: str, arch: str) -> str:
-    """The table for an architecture.
+    """The device whose table serves an architecture.
 
     Args:
         backend: ``cuda``, ``hip`` or another.
@@ -79,16 +78,13 @@ def closest(backend: str, arch: str) -> str:
         Its own, else that of the nearest older compute capability of the same generation, whose code it is meant to run
         well, else ``default``.
     """
-    if backend == "hip" and arch in available():
+    if backend == "hip" and arch in DEVICES:
         return arch
     if backend == "cuda":
-        older = [
-            int(name.removeprefix("sm_"))
-            for name in available()
-            if name.startswith("sm_") and int(name.removeprefix("sm_")) <= int(arch)
-        ]
-        if older and max(older) // 10 == int(arch) // 10:
-            return f"sm_{max(older)}"
+        capabilities = [int(name.removeprefix("sm_")) for name in DEVICES if name.startswith("sm_")]
+        older = max((own for own in capabilities if own <= int(arch)), default=0)
+        if older and older // 10 == int(arch) // 10:
+            return f"sm_{older}"
     return DEFAULT
 
 
@@ -103,25 +99,15 @@ def table_of(device: torch.device) -> str:
     return closest("cuda", f"{major}{minor}")
 
 
-def launch(kernel: str, like: torch.Tensor, rows: float, n: int, k: int) -> Mapping[str, int]:
-    """What to launch ``kernel`` with: block sizes, ``num_warps``, ``num_stages``.
-
-    Args:
-        kernel: A kernel that every table knows.
-        like: An operand; its device and element size count.
-        rows: Rows an expert, on average.
-        n, k: The other two sizes: ``[rows, k] x [k, n]`` for ``grouped_matmul``, ``[k, rows] x [rows, n]`` for
-            ``grouped_outer``.
+def find(
+    folder: Path, device: str, kernel: str, dtype: torch.dtype, sizes: Mapping[str, float]
+) -> Mapping[str, int]:
+    """What to launch ``kernel`` with: the ``launch`` of the first rule that serves these sizes.
 
     Raises:
         NotImplementedError: No rule for elements of that size.
     """
-    # Rows that do not start at a multiple of 16 elements are read one element at a time, and a large tile then runs
-    # out of registers. A narrow matrix is small whatever its rows.
-    is_aligned = all(size % 16 == 0 or size <= 64 for size in (n, k))
-    for rule in load(table_of(like.device) if is_aligned else DEFAULT).rules[kernel]:
-        if rule.serves(like.itemsize, rows, n, k):
+    for rule in load(folder, device).rules[kernel]:
+        if rule.serves(dtype.itemsize, sizes):
             return rule.launch
-    raise NotImplementedError(
-        f"{kernel}: no Triton kernel for {like.dtype}; use float32, bfloat16 or float16"
-    )
+    raise NotImplementedError(f"{kernel}: no Triton kernel for {dtype}; use float32, bfloat16 or float16")

@@ -26,7 +26,7 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a b^T`` of each pair of matrices, in their dtype.
 
     Args:
@@ -45,9 +45,9 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a, b.mT)
 
 
-def exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """:func:`product` in float32 (float64 for float64): in bfloat16 the product, and what rounding took from it."""
-    rounded = product(a, b)
+def exact_matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same in float32 (float64 for float64): of bfloat16 the product, and what rounding took from it."""
+    rounded = matmul_transposed(a, b)
     if a.dtype != torch.bfloat16:
         return rounded
     return rounded.float().sub_(torch.baddbmm(rounded, a, b.mT, alpha=-1))
