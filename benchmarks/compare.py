@@ -78,7 +78,7 @@ def run_child(
 
 
 def prepare_peers(implementations: Sequence[str], wheels: Path | None, scratch: Path) -> dict[str, Path]:
-    """Where each of the peers among ``implementations`` was prepared; says which cannot be, and how they could."""
+    """Folders in which the peers among ``implementations`` were prepared; says which cannot be, and how they could."""
     asked = [name for name in implementations if name in peers.PEERS]
     ready: dict[str, Path] = {}
     missing = []

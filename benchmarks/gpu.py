@@ -61,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: ``passed``, ``failed`` or ``skipped``, and more words on it."""
+    """The outcome of a step: ``passed``, ``failed`` or ``skipped``, and more words on it."""
 
     name: str
     word: str

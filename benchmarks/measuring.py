@@ -41,7 +41,7 @@ def seconds_each(step: Callable[[], Any], finish: Callable[[], None], count: int
 
 
 def count_for(step: Callable[[], Any], finish: Callable[[], None], least: float) -> int:
-    """How many steps in a row take ``least`` seconds: 1, 2, 4 ..."""
+    """The number of steps in a row that take ``least`` seconds: 1, 2, 4 ..."""
     count = 1
     while least and count * seconds_each(step, finish, count) < least:
         count *= 2

@@ -1,4 +1,4 @@
-"""What tune.py times: products on which a rule of a tile table is tried, and torch's results of them."""
+"""Products on which tune.py tries a rule of a tile table, and torch's results of them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def problem(kernel: str, rule: tiles.Rule, device: str = "cuda") -> Problem:
 
 
 def is_layer(kernel: str, rule: tiles.Rule) -> bool:
-    """Whether a rule serves a layer's own projections, not its low-rank products."""
+    """Tell whether a rule serves a layer's own projections, not its low-rank products."""
     return kernel == "grouped_matmul" and rule.limits["n"] is None
 
 

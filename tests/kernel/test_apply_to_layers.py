@@ -49,7 +49,7 @@ def test_a_copy_runs_fused_on_its_own_weights(kernel) -> None:
 
 
 def replica(module: Any) -> Any:
-    """What ``nn.DataParallel`` makes of every module for every device."""
+    """The replica that ``nn.DataParallel`` makes of every module for every device."""
     twin = module._replicate_for_data_parallel()
     for name, parameter in module._parameters.items():
         setattr(twin, name, parameter)

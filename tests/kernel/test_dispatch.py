@@ -1,4 +1,4 @@
-"""Where and in what surroundings an operator computes."""
+"""The device, autocast and precision in which an operator computes."""
 
 from __future__ import annotations
 

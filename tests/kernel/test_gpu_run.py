@@ -151,7 +151,7 @@ def test_what_ends_the_run_ends_its_step(tmp_path, received) -> None:
 
 
 def runs(process: int) -> bool:
-    """Whether a process runs. One that ended and that nobody waited for is none."""
+    """Tell whether a process runs. One that ended and that nobody waited for is none."""
     try:
         state = Path(f"/proc/{process}/stat").read_text()
     except FileNotFoundError:

@@ -246,7 +246,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         views = [t for t in args if isinstance(t, torch.Tensor)]
-        for t in (out,) if isinstance(out, torch.Tensor) else out:
+        results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        for t in results:
             if all(t.untyped_storage().data_ptr() != v.untyped_storage().data_ptr() for v in views):
                 self.elements.append(t.numel())
         return out

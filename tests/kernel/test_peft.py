@@ -24,7 +24,7 @@ BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 class Layer(torch.nn.Module):
-    """What PEFT sees of a model: a module that holds experts."""
+    """A module that holds experts, as PEFT sees a model."""
 
     def __init__(self, shape: Shape = SHAPE, dtype: torch.dtype = torch.float32, experts: Any = None) -> None:
         super().__init__()

@@ -153,7 +153,7 @@ def test_pefts_own_path_compiles(registered: ModuleType) -> None:
 
 
 class Dequantized(torch.nn.Module):
-    """What bitsandbytes makes of an experts' weight: a small parameter, and the weight computed at each reading."""
+    """An experts' weight in bitsandbytes' form: a small parameter, and the weight computed at each reading."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ def test_tuning_considers_every_launch_that_ships_and_writes_tables_as_they_are_
                 assert all(set(each) == set(rule.launch) for each in candidates)
                 if rule.launch["num_stages"] <= 4:
                     assert dict(rule.launch) in candidates
-                found.append(tune.Found(kernel, rule, 1.0, dict(rule.launch), 1.0))
+                found.append(tune.Tuned(kernel, rule, 1.0, dict(rule.launch), 1.0))
         file = tune.TILES / f"{device}.json"
         assert tune.render(tune.tiles.load(tune.TILES, device).measured, found) == file.read_text()
 
@@ -171,7 +171,7 @@ def test_a_launch_that_is_hardly_faster_is_not_taken(tune, rules, monkeypatch, u
     monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: 3.0)
     monkeypatch.setattr(tune, "search", lambda *_: [(2.99, other)])
     monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(lambda: [torch.ones(1)], [torch.ones(1)]))
-    assert tune.tune(kernel, rule, until) == tune.Found(kernel, rule, 3.0, dict(rule.launch), 3.0)
+    assert tune.tune(kernel, rule, until) == tune.Tuned(kernel, rule, 3.0, dict(rule.launch), 3.0)
 
 
 def test_nothing_is_timed_when_the_time_is_up(tune, rules, monkeypatch) -> None:
@@ -181,14 +181,14 @@ def test_nothing_is_timed_when_the_time_is_up(tune, rules, monkeypatch) -> None:
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: timed.append(launch) or 1.0)
     monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(list, []))
-    assert tune.tune(kernel, rule, until=5) == tune.Found(kernel, rule, None, dict(rule.launch), None)
+    assert tune.tune(kernel, rule, until=5) == tune.Tuned(kernel, rule, None, dict(rule.launch), None)
     assert len(timed) == 5
 
 
 def test_a_table_is_written_at_once(tune, rules, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "made up")
-    found = [tune.Found(kernel, rule, 2.0, dict(rule.launch), 1.0) for kernel, rule in rules]
-    found[-1] = tune.Found(*rules[-1], None, dict(rules[-1][1].launch), None)
+    found = [tune.Tuned(kernel, rule, 2.0, dict(rule.launch), 1.0) for kernel, rule in rules]
+    found[-1] = tune.Tuned(*rules[-1], None, dict(rules[-1][1].launch), None)
     path = tmp_path / "folder" / "sm_90.json"
     tune.write(path, found)
     assert json.loads(path.read_text())["measured"]["rules"] == f"{len(found) - 1} of {len(found)}"
@@ -233,7 +233,7 @@ def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeyp
 
     def one(kernel, rule, until):
         assert until == 60
-        return tune.Found(kernel, rule, 2.0, {**rule.launch, "num_stages": 2}, 1.0)
+        return tune.Tuned(kernel, rule, 2.0, {**rule.launch, "num_stages": 2}, 1.0)
 
     result = tune.tune_all(rules, 1.0, lambda found: kept.append(list(found)), one)
     found, timed = kept[-1], len(kept)

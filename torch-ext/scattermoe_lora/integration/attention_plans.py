@@ -120,25 +120,25 @@ def window_of(causal: bool, sliding_window: int | None, keys: int) -> tuple[int,
     return sliding_window - 1, (-1 if causal else sliding_window - 1)
 
 
-def with_given_sequences(plan: Plan, given: Mapping[str, Any]) -> Plan:
+def with_model_sequences(plan: Plan, arguments: Mapping[str, Any]) -> Plan:
     """``plan`` for packed sequences whose lengths a model hands over, by transformers' names for them.
 
     Raises:
         ValueError: Lengths of the queries without those of the keys.
     """
-    if given.get("cu_seq_lens_k") is None:
+    if arguments.get("cu_seq_lens_k") is None:
         raise ValueError(
             "scattermoe attention: cu_seq_lens_k: expected where the sequences of cu_seq_lens_q begin in the keys, "
             "got None; pass both"
         )
-    (cu_query, max_query), (cu_key, max_key) = (_lengths(given, side) for side in "qk")
+    (cu_query, max_query), (cu_key, max_key) = (_lengths(arguments, side) for side in "qk")
     sequences = Sequences(None, None, cu_query, cu_key, max_query, max_key)
     return plan._replace(sequences=sequences, packed=True, deferred=False)
 
 
-def _lengths(given: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
-    """Where the sequences begin, and the longest's length, which waits for the device where nobody says it."""
-    cu, longest = given[f"cu_seq_lens_{side}"].int(), given.get(f"max_length_{side}")
+def _lengths(arguments: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
+    """First tokens of the sequences, and the longest's length, which waits for the device where nobody says it."""
+    cu, longest = arguments[f"cu_seq_lens_{side}"].int(), arguments.get(f"max_length_{side}")
     return cu, int(cu.diff().max() if longest is None else longest)
 
 

@@ -1,4 +1,4 @@
-"""Products of an expert's rows on a CPU, through the library that computes them fastest.
+"""Matrix products of an expert's rows on a CPU, through the library that computes them fastest.
 
 ``torch.mm`` hands float32 to MKL, which with the few dozen rows of an expert spends as much on packing the weight as on
 the product, and on some processors leaves half of the vector width unused. bfloat16 it hands to oneDNN, which generates
@@ -43,13 +43,13 @@ def _serves(dtype: torch.dtype, multiplications: int) -> bool:
 
 
 def has_onednn() -> bool:
-    """Whether float32 can go to oneDNN: it was built in, the user wants it, and torch has the operator."""
+    """Tell whether float32 can go to oneDNN: it was built in, the user wants it, and torch has the operator."""
     mkldnn = torch.backends.mkldnn
     return mkldnn.is_available() and bool(mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this processor."""
+    """Tell whether oneDNN multiplies bfloat16 on this processor."""
     return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -102,7 +102,7 @@ def table_of(device: torch.device) -> str:
 def find(
     folder: Path, device: str, kernel: str, dtype: torch.dtype, sizes: Mapping[str, float]
 ) -> Mapping[str, int]:
-    """What to launch ``kernel`` with: the ``launch`` of the first rule that serves these sizes.
+    """Block sizes and options to launch ``kernel`` with: those of the first rule that serves these sizes.
 
     Raises:
         NotImplementedError: No rule for elements of that size.

@@ -1,4 +1,4 @@
-"""What the attention operators take besides gradients."""
+"""The arguments of the attention operators, but for gradients."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ REGULAR = 64
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What tensors of ``dtype`` are multiplied in."""
+    """The dtype that tensors of ``dtype`` are multiplied in."""
     if dtype == torch.bfloat16 and not multiplies_bfloat16():
         return torch.float32
     return torch.float32 if dtype == torch.float16 else dtype

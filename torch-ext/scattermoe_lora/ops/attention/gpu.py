@@ -51,7 +51,7 @@ def tile(kernel: str, like: torch.Tensor, head_dim: int, same_kv: bool) -> dict[
 
 
 class _Problem:
-    """What all launches of one call have in common."""
+    """The arguments that all launches of one call have in common."""
 
     def __init__(self, operands: Operands, settings: Settings) -> None:
         q, k, v, *_ = operands
@@ -88,7 +88,7 @@ class _Problem:
         }
 
     def tile(self, kernel: str) -> dict[str, int]:
-        """What to launch the kernel with."""
+        """The blocks and options of one of the kernels for this problem."""
         return tile(kernel, self.operands.q, self.constants["HEAD_DIM"], self.same_kv)
 
     def launch(

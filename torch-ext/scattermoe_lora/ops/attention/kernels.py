@@ -110,7 +110,7 @@ def capped(s, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def sees(query, key, queries, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Whether a query sees a key, for two index tensors that broadcast."""
+    """True where a query sees a key, for two index tensors that broadcast."""
     distance = key - query - (keys - queries)
     seen = (key < keys) & (query < queries)
     if LEFT:

@@ -50,7 +50,7 @@ class Settings(NamedTuple):
 
     @property
     def band(self) -> tuple[float, int, int, float]:
-        """What :func:`scattermoe_lora.ops.attention.op.attention_forward` takes behind the lengths."""
+        """The arguments of :func:`scattermoe_lora.ops.attention.op.attention_forward` behind the lengths."""
         return self.scale, self.left, 0 if self.causal else self.right, self.softcap
 
 
@@ -58,7 +58,7 @@ _TENSORS = len(Operands._fields)
 
 
 def _sequences(operands: Operands, settings: Settings) -> Sequences | None:
-    """Where the sequences lie; None where every row is one."""
+    """The places of the sequences; None where every row is one."""
     numbers, queries = operands.numbers, operands.q.shape[1]
     if settings.packed:
         return packed_sequences(numbers) if bool((numbers[:, -1] > 1).any()) else None

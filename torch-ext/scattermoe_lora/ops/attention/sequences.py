@@ -8,7 +8,7 @@ import torch
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a batch lie, as ``flash_attn_varlen_func`` takes them.
+    """The places of a batch's sequences, as ``flash_attn_varlen_func`` takes them.
 
     Attributes:
         query_index: int64 ``[tokens]``, the queries that take part, counted through the batch; None for all.

@@ -1,4 +1,4 @@
-"""What ships of attention, for compiling ahead of time: every tile configuration, in the way that needs most of it."""
+"""The attention kernels to compile ahead of time: every tile configuration, in the way that needs most of it."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def _specs_of(
         yield _spec(_KERNELS[name], label, dtype, constants, options, targets)
         return
     for want_k, want_v in ((True, False), (False, True)) if is_split else ((True, True),):
-        wanted = {"WANT_K": want_k, "WANT_V": want_v}
+        flags = {"WANT_K": want_k, "WANT_V": want_v}
         of = "" if want_k and want_v else " dk" if want_k else " dv"
-        yield _spec(_KERNELS[name], label + of, dtype, {**constants, **wanted}, options, targets)
+        yield _spec(_KERNELS[name], label + of, dtype, {**constants, **flags}, options, targets)
 
 
 def _specs() -> Iterator[CompileSpec]:

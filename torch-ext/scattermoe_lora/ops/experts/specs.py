@@ -1,4 +1,4 @@
-"""What ships of the gated experts beside the grouped GEMMs, for compiling ahead of time."""
+"""The kernels of the gated experts, beside the grouped GEMMs, to compile ahead of time."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def tile(kernel: str, like: torch.Tensor, rows: float, n: int, k: int) -> Mappin
 
 
 class Launch(NamedTuple):
-    """What all kernels that multiply rows are launched with: the grid, the first arguments and the constants."""
+    """The launch of a kernel that multiplies rows: its grid, its first arguments and its constants."""
 
     grid: tuple[int]
     arguments: tuple[torch.Tensor | int, ...]

@@ -1,4 +1,4 @@
-"""What ships of the grouped GEMMs, for compiling ahead of time: every tile configuration, every way of launching."""
+"""The grouped GEMMs to compile ahead of time: every tile configuration, every way of launching."""
 
 from __future__ import annotations
 

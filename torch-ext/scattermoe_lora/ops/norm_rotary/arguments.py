@@ -1,4 +1,4 @@
-"""What the operators of RMSNorm with rotary embedding take besides gradients."""
+"""The arguments of RMSNorm with rotary embedding, but for gradients."""
 
 from __future__ import annotations
 

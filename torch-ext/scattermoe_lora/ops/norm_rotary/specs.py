@@ -1,4 +1,4 @@
-"""What ships of RMSNorm with rotary embedding, for compiling ahead of time: Gemma 4's heads, and an awkward one."""
+"""The RMSNorm and rotary kernels to compile ahead of time: for Gemma 4's heads, and for an awkward one."""
 
 from __future__ import annotations
 
