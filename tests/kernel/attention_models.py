@@ -115,8 +115,8 @@ def outputs(model: Any, run: Callable[[], torch.Tensor], implementation: str = F
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
     results = []
-    for each in (implementation, "eager"):
-        model.set_attn_implementation(each)
+    for name in (implementation, "eager"):
+        model.set_attn_implementation(name)
         with torch.no_grad():
             results.append(run())
     return results

@@ -132,11 +132,11 @@ def test_empty_batches_and_sequences_give_empty_or_zero_results(kernel) -> None:
 def test_operators_pass_opcheck(submodule, form) -> None:
     op = submodule("ops.attention.op")
     if form == "packed":
-        made = packed()
-        lengths = (made["cu_seqlens_q"], made["cu_seqlens_k"], 8, 8)
+        inputs = packed()
+        lengths = (inputs["cu_seqlens_q"], inputs["cu_seqlens_k"], 8, 8)
     else:
-        made, lengths = dense(), (None, None, 6, 9)
-    tensors = [made[name].requires_grad_() for name in "qkv"]
+        inputs, lengths = dense(), (None, None, 6, 9)
+    tensors = [inputs[name].requires_grad_() for name in "qkv"]
     if form == "keys are values":
         tensors[2] = None
     numbers = (0.3, 5, 0, 2.0)

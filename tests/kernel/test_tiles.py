@@ -151,9 +151,9 @@ def test_interpreter_agrees_with_the_reference_whatever_the_blocks() -> None:
         "-k",
         "any_blocks",
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "1 passed" in done.stdout
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-2000:]
+    assert "1 passed" in finished.stdout
 
 
 if INTERPRETED:

@@ -42,9 +42,9 @@ def test_tuning_considers_every_launch_that_ships_and_writes_tables_as_they_are_
 def test_tuning_without_a_gpu_says_so() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "torch-ext"), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "tune.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "error: tuning times kernels on a GPU, and this machine has none\n"
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr == "error: tuning times kernels on a GPU, and this machine has none\n"
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ for kernel, rules in tune.tiles.load(tune.TILES, "sm_90").rules.items():
 
 def test_what_is_timed_computes_what_torch_computes() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROBLEMS], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == 7 * ["True"], done.stderr
+    assert process.stdout.split() == 7 * ["True"], process.stderr

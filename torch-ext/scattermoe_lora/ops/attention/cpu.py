@@ -184,10 +184,11 @@ def backward(
     window = settings.window
     dq, dk = (torch.zeros(x.shape, dtype=x.dtype) for x in operands[:2])
     dv = torch.zeros((0,) if operands.v is None else operands.v.shape, dtype=dk.dtype)
+    if operands.q.dim() == 3:
+        grad_out, out = grad_out.unsqueeze(0), out.unsqueeze(0)
     operands = _batched(operands)
     q, k, v, *_ = operands
     heads, kv_heads = q.shape[2], k.shape[2]
-    grad_out, out = grad_out.view(q.shape), out.view(q.shape)
     dqs, dks = dq.view(q.shape), dk.view(k.shape)
     dvs = None if v is None else dv.view(v.shape)
     grad_lses = None
