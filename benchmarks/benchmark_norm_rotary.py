@@ -125,10 +125,10 @@ def run_child(implementation: str, kind: str, dtype: str, device: str, build: Pa
     """The figures of one row, from a process of its own."""
     environment = {**os.environ, "LOCAL_KERNELS": f"org/scattermoe-lora={build}"}
     command = [sys.executable, __file__, "--child", implementation, kind, dtype, "--device", device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{implementation} failed on {kind} {dtype}:\n{done.stderr}")
-    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"{implementation} failed on {kind} {dtype}:\n{finished.stderr}")
+    row: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
     return row
 
 

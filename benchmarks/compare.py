@@ -65,20 +65,20 @@ def run_child(
     command = [sys.executable, __file__, "--child", json.dumps(asdict(shape)), implementation, device]
     if unpacked is not None:
         command.append(str(unpacked))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == -signal.SIGKILL or "OutOfMemoryError" in done.stderr:
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode == -signal.SIGKILL or "OutOfMemoryError" in process.stderr:
         return None
-    if done.returncode and unpacked is not None:
-        said = done.stderr.strip().splitlines()
-        raise peers.PeerError(said[-1] if said else f"exit status {done.returncode}")
-    if done.returncode:
-        raise RowError(f"{implementation} failed on {shape} ({done.returncode}):\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if process.returncode and unpacked is not None:
+        said = process.stderr.strip().splitlines()
+        raise peers.PeerError(said[-1] if said else f"exit status {process.returncode}")
+    if process.returncode:
+        raise RowError(f"{implementation} failed on {shape} ({process.returncode}):\n{process.stderr}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
 def prepare_peers(implementations: Sequence[str], wheels: Path | None, scratch: Path) -> dict[str, Path]:
-    """Where each of the peers among ``implementations`` was prepared; says which cannot be, and how they could."""
+    """Folders in which the peers among ``implementations`` were prepared; says which cannot be, and how they could."""
     asked = [name for name in implementations if name in peers.PEERS]
     ready: dict[str, Path] = {}
     missing = []

@@ -185,7 +185,7 @@ def implementations(kernel: Any, case: Case, device: str) -> Iterator[tuple[str,
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """Where torch's profiler announces its beginning and end, past Python."""
+    """Drops the process's standard error, to which torch's profiler writes past Python."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

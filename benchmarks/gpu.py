@@ -61,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: ``passed``, ``failed`` or ``skipped``, and more words on it."""
+    """The outcome of a step: ``passed``, ``failed`` or ``skipped``, and more words on it."""
 
     name: str
     word: str
@@ -215,10 +215,10 @@ def gpu_name(needed: Sequence[str]) -> str:
     if missing := [name for name in needed if find_spec(name) is None]:
         sys.exit(f"error: {sys.executable} lacks {', '.join(missing)}: pip install {' '.join(missing)}")
     # In a process of its own: this one is to leave the GPU to the steps.
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
-    name = done.stdout.strip()
+    finished = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    name = finished.stdout.strip()
     if not name:
-        said = (done.stderr.strip().splitlines() or ["torch finds none"])[-1]
+        said = (finished.stderr.strip().splitlines() or ["torch finds none"])[-1]
         sys.exit(f"error: no GPU for {sys.executable}: {said}")
     return name
 

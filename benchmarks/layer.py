@@ -78,7 +78,7 @@ class Layer:
         self.grad = torch.randn(shape.tokens, shape.hidden).to(dtype)
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """What gets a gradient, by name."""
+        """The tensors that get a gradient, by name."""
         factors = {name: each for name, each in self.module.named_parameters() if each.requires_grad}
         return {"x": self.x, "weights": self.weights, **factors}
 
@@ -109,7 +109,7 @@ class Layer:
 
 
 def differences(shape: Shape, install: Callable[[], str], device: str) -> tuple[str, dict[str, float]]:
-    """How far a peer's results are from eager's in float64: the norm of the difference over that of eager's, by name.
+    """Errors of a peer's results against eager's in float64: the norm of the difference over that of eager's, by name.
 
     ``install`` is what makes the peer take part in this process, and gives the name that it goes by from then on. It
     is called once eager is done, since a peer may replace eager for good.

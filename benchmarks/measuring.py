@@ -41,7 +41,7 @@ def seconds_each(step: Callable[[], Any], finish: Callable[[], None], count: int
 
 
 def count_for(step: Callable[[], Any], finish: Callable[[], None], least: float) -> int:
-    """How many steps in a row take ``least`` seconds: 1, 2, 4 ..."""
+    """The number of steps in a row that take ``least`` seconds: 1, 2, 4 ..."""
     count = 1
     while least and count * seconds_each(step, finish, count) < least:
         count *= 2
@@ -119,10 +119,10 @@ def commit() -> str | None:
     without the repository, without git, or where the repository is another user's."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None
 
 
 def installed(name: str) -> str | None:

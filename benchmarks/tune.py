@@ -26,7 +26,9 @@ from unittest import mock
 
 import torch
 import triton
-from scattermoe_lora.ops import tiles
+from scattermoe_lora.ops import tile_tables as tiles
+from scattermoe_lora.ops.grouped_linear import gpu
+from scattermoe_lora.ops.grouped_linear.gpu import TILES
 from triton.runtime.errors import PTXASError
 from triton.testing import do_bench
 from tune_problems import Problem, is_layer, problem
@@ -49,8 +51,8 @@ Timer = Callable[[Launch, bool], "float | None"]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What tuning one rule gave: milliseconds of the launch it had, and of the fastest; None where none was timed."""
+class Tuned:
+    """The result of tuning one rule: milliseconds of the launch it had, and of the fastest; None where not timed."""
 
     kernel: str
     rule: tiles.Rule
@@ -62,13 +64,14 @@ class Found:
 def candidates(kernel: str, rule: tiles.Rule) -> Iterator[Launch]:
     """Launches worth timing: blocks that the rule's shapes fill, and 2 to 128 results a thread, of whose 255 registers
     the rest holds addresses."""
-    sides, limits = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), (rule.rows, rule.n, rule.k)
+    sides, limits = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), ("rows", "n")
     if kernel == "grouped_outer":
-        sides, limits = ("BLOCK_P", "BLOCK_Q", "BLOCK_S"), (rule.k, rule.n, rule.rows)
+        sides, limits = ("BLOCK_P", "BLOCK_Q", "BLOCK_S"), ("k", "n")
     ordering = {name: value for name, value in rule.launch.items() if name == "GROUP_M"}
     # A size without a limit is large, and fills at least 64.
     first, second = (
-        [s for s in SIDES if (s >= 64 if limit is None else s <= max(16, limit))] for limit in limits[:2]
+        [s for s in SIDES if (s >= 64 if limit is None else s <= max(16, limit))]
+        for limit in map(rule.limits.get, limits)
     )
     for blocks in itertools.product(first, second, (16, 32, 64, 128)):
         for warps, stages in itertools.product((4, 8), (2, 3, 4)):
@@ -124,7 +127,7 @@ def search(launches: Sequence[Launch], clock: Timer) -> list[tuple[float, Launch
 
 @contextmanager
 def launched(launch: Mapping[str, int]) -> Iterator[None]:
-    with mock.patch.object(tiles, "launch", return_value=launch):
+    with mock.patch.object(gpu, "tile", return_value=launch):
         yield
 
 
@@ -142,43 +145,39 @@ def milliseconds(call: Callable[[], Sequence[torch.Tensor]], launch: Launch, lon
             return None
 
 
-def is_right(given: Problem, launch: Launch) -> bool:
-    """Whether a launch computes what torch computes, everywhere."""
+def is_right(products: Problem, launch: Launch) -> bool:
+    """Tell whether a launch computes what torch computes, everywhere."""
     with launched(launch):
-        pairs = list(zip(given.call(), given.expected, strict=True))
+        pairs = list(zip(products.call(), products.expected, strict=True))
     return all(bool((got - right).abs().max() <= CLOSE * right.abs().max()) for got, right in pairs)
 
 
-def tune(kernel: str, rule: tiles.Rule, until: float = math.inf) -> Found:
+def tune(kernel: str, rule: tiles.Rule, until: float = math.inf) -> Tuned:
     """Time the candidates for one rule, and the launch that it has. From ``until`` on no candidate is timed."""
-    given = problem(kernel, rule)
+    products = problem(kernel, rule)
 
     def clock(launch: Launch, longer: bool) -> float | None:
-        return milliseconds(given.call, launch, longer) if time.monotonic() < until else None
+        return milliseconds(products.call, launch, longer) if time.monotonic() < until else None
 
     own = dict(rule.launch)
-    found = search(list(candidates(kernel, rule)), clock)
+    results = search(list(candidates(kernel, rule)), clock)
     # After the others, when the GPU is as warm as it was for them; and whatever the time, for none is taken unseen.
-    before = milliseconds(given.call, own, True) if found else None
-    for took, launch in found:
+    before = milliseconds(products.call, own, True) if results else None
+    for took, launch in results:
         if before is not None and took >= FASTER * before:
             break
-        if is_right(given, launch):
-            return Found(kernel, rule, before, launch, took)
+        if is_right(products, launch):
+            return Tuned(kernel, rule, before, launch, took)
         print(f"{kernel}: {launch} computes something else than torch", flush=True)
-    return Found(kernel, rule, before, own, before)
+    return Tuned(kernel, rule, before, own, before)
 
 
-def render(measured: Mapping[str, str] | None, found: list[Found]) -> str:
-    """The table's file, one rule a line, as :func:`scattermoe_lora.ops.tiles.load` reads it."""
+def render(measured: Mapping[str, str] | None, results: list[Tuned]) -> str:
+    """The table's file, one rule a line, as :func:`scattermoe_lora.ops.tile_tables.load` reads it."""
     parts = [f'  "measured": {json.dumps(measured)}']
-    for kernel, group in itertools.groupby(found, key=lambda each: each.kernel):
+    for kernel, group in itertools.groupby(results, key=lambda result: result.kernel):
         lines = [
-            "    "
-            + json.dumps(
-                {"bytes": e.rule.bytes, "rows": e.rule.rows, "n": e.rule.n, "k": e.rule.k, "launch": e.launch}
-            )
-            for e in group
+            "    " + json.dumps({"bytes": e.rule.bytes, **e.rule.limits, "launch": e.launch}) for e in group
         ]
         parts.append(f'  "{kernel}": [\n' + ",\n".join(lines) + "\n  ]")
     return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -186,7 +185,7 @@ def render(measured: Mapping[str, str] | None, found: list[Found]) -> str:
 
 def estimate(rules: Sequence[tuple[str, tiles.Rule]]) -> tuple[int, float]:
     """About how many launches are timed for the rules, and the minutes that takes."""
-    counts = [len({tile(each) for each in candidates(*rule)}) + 5 * BEST_TILES for rule in rules]
+    counts = [len({tile(launch) for launch in candidates(*rule)}) + 5 * BEST_TILES for rule in rules]
     seconds = (
         count * SECONDS[rule[1].bytes] * (3 if is_layer(*rule) else 1)
         for count, rule in zip(counts, rules, strict=True)
@@ -197,14 +196,14 @@ def estimate(rules: Sequence[tuple[str, tiles.Rule]]) -> tuple[int, float]:
 def tune_all(
     rules: Sequence[tuple[str, tiles.Rule]],
     minutes: float,
-    keep: Callable[[list[Found]], None],
-    one: Callable[[str, tiles.Rule, float], Found] = tune,
-) -> list[Found]:
+    keep: Callable[[list[Tuned]], None],
+    one: Callable[[str, tiles.Rule, float], Tuned] = tune,
+) -> list[Tuned]:
     """Tunes rule by rule, those of two bytes first, and hands ``keep`` the table so far, in the order of ``rules``,
     which is also the result. From ``minutes`` on rules keep their launches."""
     begin = time.monotonic()
     until = begin + 60 * minutes
-    found = [Found(kernel, rule, None, dict(rule.launch), None) for kernel, rule in rules]
+    results = [Tuned(kernel, rule, None, dict(rule.launch), None) for kernel, rule in rules]
     for done, i in enumerate(sorted(range(len(rules)), key=lambda i: rules[i][1].bytes)):
         if time.monotonic() >= until:
             print(
@@ -212,15 +211,15 @@ def tune_all(
             )
             break
         kernel, rule = rules[i]
-        found[i] = each = one(kernel, rule, until)
-        times = ["none" if ms is None else f"{ms:.4f}" for ms in (each.before, each.after)]
-        shape = f"bytes {rule.bytes}, rows {rule.rows}, n {rule.n}, k {rule.k}"
+        results[i] = result = one(kernel, rule, until)
+        times = ["none" if ms is None else f"{ms:.4f}" for ms in (result.before, result.after)]
+        shape = f"bytes {rule.bytes}, " + ", ".join(f"{name} {limit}" for name, limit in rule.limits.items())
         print(
-            f"{time.monotonic() - begin:>4.0f} s  {kernel} {shape}: {times[0]} -> {times[1]} ms, {each.launch}",
+            f"{time.monotonic() - begin:>4.0f} s  {kernel} {shape}: {times[0]} -> {times[1]} ms, {result.launch}",
             flush=True,
         )
-        keep(found)
-    return found
+        keep(results)
+    return results
 
 
 def own_table() -> str:
@@ -230,18 +229,18 @@ def own_table() -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
-def write(path: Path, found: list[Found]) -> None:
+def write(path: Path, results: list[Tuned]) -> None:
     """The table into a file, at once: an interrupt leaves the old one or the new one."""
     measured = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "rules": f"{sum(each.after is not None for each in found)} of {len(found)}",
+        "rules": f"{sum(result.after is not None for result in results)} of {len(results)}",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(render(measured, found))
+    part.write_text(render(measured, results))
     part.replace(path)
 
 
@@ -260,17 +259,17 @@ def main() -> None:
         sys.exit(
             f"error: --install: {own_table()} has no table of its own; {device}, which it takes, serves others, too"
         )
-    rules = [(kernel, rule) for kernel, rules in tiles.load(device).rules.items() for rule in rules]
+    rules = [(kernel, rule) for kernel, rules in tiles.load(TILES, device).rules.items() for rule in rules]
     count, minutes = estimate(rules)
     print(f"{device}: {len(rules)} rules, {count} launches to time: about {minutes:.0f} minutes", flush=True)
 
-    def keep(found: list[Found]) -> None:
+    def keep(results: list[Tuned]) -> None:
         if arguments.output:
-            write(arguments.output, found)
+            write(arguments.output, results)
 
-    found = tune_all(rules, arguments.minutes, keep)
+    results = tune_all(rules, arguments.minutes, keep)
     if arguments.install:
-        write(tiles.TILES / f"{device}.json", found)
+        write(TILES / f"{device}.json", results)
 
 
 if __name__ == "__main__":

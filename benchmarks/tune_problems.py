@@ -1,4 +1,4 @@
-"""What tune.py times: products on which a rule of a tile table is tried, and torch's results of them."""
+"""Products on which tune.py tries a rule of a tile table, and torch's results of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scattermoe_lora.ops import activation, tiles
+from scattermoe_lora.ops import activation
+from scattermoe_lora.ops import tile_tables as tiles
 from scattermoe_lora.ops.activation import Gate
 from scattermoe_lora.ops.experts.gpu import project_and_gate
 from scattermoe_lora.ops.grouped_linear import gpu
@@ -43,9 +44,9 @@ def layer(rows: int, dtype: torch.dtype, device: str) -> Problem:
     gate = Gate("silu")
 
     def call() -> list[torch.Tensor]:
-        hidden, activated = project_and_gate(x, up, *routing, 1, low, up_b, None, gate, True)
-        y = gpu.grouped_matmul(a, down, *routing, low=low, low_weight=down_b)
-        dx = gpu.grouped_matmul(dh, up.mT, *routing, low=low, low_weight=up_a)
+        hidden, activated = project_and_gate(x, up, routing, 1, (low, up_b), None, gate, True)
+        y = gpu.grouped_matmul(a, down, routing, low=(low, down_b))
+        dx = gpu.grouped_matmul(dh, up.mT, routing, low=(low, up_a))
         return [hidden, activated, y, dx]
 
     def by_torch(left: torch.Tensor, weight: torch.Tensor, low_weight: torch.Tensor) -> torch.Tensor:
@@ -65,25 +66,26 @@ def layer(rows: int, dtype: torch.dtype, device: str) -> Problem:
 def problem(kernel: str, rule: tiles.Rule, device: str = "cuda") -> Problem:
     """Products that the rule serves."""
     dtype = torch.bfloat16 if rule.bytes == 2 else torch.float32
-    rows, n, k = rule.rows or ROWS, rule.n or WIDE, rule.k or WIDE
+    limits = rule.limits
+    rows, n, k = limits["rows"] or ROWS, limits["n"] or WIDE, limits["k"] or WIDE
     if is_layer(kernel, rule):
         return layer(rows, dtype, device)
     index = torch.arange(EXPERTS, device=device).repeat(rows).view(-1, 1)
-    order, offsets = sort_by_expert(index, EXPERTS)
+    routing = sort_by_expert(index, EXPERTS)
     left = torch.randn(EXPERTS * rows, k, device=device, dtype=dtype)
     if kernel == "grouped_matmul":
         weight = torch.randn(EXPERTS, n, k, device=device, dtype=dtype)
         expected = (gathered(left) @ weight.mT).reshape(-1, n)
-        return Problem(lambda: [gpu.grouped_matmul(left, weight, order, offsets, top_k=1)], [expected])
+        return Problem(lambda: [gpu.grouped_matmul(left, weight, routing, top_k=1)], [expected])
     right = torch.randn(EXPERTS * rows, n, device=device, dtype=dtype)
     # In the backward one side is in sorted order as it is.
     expected = left.view(EXPERTS, rows, k).mT @ gathered(right)
-    return Problem(lambda: [gpu.grouped_outer(left, right, order, offsets, top_k_q=1)], [expected])
+    return Problem(lambda: [gpu.grouped_outer(left, right, routing, top_k_q=1)], [expected])
 
 
 def is_layer(kernel: str, rule: tiles.Rule) -> bool:
-    """Whether a rule serves a layer's own projections, not its low-rank products."""
-    return kernel == "grouped_matmul" and rule.n is None
+    """Tell whether a rule serves a layer's own projections, not its low-rank products."""
+    return kernel == "grouped_matmul" and rule.limits["n"] is None
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:

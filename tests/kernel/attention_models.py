@@ -1,4 +1,4 @@
-"""What the tests of registered attention share: small models of many kinds, and comparisons with eager mode."""
+"""Small models of many kinds, and comparisons with eager mode, for the tests of registered attention."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ def assert_trains_as_eager(model: Any, implementation: str = FLASH, **inputs: An
 
 
 def outputs(model: Any, run: Callable[[], torch.Tensor], implementation: str = FLASH) -> list[torch.Tensor]:
-    """What ``run`` returns with our attention and with eager mode."""
+    """The results of ``run`` with our attention and with eager mode."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
     results = []
-    for each in (implementation, "eager"):
-        model.set_attn_implementation(each)
+    for name in (implementation, "eager"):
+        model.set_attn_implementation(name)
         with torch.no_grad():
             results.append(run())
     return results

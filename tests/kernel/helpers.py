@@ -1,4 +1,4 @@
-"""What the kernel tests share: experts modules, routing and comparisons."""
+"""Helpers of the kernel tests: experts modules, routing and comparisons."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 
 class MadeUp:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton uses before it compiles."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)

@@ -28,7 +28,7 @@ def test_checkpointing_gives_what_it_gives_without(kernel, kind, reentrant) -> N
         warnings.simplefilter("always")
         fused = step(model)
     kernel.remove_from(model)
-    assert any("Reentrant gradient checkpointing loses" in str(each.message) for each in told) == lossy
+    assert any("Reentrant gradient checkpointing loses" in str(warning.message) for warning in told) == lossy
     assert distance(fused, step(model)) < 1e-5
     if not lossy:
         assert all(torch.equal(f, s) for f, s in zip(fused, stored, strict=True))
@@ -46,7 +46,7 @@ class Watched(UserDict):
 
     @classmethod
     def alive(cls) -> int:
-        return sum(each() is not None for each in cls.seen)
+        return sum(reference() is not None for reference in cls.seen)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from transformers.models.gemma4 import modeling_gemma4
 
 
 def fused(layer: torch.nn.Module) -> bool:
-    return any(each.__name__.startswith("Fused") for each in type(layer).__mro__)
+    return any(kind.__name__.startswith("Fused") for kind in type(layer).__mro__)
 
 
 def test_it_is_idempotent_reversible_and_leaves_the_state_as_it_is(kernel) -> None:
@@ -34,7 +34,7 @@ def test_it_is_idempotent_reversible_and_leaves_the_state_as_it_is(kernel) -> No
     assert {type(layer) for layer in attentions(model)} == {modeling_gemma4.Gemma4TextAttention}
     layer = attentions(model)[2]
     assert kernel.apply_to(layer) == 1
-    assert [fused(each) for each in attentions(model)] == [False, False, True, False, False, False]
+    assert [fused(layer) for layer in attentions(model)] == [False, False, True, False, False, False]
 
 
 def test_a_copy_runs_fused_on_its_own_weights(kernel) -> None:
@@ -49,7 +49,7 @@ def test_a_copy_runs_fused_on_its_own_weights(kernel) -> None:
 
 
 def replica(module: Any) -> Any:
-    """What ``nn.DataParallel`` makes of every module for every device."""
+    """The replica that ``nn.DataParallel`` makes of every module for every device."""
     twin = module._replicate_for_data_parallel()
     for name, parameter in module._parameters.items():
         setattr(twin, name, parameter)

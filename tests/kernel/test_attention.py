@@ -100,15 +100,15 @@ def expected(submodule):
     """``expected(case, q, k, v)``: the oracle in float64, sequence by sequence."""
     reference, window = (
         submodule("ops.attention.reference").attention,
-        submodule("ops.attention.geometry").Window,
+        submodule("ops.attention.window").Window,
     )
 
     def compute(case: Case, q, k, v) -> torch.Tensor:
         scale = case.head_dim**-0.5 if case.scale is None else case.scale
         right = 0 if case.causal else case.window[1]
         outs = [
-            reference(*each, scale, window(case.window[0], right), case.softcap)[0]
-            for each in zip(q.split(case.queries), k.split(case.keys), v.split(case.keys), strict=True)
+            reference(*sequence, scale, window(case.window[0], right), case.softcap)[0]
+            for sequence in zip(q.split(case.queries), k.split(case.keys), v.split(case.keys), strict=True)
         ]
         return torch.cat(outs)
 
@@ -218,13 +218,13 @@ def test_sink_is_a_key_of_its_own_score_and_no_value(kernel, submodule, name) ->
     q, k, v, exact_sink = exact_inputs
     exact = torch.cat(
         [
-            with_sink(submodule, case, *each, exact_sink)
-            for each in zip(q.split(case.queries), k.split(case.keys), v.split(case.keys), strict=True)
+            with_sink(submodule, case, *sequence, exact_sink)
+            for sequence in zip(q.split(case.queries), k.split(case.keys), v.split(case.keys), strict=True)
         ]
     )
     got = (out, *torch.autograd.grad(out, tensors, do))
-    wanted = (exact, *torch.autograd.grad(exact, exact_inputs, do.double()))
-    assert_near(got, wanted, TOLERANCE[EXACT])
+    expected_results = (exact, *torch.autograd.grad(exact, exact_inputs, do.double()))
+    assert_near(got, expected_results, TOLERANCE[EXACT])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_blocks_hold_all_that_is_seen_and_mask_all_that_is_not(submodule, left, 
 
 def with_sink(submodule, case: Case, q, k, v, sink) -> torch.Tensor:
     """Probabilities over the keys and the sink, of which the sink's are dropped."""
-    geometry, reference = submodule("ops.attention.geometry"), submodule("ops.attention.reference")
+    geometry, reference = submodule("ops.attention.window"), submodule("ops.attention.reference")
     window = geometry.Window(case.window[0], 0 if case.causal else case.window[1])
     out, lse = reference.attention(q, k, v, case.head_dim**-0.5, window)
     stacked = torch.stack([lse, sink[:, None].expand_as(lse)])

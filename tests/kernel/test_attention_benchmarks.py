@@ -20,7 +20,7 @@ WORKLOADS = ["GlobalDecode", "GlobalPrefill", "GlobalTraining", "PackedTraining"
 @pytest.fixture(scope="module")
 def classes():
     script = REPOSITORY / "benchmarks" / "benchmark_attention.py"
-    return {each.__name__: each for each in discover_benchmark_classes(script, REPOSITORY)}
+    return {kind.__name__: kind for kind in discover_benchmark_classes(script, REPOSITORY)}
 
 
 @pytest.fixture

@@ -132,11 +132,11 @@ def test_empty_batches_and_sequences_give_empty_or_zero_results(kernel) -> None:
 def test_operators_pass_opcheck(submodule, form) -> None:
     op = submodule("ops.attention.op")
     if form == "packed":
-        made = packed()
-        lengths = (made["cu_seqlens_q"], made["cu_seqlens_k"], 8, 8)
+        inputs = packed()
+        lengths = (inputs["cu_seqlens_q"], inputs["cu_seqlens_k"], 8, 8)
     else:
-        made, lengths = dense(), (None, None, 6, 9)
-    tensors = [made[name].requires_grad_() for name in "qkv"]
+        inputs, lengths = dense(), (None, None, 6, 9)
+    tensors = [inputs[name].requires_grad_() for name in "qkv"]
     if form == "keys are values":
         tensors[2] = None
     numbers = (0.3, 5, 0, 2.0)
@@ -195,14 +195,15 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("window", [-1, 100])
 def test_nothing_grows_with_the_square_of_the_length(submodule, window) -> None:
-    cpu, geometry = submodule("ops.attention.cpu"), submodule("ops.attention.geometry")
+    cpu, arguments = submodule("ops.attention.cpu"), submodule("ops.attention.arguments")
     most = []
     for length in (2048, 4096):
         q, k, v = (torch.randn(1, length, heads, 16) for heads in (2, 1, 1))
-        mask = (0.25, geometry.Window(window, 0), 0.0)
+        operands = arguments.Operands(q, k, v, None, None)
+        settings = arguments.Settings(length, length, 0.25, window, 0, 0.0)
         with Largest() as largest:
-            out, lse = cpu.forward(q, k, v, None, None, *mask)
-            cpu.backward(out, None, q, k, v, None, None, out, lse, *mask)
+            out, lse = cpu.forward(operands, settings)
+            cpu.backward(out, None, operands, out, lse, settings)
         most.append(largest.elements)
         assert largest.elements < length**2 / 3
     assert most[1] <= 2 * most[0]

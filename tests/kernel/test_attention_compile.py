@@ -32,25 +32,20 @@ def test_head_of_512_fits_and_multiplies_on_tensor_cores(submodule, target, name
 
 def test_every_tile_of_every_device_is_compiled(submodule) -> None:
     """A rule that no specification stands for would be found too large by a user."""
-    devices, tiles = submodule("ops.tiles"), submodule("ops.attention.tiles")
+    tables, gpu = submodule("ops.tile_tables"), submodule("ops.attention.gpu")
     specs = submodule("ops.attention.specs").COMPILE_SPECS
-    kernels = {
-        "forward": "attention_forward_kernel",
-        "dkdv": "attention_dkdv_kernel",
-        "dq": "attention_dq_kernel",
-    }
     compiled = {
         (name_of(s), target, s.constants["HEAD_DIM"], s.constants["BLOCK_M"], s.constants["BLOCK_N"])
         for s in specs
         for target in s.targets
         if "BLOCK_M" in s.constants
     }
-    for device in devices.available():
-        target = "gfx90a" if device == devices.DEFAULT else device
-        for kernel, rules in tiles.load(device).items():
+    for device in tables.DEVICES:
+        target = "gfx90a" if device == tables.DEFAULT else device
+        for kernel, rules in tables.load(gpu.TILES, device).rules.items():
             for rule in rules:
-                at = (kernels[kernel], target, rule.head_dim, rule.launch["BLOCK_M"], rule.launch["BLOCK_N"])
-                assert at in compiled
+                blocks = (rule.limits["head_dim"], rule.launch["BLOCK_M"], rule.launch["BLOCK_N"])
+                assert (f"{kernel}_kernel", target, *blocks) in compiled
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -58,12 +53,12 @@ def test_every_tile_of_every_device_is_compiled(submodule) -> None:
 def test_every_device_has_a_tile_for_every_head(submodule, monkeypatch, itemsize, head_dim) -> None:
     import torch
 
-    devices, tiles = submodule("ops.tiles"), submodule("ops.attention.tiles")
+    tables, gpu = submodule("ops.tile_tables"), submodule("ops.attention.gpu")
     like = torch.empty(1, dtype=torch.bfloat16 if itemsize == 2 else torch.float32)
-    for device in devices.available():
-        monkeypatch.setattr(devices, "table_of", lambda _, device=device: device)
-        for kernel in ("forward", "dkdv", "dq"):
+    for device in tables.DEVICES:
+        monkeypatch.setattr(tables, "table_of", lambda _, device=device: device)
+        for kernel in ("attention_forward", "attention_dkdv", "attention_dq"):
             for same_kv in (False, True):
-                assert tiles.launch(kernel, like, head_dim, same_kv)["num_warps"] in (4, 8)
-    with pytest.raises(NotImplementedError, match=r"attention: no Triton kernel for torch.float64"):
-        tiles.launch("forward", like.double(), head_dim, False)
+                assert gpu.tile(kernel, like, head_dim, same_kv)["num_warps"] in (4, 8)
+    with pytest.raises(NotImplementedError, match=r"attention_forward: no Triton kernel for torch.float64"):
+        gpu.tile("attention_forward", like.double(), head_dim, False)

@@ -17,7 +17,7 @@ def llama() -> Any:
 
 
 def attend(*arguments: Any, **others: Any) -> torch.Tensor:
-    """What the registered attention makes of a layer, queries, keys, values and a mask."""
+    """The registered attention's result for a layer, queries, keys, values and a mask."""
     return AttentionInterface._global_mapping[FLASH](*arguments, scaling=0.25, **others)[0]
 
 

@@ -1,4 +1,4 @@
-"""What a mask says, read and compared with transformers' own."""
+"""Masks read from their descriptions, compared with transformers' own."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_mask_says_what_transformers_own_says(kernel, submodule, data: st.Data
 
 
 def seen_by_the_kernel(plan: Any, batch: int, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which keys each query sees, ``[B, Q, K]``, and which queries take part, ``[B, Q]``."""
+    """The keys that each query sees, ``[B, Q, K]``, and the queries that take part, ``[B, Q]``."""
     if plan.sequences is None:
         q_index, k_index = torch.arange(batch * queries), torch.arange(batch * keys)
         cu_q, cu_k = torch.arange(batch + 1) * queries, torch.arange(batch + 1) * keys

@@ -104,7 +104,7 @@ def test_lengths_handed_over_by_a_collator_are_taken(attention, said) -> None:
     m, ids = model(CONFIGS["llama"]()), tokens(1, sum(LENGTHS))
     boundaries = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    given = {
+    arguments = {
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
         "max_length_q": 7,
@@ -113,11 +113,11 @@ def test_lengths_handed_over_by_a_collator_are_taken(attention, said) -> None:
     eager = m(input_ids=ids, position_ids=positions, use_cache=False).logits
     # Without positions the mask knows of one sequence, and the layers of three.
     m.model.rotary_emb.forward = lambda x, position_ids, f=m.model.rotary_emb.forward: f(x, positions)
-    assert_close([m(input_ids=ids, use_cache=False, **given).logits], [eager], 1e-4)
+    assert_close([m(input_ids=ids, use_cache=False, **arguments).logits], [eager], 1e-4)
     m.train()
     for layer in m.model.layers:
         layer.self_attn.attention_dropout = 1e-9
-    assert_close([m(input_ids=ids, use_cache=False, **given).logits], [eager], 1e-4)
+    assert_close([m(input_ids=ids, use_cache=False, **arguments).logits], [eager], 1e-4)
     assert said()[-1].endswith("transformers' sdpa, because of dropout 1e-09")
 
 

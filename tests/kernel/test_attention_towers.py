@@ -227,8 +227,8 @@ def test_a_dense_mask_runs_in_transformers(attention, said) -> None:
     m, ids = model(CONFIGS["llama"]()), tokens(2, 13)
     mask = (torch.rand(2, 1, 13, 13) < 0.5) | torch.eye(13, dtype=torch.bool)
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    for each in (mask, additive):
-        got = results(m, FLASH, input_ids=ids, labels=ids, attention_mask=each)
+    for attention_mask in (mask, additive):
+        got = results(m, FLASH, input_ids=ids, labels=ids, attention_mask=attention_mask)
         assert_close(got, results(m, "eager", input_ids=ids, labels=ids, attention_mask=additive), 1e-3)
     assert said() == [
         "attention of LlamaAttention, head_dim 16: transformers' sdpa, because of a mask of its own"
@@ -246,8 +246,10 @@ def test_a_head_size_outside_the_kernels_runs_in_transformers(
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     m = model(MistralConfig(**{**SMALL, "head_dim": head_dim}, sliding_window=5))
-    for each in (mask, torch.ones_like(mask)):
-        assert_trains_as_eager(m, input_ids=ids, labels=labels_of(ids, each), attention_mask=each)
+    for attention_mask in (mask, torch.ones_like(mask)):
+        assert_trains_as_eager(
+            m, input_ids=ids, labels=labels_of(ids, attention_mask), attention_mask=attention_mask
+        )
     (line,) = said()
     assert f"transformers' sdpa, because of {reason}" in line
 

@@ -20,7 +20,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_eager(
 ) -> None:
     """In one graph for every length, and in the kernel."""
     runs = []
-    traced = submodule("integration.attention_traced")
+    traced = submodule("ops.attention.segments")
     forward = traced.attention_forward
     monkeypatch.setattr(traced, "attention_forward", lambda *given: runs.append(given) or forward(*given))
     m = model(CONFIGS[name]())
@@ -34,17 +34,17 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_eager(
         if inputs == "padded":
             if not plain:
                 mask[0, :4], mask[1, 9:] = 0, 0
-            given = {"labels": labels_of(ids, mask), "attention_mask": mask}
+            arguments = {"labels": labels_of(ids, mask), "attention_mask": mask}
         else:
             several = torch.cat([torch.arange(n) for n in LENGTHS])
             one = torch.arange(length)
-            given = {"labels": ids, "position_ids": torch.stack([one if plain else several, one])}
+            arguments = {"labels": ids, "position_ids": torch.stack([one if plain else several, one])}
         m.set_attn_implementation(FLASH)
         m.zero_grad()
-        loss = compiled(input_ids=ids, use_cache=False, **given).loss
+        loss = compiled(input_ids=ids, use_cache=False, **arguments).loss
         loss.backward()
         got = [loss.detach(), *(p.grad.clone() for p in m.parameters() if p.grad is not None)]
-        assert_close(got, results(m, "eager", input_ids=ids, **given), 1e-3)
+        assert_close(got, results(m, "eager", input_ids=ids, **arguments), 1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     # Boundaries of sequences for the first alone.
     assert [run[3] is None for run in runs] == [False] * len(m.model.layers) + [True] * len(m.model.layers)
@@ -58,7 +58,7 @@ def test_a_compiled_model_takes_the_lengths_that_it_is_given(attention) -> None:
     compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
     for lengths in (LENGTHS, (9, 3)):
         ids = tokens(1, sum(lengths))
-        given = {"labels": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+        arguments = {"labels": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
         cu = torch.tensor([0, *lengths]).cumsum(0).int()
         m.set_attn_implementation(FLASH)
         m.zero_grad()
@@ -66,10 +66,10 @@ def test_a_compiled_model_takes_the_lengths_that_it_is_given(attention) -> None:
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu),
             **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
         }
-        loss = compiled(input_ids=ids, use_cache=False, **given, **handed_over).loss
+        loss = compiled(input_ids=ids, use_cache=False, **arguments, **handed_over).loss
         loss.backward()
         got = [loss.detach(), *(p.grad.clone() for p in m.parameters() if p.grad is not None)]
-        assert_close(got, results(m, "eager", input_ids=ids, **given), 1e-3)
+        assert_close(got, results(m, "eager", input_ids=ids, **arguments), 1e-3)
 
 
 def test_a_traced_graph_leaves_to_transformers_what_it_cannot_look_into(attention, submodule) -> None:
@@ -95,7 +95,7 @@ def test_a_traced_graph_leaves_to_transformers_what_it_cannot_look_into(attentio
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_operators_of_a_traced_graph_pass_opcheck(submodule, packed: bool, shared: bool) -> None:
-    traced = submodule("integration.attention_traced")
+    traced = submodule("ops.attention.segments")
     q = torch.randn(2, 5, 4, 16, requires_grad=True)
     k, v = (torch.randn(2, 5, 2, 16, requires_grad=True) for _ in "kv")
     v = None if shared else v
@@ -110,7 +110,7 @@ def test_the_operators_of_a_traced_graph_pass_opcheck(submodule, packed: bool, s
 
 
 def test_a_traced_graph_refuses_padding_between_tokens_under_a_window(submodule) -> None:
-    traced = submodule("integration.attention_traced")
+    traced = submodule("ops.attention.segments")
     q, numbers = torch.randn(1, 4, 2, 16), torch.tensor([[1, 0, 1, 1]], dtype=torch.int32)
     traced.segments_forward(q, q, q, numbers, True, False, 1.0, -1, -1, 0.0)
     with pytest.raises(ValueError, match="pad to the left or right"):

@@ -21,7 +21,7 @@ WORKLOADS = {"Decode": "forward", "Prefill": "forward", "Training": "step"}
 
 @pytest.fixture(scope="module")
 def classes():
-    return {each.__name__: each for each in discover_benchmark_classes(SCRIPT, REPOSITORY)}
+    return {kind.__name__: kind for kind in discover_benchmark_classes(SCRIPT, REPOSITORY)}
 
 
 @pytest.fixture
@@ -126,9 +126,9 @@ def test_figures_of_a_copy_that_git_does_not_know_have_no_commit(script, monkeyp
     measuring = script("measuring")
     monkeypatch.setenv("PATH", path)
     monkeypatch.setattr(measuring, "REPOSITORY", tmp_path)
-    found = measuring.provenance()
-    assert found["commit"] is None
-    assert found["versions"]["torch"]
+    provenance = measuring.provenance()
+    assert provenance["commit"] is None
+    assert provenance["versions"]["torch"]
     assert measuring.installed("no-such-package") is None
 
 
@@ -154,10 +154,10 @@ def test_short_steps_are_timed_many_in_a_row(script, monkeypatch, least, tried) 
 def test_a_comparison_for_a_gpu_says_where_there_is_none(name) -> None:
     command = [sys.executable, str(REPOSITORY / "benchmarks" / name), "--device", "cuda"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --device cuda: torch ")
-    assert done.stderr.endswith(" finds no GPU\n")
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: --device cuda: torch ")
+    assert process.stderr.endswith(" finds no GPU\n")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where and in what surroundings an operator computes."""
+"""The device, autocast and precision in which an operator computes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ import importlib
 gpu = importlib.import_module(kernel.__name__ + ".ops.grouped_linear.gpu")
 print(gpu.float32_precision(torch.zeros(1)), gpu.float32_precision(torch.zeros(1).half()))
 """
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == [SWITCHES[switch], "ieee"], done.stderr
+    assert finished.stdout.split() == [SWITCHES[switch], "ieee"], finished.stderr

@@ -26,8 +26,8 @@ def run(
     """Output, then the gradients of hidden states, routing weights, base weights (if trainable) and factors."""
     leaves = [hidden_states, weights, *module.parameters(), *(f for pair in lora.values() for f in pair)]
     out = kernel.experts_forward(module, hidden_states, index, weights, lora=lora)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [out, *torch.autograd.grad(out, wanted, grad_out)]
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    return [out, *torch.autograd.grad(out, trained, grad_out)]
 
 
 def exact(
@@ -58,8 +58,8 @@ def exact(
         submodule("ops.activation").Gate(activation),
     )
     leaves = [x, w, gate_up, down, *(f for pair in factors.values() for f in pair)]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [out, *torch.autograd.grad(out, wanted, grad_out.double())]
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    return [out, *torch.autograd.grad(out, trained, grad_out.double())]
 
 
 def problem(

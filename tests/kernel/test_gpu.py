@@ -58,10 +58,10 @@ def test_float64_which_no_triton_kernel_takes_is_not_asked_of_a_gpu() -> None:
         "print(a.EXACT, torch.float64 in n.TOLERANCE, torch.bfloat16 in n.TOLERANCE)"
     )
     environment = {**os.environ, "KERNEL_TESTS_DEVICE": "cuda", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["torch.float32", "False", "True"]
+    assert process.stdout.split() == ["torch.float32", "False", "True"]
 
 
 def test_the_device_asked_for_is_where_tensors_are_made() -> None:

@@ -39,7 +39,7 @@ def step(gpu):
 
 
 def words(gpu, todo, folder, minutes=5.0):
-    return {each.name: (each.word, each.detail) for each in gpu.run_all(todo, folder, minutes)}
+    return {outcome.name: (outcome.word, outcome.detail) for outcome in gpu.run_all(todo, folder, minutes)}
 
 
 def test_a_step_that_fails_is_reported_and_the_others_run(gpu, step, tmp_path, capsys) -> None:
@@ -62,11 +62,11 @@ def test_where_all_pass_so_does_the_run(gpu, step, tmp_path) -> None:
 
 def test_a_step_that_takes_too_long_is_ended_with_what_it_started(gpu, step, tmp_path) -> None:
     code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {SLEEP!r}]).pid); {SLEEP}"
-    found = words(gpu, [step("long", code, 0.05), step("next", "pass")], tmp_path)
-    word, detail = found["long"]
+    outcomes = words(gpu, [step("long", code, 0.05), step("next", "pass")], tmp_path)
+    word, detail = outcomes["long"]
     assert word == "failed"
     assert detail.startswith("not done after ")
-    assert found["next"][0] == "passed"
+    assert outcomes["next"][0] == "passed"
     started = int(tmp_path.joinpath("long.log").read_text().splitlines()[1])
     assert not runs(started)
 
@@ -84,11 +84,11 @@ def test_what_a_step_leaves_in_a_temporary_folder_goes_with_it(gpu, step, tmp_pa
 
 
 def test_what_no_time_is_left_for_is_skipped_and_said(gpu, step, tmp_path) -> None:
-    found = words(
+    outcomes = words(
         gpu, [step("first", "import time; time.sleep(2)", 0.1), step("second", "pass", 0.1)], tmp_path, 0.11
     )
-    assert found["first"][0] == "passed"
-    assert found["second"] == ("skipped", "the 0.11 minutes are spent")
+    assert outcomes["first"][0] == "passed"
+    assert outcomes["second"] == ("skipped", "the 0.11 minutes are spent")
     assert not tmp_path.joinpath("second.log").exists()
 
 
@@ -101,11 +101,11 @@ def test_a_step_waits_for_the_one_that_it_needs_and_is_told_its_time(gpu, step, 
         step("no tool", "pass", missing="no such tool"),
     ]
     todo[2] = gpu.Step("good", [*todo[2].command, "{minutes}"], 3.0)
-    found = words(gpu, todo, tmp_path)
-    assert found["bad"][1].startswith("exit status 3 after ")
-    assert found["needs bad"] == ("skipped", "bad did not pass")
-    assert found["needs good"][0] == "passed"
-    assert found["no tool"] == ("skipped", "no such tool")
+    outcomes = words(gpu, todo, tmp_path)
+    assert outcomes["bad"][1].startswith("exit status 3 after ")
+    assert outcomes["needs bad"] == ("skipped", "bad did not pass")
+    assert outcomes["needs good"][0] == "passed"
+    assert outcomes["no tool"] == ("skipped", "no such tool")
     assert tmp_path.joinpath("good.log").read_text().splitlines()[1:] == ["2.0"]
 
 
@@ -115,8 +115,8 @@ def test_steps_find_what_is_in_the_repository_and_what_the_caller_named(
     tmp_path.joinpath("named_by_the_caller.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code = "import kernelpress.spec, scattermoe_lora, named_by_the_caller, os; print(os.environ['MINE'])"
-    found = words(gpu, [step("imports", code, environment={"MINE": "here"})], tmp_path)
-    assert found["imports"][0] == "passed", tmp_path.joinpath("imports.log").read_text()
+    outcomes = words(gpu, [step("imports", code, environment={"MINE": "here"})], tmp_path)
+    assert outcomes["imports"][0] == "passed", tmp_path.joinpath("imports.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_ends_the_run_ends_its_step(tmp_path, received) -> None:
 
 
 def runs(process: int) -> bool:
-    """Whether a process runs. One that ended and that nobody waited for is none."""
+    """Tell whether a process runs. One that ended and that nobody waited for is none."""
     try:
         state = Path(f"/proc/{process}/stat").read_text()
     except FileNotFoundError:
@@ -165,41 +165,41 @@ def test_every_step_runs_a_script_that_is_there_with_options_that_it_takes(
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     todo = gpu.steps(tmp_path, tmp_path, install=True)
     names = ["tests", "compare", "attention", "norm_rotary", "tune", "compare-tuned", "memcheck", "racecheck"]
-    assert [each.name for each in todo] == names
-    assert [each.name for each in todo if each.missing] == ["memcheck", "racecheck"]
-    for each in todo:
-        if each.command[1].endswith(".py"):
+    assert [planned.name for planned in todo] == names
+    assert [planned.name for planned in todo if planned.missing] == ["memcheck", "racecheck"]
+    for planned in todo:
+        if planned.command[1].endswith(".py"):
             usage = subprocess.run(
-                [*each.command[:2], "--help"],
+                [*planned.command[:2], "--help"],
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY / "torch-ext")},
                 capture_output=True, text=True, check=True,
             ).stdout  # fmt: skip
-            assert all(option in usage for option in each.command if option.startswith("--"))
-    without = [each.name for each in gpu.steps(tmp_path, None, install=False)]
+            assert all(option in usage for option in planned.command if option.startswith("--"))
+    without = [planned.name for planned in gpu.steps(tmp_path, None, install=False)]
     assert without == [name for name in names if name != "compare-tuned"]
 
 
 def test_tests_that_the_steps_choose_are_there(gpu, tmp_path) -> None:
-    for each in gpu.steps(tmp_path, None, install=False):
-        if "pytest" in each.command:
-            chosen = each.command[each.command.index("pytest") - 1 :]
-            done = subprocess.run(
+    for planned in gpu.steps(tmp_path, None, install=False):
+        if "pytest" in planned.command:
+            chosen = planned.command[planned.command.index("pytest") - 1 :]
+            process = subprocess.run(
                 [sys.executable, *chosen, "--collect-only"],
                 cwd=REPOSITORY, capture_output=True, text=True, check=False,
             )  # fmt: skip
-            assert done.returncode == 0, done.stdout
-            collected = re.search(r"(\d+)/\d+ tests collected", done.stdout)
+            assert process.returncode == 0, process.stdout
+            collected = re.search(r"(\d+)/\d+ tests collected", process.stdout)
             assert collected
-            assert int(collected[1]) >= (5 if each.name == "tests" else 60)
+            assert int(collected[1]) >= (5 if planned.name == "tests" else 60)
 
 
 def test_without_a_gpu_one_line_says_so() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py")],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr == f"error: no GPU for {sys.executable}: torch finds none\n"
+    assert process.returncode == 1
+    assert process.stderr == f"error: no GPU for {sys.executable}: torch finds none\n"
 
 
 def test_packages_that_are_missing_are_named(gpu) -> None:

@@ -26,6 +26,6 @@ KERNELS = {
 def test_launches_with_sizes_of_one_compile(kernel: ModuleType) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert set(done.stdout.split()) == KERNELS
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert set(process.stdout.split()) == KERNELS

@@ -113,7 +113,7 @@ def test_any_layout_of_any_shape(
                 "grouped_matmul": {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 2},
                 "grouped_outer": {"BLOCK_P": n, "BLOCK_Q": k, "BLOCK_S": m},
             }
-            patch.setattr(submodule("ops.tiles"), "launch", lambda name, *_: launches[name])
+            patch.setattr(submodule("ops.grouped_linear.gpu"), "tile", lambda name, *_: launches[name])
         assert_experts_match(submodule, shape, GATES[gate], transposed, biased, adapted, sentinels)
 
 
@@ -164,6 +164,6 @@ def test_nan_reaches_the_gradients_that_it_reaches_without_fusion(submodule) -> 
     out, *_ = submodule("ops.experts.op").experts_forward(*arguments, order, offsets, *gate, False, True)
     reference = submodule("ops.experts.reference").experts
     exact = reference(x, up, down, index, weights, *[None] * 4, gate, bias)
-    got, expected = (torch.autograd.grad(each.sum(), bias)[0] for each in (out, exact))
+    got, expected = (torch.autograd.grad(result.sum(), bias)[0] for result in (out, exact))
     assert got.isfinite().tolist() == expected.isfinite().tolist()
     torch.testing.assert_close(got, expected, equal_nan=True)

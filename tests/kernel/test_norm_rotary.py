@@ -246,7 +246,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         views = [t for t in args if isinstance(t, torch.Tensor)]
-        for t in (out,) if isinstance(out, torch.Tensor) else out:
+        results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        for t in results:
             if all(t.untyped_storage().data_ptr() != v.untyped_storage().data_ptr() for v in views):
                 self.elements.append(t.numel())
         return out
@@ -256,9 +257,10 @@ def test_native_code_allocates_the_result_and_chunks(kernel, submodule, monkeypa
     cpu = submodule("ops.norm_rotary.cpu")
     monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 256)
     x, weight, cos, sin, grad = (t.detach() for t in leaves((2, 50, 4, 16, 16, 2), torch.bfloat16))
+    operands = submodule("ops.norm_rotary.arguments").Operands(x, weight, cos, sin, 1e-6)
     for call in (
-        lambda: cpu.forward(x, weight, cos, sin, 1e-6, torch.bfloat16),
-        lambda: cpu.backward(grad, x, weight, cos, sin, 1e-6, True, True),
+        lambda: cpu.forward(operands),
+        lambda: cpu.backward(grad, operands, ["x", "weight"]),
     ):
         with Largest() as seen:
             call()
@@ -285,8 +287,8 @@ def test_operators_pass_opcheck(kernel, submodule) -> None:
     torch.library.opcheck(op.norm_rotary_forward, (x, weight, cos, sin, 1e-6))
     torch.library.opcheck(op.norm_rotary_forward, (x, None, None, None, 1e-6))
     plain = [t.detach() for t in (grad, x, weight, cos, sin)]
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(op.norm_rotary_backward, (*plain, 1e-6, *needs))
+    for needs in ([True, True], [True, False], [False, True]):
+        torch.library.opcheck(op.norm_rotary_backward, (*plain, 1e-6, needs))
 
 
 if not TRITON:

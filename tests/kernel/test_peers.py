@@ -87,11 +87,11 @@ def unpacked(script, tmp_path_factory):
         if name not in known:
             where = tmp_path_factory.mktemp(name)
             command = peers.how_to_get([name]).replace("--dest wheels", f"--quiet --dest {where}").split()
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-m", *command], capture_output=True, text=True, timeout=600, check=False
             )
-            if done.returncode:
-                pytest.skip(f"{name} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}")
+            if process.returncode:
+                pytest.skip(f"{name} cannot be downloaded: {process.stderr.strip().splitlines()[-1:]}")
             known[name] = peers.prepare(name, peers.find_wheels(name, where), where / "unpacked")
         return known[name]
 
@@ -109,7 +109,7 @@ def unpacked(script, tmp_path_factory):
 def test_a_peers_layer_computes_what_eager_computes_without_merging(
     unpacked, tmp_path, name, before, after, environment
 ) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", CHILD.format(before=before, after=after.strip()), name, str(unpacked(name))],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(BENCHMARKS), **environment},
@@ -118,8 +118,8 @@ def test_a_peers_layer_computes_what_eager_computes_without_merging(
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    errors = json.loads(process.stdout.splitlines()[-1])
     assert sorted(errors) == sorted(RESULTS)
     assert all(error < 1e-5 for error in errors.values()), errors
 

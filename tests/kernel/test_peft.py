@@ -24,7 +24,7 @@ BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 class Layer(torch.nn.Module):
-    """What PEFT sees of a model: a module that holds experts."""
+    """A module that holds experts, as PEFT sees a model."""
 
     def __init__(self, shape: Shape = SHAPE, dtype: torch.dtype = torch.float32, experts: Any = None) -> None:
         super().__init__()
@@ -261,10 +261,12 @@ def test_nothing_inside_the_operators_has_a_weights_size(
     biases = (torch.randn(16, 96), torch.randn(16, 64))
     x, weights = torch.randn(2, 64), torch.rand(2, 1)
     order, offsets = routing.sort_by_expert(route(SPARSE), 16)
-    base = (up, down, weights, order, offsets, *factors, *biases, gate)
+    arguments = submodule("ops.experts.arguments")
+    operands = arguments.Operands(x, up, down, weights, *factors, *biases, order, offsets)
+    names = [name for name in operands._fields[:10] if name not in ("gate_up", "down")]
     with Largest() as largest:
-        out, *kept = cpu.forward(x, *base, True)
-        cpu.backward(out, x, *kept, *base, [True, False, False, *[True] * 7])
+        out, *kept = cpu.forward(operands, gate, True)
+        cpu.backward(out, operands, arguments.Kept(*kept), gate, names)
     assert largest.elements < down.numel() / 4
 
 

@@ -22,16 +22,24 @@ BLOCKS = {
 
 @pytest.fixture(scope="session")
 def tiles(submodule):
-    return submodule("ops.tiles")
+    return submodule("ops.tile_tables")
 
 
-def test_there_is_a_table_for_every_target_and_a_default(tiles) -> None:
-    assert set(tiles.available()) == {*TARGETS, "default"}
+@pytest.fixture(scope="session")
+def gpu(submodule):
+    return submodule("ops.grouped_linear.gpu")
 
 
-def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles) -> None:
-    for device in tiles.available():
-        table = tiles.load(device)
+@pytest.mark.parametrize("operator", ["grouped_linear", "attention"])
+def test_there_is_a_table_for_every_target_and_a_default(tiles, submodule, operator) -> None:
+    folder = submodule(f"ops.{operator}.gpu").TILES
+    assert {path.name for path in folder.iterdir()} == {f"{device}.json" for device in (*TARGETS, "default")}
+    assert set(tiles.DEVICES) == {*TARGETS, "default"}
+
+
+def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles, gpu) -> None:
+    for device in tiles.DEVICES:
+        table = tiles.load(gpu.TILES, device)
         assert set(table.rules) == set(BLOCKS)
         for kernel, rules in table.rules.items():
             for rule in rules:
@@ -40,9 +48,9 @@ def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles
                 assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
             for itemsize in (2, 4):
                 own = [rule for rule in rules if rule.bytes == itemsize]
-                assert (own[-1].rows, own[-1].n, own[-1].k) == (None, None, None)
+                assert own[-1].limits == {"rows": None, "n": None, "k": None}
                 # A rule behind one that serves all it serves would never be taken.
-                limits = [(rule.rows, rule.n, rule.k) for rule in own]
+                limits = [tuple(rule.limits.values()) for rule in own]
                 for later, limit in enumerate(limits):
                     assert not any(
                         all(
@@ -79,49 +87,47 @@ def test_a_device_takes_its_own_table_or_the_closest_older_of_its_generation(
     k=st.integers(1, 30000),
     dtype=st.sampled_from(["half", "float"]),
 )
-def test_the_first_rule_that_serves_a_shape_is_taken(tiles, rows, n, k, dtype) -> None:
+def test_the_first_rule_that_serves_a_shape_is_taken(tiles, gpu, rows, n, k, dtype) -> None:
     like = torch.empty(0, dtype=getattr(torch, dtype))
     for kernel in BLOCKS:
-        rules = tiles.load("default").rules[kernel]
-        serving = [rule for rule in rules if rule.serves(like.itemsize, rows, n, k)]
-        assert tiles.launch(kernel, like, rows, n, k) is serving[0].launch
-        assert all(
-            limit is None or size <= limit
-            for limit, size in zip((serving[0].rows, serving[0].n, serving[0].k), (rows, n, k), strict=True)
-        )
+        rules = tiles.load(gpu.TILES, "default").rules[kernel]
+        sizes = {"rows": rows, "n": n, "k": k}
+        serving = [rule for rule in rules if rule.serves(like.itemsize, sizes)]
+        assert gpu.tile(kernel, like, rows, n, k) is serving[0].launch
+        assert all(limit is None or sizes[name] <= limit for name, limit in serving[0].limits.items())
 
 
 @pytest.mark.parametrize(("n", "k"), [(2816, 1408), (16, 2816), (8, 2816), (2816, 1)])
-def test_aligned_and_narrow_shapes_take_the_devices_table(tiles, monkeypatch, n, k) -> None:
+def test_aligned_and_narrow_shapes_take_the_devices_table(tiles, gpu, monkeypatch, n, k) -> None:
     monkeypatch.setattr(tiles, "table_of", lambda device: "sm_90")
     for kernel in BLOCKS:
-        launch = tiles.launch(kernel, torch.empty(0, dtype=torch.bfloat16), 512, n, k)
-        assert launch in [rule.launch for rule in tiles.load("sm_90").rules[kernel]]
+        launch = gpu.tile(kernel, torch.empty(0, dtype=torch.bfloat16), 512, n, k)
+        assert launch in [rule.launch for rule in tiles.load(gpu.TILES, "sm_90").rules[kernel]]
 
 
 @pytest.mark.parametrize(("n", "k"), [(2815, 1408), (2816, 1404)])
-def test_shapes_that_are_not_aligned_take_the_default(tiles, monkeypatch, n, k) -> None:
+def test_shapes_that_are_not_aligned_take_the_default(tiles, gpu, monkeypatch, n, k) -> None:
     monkeypatch.setattr(tiles, "table_of", lambda device: "sm_90")
-    launch = tiles.launch("grouped_matmul", torch.empty(0, dtype=torch.bfloat16), 512, n, k)
-    assert launch in [rule.launch for rule in tiles.load("default").rules["grouped_matmul"]]
+    launch = gpu.tile("grouped_matmul", torch.empty(0, dtype=torch.bfloat16), 512, n, k)
+    assert launch in [rule.launch for rule in tiles.load(gpu.TILES, "default").rules["grouped_matmul"]]
 
 
-def test_a_dtype_without_a_kernel_is_refused(tiles) -> None:
+def test_a_dtype_without_a_kernel_is_refused(gpu) -> None:
     with pytest.raises(
         NotImplementedError, match=r"grouped_matmul: no Triton kernel for torch\.float64; use float32"
     ):
-        tiles.launch("grouped_matmul", torch.empty(0, dtype=torch.float64), 1, 1, 1)
+        gpu.tile("grouped_matmul", torch.empty(0, dtype=torch.float64), 1, 1, 1)
 
 
-def test_every_tile_that_ships_is_compiled_ahead_of_time(tiles, submodule) -> None:
+def test_every_tile_that_ships_is_compiled_ahead_of_time(tiles, gpu, submodule) -> None:
     compiled = {
         (spec.kernel.__name__, target, *sorted({**spec.constants, **spec.options}.items(), key=str))
         for spec in submodule("ops.grouped_linear.specs").COMPILE_SPECS
         for target in spec.targets
     }
-    for device in tiles.available():
+    for device in tiles.DEVICES:
         for target in TARGETS if device == "default" else (device,):
-            for kernel, rules in tiles.load(device).rules.items():
+            for kernel, rules in tiles.load(gpu.TILES, device).rules.items():
                 for rule in rules:
                     assert any(
                         entry[:2] == (f"{kernel}_kernel", target)
@@ -145,9 +151,9 @@ def test_interpreter_agrees_with_the_reference_whatever_the_blocks() -> None:
         "-k",
         "any_blocks",
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "1 passed" in done.stdout
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-2000:]
+    assert "1 passed" in finished.stdout
 
 
 if INTERPRETED:
@@ -175,8 +181,8 @@ if INTERPRETED:
             matmul = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group}
             outer = {"BLOCK_P": n, "BLOCK_Q": k, "BLOCK_S": m}
             patch.setattr(
-                submodule("ops.tiles"),
-                "launch",
+                submodule("ops.grouped_linear.gpu"),
+                "tile",
                 lambda name, *_: matmul if name == "grouped_matmul" else outer,
             )
             y = kernel.grouped_linear(leaves[0], leaves[1], index, leaves[2], leaves[3])

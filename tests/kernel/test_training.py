@@ -153,7 +153,7 @@ def test_pefts_own_path_compiles(registered: ModuleType) -> None:
 
 
 class Dequantized(torch.nn.Module):
-    """What bitsandbytes makes of an experts' weight: a small parameter, and the weight computed at each reading."""
+    """An experts' weight in bitsandbytes' form: a small parameter, and the weight computed at each reading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +273,9 @@ def test_two_processes_train_as_one(kernel: ModuleType, tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1200)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=1200
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
     for check in ("ddp", "fsdp", "expert_parallel"):
-        assert done.stdout.count(f"{check}: equal to one process") == 2
+        assert finished.stdout.count(f"{check}: equal to one process") == 2

@@ -26,30 +26,34 @@ def tune():
 
 
 def test_tuning_considers_every_launch_that_ships_and_writes_tables_as_they_are_read(tune) -> None:
-    for device in tune.tiles.available():
+    for device in tune.tiles.DEVICES:
         found = []
-        for kernel, rules in tune.tiles.load(device).rules.items():
+        for kernel, rules in tune.tiles.load(tune.TILES, device).rules.items():
             for rule in rules:
                 candidates = list(tune.candidates(kernel, rule))
                 assert all(set(each) == set(rule.launch) for each in candidates)
                 if rule.launch["num_stages"] <= 4:
                     assert dict(rule.launch) in candidates
-                found.append(tune.Found(kernel, rule, 1.0, dict(rule.launch), 1.0))
-        file = tune.tiles.TILES / f"{device}.json"
-        assert tune.render(tune.tiles.load(device).measured, found) == file.read_text()
+                found.append(tune.Tuned(kernel, rule, 1.0, dict(rule.launch), 1.0))
+        file = tune.TILES / f"{device}.json"
+        assert tune.render(tune.tiles.load(tune.TILES, device).measured, found) == file.read_text()
 
 
 def test_tuning_without_a_gpu_says_so() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "torch-ext"), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "tune.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "error: tuning times kernels on a GPU, and this machine has none\n"
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr == "error: tuning times kernels on a GPU, and this machine has none\n"
 
 
 @pytest.fixture
 def rules(tune):
-    return [(kernel, rule) for kernel, rules in tune.tiles.load("sm_90").rules.items() for rule in rules]
+    return [
+        (kernel, rule)
+        for kernel, rules in tune.tiles.load(tune.TILES, "sm_90").rules.items()
+        for rule in rules
+    ]
 
 
 class Clock:
@@ -89,7 +93,7 @@ def test_search_finds_the_fastest_launch_and_times_a_third_of_them(tune, rules) 
 def test_a_tile_that_fits_with_two_stages_alone_is_found_and_one_that_does_not_run_is_left_out(
     tune, rules
 ) -> None:
-    kernel, rule = next(pair for pair in rules if (pair[1].rows, pair[1].n, pair[1].k) == (None, None, None))
+    kernel, rule = next(pair for pair in rules if set(pair[1].limits.values()) == {None})
     launches = list(tune.candidates(kernel, rule))
     best = {name: max(each[name] for each in launches) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
 
@@ -145,7 +149,7 @@ def test_a_launch_that_computes_something_else_is_not_taken(
     monkeypatch.setattr(tune, "search", lambda *_: [(1.0, named["first"]), (2.0, named["second"])])
 
     def call():
-        (name,) = (name for name, launch in named.items() if launch == tune.tiles.launch())
+        (name,) = (name for name, launch in named.items() if launch == tune.gpu.tile())
         running.append(name)
         result = torch.ones(400, 400)
         # One small block of one of the results.
@@ -167,7 +171,7 @@ def test_a_launch_that_is_hardly_faster_is_not_taken(tune, rules, monkeypatch, u
     monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: 3.0)
     monkeypatch.setattr(tune, "search", lambda *_: [(2.99, other)])
     monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(lambda: [torch.ones(1)], [torch.ones(1)]))
-    assert tune.tune(kernel, rule, until) == tune.Found(kernel, rule, 3.0, dict(rule.launch), 3.0)
+    assert tune.tune(kernel, rule, until) == tune.Tuned(kernel, rule, 3.0, dict(rule.launch), 3.0)
 
 
 def test_nothing_is_timed_when_the_time_is_up(tune, rules, monkeypatch) -> None:
@@ -177,14 +181,14 @@ def test_nothing_is_timed_when_the_time_is_up(tune, rules, monkeypatch) -> None:
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(tune, "milliseconds", lambda call, launch, longer: timed.append(launch) or 1.0)
     monkeypatch.setattr(tune, "problem", lambda *_: tune.Problem(list, []))
-    assert tune.tune(kernel, rule, until=5) == tune.Found(kernel, rule, None, dict(rule.launch), None)
+    assert tune.tune(kernel, rule, until=5) == tune.Tuned(kernel, rule, None, dict(rule.launch), None)
     assert len(timed) == 5
 
 
 def test_a_table_is_written_at_once(tune, rules, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "made up")
-    found = [tune.Found(kernel, rule, 2.0, dict(rule.launch), 1.0) for kernel, rule in rules]
-    found[-1] = tune.Found(*rules[-1], None, dict(rules[-1][1].launch), None)
+    found = [tune.Tuned(kernel, rule, 2.0, dict(rule.launch), 1.0) for kernel, rule in rules]
+    found[-1] = tune.Tuned(*rules[-1], None, dict(rules[-1][1].launch), None)
     path = tmp_path / "folder" / "sm_90.json"
     tune.write(path, found)
     assert json.loads(path.read_text())["measured"]["rules"] == f"{len(found) - 1} of {len(found)}"
@@ -229,7 +233,7 @@ def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeyp
 
     def one(kernel, rule, until):
         assert until == 60
-        return tune.Found(kernel, rule, 2.0, {**rule.launch, "num_stages": 2}, 1.0)
+        return tune.Tuned(kernel, rule, 2.0, {**rule.launch, "num_stages": 2}, 1.0)
 
     result = tune.tune_all(rules, 1.0, lambda found: kept.append(list(found)), one)
     found, timed = kept[-1], len(kept)
@@ -250,7 +254,7 @@ def test_rules_that_no_time_is_left_for_keep_their_launches(tune, rules, monkeyp
 PROBLEMS = """
 import tune, tune_problems as sizes
 sizes.EXPERTS, sizes.ROWS, sizes.WIDE, sizes.INTERMEDIATE, sizes.RANK = 3, 20, 64, 48, 16
-for kernel, rules in tune.tiles.load("sm_90").rules.items():
+for kernel, rules in tune.tiles.load(tune.TILES, "sm_90").rules.items():
     for rule in rules:
         if rule.bytes == 4:
             given = tune.problem(kernel, rule, "cpu")
@@ -263,7 +267,7 @@ for kernel, rules in tune.tiles.load("sm_90").rules.items():
 
 def test_what_is_timed_computes_what_torch_computes() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROBLEMS], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == 7 * ["True"], done.stderr
+    assert process.stdout.split() == 7 * ["True"], process.stderr

@@ -6,8 +6,9 @@ expert parameters runs fused in it; ``register_attention()`` does the same for `
 """
 
 from .integration.attention import register_attention, unregister_attention
+from .integration.experts_forward import experts_forward
 from .integration.gemma4 import apply_to, remove_from
-from .integration.transformers import experts_forward, register, unregister
+from .integration.transformers import register, unregister
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
 from .ops.norm_rotary.api import rms_norm_rotary

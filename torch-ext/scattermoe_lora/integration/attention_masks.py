@@ -1,4 +1,4 @@
-"""The mask function that transformers calls: what a mask says, read from its description.
+"""The mask function that transformers calls, which reads a mask from its description.
 
 transformers describes a mask by a function of indices, and the implementation's mask function makes of it what its
 attention takes. Ours reads the description; what the kernels cannot express becomes the dense mask of eager mode.
@@ -20,7 +20,7 @@ _kinds: list[tuple[CodeType, str]] = []
 
 
 class Pattern(NamedTuple):
-    """What a mask function of transformers says, apart from padding.
+    """The mask that a function of transformers describes, apart from padding.
 
     Attributes:
         causal: Whether a query sees no later key.
@@ -55,18 +55,18 @@ def mask(
     from transformers import masking_utils
 
     mask_function = mask_function or masking_utils.causal_mask_function
-    found: torch.Tensor | str
+    result: torch.Tensor | str
     if not supports(config, "_supports_flash_attn"):
-        found = "transformers gives this model no flash attention"
+        result = "transformers gives this model no flash attention"
     elif (
         q_length == 1
         and not kwargs.get("allow_is_causal_skip", True)
         and "allow_is_bidirectional_skip" not in kwargs
     ):
         # transformers' sign for a step of decoding that it may compile: shapes have to stay what they are.
-        found = "a step of decoding with a static cache"
+        result = "a step of decoding with a static cache"
     elif torch.compiler.is_compiling():
-        found = attention_traced.segments(
+        result = attention_traced.segments(
             batch_size,
             q_length,
             kv_length,
@@ -79,9 +79,9 @@ def mask(
         )
     else:
         offsets, device = (int(q_offset), kv_offset), kwargs.get("device", "cpu")
-        found = _segments(batch_size, q_length, kv_length, offsets, mask_function, attention_mask, device)
-    if isinstance(found, torch.Tensor):
-        return found
+        result = _segments(batch_size, q_length, kv_length, offsets, mask_function, attention_mask, device)
+    if isinstance(result, torch.Tensor):
+        return result
     dense = masking_utils.eager_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -94,7 +94,7 @@ def mask(
         **kwargs,
     )
     if dense is not None:
-        setattr(dense, _REASON, found)
+        setattr(dense, _REASON, result)
     return dense
 
 
@@ -107,7 +107,7 @@ def _segments(
     attention_mask: torch.Tensor | None,
     device: torch.device | str,
 ) -> torch.Tensor | str:
-    """What :func:`mask` returns, or why there is no such thing."""
+    """The segments that stand for a mask, or the reason why none do."""
     q_offset, kv_offset = offsets
     pattern = read(mask_function, kv_length + kv_offset)
     if isinstance(pattern, str):
@@ -136,20 +136,20 @@ def _segments(
 
 
 def _valid_keys(attention_mask: torch.Tensor, begin: int, end: int) -> torch.Tensor | None:
-    """Which keys are no padding, ``[B, end - begin]``, or None where none is. The mask may end early, as in a cache."""
+    """True for keys that are no padding, ``[B, end - begin]``; None if all are. A cache's mask may end early."""
     missing = max(0, end - attention_mask.shape[1])
     valid = torch.nn.functional.pad(attention_mask, (0, missing))[:, begin:end].bool()
     return None if valid.all() else valid
 
 
 def _starts(valid: torch.Tensor) -> torch.Tensor:
-    """Where a run of valid keys begins."""
+    """True where a run of valid keys begins."""
     before = torch.nn.functional.pad(valid, (1, 0))[:, :-1]
     return valid & ~before
 
 
 def reason_of(dense: torch.Tensor) -> str:
-    """Why :func:`mask` made a dense mask."""
+    """The reason why :func:`mask` made a dense mask."""
     return getattr(dense, _REASON, "a mask of its own")
 
 
@@ -164,7 +164,7 @@ def for_sdpa(dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def read(function: Callable[..., Any], length: int) -> Pattern | str:
-    """What a mask function of transformers says of ``length`` tokens, or why the kernels cannot express it.
+    """The mask that a function of transformers describes for ``length`` tokens, or why the kernels cannot express it.
 
     Functions are known by their code, which is that of transformers' own; the numbers in them come from their closures.
     """
@@ -173,7 +173,7 @@ def read(function: Callable[..., Any], length: int) -> Pattern | str:
         return Pattern(causal=kind == "causal")
     inside = {} if kind is None else _closure(function)
     if kind == "and":
-        return _all_of([read(each, length) for each in inside["mask_functions"]])
+        return _all_of([read(part, length) for part in inside["mask_functions"]])
     if kind == "or":
         return _any_of(inside["mask_functions"], length)
     if kind == "window":
@@ -212,20 +212,20 @@ def _narrower(a: int, b: int) -> int:
 def _any_of(functions: tuple[Callable[..., Any], ...], length: int) -> Pattern | str:
     # Blocks come with every batch of a model for images, of text alone, too.
     kept = [
-        each
-        for each in functions
-        if _kind(each) != "blocks" or bool((_closure(each)["block_sequence_ids"] >= 0).any())
+        function
+        for function in functions
+        if _kind(function) != "blocks" or bool((_closure(function)["block_sequence_ids"] >= 0).any())
     ]
     if len(kept) == 1:
         return read(kept[0], length)
-    reasons = [found for found in (read(each, length) for each in kept) if isinstance(found, str)]
+    reasons = [part for part in (read(function, length) for function in kept) if isinstance(part, str)]
     return reasons[0] if reasons else "a union of masks"
 
 
 def _kind(function: Any) -> str | None:
     code = getattr(function, "__code__", None)
-    for known, kind in _kinds:
-        if code is known:
+    for own, kind in _kinds:
+        if code is own:
             return kind
     return None
 
@@ -238,7 +238,7 @@ def know_functions() -> None:
     torch.compiler.assume_constant_result(supports)
     _kinds.clear()
     nothing = torch.zeros(1, 1, dtype=torch.int64)
-    made = {
+    builders = {
         "and": ("and_masks", (masking_utils.causal_mask_function,)),
         "or": ("or_masks", (masking_utils.causal_mask_function,)),
         "window": ("sliding_window_overlay", (1,)),
@@ -247,7 +247,7 @@ def know_functions() -> None:
         "chunks": ("chunked_overlay", (1, nothing)),
         "blocks": ("blockwise_overlay", (nothing,)),
     }
-    for kind, (name, arguments) in made.items():
+    for kind, (name, arguments) in builders.items():
         # What a version of transformers does not have, no mask of its holds.
         if hasattr(masking_utils, name):
             _kinds.append((getattr(masking_utils, name)(*arguments).__code__, kind))
@@ -261,7 +261,7 @@ def _closure(function: Any) -> dict[str, Any]:
 
 
 def supports(config: Any, flag: str) -> bool:
-    """Whether every model class for configs of this class has ``flag`` set.
+    """Tell whether every model class for configs of this class has ``flag`` set.
 
     Those are the classes beside the config, and others that set the flag themselves: a user's class around a model that
     says nothing of it does not speak for the model. ``_supports_flash_attn`` says that a model sends masks on unread:
@@ -275,15 +275,15 @@ def supports(config: Any, flag: str) -> bool:
     while pending:
         subclasses = pending.pop().__subclasses__()
         flags += [
-            getattr(each, flag, False)
-            for each in subclasses
-            if each.config_class is kind and (flag in vars(each) or _beside(kind, each))
+            getattr(model, flag, False)
+            for model in subclasses
+            if model.config_class is kind and (flag in vars(model) or _beside(kind, model))
         ]
         pending += subclasses
     return bool(flags) and all(flags)
 
 
 def _beside(kind: type, model: type) -> bool:
-    """Whether a model's class is defined in the module of its config, or in one next to it."""
-    here, there = (each.__module__.rpartition(".") for each in (kind, model))
+    """True if a model's class is defined in the module of its config, or in one next to it."""
+    here, there = (owner.__module__.rpartition(".") for owner in (kind, model))
     return here == there or (here[0] == there[0] != "")

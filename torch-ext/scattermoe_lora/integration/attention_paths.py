@@ -10,18 +10,19 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops.attention.api import flash_attn_func, flash_attn_varlen_func
+from ..ops.attention.segments import segments_forward
+from ..ops.attention.sequences import select_tokens
 from .attention_masks import for_sdpa, supports
 from .attention_plans import Plan, dense
-from .attention_traced import segments_forward
 
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What these mean, only a model's own code knows.
 _EAGER_ALONE = ("output_attentions", "position_bias", "indices", "block_indices")
-_said: set[str] = set()
+_logged: set[str] = set()
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
-"""What transformers' attention functions return: ``[B, Sq, Hq, D]``, and the weights where eager mode ran."""
+"""The result of transformers' attention functions: ``[B, Sq, Hq, D]``, and the weights where eager mode ran."""
 
 
 class Call(NamedTuple):
@@ -41,7 +42,7 @@ class Call(NamedTuple):
 
 
 def obstacle(call: Call, plan: Plan) -> str | None:
-    """Why the kernel cannot run a call whose mask it can express, or None where it can."""
+    """The reason why the kernel cannot run a call whose mask it can express, or None where it can."""
     query, key, value = call.query, call.key, call.value
     head_dim = query.shape[-1]
     if plan.deferred and call.s_aux is not None:
@@ -66,7 +67,7 @@ def obstacle(call: Call, plan: Plan) -> str | None:
 
 
 def _for_eager(call: Call) -> str | None:
-    """What the model asks of eager mode, by its argument's name."""
+    """The name of an argument that only eager mode can serve, or None."""
     # output_attentions=False is an argument, too, and no tensor may be asked whether it is true.
     for name in _EAGER_ALONE:
         if call.others.get(name) is not None and call.others[name] is not False:
@@ -76,7 +77,7 @@ def _for_eager(call: Call) -> str | None:
 
 def kernel(call: Call, plan: Plan, segments: torch.Tensor | None) -> Result:
     """Runs our kernel."""
-    _say(call, "the kernel", None)
+    _log_once(call, "the kernel", None)
     query, key = call.query.transpose(1, 2), call.key.transpose(1, 2)
     value = key if call.value is call.key else call.value.transpose(1, 2)
     options: dict[str, Any] = {
@@ -94,8 +95,8 @@ def kernel(call: Call, plan: Plan, segments: torch.Tensor | None) -> Result:
         return out, None
     if sequences is None:
         return flash_attn_func(query, key, value, **options), None
-    q, k = _tokens(query, sequences.query_index), _tokens(key, sequences.key_index)
-    v = k if value is key else _tokens(value, sequences.key_index)
+    q, k = select_tokens(query, sequences.query_index), select_tokens(key, sequences.key_index)
+    v = k if value is key else select_tokens(value, sequences.key_index)
     lengths = sequences.cu_query, sequences.cu_key, sequences.max_query, sequences.max_key
     out = flash_attn_varlen_func(q, k, v, *lengths, **options)
     if sequences.query_index is not None:
@@ -104,18 +105,13 @@ def kernel(call: Call, plan: Plan, segments: torch.Tensor | None) -> Result:
     return out.view(query.shape), None
 
 
-def _tokens(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    states = states.flatten(0, 1)
-    return states if index is None else states.index_select(0, index)
-
-
 def is_flash_package(implementation: str) -> bool:
-    """Whether a name stands for a package that transformers loads flash attention from, or for a Hub kernel."""
+    """Tell whether a name stands for a package that transformers loads flash attention from, or for a Hub kernel."""
     return re.fullmatch(r"flash_attention_\d|[^/:]+/[^/:]+", implementation) is not None
 
 
 def fits_hybrid(call: Call, plan: Plan, implementation: str) -> bool:
-    """Whether another flash attention can run a call that our kernel can run."""
+    """Tell whether another flash attention can run a call that our kernel can run."""
     if is_flash_package(implementation) and (
         call.query.device.type != "cuda" or call.query.dtype not in (torch.bfloat16, torch.float16)
     ):
@@ -131,7 +127,7 @@ def hybrid(call: Call, plan: Plan, segments: torch.Tensor | None, implementation
     """Runs another flash attention, which takes padding as a mask ``[B, K]`` and packed sequences by their lengths."""
     from transformers import AttentionInterface
 
-    _say(call, implementation, None)
+    _log_once(call, implementation, None)
     others = {**call.others, "position_ids": None}
     mask, sequences = None, plan.sequences
     if plan.packed and sequences is not None:
@@ -188,7 +184,7 @@ def transformers_own(
         function, where = _eager(call.module), "eager"
     else:
         function, where = sdpa_attention_forward, "sdpa"
-    _say(call, f"transformers' {where}", reason)
+    _log_once(call, f"transformers' {where}", reason)
     is_causal = call.is_causal
     if plan is not None and mask is not None:
         queries, keys = call.query.shape[2], call.key.shape[2]
@@ -212,7 +208,7 @@ def transformers_own(
         "is_causal": is_causal,
         "s_aux": call.s_aux,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     return function(
         call.module,
         call.query,
@@ -221,7 +217,7 @@ def transformers_own(
         mask,
         dropout=call.dropout,
         scaling=call.scaling,
-        **given,
+        **options,
         **call.others,
     )
 
@@ -236,18 +232,18 @@ def _eager(module: Any) -> Any:
     return function
 
 
-def _say(call: Call, where: str, reason: str | None) -> None:
+def _log_once(call: Call, where: str, reason: str | None) -> None:
     """One line of the log for each kind of layer and way, the first time."""
     if torch.compiler.is_compiling():
         return
     layer_type = getattr(call.module, "layer_type", None)
     kind = f"{type(call.module).__name__}{f' ({layer_type})' if layer_type else ''}, head_dim {call.query.shape[-1]}"
     line = f"attention of {kind}: {where}" + (f", because of {reason}" if reason else "")
-    if line not in _said:
-        _said.add(line)
+    if line not in _logged:
+        _logged.add(line)
         _LOGGER.log(logging.INFO if reason is None else logging.WARNING, line)
 
 
 def forget() -> None:
     """Lets every line of the log come again."""
-    _said.clear()
+    _logged.clear()

@@ -7,28 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops.attention.sequences import Sequences, packed_sequences, padded_sequences
+
 _PLAN = "_scattermoe_plan"
 # A plan's header in each element: the sequence's number below, these bits and the window's left end above.
 _NUMBER_BITS = 30
 _CAUSAL, _BOTH_WAYS, _HEADER, _LEFT_BIT = 1, 2, 4, 3
-
-
-class Sequences(NamedTuple):
-    """Where the sequences of a batch lie, as ``flash_attn_varlen_func`` takes them.
-
-    Attributes:
-        query_index: int64 ``[tokens]``, the queries that take part, counted through the batch; None for all.
-        key_index: The same for keys.
-        cu_query, cu_key: int32 ``[sequences + 1]``, each sequence's first token; the last is the number of tokens.
-        max_query, max_key: Length of the longest sequence.
-    """
-
-    query_index: torch.Tensor | None
-    key_index: torch.Tensor | None
-    cu_query: torch.Tensor
-    cu_key: torch.Tensor
-    max_query: int
-    max_key: int
 
 
 class Plan(NamedTuple):
@@ -84,43 +68,10 @@ def make_plan(
     """
     sequences = None
     if packed:
-        sequences = _packed(segments)
+        sequences = packed_sequences(segments)
     elif padded:
-        sequences = _padded(segments > 0, queries, same_tokens=causal or window != (-1, -1))
+        sequences = padded_sequences(segments > 0, queries, causal or window != (-1, -1))
     return Plan(causal, window, sequences, packed, queries=queries)
-
-
-def _packed(segments: torch.Tensor) -> Sequences:
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    ends = starts.new_ones(1)
-    cu = torch.cat([starts.flatten(), ends]).nonzero().flatten().int()
-    longest = int(cu.diff().max())
-    return Sequences(None, None, cu, cu, longest, longest)
-
-
-def _padded(valid: torch.Tensor, queries: int, same_tokens: bool) -> Sequences:
-    key_lengths = valid.sum(1)
-    query_index = None
-    if same_tokens:
-        taking_part = valid[:, valid.shape[1] - queries :]
-        query_index = taking_part.flatten().nonzero().flatten()
-        query_lengths = taking_part.sum(1)
-    else:
-        query_lengths = torch.full_like(key_lengths, queries)
-    max_query, max_key = torch.stack([query_lengths.max(), key_lengths.max()]).tolist()
-    return Sequences(
-        query_index,
-        valid.flatten().nonzero().flatten(),
-        _cumulative(query_lengths),
-        _cumulative(key_lengths),
-        max_query,
-        max_key,
-    )
-
-
-def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def plan_of(segments: torch.Tensor, queries: int, causal: bool, window: tuple[int, int]) -> Plan:
@@ -169,25 +120,25 @@ def window_of(causal: bool, sliding_window: int | None, keys: int) -> tuple[int,
     return sliding_window - 1, (-1 if causal else sliding_window - 1)
 
 
-def with_given_sequences(plan: Plan, given: Mapping[str, Any]) -> Plan:
+def with_model_sequences(plan: Plan, arguments: Mapping[str, Any]) -> Plan:
     """``plan`` for packed sequences whose lengths a model hands over, by transformers' names for them.
 
     Raises:
         ValueError: Lengths of the queries without those of the keys.
     """
-    if given.get("cu_seq_lens_k") is None:
+    if arguments.get("cu_seq_lens_k") is None:
         raise ValueError(
             "scattermoe attention: cu_seq_lens_k: expected where the sequences of cu_seq_lens_q begin in the keys, "
             "got None; pass both"
         )
-    (cu_query, max_query), (cu_key, max_key) = (_lengths(given, side) for side in "qk")
+    (cu_query, max_query), (cu_key, max_key) = (_lengths(arguments, side) for side in "qk")
     sequences = Sequences(None, None, cu_query, cu_key, max_query, max_key)
     return plan._replace(sequences=sequences, packed=True, deferred=False)
 
 
-def _lengths(given: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
-    """Where the sequences begin, and the longest's length, which waits for the device where nobody says it."""
-    cu, longest = given[f"cu_seq_lens_{side}"].int(), given.get(f"max_length_{side}")
+def _lengths(arguments: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
+    """First tokens of the sequences, and the longest's length, which waits for the device where nobody says it."""
+    cu, longest = arguments[f"cu_seq_lens_{side}"].int(), arguments.get(f"max_length_{side}")
     return cu, int(cu.diff().max() if longest is None else longest)
 
 

@@ -9,7 +9,7 @@ import torch
 from .layout import Weights
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What weights may be of."""
+"""The dtypes that weights may be of."""
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
 """Low-rank factors of one parameter: ``A`` ``[E, r, N_in]`` and ``B`` ``[E, N_out, r]``, the scaling in ``B``."""

@@ -19,7 +19,7 @@ _HANDED = "_scattermoe_lora"
 
 
 def is_split(experts: Any, parameter: torch.Tensor) -> bool:
-    """Whether a parameter of the experts module is spread over processes, and its forward sees this one's part."""
+    """Tell whether a parameter of the experts module is spread over processes, and its forward sees this one's part."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

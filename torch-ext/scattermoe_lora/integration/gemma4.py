@@ -29,7 +29,7 @@ _PLACES = ("forward", "_old_forward")
 
 
 class _Family(NamedTuple):
-    """Where transformers defines an attention with this forward, and what it is called there."""
+    """Names of an attention with this forward in transformers: its module, its class and its norm's class."""
 
     modeling: str
     attention: str
@@ -121,10 +121,10 @@ def _is_fused(layer: torch.nn.Module, family: _Family) -> bool:
 
 
 def _check(name: str, layer: torch.nn.Module, family: _Family) -> None:
-    """Whether what runs is the forward of the layer's class, and that is transformers' or ours.
+    """Refuse a layer that runs another forward than its class's, or whose class's is not transformers' or ours.
 
     Raises:
-        NotImplementedError: It is not.
+        NotImplementedError: It does.
     """
     base = getattr(sys.modules[family.modeling], family.attention)
     place = _PLACES["_old_forward" in layer.__dict__]
@@ -162,8 +162,8 @@ def _fused_class(plain: Any, family: _Family) -> type[torch.nn.Module]:
 
     def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
         """A pickle is of the plain layer, in the form of protocol 0: that of 2 insists on the object's own class."""
-        made, arguments, *rest = plain.__reduce_ex__(self, 0)
-        return (made, tuple(plain if each is fused else each for each in arguments), *rest)
+        constructor, arguments, *rest = plain.__reduce_ex__(self, 0)
+        return (constructor, tuple(plain if value is fused else value for value in arguments), *rest)
 
     def shallow(self: Any) -> Any:
         twin = self.__new__(type(self))
@@ -185,7 +185,7 @@ def _fused_class(plain: Any, family: _Family) -> type[torch.nn.Module]:
 
 
 def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
-    """Whether calling ``norm`` computes what its class does from its weight, and nothing else happens."""
+    """True if calling ``norm`` computes what its class does from its weight, and nothing else happens."""
     return (
         type(norm).forward is norm_class.forward
         and "forward" not in norm.__dict__

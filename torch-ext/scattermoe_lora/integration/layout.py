@@ -1,4 +1,4 @@
-"""What an experts module of transformers computes, read from the module: its weights, its biases and its gate."""
+"""An experts module of transformers as the kernels see it: its weights, its biases and its gate."""
 
 from __future__ import annotations
 

@@ -99,14 +99,14 @@ def unhook() -> None:
 
 
 def _runs_here(wrapper: Any, names: Collection[str]) -> bool:
-    """Whether the wrapped module is an experts module whose implementation is ours."""
+    """True if the wrapped module is an experts module whose implementation is ours."""
     base = wrapper.get_base_layer()
     config = getattr(base, "config", None)
     return hasattr(base, "has_gate") and getattr(config, "_experts_implementation", None) in names
 
 
 def _obstacle(wrapper: Any) -> str | None:
-    """Why a wrapper's adapters cannot be factors of the fused experts, or None where they can."""
+    """The reason why a wrapper's adapters cannot be factors of the fused experts, or None where they can."""
     experts = wrapper.get_base_layer()
     weights = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
     if wrapper.parameter_name not in weights:

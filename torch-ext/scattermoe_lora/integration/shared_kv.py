@@ -29,7 +29,7 @@ class _Pair(list[torch.Tensor]):
 
 
 class _Forgotten:
-    """What the dictionary holds of a pair that only graphs still need."""
+    """The dictionary's entry for a pair that only graphs still need."""
 
     def __init__(self, pair: _Pair) -> None:
         self.pair = weakref.ref(pair)

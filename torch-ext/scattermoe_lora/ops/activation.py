@@ -18,7 +18,7 @@ _APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}
 
 
 class Gate(NamedTuple):
-    """How a projection ``h`` ``[*, 2I]`` becomes ``act(min(gate, limit)) * (clamp(up, -limit, limit) + shift)``.
+    """``act(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`` of a projection ``h`` ``[*, 2I]``.
 
     Attributes:
         activation: One of :data:`ACTIVATIONS`.
@@ -36,7 +36,7 @@ class Gate(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether this is ``act(gate) * up`` and no more."""
+        """True if this is ``act(gate) * up`` and no more."""
         return self.alpha == 1.0 and self.limit == math.inf and self.shift == 0.0
 
     def split(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

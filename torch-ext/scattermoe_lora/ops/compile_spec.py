@@ -1,4 +1,4 @@
-"""What a kernel is compiled for ahead of time, as data: see ``COMPILE_SPECS`` beside each operator's kernels."""
+"""One compilation of a kernel ahead of time, as data: see ``COMPILE_SPECS`` beside each operator's kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation runs for a tensor, native CPU code or Triton kernels, and what no implementation takes."""
+"""Choice of the implementation that serves a tensor, native CPU code or Triton kernels, and its surroundings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """Whether the Triton kernels serve ``x``.
+    """Tell whether the Triton kernels serve ``x``.
 
     They do on GPUs. On a CPU they do only under Triton's interpreter (``TRITON_INTERPRET=1``), which exists to test
     them without a GPU.

@@ -7,8 +7,8 @@ import math
 import torch
 
 from .. import dispatch
-from .geometry import Window
 from .op import attention_forward
+from .window import Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_HEAD_DIM = 512

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_products import REGULAR, exact_product, operand_dtype, product
-from .geometry import Window
+from .arguments import Operands, Settings
+from .cpu_matmul import REGULAR, exact_matmul_transposed, matmul_transposed, operand_dtype
+from .window import Window
 
 # Scores of one block: 4 MB of float32. Half of that made the products slower, twice as much the passes in between.
 _BLOCK_SCORES = 1 << 20
@@ -49,21 +50,24 @@ class _Block(NamedTuple):
     end: int
 
 
-def _parts(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    window: Window,
-) -> Iterator[_Part]:
+def _batched(operands: Operands) -> Operands:
+    """The operands with a batch of one where sequences are packed."""
+    if operands.q.dim() == 4:
+        return operands
+    q, k, v, *boundaries = operands
+    return Operands(q.unsqueeze(0), k.unsqueeze(0), None if v is None else v.unsqueeze(0), *boundaries)
+
+
+def _parts(operands: Operands, window: Window) -> Iterator[_Part]:
     """Sequences, and of each as many key heads as fill a block: one of a long sequence, all of a short one."""
+    q, k, *_ = operands
     kv_heads = k.shape[2]
     group = q.shape[2] // kv_heads
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+    if operands.boundaries is None:
         whole = (slice(0, q.shape[1]), slice(0, k.shape[1]))
         sequences = [(b, *whole) for b in range(q.shape[0])]
     else:
-        qs, ks = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        qs, ks = (boundaries.tolist() for boundaries in operands.boundaries)
         sequences = [(0, slice(*qs[i : i + 2]), slice(*ks[i : i + 2])) for i in range(len(qs) - 1)]
     for batch, q_rows, k_rows in sequences:
         keys = k_rows.stop - k_rows.start
@@ -109,20 +113,14 @@ def _put_queries(x: torch.Tensor, part: _Part, block: _Block, kv_heads: int, row
 
 
 def _scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    part: _Part,
-    block: _Block,
-    scale: float,
-    window: Window,
-    softcap: float,
+    q: torch.Tensor, k: torch.Tensor, part: _Part, block: _Block, settings: Settings, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores of grouped queries and the block's keys, -inf where the window hides them; and the soft cap's tanh."""
-    scores = exact_product(q, k).mul_(scale)
+    scores = exact_matmul_transposed(q, k).mul_(settings.scale)
     tanh = None
-    if softcap:
-        tanh = scores.div_(softcap).tanh_()
-        scores = tanh * softcap
+    if settings.softcap:
+        tanh = scores.div_(settings.softcap).tanh_()
+        scores = tanh * settings.softcap
     _hide(scores.unflatten(1, (-1, block.last - block.first)), block, part.keys - part.queries, window)
     return scores, tanh
 
@@ -145,39 +143,31 @@ def _hide(scores: torch.Tensor, block: _Block, shift: int, window: Window) -> No
             edge.masked_fill_(key > diagonal + window.right, -torch.inf)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    scale: float,
-    window: Window,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(operands: Operands, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.attention.op.attention_forward`."""
+    q, window = operands.q, settings.window
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     *batch, rows, heads, _ = q.shape
-    kv_heads = k.shape[-2]
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full((*batch, heads, rows), -torch.inf, dtype=wide)
-    if not batch:
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), None if v is None else v.unsqueeze(0)
+    operands = _batched(operands)
+    q, k, v, *_ = operands
+    kv_heads = k.shape[2]
     outs, lses = out.view(q.shape), lse.view(q.shape[0], kv_heads, heads // kv_heads, rows)
-    for part in _parts(q, k, cu_seqlens_q, cu_seqlens_k, window):
+    for part in _parts(operands, window):
         k_part = _keys(k, part)
         v_part = k_part if v is None else _keys(v, part)
         lse_part = lses[part.batch, part.heads, :, part.q]
         for block in _blocks(part, window):
             keys = slice(block.begin, block.end)
             q_block = _queries(q, part, block, kv_heads)
-            scores, _ = _scores(q_block, k_part[:, keys], part, block, scale, window, softcap)
+            scores, _ = _scores(q_block, k_part[:, keys], part, block, settings, window)
             highest = scores.amax(dim=-1)
             p = scores.softmax(dim=-1)
             # The largest probability is exp(highest - lse): torch's logsumexp takes 15 times as long as its softmax.
             lse_block = highest - p.amax(dim=-1).log_()
             lse_part[..., block.first : block.last] = lse_block.view(*lse_part.shape[:2], -1)
-            o_block = product(p.to(k_part.dtype), v_part[:, keys].mT)
+            o_block = matmul_transposed(p.to(k_part.dtype), v_part[:, keys].mT)
             _put_queries(outs, part, block, kv_heads, o_block)
     return out, lse
 
@@ -185,30 +175,26 @@ def forward(
 def backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
+    operands: Operands,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    window: Window,
-    softcap: float,
+    settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.attention.op.attention_backward`."""
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    dq, dk = torch.zeros(q.shape, dtype=q.dtype), torch.zeros(k.shape, dtype=k.dtype)
-    dv = torch.zeros((0,) if v is None else v.shape, dtype=k.dtype)
-    if q.dim() == 3:
-        grad_out, out, q, k = grad_out.unsqueeze(0), out.unsqueeze(0), q.unsqueeze(0), k.unsqueeze(0)
-        v = None if v is None else v.unsqueeze(0)
+    window = settings.window
+    dq, dk = (torch.zeros(x.shape, dtype=x.dtype) for x in operands[:2])
+    dv = torch.zeros((0,) if operands.v is None else operands.v.shape, dtype=dk.dtype)
+    if operands.q.dim() == 3:
+        grad_out, out = grad_out.unsqueeze(0), out.unsqueeze(0)
+    operands = _batched(operands)
+    q, k, v, *_ = operands
+    heads, kv_heads = q.shape[2], k.shape[2]
     dqs, dks = dq.view(q.shape), dk.view(k.shape)
     dvs = None if v is None else dv.view(v.shape)
     grad_lses = None
     if grad_lse is not None:
         grad_lses = grad_lse.view(q.shape[0], kv_heads, heads // kv_heads, q.shape[1])
-    for part in _parts(q, k, cu_seqlens_q, cu_seqlens_k, window):
+    for part in _parts(operands, window):
         k_part = _keys(k, part)
         v_part = k_part if v is None else _keys(v, part)
         dk_part = torch.zeros(k_part.shape, dtype=lse.dtype)
@@ -216,20 +202,20 @@ def backward(
         for block in _blocks(part, window):
             keys = slice(block.begin, block.end)
             q_block, do, o = (_queries(x, part, block, kv_heads) for x in (q, grad_out, out))
-            scores, tanh = _scores(q_block, k_part[:, keys], part, block, scale, window, softcap)
+            scores, tanh = _scores(q_block, k_part[:, keys], part, block, settings, window)
             p = scores.softmax(dim=-1)
-            dv_part[:, keys] += product(p.to(do.dtype).mT, do.mT)
+            dv_part[:, keys] += matmul_transposed(p.to(do.dtype).mT, do.mT)
             delta = torch.linalg.vecdot(do.to(lse.dtype), o.to(lse.dtype))
             if grad_lses is not None:
                 at = grad_lses[part.batch, part.heads, :, part.q]
                 delta -= at[..., block.first : block.last].flatten(1)
-            ds = exact_product(do, v_part[:, keys])
-            ds = ds.sub_(delta.unsqueeze(-1)).mul_(p).mul_(scale)
+            ds = exact_matmul_transposed(do, v_part[:, keys])
+            ds = ds.sub_(delta.unsqueeze(-1)).mul_(p).mul_(settings.scale)
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1))
             ds = ds.to(do.dtype)
-            dk_part[:, keys] += product(ds.mT, q_block.mT)
-            _put_queries(dqs, part, block, kv_heads, product(ds, k_part[:, keys].mT))
+            dk_part[:, keys] += matmul_transposed(ds.mT, q_block.mT)
+            _put_queries(dqs, part, block, kv_heads, matmul_transposed(ds, k_part[:, keys].mT))
         dks[part.batch, part.k, part.heads] = dk_part.transpose(0, 1)
         if dvs is not None:
             dvs[part.batch, part.k, part.heads] = dv_part.transpose(0, 1)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+from .. import tile_tables
 from ..grouped_linear.gpu import float32_precision
-from . import tiles
-from .geometry import Window
+from .arguments import Operands, Settings
 from .kernels import attention_delta_kernel, attention_forward_kernel
 from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
 
+TILES = Path(__file__).parent / "tiles"
 # Strides are passed in units of as many elements, so that the compiler knows a row to start at a multiple of 16 bytes.
 _UNIT = 8
 
@@ -31,170 +33,138 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     return (batch[0] if batch else 0, rows, heads)
 
 
-class _Problem:
-    """What all launches of one call have in common."""
+def tile(kernel: str, like: torch.Tensor, head_dim: int, same_kv: bool) -> dict[str, int]:
+    """Block sizes, ``CHUNK`` (columns of the head that are multiplied at a time), ``num_warps`` and ``num_stages``.
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor | None,
-        cu_seqlens_k: torch.Tensor | None,
-        longest: tuple[int, int],
-        scale: float,
-        window: Window,
-        softcap: float,
-    ) -> None:
-        self.is_packed = cu_seqlens_q is not None and cu_seqlens_k is not None
-        self.batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        self.heads, self.head_dim = q.shape[-2:]
+    Args:
+        kernel: ``attention_forward``, ``attention_dkdv`` or ``attention_dq``.
+        like: An operand; its device and element size count.
+        head_dim: Size of a head, at most 512. One that is smaller than a chunk is one.
+        same_kv: Whether the keys are the values.
+
+    Raises:
+        NotImplementedError: No rule for elements of that size.
+    """
+    sizes = {"head_dim": head_dim, "same_kv": same_kv}
+    blocks = tile_tables.find(TILES, tile_tables.table_of(like.device), kernel, like.dtype, sizes)
+    return {**blocks, "CHUNK": min(blocks["CHUNK"], triton.next_power_of_2(head_dim))}
+
+
+class _Problem:
+    """The arguments that all launches of one call have in common."""
+
+    def __init__(self, operands: Operands, settings: Settings) -> None:
+        q, k, v, *_ = operands
+        self.operands = operands._replace(
+            q=_readable(q), k=_readable(k), v=None if v is None else _readable(v)
+        )
+        q, k, v, *_ = self.operands
+        boundaries, window = operands.boundaries, settings.window
+        is_packed = boundaries is not None
+        self.batch = q.shape[0] if boundaries is None else boundaries[0].shape[0] - 1
+        self.heads, head_dim = q.shape[-2:]
         self.kv_heads = k.shape[-2]
-        self.longest_q, self.longest_k = longest
+        self.longest = settings.max_seqlen_q, settings.max_seqlen_k
         self.same_kv = v is None
-        self.like = q
-        # A packed batch is told apart by cu_seqlens alone.
-        self.batch_stride = 0 if self.is_packed else q.shape[1] * self.heads * self.head_dim
-        self.kv_batch_stride = 0 if self.is_packed else k.shape[1] * self.kv_heads * self.head_dim
-        self.strides = [s for x in (q, k, k if v is None else v) for s in _strides(x)]
-        self.lse_strides = (
-            0 if self.is_packed else self.heads * q.shape[1],
-            q.shape[-3],
-        )
+        self.inputs = q, k, self.operands.values
         # Unused pointers still have to be pointers.
-        self.boundaries = (
-            (cu_seqlens_q, cu_seqlens_k) if cu_seqlens_q is not None and cu_seqlens_k is not None else (q, q)
-        )
-        self.numbers = (scale, softcap or 1.0, *window)
+        self.boundaries = boundaries or (q, q)
+        # A packed batch is told apart by cu_seqlens alone.
+        batch_stride = 0 if is_packed else q.shape[1] * self.heads * head_dim
+        kv_batch_stride = 0 if is_packed else k.shape[1] * self.kv_heads * head_dim
+        self.strides = (*(s for x in self.inputs for s in _strides(x)), batch_stride)
+        self.kv_strides = (*self.strides, kv_batch_stride)
+        lse_strides = (0 if is_packed else self.heads * q.shape[1], q.shape[-3])
+        self.numbers = (*lse_strides, settings.scale, settings.softcap or 1.0, *window)
         self.constants: dict[str, Any] = {
-            "VARLEN": self.is_packed,
+            "VARLEN": is_packed,
             "SAME_KV": self.same_kv,
-            "SOFTCAP": softcap != 0,
+            "SOFTCAP": settings.softcap != 0,
             "LEFT": window.left >= 0,
             "RIGHT": window.right >= 0,
             "PRECISION": float32_precision(q),
-            "HEAD_DIM": self.head_dim,
-            "WIDTH": triton.next_power_of_2(self.head_dim),
+            "HEAD_DIM": head_dim,
+            "WIDTH": triton.next_power_of_2(head_dim),
         }
 
-    def launch(self, kernel: str) -> dict[str, int]:
-        """Block sizes and options; a head that is smaller than a chunk is one."""
-        found = dict(tiles.launch(kernel, self.like, self.head_dim, self.same_kv))
-        found["CHUNK"] = min(found["CHUNK"], self.constants["WIDTH"])
-        return found
+    def tile(self, kernel: str) -> dict[str, int]:
+        """The blocks and options of one of the kernels for this problem."""
+        return tile(kernel, self.operands.q, self.constants["HEAD_DIM"], self.same_kv)
+
+    def launch(
+        self,
+        kernel: Any,
+        blocks: dict[str, int],
+        *tensors: torch.Tensor,
+        by_key: bool = False,
+        **flags: bool,
+    ) -> None:
+        """A program for each tile of each query head's queries, or of each key head's keys.
+
+        Nothing is launched where there is nothing to compute.
+        """
+        rows, block, heads, strides = (
+            (self.longest[1], "BLOCK_N", self.kv_heads, self.kv_strides)
+            if by_key
+            else (self.longest[0], "BLOCK_M", self.heads, self.strides)
+        )
+        tiles = triton.cdiv(rows, blocks[block])
+        if tiles * self.batch:
+            kernel[(tiles * heads * self.batch,)](
+                *self.inputs,
+                *tensors,
+                *self.boundaries,
+                *self.longest,
+                tiles,
+                heads,
+                self.heads // self.kv_heads,
+                *strides,
+                *self.numbers,
+                **flags,
+                **self.constants,
+                **blocks,
+            )
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    longest: tuple[int, int],
-    scale: float,
-    window: Window,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`scattermoe_lora.ops.attention.op.attention_forward`; ``longest`` are the two longest lengths."""
-    q, k, v = _readable(q), _readable(k), None if v is None else _readable(v)
-    of = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, window, softcap)
+def forward(operands: Operands, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`scattermoe_lora.ops.attention.op.attention_forward`."""
+    problem = _Problem(operands, settings)
+    q = problem.operands.q
     out = q.new_empty(q.shape)
-    lse = q.new_empty((*q.shape[:-3], of.heads, q.shape[-3]), dtype=torch.float32)
-    launch = of.launch("forward")
-    tiles_q = triton.cdiv(of.longest_q, launch["BLOCK_M"])
-    if tiles_q * of.batch == 0:
-        return out, lse
-    attention_forward_kernel[(tiles_q * of.heads * of.batch,)](
-        q,
-        k,
-        k if v is None else v,
-        out,
-        lse,
-        *of.boundaries,
-        of.longest_q,
-        of.longest_k,
-        tiles_q,
-        of.heads,
-        of.heads // of.kv_heads,
-        *of.strides,
-        of.batch_stride,
-        *of.lse_strides,
-        *of.numbers,
-        **of.constants,
-        **launch,
-    )
+    lse = q.new_empty((*q.shape[:-3], problem.heads, q.shape[-3]), dtype=torch.float32)
+    problem.launch(attention_forward_kernel, problem.tile("attention_forward"), out, lse)
     return out, lse
 
 
 def backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
+    operands: Operands,
     out: torch.Tensor,
     lse: torch.Tensor,
-    longest: tuple[int, int],
-    scale: float,
-    window: Window,
-    softcap: float,
+    settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.attention.op.attention_backward`."""
-    q, k, v = _readable(q), _readable(k), None if v is None else _readable(v)
-    of = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, scale, window, softcap)
+    problem = _Problem(operands, settings)
+    q, k, v, *_ = problem.operands
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv = k.new_empty((0,) if v is None else k.shape)
     delta = _delta(grad_out, out, grad_lse, lse)
-    shared = (q, k, k if v is None else v, grad_out, lse, delta)
+    problem.launch(attention_dq_kernel, problem.tile("attention_dq"), grad_out, lse, delta, dq)
 
-    launch = of.launch("dq")
-    tiles_q = triton.cdiv(of.longest_q, launch["BLOCK_M"])
-    if tiles_q * of.batch:
-        attention_dq_kernel[(tiles_q * of.heads * of.batch,)](
-            *shared,
-            dq,
-            *of.boundaries,
-            of.longest_q,
-            of.longest_k,
-            tiles_q,
-            of.heads,
-            of.heads // of.kv_heads,
-            *of.strides,
-            of.batch_stride,
-            *of.lse_strides,
-            *of.numbers,
-            **of.constants,
-            **launch,
-        )
-
-    launch = of.launch("dkdv")
+    blocks = problem.tile("attention_dkdv")
     # Two sums of the largest heads do not fit the registers at once.
-    is_split = launch.pop("SPLIT") and not of.same_kv
-    tiles_k = triton.cdiv(of.longest_k, launch["BLOCK_N"])
+    is_split = blocks.pop("SPLIT") and not problem.same_kv
+    gradients = (dk, dk if v is None else dv)
     for want_k, want_v in ((True, False), (False, True)) if is_split else ((True, True),):
-        if tiles_k * of.batch:
-            attention_dkdv_kernel[(tiles_k * of.kv_heads * of.batch,)](
-                *shared,
-                dk,
-                dk if v is None else dv,
-                *of.boundaries,
-                of.longest_q,
-                of.longest_k,
-                tiles_k,
-                of.kv_heads,
-                of.heads // of.kv_heads,
-                *of.strides,
-                of.batch_stride,
-                of.kv_batch_stride,
-                *of.lse_strides,
-                *of.numbers,
-                WANT_K=want_k,
-                WANT_V=want_v,
-                **of.constants,
-                **launch,
-            )
+        problem.launch(
+            attention_dkdv_kernel,
+            blocks,
+            *(grad_out, lse, delta, *gradients),
+            by_key=True,
+            WANT_K=want_k,
+            WANT_V=want_v,
+        )
     return dq, dk, dv
 
 

@@ -75,7 +75,7 @@ def store_rows(ptr, row, stride, rows, value, HEAD_DIM: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def product(
+def dot_rows(
     a_ptr,
     a_row,
     a_stride,
@@ -110,7 +110,7 @@ def capped(s, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def sees(query, key, queries, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Whether a query sees a key, for two index tensors that broadcast."""
+    """True where a query sees a key, for two index tensors that broadcast."""
     distance = key - query - (keys - queries)
     seen = (key < keys) & (query < queries)
     if LEFT:
@@ -194,7 +194,7 @@ def attention_forward_kernel(
                 k = rows_of(k_base, key, stride_ks * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             else:
-                s = product(
+                s = dot_rows(
                     q_base,
                     query,
                     stride_qs * 8,

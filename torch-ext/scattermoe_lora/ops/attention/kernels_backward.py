@@ -7,7 +7,7 @@ that of the queries is summed by another, which computes the scores once more. N
 import triton
 import triton.language as tl
 
-from .kernels import capped, product, rows_of, sees, sequence, spans, store_rows
+from .kernels import capped, dot_rows, rows_of, sees, sequence, spans, store_rows
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def attention_dkdv_kernel(
                     q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, MASK)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 else:
-                    s = product(
+                    s = dot_rows(
                         k_base,
                         key,
                         stride_ks * 8,
@@ -131,7 +131,7 @@ def attention_dkdv_kernel(
                     if CHUNK == WIDTH:
                         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                     else:
-                        dp = product(
+                        dp = dot_rows(
                             v_base,
                             key,
                             stride_vs * 8,
@@ -238,7 +238,7 @@ def attention_dq_kernel(
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             else:
-                s = product(
+                s = dot_rows(
                     q_base,
                     query,
                     stride_qs * 8,
@@ -252,7 +252,7 @@ def attention_dq_kernel(
                     PRECISION,
                     MASK,
                 )
-                dp = product(
+                dp = dot_rows(
                     grad_out_ptr + at,
                     query,
                     stride_dos,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .geometry import Window
+from .window import Window
 
 
 def attention(

@@ -1,18 +1,21 @@
-"""What ships of attention, for compiling ahead of time: every tile configuration, in the way that needs most of it."""
+"""The attention kernels to compile ahead of time: every tile configuration, in the way that needs most of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from .. import tiles as devices
 from ..compile_spec import TARGETS, CompileSpec
-from . import tiles
-from .gpu import delta_block
+from ..tile_tables import DEFAULT, DEVICES, Rule, load
+from .gpu import TILES, delta_block
 from .kernels import attention_delta_kernel, attention_forward_kernel
 from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
 
-_KERNELS = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "dq": attention_dq_kernel}
+_KERNELS = {
+    "attention_forward": attention_forward_kernel,
+    "attention_dkdv": attention_dkdv_kernel,
+    "attention_dq": attention_dq_kernel,
+}
 _POINTERS = {"cu_seqlens_q_ptr": "*i32:16", "cu_seqlens_k_ptr": "*i32:16"}
 _STATISTICS = ("lse_ptr", "delta_ptr", "grad_lse_ptr")
 # The default serves no architecture that is compiled for; this one has the least shared memory.
@@ -47,55 +50,62 @@ def _spec(
     return CompileSpec(kernel, label, arguments, constants, options, targets)
 
 
+def _largest_head(rule: Rule) -> int:
+    head_dim = rule.limits["head_dim"]
+    assert head_dim is not None
+    return head_dim
+
+
 def _specs_of(
     name: str,
-    rule: tiles.Rule,
+    rule: Rule,
     dtype: str,
     precision: str,
     targets: tuple[str, ...],
     use: str,
     mask: dict[str, bool],
-    head_dim: int,
+    head_dim: int | None = None,
 ) -> Iterator[CompileSpec]:
+    head_dim, same_kv = head_dim or _largest_head(rule), bool(rule.limits.get("same_kv"))
     blocks = {key: value for key, value in rule.launch.items() if not key.startswith("num_")}
     options = {key: value for key, value in rule.launch.items() if key.startswith("num_")}
-    is_split = blocks.pop("SPLIT", 0) and not rule.same_kv
+    is_split = blocks.pop("SPLIT", 0) and not same_kv
     width = 1 << (head_dim - 1).bit_length()
     constants = {
         **mask,
         **blocks,
-        "SAME_KV": rule.same_kv,
+        "SAME_KV": same_kv,
         "PRECISION": precision,
         "HEAD_DIM": head_dim,
         "WIDTH": width,
         "CHUNK": min(blocks["CHUNK"], width),
     }
-    label = f"{use} {head_dim}{' K=V' if rule.same_kv else ''} {dtype} {precision}"
-    if name != "dkdv":
+    label = f"{use} {head_dim}{' K=V' if same_kv else ''} {dtype} {precision}"
+    if name != "attention_dkdv":
         yield _spec(_KERNELS[name], label, dtype, constants, options, targets)
         return
     for want_k, want_v in ((True, False), (False, True)) if is_split else ((True, True),):
-        wanted = {"WANT_K": want_k, "WANT_V": want_v}
+        flags = {"WANT_K": want_k, "WANT_V": want_v}
         of = "" if want_k and want_v else " dk" if want_k else " dv"
-        yield _spec(_KERNELS[name], label + of, dtype, {**constants, **wanted}, options, targets)
+        yield _spec(_KERNELS[name], label + of, dtype, {**constants, **flags}, options, targets)
 
 
 def _specs() -> Iterator[CompileSpec]:
-    for device in devices.available():
-        targets = _LEAST if device == devices.DEFAULT else (device,)
-        for name, rules in tiles.load(device).items():
+    for device in DEVICES:
+        targets = _LEAST if device == DEFAULT else (device,)
+        for name, rules in load(TILES, device).rules.items():
             for rule in rules:
                 dtype = "bf16" if rule.bytes == 2 else "fp32"
-                use = "default window" if device == devices.DEFAULT else "window"
-                yield from _specs_of(name, rule, dtype, "ieee", targets, use, _WINDOW, rule.head_dim)
+                use = "default window" if device == DEFAULT else "window"
+                yield from _specs_of(name, rule, dtype, "ieee", targets, use, _WINDOW)
     # What another dtype, a soft cap and a head that fills no power of two change, where the mma instructions differ.
     for device in ("sm_80", "sm_90"):
-        for name, rules in tiles.load(device).items():
+        for name, rules in load(TILES, device).rules.items():
             for rule in rules:
-                if rule.bytes == 2 and rule.head_dim == 512 and not rule.same_kv:
+                if rule.bytes == 2 and _largest_head(rule) == 512 and "same_kv" not in rule.limits:
                     yield from _specs_of(name, rule, "fp16", "ieee", (device,), "soft cap", _CAPPED, 320)
-                if rule.bytes == 4 and rule.head_dim == 512:
-                    yield from _specs_of(name, rule, "fp32", "tf32", (device,), "window", _WINDOW, 512)
+                if rule.bytes == 4 and _largest_head(rule) == 512:
+                    yield from _specs_of(name, rule, "fp32", "tf32", (device,), "window", _WINDOW)
     constants = {"GRAD_LSE": True, "HEAD_DIM": 512, "WIDTH": 512, "BLOCK": delta_block(512)}
     yield _spec(attention_delta_kernel, "512 bf16", "bf16", constants, {"num_warps": 4}, TARGETS)
 

@@ -11,18 +11,30 @@ large term, and not twice.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from .. import activation
 from ..activation import Gate
-from ..grouped_linear.cpu import accumulator, linear, outer, per_expert, segments, sum_rows
-from ..products import product, rounded, two_products
-
-Part = tuple[int, int, int]
-Views = tuple[torch.Tensor, ...] | None
+from ..cpu_matmul import rounded
+from ..grouped_linear.cpu import (
+    Part,
+    Projection,
+    accumulator,
+    end_of,
+    expert_ranges,
+    outer,
+    per_expert,
+    sum_rows,
+    transposed,
+)
+from .arguments import Kept, Operands
 
 # Elements of a buffer of one chunk's rows: 1 MB of float32, so that the half dozen of them stay in cache.
 _CHUNK_ELEMENTS = 1 << 18
+# Operands with a part for each expert.
+_PER_EXPERT = (*Operands._fields[1:3], *Operands._fields[4:10])
 
 
 def _chunks(parts: list[Part], width: int) -> list[list[Part]]:
@@ -39,14 +51,6 @@ def _chunks(parts: list[Part], width: int) -> list[list[Part]]:
     return chunks
 
 
-def _unbind(stack: torch.Tensor | None) -> Views:
-    return None if stack is None else stack.unbind()
-
-
-def _unbind_t(stack: torch.Tensor | None) -> Views:
-    return None if stack is None else stack.mT.unbind()
-
-
 def _most_rows(chunks: list[list[Part]]) -> int:
     """Rows of a buffer for the fullest chunk, with as many more as a product of one of its experts may read."""
     ends = (start - chunk[0][1] + rounded(end - start) for chunk in chunks for _, start, end in chunk)
@@ -54,144 +58,86 @@ def _most_rows(chunks: list[list[Part]]) -> int:
 
 
 def forward(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    routing_weights: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    gate_up_a: torch.Tensor | None,
-    gate_up_b: torch.Tensor | None,
-    down_a: torch.Tensor | None,
-    down_b: torch.Tensor | None,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    gate: Gate,
-    keep: bool,
+    operands: Operands, gate: Gate, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
+    x, gate_up, down, weights, a1, b1, a2, b2, bias1, bias2, order, offsets = operands
+    rank1, rank2 = operands.ranks
     intermediate = down.shape[2]
-    parts = segments(offsets)
+    parts = expert_ranges(offsets)
     chunks = _chunks(parts, max(x.shape[1], 2 * intermediate))
     most = _most_rows(chunks)
-    tokens = order // routing_weights.shape[1]
+    tokens = order // weights.shape[1]
     out = accumulator(x.shape, x)
-    pair_weights = routing_weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
-    kept = order.shape[0] if keep else 0
+    pair_weights = weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
+    rows_kept = order.shape[0] if keep else 0
     # With the rows that a product may read behind an expert's own: products with and without keeping are then the same
     # to the bit, which checkpointing relies on.
     slack = max((rounded(end - start) - (end - start) for _, start, end in parts), default=0) if keep else 0
-    hidden = x.new_empty((kept + slack, 2 * intermediate))[:kept]
-    low1 = x.new_empty((kept + slack, 0 if gate_up_a is None else gate_up_a.shape[1]))[:kept]
-    low2 = x.new_empty((kept + slack, 0 if down_a is None else down_a.shape[1]))[:kept]
+    kept = Kept(*(x.new_empty((rows_kept + slack, n))[:rows_kept] for n in (2 * intermediate, rank1, rank2)))
     # Rows of pairs without an expert here are never read again, but equal calls must return equal bits.
-    for saved in (hidden, low1, low2):
-        saved[offsets[-1] :].zero_()
+    for saved in kept if keep else ():
+        saved[end_of(parts) :].zero_()
 
     x_buffer = x.new_empty((most, x.shape[1]))
-    h_buffer = x.new_empty((0 if keep else most, 2 * intermediate))
     a_buffer = x.new_empty((most, intermediate))
     y_buffer = x_buffer if out.dtype == x.dtype else out.new_empty((most, x.shape[1]))
-    u1_buffer = x.new_empty((0 if keep else most, 0 if gate_up_a is None else gate_up_a.shape[1]))
-    u2_buffer = x.new_empty((0 if keep else most, 0 if down_a is None else down_a.shape[1]))
-    # Views are made for all experts at once: one by one they would cost as much as the smaller products.
-    gate_ups, downs = gate_up.mT.unbind(), down.mT.unbind()
-    a1s, b1s, bias1s = _unbind_t(gate_up_a), _unbind_t(gate_up_b), _unbind(gate_up_bias)
-    a2s, b2s, bias2s = _unbind_t(down_a), _unbind_t(down_b), _unbind(down_bias)
+    buffers = Kept(*(x.new_empty((0 if keep else most, n)) for n in (2 * intermediate, rank1, rank2)))
+    up_map, down_map = Projection(gate_up, a1, b1, bias1), Projection(down, a2, b2, bias2)
     for chunk in chunks:
         first, last = chunk[0][1], chunk[-1][2]
         n = last - first
-        sizes = [end - start for _, start, end in chunk]
-        h = hidden[first:last] if keep else h_buffer[:n]
+        experts, sizes = [e for e, _, _ in chunk], [end - start for _, start, end in chunk]
+        h, low1, low2 = (t[first:last] for t in kept) if keep else (t[:n] for t in buffers)
         rows = torch.index_select(x, 0, tokens[first:last], out=x_buffer[:n])
-        row_parts = rows.split(sizes)
-        u1s = (low1[first:last] if keep else u1_buffer[:n]).split(sizes)
-        for (e, _, _), x_e, h_e, u_e in zip(chunk, row_parts, h.split(sizes), u1s, strict=True):
-            if a1s is not None and b1s is not None:
-                low = product(x_e, a1s[e], u_e)
-                linear(x_e, gate_ups[e], h_e, None if bias1s is None else bias1s[e], low, b1s[e])
-            else:
-                linear(x_e, gate_ups[e], h_e, None if bias1s is None else bias1s[e])
+        x_parts, h_parts, low_parts = rows.split(sizes), h.split(sizes), low1.split(sizes)
+        for e, x_e, h_e, low_e in zip(experts, x_parts, h_parts, low_parts, strict=True):
+            up_map.apply(e, x_e, up_map.low(e, x_e, low_e), h_e)
         a = activation.forward(gate, h, out=a_buffer[:n])
-        u2s = (low2[first:last] if keep else u2_buffer[:n]).split(sizes)
         # The output takes the place of the rows, which have served.
-        for (e, _, _), a_e, y_e, u_e in zip(chunk, a.split(sizes), row_parts, u2s, strict=True):
-            if a2s is not None and b2s is not None:
-                low = product(a_e, a2s[e], u_e)
-                linear(a_e, downs[e], y_e, None if bias2s is None else bias2s[e], low, b2s[e])
-            else:
-                linear(a_e, downs[e], y_e, None if bias2s is None else bias2s[e])
+        a_parts, low_parts = a.split(sizes), low2.split(sizes)
+        for e, a_e, y_e, low_e in zip(experts, a_parts, x_parts, low_parts, strict=True):
+            down_map.apply(e, a_e, down_map.low(e, a_e, low_e), y_e)
         out.index_add_(0, tokens[first:last], torch.mul(rows, pair_weights[first:last], out=y_buffer[:n]))
-    return out.to(x.dtype), hidden, low1, low2
+    return out.to(x.dtype), *kept
 
 
 def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    hidden: torch.Tensor,
-    low1: torch.Tensor,
-    low2: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    routing_weights: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    gate_up_a: torch.Tensor | None,
-    gate_up_b: torch.Tensor | None,
-    down_a: torch.Tensor | None,
-    down_b: torch.Tensor | None,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    gate: Gate,
-    needs: list[bool],
-) -> list[torch.Tensor | None]:
-    """See :func:`scattermoe_lora.ops.experts.op.experts_backward`."""
-    (
-        need_x,
-        need_gate_up,
-        need_down,
-        need_weights,
-        need_a1,
-        need_b1,
-        need_a2,
-        need_b2,
-        need_bias1,
-        need_bias2,
-    ) = needs
+    grad_out: torch.Tensor, operands: Operands, kept: Kept, gate: Gate, names: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """See :func:`scattermoe_lora.ops.experts.op.experts_backward`; ``names`` are the operands that need one."""
+    x, gate_up, down, weights, a1, b1, a2, b2, _, bias2, order, offsets = operands
+    hidden, low1, low2 = kept
+    rank1, rank2 = operands.ranks
     intermediate = down.shape[2]
-    parts = segments(offsets)
+    parts = expert_ranges(offsets)
     chunks = _chunks(parts, max(x.shape[1], 2 * intermediate))
     most = _most_rows(chunks)
-    tokens = order // routing_weights.shape[1]
+    tokens = order // weights.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pair_weights = routing_weights.reshape(-1)[order].to(wide).unsqueeze(-1)
+    pair_weights = weights.reshape(-1)[order].to(wide).unsqueeze(-1)
 
-    dx = accumulator(x.shape, x) if need_x else None
-    d_weights = torch.zeros(order.shape, dtype=wide)
-    d_gate_up = per_expert(gate_up, parts) if need_gate_up else None
-    d_down = per_expert(down, parts) if need_down else None
-    da1 = per_expert(gate_up_a, parts) if need_a1 and gate_up_a is not None else None
-    db1 = per_expert(gate_up_b, parts) if need_b1 and gate_up_b is not None else None
-    da2 = per_expert(down_a, parts) if need_a2 and down_a is not None else None
-    db2 = per_expert(down_b, parts) if need_b2 and down_b is not None else None
-    d_bias1 = per_expert(gate_up_bias, parts) if need_bias1 and gate_up_bias is not None else None
-    d_bias2 = per_expert(down_bias, parts) if need_bias2 and down_bias is not None else None
-    need_gate_up_side = dx is not None or any(d is not None for d in (d_gate_up, da1, db1, d_bias1))
+    dx = accumulator(x.shape, x) if "x" in names else None
+    d_weights = torch.zeros(order.shape, dtype=wide) if "routing_weights" in names else None
+    gradients = {
+        name: per_expert(getattr(operands, name), parts)
+        for name in names
+        if name not in ("x", "routing_weights")
+    }
+    d_gate_up, d_down, da1, db1, da2, db2, d_bias1, d_bias2 = map(gradients.get, _PER_EXPERT)
+    need_gate_up_side = any(d is not None for d in (dx, d_gate_up, da1, db1, d_bias1))
 
     row_buffer = x.new_empty((most, x.shape[1]))
     sum_buffer = row_buffer if dx is None or dx.dtype == x.dtype else dx.new_empty((most, x.shape[1]))
     value_buffer, a_buffer, da_buffer = (x.new_empty((most, intermediate)) for _ in range(3))
     dh_buffer = x.new_empty((most, 2 * intermediate))
-    du1_buffer = x.new_empty((most, 0 if gate_up_a is None else gate_up_a.shape[1]))
-    du2_buffer = x.new_empty((most, 0 if down_a is None else down_a.shape[1]))
-    gate_ups, downs = gate_up.unbind(), down.unbind()
-    a1s, b1s, a2s, b2s = (_unbind(t) for t in (gate_up_a, gate_up_b, down_a, down_b))
-    da1s, db1s, da2s, db2s = _unbind(da1), _unbind(db1), _unbind(da2), _unbind(db2)
+    du1_buffer, du2_buffer = (x.new_empty((most, rank)) for rank in (rank1, rank2))
+    reverse_up = Projection(gate_up.mT, transposed(b1), transposed(a1))
+    reverse_down = Projection(down.mT, transposed(b2), transposed(a2))
     for chunk in chunks:
         first, last = chunk[0][1], chunk[-1][2]
         n = last - first
-        sizes = [end - start for _, start, end in chunk]
-        experts = [e for e, _, _ in chunk]
+        experts, sizes = [e for e, _, _ in chunk], [end - start for _, start, end in chunk]
         w = pair_weights[first:last]
         h = hidden[first:last]
         dy = torch.index_select(grad_out, 0, tokens[first:last], out=row_buffer[:n])
@@ -202,15 +148,12 @@ def backward(
         # The gradient before the routing weight comes first: <dy, down(a)> = <da, a> + <dy, bias> is then the routing
         # weight's own gradient, without keeping down(a).
         for e, dy_e, da_e, du_e in zip(experts, dy_parts, da.split(sizes), du2_parts, strict=True):
-            if a2s is not None and b2s is not None:
-                two_products(dy_e, downs[e], product(dy_e, b2s[e], du_e), a2s[e], da_e)
-            else:
-                product(dy_e, downs[e], da_e)
-        if need_weights:
+            reverse_down.apply(e, dy_e, reverse_down.low(e, dy_e, du_e), da_e)
+        if d_weights is not None:
             torch.linalg.vecdot(da.to(wide), a.to(wide), out=d_weights[first:last])
-            if down_bias is not None:
+            if bias2 is not None:
                 for e, dy_e, d_e in zip(experts, dy_parts, d_weights[first:last].split(sizes), strict=True):
-                    d_e.addmv_(dy_e.to(wide), down_bias[e].to(wide))
+                    d_e.addmv_(dy_e.to(wide), bias2[e].to(wide))
 
         du2.mul_(w)
         w_parts = w.split(sizes)
@@ -220,10 +163,10 @@ def backward(
                 outer(dy_parts[i], (a_parts[i] * w_parts[i]).to(x.dtype), d_down[e])
             if d_bias2 is not None:
                 sum_rows(dy_parts[i] * w_parts[i], d_bias2[e])
-            if da2s is not None:
-                torch.mm(du2_parts[i].t(), a_parts[i], out=da2s[e])
-            if db2s is not None:
-                torch.mm(dy_parts[i].t(), u2_parts[i], out=db2s[e])
+            if da2 is not None:
+                torch.mm(du2_parts[i].t(), a_parts[i], out=da2[e])
+            if db2 is not None:
+                torch.mm(dy_parts[i].t(), u2_parts[i], out=db2[e])
         if not need_gate_up_side:
             continue
 
@@ -238,25 +181,22 @@ def backward(
                 sum_rows(dh_e, d_bias1[e])
             if d_gate_up is not None:
                 outer(dh_e, x_e, d_gate_up[e])
-            if db1s is not None:
-                torch.mm(dh_e.t(), u_e, out=db1s[e])
-            if a1s is not None and b1s is not None:
-                du1 = product(dh_e, b1s[e], du_e)
-                if da1s is not None:
-                    torch.mm(du1.t(), x_e, out=da1s[e])
-                if dx is not None:
-                    # The gradient takes the place of the rows, which have served.
-                    two_products(dh_e, gate_ups[e], du1, a1s[e], x_e)
-            elif dx is not None:
-                product(dh_e, gate_ups[e], x_e)
+            if db1 is not None:
+                torch.mm(dh_e.t(), u_e, out=db1[e])
+            du1 = reverse_up.low(e, dh_e, du_e)
+            if da1 is not None and du1 is not None:
+                torch.mm(du1.t(), x_e, out=da1[e])
+            if dx is not None:
+                # The gradient takes the place of the rows, which have served.
+                reverse_up.apply(e, dh_e, du1, x_e)
         if dx is not None:
             dx.index_add_(
                 0, tokens[first:last], rows if rows.dtype == dx.dtype else sum_buffer[:n].copy_(rows)
             )
 
-    d_routing = None
-    if need_weights:
-        d_routing = torch.empty_like(d_weights).index_copy_(0, order, d_weights)
-        d_routing = d_routing.view_as(routing_weights).to(routing_weights.dtype)
-    dx = None if dx is None else dx.to(x.dtype)
-    return [dx, d_gate_up, d_down, d_routing, da1, db1, da2, db2, d_bias1, d_bias2]
+    if d_weights is not None:
+        by_pair = torch.empty_like(d_weights).index_copy_(0, order, d_weights)
+        gradients["routing_weights"] = by_pair.view_as(weights).to(weights.dtype)
+    if dx is not None:
+        gradients["x"] = dx.to(x.dtype)
+    return gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ import triton
 
 from ..activation import Gate
 from ..grouped_linear.gpu import (
+    LowRank,
     bias_gradient,
     grouped_matmul,
     grouped_outer,
-    product,
+    matmul_launch,
     sum_choices,
     weight_gradient,
 )
+from ..routing import Routing
+from .arguments import Kept, Operands
 from .kernels import gate_backward_kernel, gate_up_kernel
 
 
@@ -34,23 +38,19 @@ def _constants(gate: Gate) -> dict[str, Any]:
 def project_and_gate(
     x: torch.Tensor,
     weight: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
+    routing: Routing,
     top_k: int,
-    low: torch.Tensor | None,
-    low_weight: torch.Tensor | None,
+    low: LowRank | None,
     bias: torch.Tensor | None,
     gate: Gate,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gate/up projection ``[S, 2I]``, empty unless ``keep``, and its gated activation ``[S, I]``."""
-    pairs, width = order.shape[0], weight.shape[1]
+    """The gate/up projection ``[S, 2I]``, without rows unless ``keep``, and its gated activation ``[S, I]``."""
+    pairs, width = routing.order.shape[0], weight.shape[1]
     hidden, a = x.new_empty((pairs if keep else 0, width)), x.new_empty((pairs, width // 2))
     if pairs:
-        grid, operands, constants = product(
-            x, weight, order, offsets, top_k=top_k, low=low, low_weight=low_weight, bias=bias
-        )
-        gate_up_kernel[grid](*operands, hidden, a, KEEP=keep, **_constants(gate), **constants)
+        grid, arguments, constants = matmul_launch(x, weight, routing, top_k=top_k, low=low, bias=bias)
+        gate_up_kernel[grid](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
     return hidden, a
 
 
@@ -70,130 +70,61 @@ def _gate_backward(
 
 
 def forward(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    routing_weights: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    gate_up_a: torch.Tensor | None,
-    gate_up_b: torch.Tensor | None,
-    down_a: torch.Tensor | None,
-    down_b: torch.Tensor | None,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    gate: Gate,
-    keep: bool,
+    operands: Operands, gate: Gate, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
-    pairs, top_k = order.shape[0], routing_weights.shape[1]
-    low1 = low2 = None
-    if gate_up_a is not None:
-        low1 = grouped_matmul(x, gate_up_a, order, offsets, top_k=top_k)
-    hidden, a = project_and_gate(x, gate_up, order, offsets, top_k, low1, gate_up_b, gate_up_bias, gate, keep)
-    if down_a is not None:
-        low2 = grouped_matmul(a, down_a, order, offsets)
-    y = grouped_matmul(
-        a,
-        down,
-        order,
-        offsets,
-        low=low2,
-        low_weight=down_b,
-        bias=down_bias,
-        row_weight=routing_weights.reshape(-1),
-        scatter=True,
+    x, gate_up, down, weights, a1, b1, a2, b2, bias1, bias2, *_ = operands
+    routing, top_k = operands.routing, weights.shape[1]
+    low1 = None if a1 is None or b1 is None else (grouped_matmul(x, a1, routing, top_k=top_k), b1)
+    hidden, a = project_and_gate(x, gate_up, routing, top_k, low1, bias1, gate, keep)
+    low2 = None if a2 is None or b2 is None else (grouped_matmul(a, a2, routing), b2)
+    y = grouped_matmul(a, down, routing, low=low2, bias=bias2, row_weight=weights.reshape(-1), scatter=True)
+    kept1, kept2 = (
+        low[0] if low is not None and keep else x.new_empty((hidden.shape[0], rank))
+        for low, rank in zip((low1, low2), operands.ranks, strict=True)
     )
-    out = sum_choices(y, x.shape[0])
-    low1, low2 = (x.new_empty((pairs, 0)) if low is None else low for low in (low1, low2))
-    if not keep:
-        low1, low2 = (low.new_empty((0, low.shape[1])) for low in (low1, low2))
-    return out, hidden, low1, low2
+    return sum_choices(y, x.shape[0]), hidden, kept1, kept2
 
 
 def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    hidden: torch.Tensor,
-    low1: torch.Tensor,
-    low2: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    routing_weights: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    gate_up_a: torch.Tensor | None,
-    gate_up_b: torch.Tensor | None,
-    down_a: torch.Tensor | None,
-    down_b: torch.Tensor | None,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    gate: Gate,
-    needs: list[bool],
-) -> list[torch.Tensor | None]:
-    """See :func:`scattermoe_lora.ops.experts.op.experts_backward`."""
-    (
-        need_x,
-        need_gate_up,
-        need_down,
-        need_weights,
-        need_a1,
-        need_b1,
-        need_a2,
-        need_b2,
-        need_bias1,
-        need_bias2,
-    ) = needs
-    top_k = routing_weights.shape[1]
-    row_weight = routing_weights.reshape(-1)
-    du2 = None
-    if down_b is not None:
-        du2 = grouped_matmul(grad_out, down_b.mT, order, offsets, top_k=top_k)
-    da = grouped_matmul(
-        grad_out,
-        down.mT,
-        order,
-        offsets,
-        top_k=top_k,
-        low=du2,
-        low_weight=None if down_a is None else down_a.mT,
-    )
-    a, dh, d_row_weight = _gate_backward(da, hidden, row_weight, order, gate)
+    grad_out: torch.Tensor, operands: Operands, kept: Kept, gate: Gate, names: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """See :func:`scattermoe_lora.ops.experts.op.experts_backward`; ``names`` are the operands that need one."""
+    x, gate_up, down, weights, a1, b1, a2, b2, _, bias2, *_ = operands
+    routing, top_k, row_weight = operands.routing, weights.shape[1], weights.reshape(-1)
+    low2 = low1 = None
+    if a2 is not None and b2 is not None:
+        low2 = grouped_matmul(grad_out, b2.mT, routing, top_k=top_k), a2.mT
+    da = grouped_matmul(grad_out, down.mT, routing, top_k=top_k, low=low2)
+    a, dh, d_row_weight = _gate_backward(da, kept.hidden, row_weight, routing.order, gate)
+    if a1 is not None and b1 is not None:
+        low1 = grouped_matmul(dh, b1.mT, routing), a1.mT
 
-    dx = d_gate_up = d_down = d_routing = da1 = db1 = da2 = db2 = d_bias1 = d_bias2 = None
-    if need_weights:
-        if down_bias is not None:
-            through_bias = grouped_matmul(
-                grad_out, down_bias.unsqueeze(1), order, offsets, top_k=top_k, scatter=True
-            )
+    gradients = {}
+    if "routing_weights" in names:
+        if bias2 is not None:
+            through_bias = grouped_matmul(grad_out, bias2.unsqueeze(1), routing, top_k=top_k, scatter=True)
             d_row_weight += through_bias.squeeze(1)
-        d_routing = d_row_weight.view_as(routing_weights).to(routing_weights.dtype)
-    if need_down:
-        d_down = weight_gradient(down, grad_out, a, order, offsets, top_k_p=top_k, row_weight=row_weight)
-    if need_bias2:
-        d_bias2 = bias_gradient(grad_out, order, offsets, top_k=top_k, row_weight=row_weight)
-    if need_bias1:
-        d_bias1 = bias_gradient(dh, order, offsets)
-    if need_a2 and du2 is not None:
-        da2 = grouped_outer(du2, a, order, offsets, row_weight=row_weight)
-    if need_b2:
-        db2 = grouped_outer(grad_out, low2, order, offsets, top_k_p=top_k, row_weight=row_weight)
-    du1 = None if gate_up_b is None else grouped_matmul(dh, gate_up_b.mT, order, offsets)
-    if need_gate_up:
-        d_gate_up = weight_gradient(gate_up, dh, x, order, offsets, top_k_q=top_k)
-    if need_a1 and du1 is not None:
-        da1 = grouped_outer(du1, x, order, offsets, top_k_q=top_k)
-    if need_b1:
-        db1 = grouped_outer(dh, low1, order, offsets)
-    if need_x:
-        dx = grouped_matmul(
-            dh,
-            gate_up.mT,
-            order,
-            offsets,
-            low=du1,
-            low_weight=None if gate_up_a is None else gate_up_a.mT,
-            scatter=True,
-        )
-        dx = sum_choices(dx, x.shape[0])
-    return [dx, d_gate_up, d_down, d_routing, da1, db1, da2, db2, d_bias1, d_bias2]
+        gradients["routing_weights"] = d_row_weight.view_as(weights).to(weights.dtype)
+    # What is weighted by the routing weights is a gradient of the second projection.
+    weighted: dict[str, Any] = {"top_k_p": top_k, "row_weight": row_weight}
+    if "down" in names:
+        gradients["down"] = weight_gradient(down, grad_out, a, routing, **weighted)
+    if "down_bias" in names:
+        gradients["down_bias"] = bias_gradient(grad_out, routing, top_k=top_k, row_weight=row_weight)
+    if "gate_up_bias" in names:
+        gradients["gate_up_bias"] = bias_gradient(dh, routing)
+    if "down_a" in names and low2 is not None:
+        gradients["down_a"] = grouped_outer(low2[0], a, routing, row_weight=row_weight)
+    if "down_b" in names:
+        gradients["down_b"] = grouped_outer(grad_out, kept.down_low, routing, **weighted)
+    if "gate_up" in names:
+        gradients["gate_up"] = weight_gradient(gate_up, dh, x, routing, top_k_q=top_k)
+    if "gate_up_a" in names and low1 is not None:
+        gradients["gate_up_a"] = grouped_outer(low1[0], x, routing, top_k_q=top_k)
+    if "gate_up_b" in names:
+        gradients["gate_up_b"] = grouped_outer(dh, kept.gate_up_low, routing)
+    if "x" in names:
+        dx = grouped_matmul(dh, gate_up.mT, routing, low=low1, scatter=True)
+        gradients["x"] = sum_choices(dx, x.shape[0])
+    return gradients

@@ -1,4 +1,4 @@
-"""What ships of the gated experts beside the grouped GEMMs, for compiling ahead of time."""
+"""The kernels of the gated experts, beside the grouped GEMMs, to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..activation import ACTIVATIONS
 from ..compile_spec import TARGETS, CompileSpec
-from ..grouped_linear.specs import POINTERS, Tile, Use, product_spec, tiles_of
+from ..grouped_linear.specs import POINTERS, Tile, Use, matmul_spec, tiles_of
 from .kernels import gate_backward_kernel, gate_up_kernel
 
 _PLAIN = {"INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
@@ -25,7 +25,7 @@ def _gates(tile: Tile) -> tuple[str, ...]:
     return ("clamped silu",) if tile.is_widest or tile.dtype != "fp16" else ()
 
 
-def _products() -> Iterator[CompileSpec]:
+def _matmuls() -> Iterator[CompileSpec]:
     fullest = {"GATHER": True, "LOW_RANK": True, "BIAS": True, "KEEP": True}
     for tile in tiles_of("grouped_matmul"):
         for label in _gates(tile):
@@ -38,7 +38,7 @@ def _products() -> Iterator[CompileSpec]:
             if tile.is_widest:
                 uses.append(Use(f"{label}, inference without factors", {"GATHER": True, **gate}, transposed))
             for use in uses:
-                yield product_spec(gate_up_kernel, use, tile)
+                yield matmul_spec(gate_up_kernel, use, tile)
 
 
 def _gradients() -> Iterator[CompileSpec]:
@@ -57,4 +57,4 @@ def _gradients() -> Iterator[CompileSpec]:
                 )
 
 
-COMPILE_SPECS = [*_products(), *_gradients()]
+COMPILE_SPECS = [*_matmuls(), *_gradients()]

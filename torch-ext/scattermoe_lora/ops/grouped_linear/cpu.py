@@ -6,21 +6,31 @@ system is not asked for fresh pages, which costs more than the arithmetic on sma
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 
 import torch
 
-from ..products import add_product, product, rounded, two_products
+from ..cpu_matmul import add_matmul, low_rank_matmul, matmul, rounded
 from ..routing import empty_gradient
+from .arguments import Operands
+
+Part = tuple[int, int, int]
+"""An expert, and its rows in sorted order: ``(expert, start, end)``."""
 
 
-def segments(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
+def expert_ranges(offsets: torch.Tensor) -> list[Part]:
     """``(expert, start, end)`` of every expert that has rows, from ``offsets`` ``[E + 1]``."""
     bounds = offsets.tolist()
     return [(e, start, end) for e, (start, end) in enumerate(pairwise(bounds)) if start < end]
 
 
-def most_rows(parts: list[tuple[int, int, int]]) -> int:
+def end_of(parts: list[Part]) -> int:
+    """The number of pairs that have an expert."""
+    return parts[-1][2] if parts else 0
+
+
+def most_rows(parts: list[Part]) -> int:
     """Rows of a buffer for the fullest expert, with as many more as a product may read."""
     return rounded(max((end - start for _, start, end in parts), default=0))
 
@@ -32,7 +42,7 @@ def accumulator(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(shape, dtype=dtype)
 
 
-def per_expert(like: torch.Tensor, parts: list[tuple[int, int, int]]) -> torch.Tensor:
+def per_expert(like: torch.Tensor, parts: list[Part]) -> torch.Tensor:
     """An uninitialised ``[E, ...]`` like ``like`` in which the experts without rows are already zero."""
     out = empty_gradient(like)
     busy = {e for e, _, _ in parts}
@@ -42,20 +52,49 @@ def per_expert(like: torch.Tensor, parts: list[tuple[int, int, int]]) -> torch.T
     return out
 
 
-def linear(
-    x: torch.Tensor,
-    right: torch.Tensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    low: torch.Tensor | None = None,
-    low_right: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``x @ right (+ low @ low_right) (+ bias)`` of one expert into ``out``."""
-    if low is None or low_right is None:
-        return product(x, right, out) if bias is None else add_product(x, right, out.copy_(bias))
-    if bias is None:
-        return two_products(x, right, low, low_right, out)
-    return add_product(x, right, add_product(low, low_right, out.copy_(bias)))
+def transposed(matrix: torch.Tensor | None) -> torch.Tensor | None:
+    """A view of a stack of matrices, each of them transposed; None for None."""
+    return None if matrix is None else matrix.mT
+
+
+class Projection:
+    """A linear map for each expert, applied to the rows of one expert at a time.
+
+    Views are made for all experts at once: one by one they would cost as much as the smaller products.
+
+    Args:
+        weight: ``[E, N_out, N_in]``.
+        a, b: ``[E, r, N_in]`` and ``[E, N_out, r]``, or None.
+        bias: ``[E, N_out]`` or None.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        self._weight = weight.mT.unbind()
+        self._factors = None if a is None or b is None else (a.mT.unbind(), b.mT.unbind())
+        self._bias = None if bias is None else bias.unbind()
+
+    def low(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor | None:
+        """``x A^T`` into ``out``; None without factors."""
+        return None if self._factors is None else matmul(x, self._factors[0][expert], out)
+
+    def apply(
+        self, expert: int, x: torch.Tensor, low: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """``x W^T (+ low B^T) (+ bias)`` into ``out``; ``low`` is what :meth:`low` returned."""
+        weight = self._weight[expert]
+        bias = None if self._bias is None else self._bias[expert]
+        if low is None or self._factors is None:
+            return matmul(x, weight, out) if bias is None else add_matmul(x, weight, out.copy_(bias))
+        b = self._factors[1][expert]
+        if bias is None:
+            return low_rank_matmul(x, weight, low, b, out)
+        return add_matmul(x, weight, add_matmul(low, b, out.copy_(bias)))
 
 
 def outer(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -71,84 +110,60 @@ def sum_rows(rows: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(rows.sum(dim=0, dtype=wide))
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    top_k: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
-    parts = segments(offsets)
+    x, weight, a, b, bias, order, offsets = operands
+    parts = expert_ranges(offsets)
     pairs = order.shape[0]
-    y = (
-        x.new_zeros((pairs, weight.shape[1]))
-        if offsets[-1] < pairs
-        else x.new_empty((pairs, weight.shape[1]))
-    )
+    y = x.new_empty((pairs, weight.shape[1]))
+    if end_of(parts) < pairs:
+        y.zero_()
     low = x.new_zeros((pairs, 0 if a is None else a.shape[1]))
-    rows_of = order if x.shape[0] == pairs else order // top_k
+    rows_of = operands.rows(top_k)
     most = most_rows(parts)
     x_buffer = x.new_empty((most, x.shape[1]))
     y_buffer = y.new_empty((most, y.shape[1]))
+    projection = Projection(weight, a, b, bias)
     for e, start, end in parts:
-        x_e, y_e = x_buffer[: end - start], y_buffer[: end - start]
-        torch.index_select(x, 0, rows_of[start:end], out=x_e)
-        bias_e = None if bias is None else bias[e]
-        if a is not None and b is not None:
-            u_e = product(x_e, a[e].t(), low[start:end])
-            linear(x_e, weight[e].t(), y_e, bias_e, u_e, b[e].t())
-        else:
-            linear(x_e, weight[e].t(), y_e, bias_e)
-        y.index_copy_(0, order[start:end], y_e)
+        x_e = torch.index_select(x, 0, rows_of[start:end], out=x_buffer[: end - start])
+        low_e = projection.low(e, x_e, low[start:end])
+        y.index_copy_(0, order[start:end], projection.apply(e, x_e, low_e, y_buffer[: end - start]))
     return y, low
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    low: torch.Tensor,
-    top_k: int,
-    needs: list[bool],
-) -> list[torch.Tensor | None]:
+    dy: torch.Tensor, operands: Operands, low: torch.Tensor, top_k: int, names: Collection[str]
+) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
-    need_x, need_weight, need_a, need_b, need_bias = needs
-    parts = segments(offsets)
-    rows_of = order if x.shape[0] == order.shape[0] else order // top_k
+    x, weight, a, b, _, order, offsets = operands
+    parts = expert_ranges(offsets)
+    rows_of = operands.rows(top_k)
     most = most_rows(parts)
-    dx = accumulator(x.shape, x) if need_x else None
-    d_weight = per_expert(weight, parts) if need_weight else None
-    da = per_expert(a, parts) if need_a and a is not None else None
-    db = per_expert(b, parts) if need_b and b is not None else None
-    d_bias = per_expert(bias, parts) if need_bias and bias is not None else None
+    gradients = {name: per_expert(getattr(operands, name), parts) for name in names if name != "x"}
+    d_weight, da, db, d_bias = (gradients.get(name) for name in ("weight", "a", "b", "bias"))
+    dx = accumulator(x.shape, x) if "x" in names else None
     dy_buffer = dy.new_empty((most, dy.shape[1]))
     x_buffer = x.new_empty((most, x.shape[1]))
     du_buffer = dy.new_empty((most, 0 if b is None else b.shape[2]))
+    reverse = Projection(weight.mT, transposed(b), transposed(a))
     for e, start, end in parts:
         rows = rows_of[start:end]
-        dy_e, x_e = dy_buffer[: end - start], x_buffer[: end - start]
-        torch.index_select(dy, 0, order[start:end], out=dy_e)
-        du = None if a is None or b is None else product(dy_e, b[e], du_buffer[: end - start])
+        x_e = x_buffer[: end - start]
+        dy_e = torch.index_select(dy, 0, order[start:end], out=dy_buffer[: end - start])
+        du = reverse.low(e, dy_e, du_buffer[: end - start])
         if d_weight is not None or da is not None:
             torch.index_select(x, 0, rows, out=x_e)
-            if d_weight is not None:
-                outer(dy_e, x_e, d_weight[e])
-            if da is not None and du is not None:
-                torch.mm(du.t(), x_e, out=da[e])
+        if d_weight is not None:
+            outer(dy_e, x_e, d_weight[e])
+        if da is not None and du is not None:
+            torch.mm(du.t(), x_e, out=da[e])
         if db is not None:
             torch.mm(dy_e.t(), low[start:end], out=db[e])
         if d_bias is not None:
             sum_rows(dy_e, d_bias[e])
         if dx is not None:
-            dx_e = linear(dy_e, weight[e], x_e, low=du, low_right=None if a is None else a[e])
-            dx.index_add_(0, rows, dx_e.to(dx.dtype))
-    return [None if dx is None else dx.to(x.dtype), d_weight, da, db, d_bias]
+            # The gradient takes the place of the rows, which have served.
+            dx.index_add_(0, rows, reverse.apply(e, dy_e, du, x_e).to(dx.dtype))
+    if dx is not None:
+        gradients["x"] = dx.to(x.dtype)
+    return gradients

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from .. import tiles
+from .. import tile_tables
+from ..routing import Routing
+from .arguments import Operands
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+
+TILES = Path(__file__).parent / "tiles"
 
 
 def float32_precision(x: torch.Tensor) -> str:
@@ -18,40 +24,63 @@ def float32_precision(x: torch.Tensor) -> str:
     return "tf32" if is_tf32 and x.dtype == torch.float32 and not torch.version.hip else "ieee"
 
 
-class Product(NamedTuple):
-    """A launch of one of the kernels that multiply rows: what they all take."""
+LowRank = tuple[torch.Tensor, torch.Tensor]
+"""``[S, r]`` in sorted order and ``[E, N_out, r]``, any strides: the factors of a low-rank term."""
+
+
+def tile(kernel: str, like: torch.Tensor, rows: float, n: int, k: int) -> Mapping[str, int]:
+    """Block sizes, ``num_warps`` and ``num_stages`` for a launch.
+
+    Args:
+        kernel: ``grouped_matmul`` or ``grouped_outer``.
+        like: An operand; its device and element size count.
+        rows: Rows an expert, on average.
+        n, k: The other two sizes: ``[rows, k] x [k, n]`` for ``grouped_matmul``, ``[k, rows] x [rows, n]`` for
+            ``grouped_outer``.
+
+    Raises:
+        NotImplementedError: No rule for elements of that size.
+    """
+    # Rows that do not start at a multiple of 16 elements are read one element at a time, and a large tile then runs
+    # out of registers. A narrow matrix is small whatever its rows.
+    is_aligned = all(size % 16 == 0 or size <= 64 for size in (n, k))
+    device = tile_tables.table_of(like.device) if is_aligned else tile_tables.DEFAULT
+    return tile_tables.find(TILES, device, kernel, like.dtype, {"rows": rows, "n": n, "k": k})
+
+
+class Launch(NamedTuple):
+    """The launch of a kernel that multiplies rows: its grid, its first arguments and its constants."""
 
     grid: tuple[int]
-    operands: tuple[torch.Tensor | int, ...]
+    arguments: tuple[torch.Tensor | int, ...]
     constants: dict[str, Any]
 
 
-def product(
+def matmul_launch(
     x: torch.Tensor,
     weight: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
+    routing: Routing,
     *,
     top_k: int | None,
-    low: torch.Tensor | None,
-    low_weight: torch.Tensor | None,
+    low: LowRank | None,
     bias: torch.Tensor | None = None,
-) -> Product:
+) -> Launch:
     """The launch of ``x[row] W[e]^T (+ low[s] C[e]^T) (+ bias[e])``; arguments as for :func:`grouped_matmul`."""
     num_experts, n_out, n_in = weight.shape
-    pairs = order.shape[0]
-    rank = 0 if low is None else low.shape[1]
-    launch = tiles.launch("grouped_matmul", x, pairs / num_experts, n_out, n_in)
+    pairs = routing.order.shape[0]
+    # Pointers that are not used still have to be pointers.
+    left, right = low or (x, weight)
+    rank = left.shape[1] if low else 0
+    blocks = tile("grouped_matmul", x, pairs / num_experts, n_out, n_in)
     # At most this many: one is begun for every segment that has rows, and the others are full.
-    tiles_m = pairs // launch["BLOCK_M"] + min(pairs, num_experts + 1)
-    operands: tuple[torch.Tensor | int, ...] = (
+    tiles_m = pairs // blocks["BLOCK_M"] + min(pairs, num_experts + 1)
+    arguments: tuple[torch.Tensor | int, ...] = (
         x,
         weight,
-        x if low is None else low,
-        weight if low_weight is None else low_weight,
+        left,
+        right,
         weight if bias is None else bias,
-        order,
-        offsets,
+        *routing,
         pairs,
         num_experts,
         n_out,
@@ -59,7 +88,7 @@ def product(
         rank,
         x.stride(0),
         *weight.stride(),
-        *((0, 0, 0) if low_weight is None else low_weight.stride()),
+        *(right.stride() if low else (0, 0, 0)),
     )
     constants = {
         "GATHER": top_k is not None,
@@ -68,23 +97,21 @@ def product(
         "BIAS": bias is not None,
         "EXPERTS_POW2": triton.next_power_of_2(num_experts + 1),
         "PRECISION": float32_precision(x),
-        "EVEN_K": n_in % launch["BLOCK_K"] == 0,
+        "EVEN_K": n_in % blocks["BLOCK_K"] == 0,
         # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
-        "BLOCK_R": min(launch["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
-        **launch,
+        "BLOCK_R": min(blocks["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
+        **blocks,
     }
-    return Product((tiles_m * triton.cdiv(n_out, launch["BLOCK_N"]),), operands, constants)
+    return Launch((tiles_m * triton.cdiv(n_out, blocks["BLOCK_N"]),), arguments, constants)
 
 
 def grouped_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
+    routing: Routing,
     *,
     top_k: int | None = None,
-    low: torch.Tensor | None = None,
-    low_weight: torch.Tensor | None = None,
+    low: LowRank | None = None,
     bias: torch.Tensor | None = None,
     row_weight: torch.Tensor | None = None,
     scatter: bool = False,
@@ -95,7 +122,8 @@ def grouped_matmul(
         x: Rows: ``[S, N_in]`` in sorted order if ``top_k`` is None, else the row of pair p is ``p // top_k``
             (``top_k=1``: by pair).
         weight: ``[E, N_out, N_in]``, any strides (a transposed view serves the backward).
-        low, low_weight: ``[S, r]`` in sorted order and ``[E, N_out, r]``, any strides; or None.
+        routing: The pairs, sorted by expert.
+        low: Factors of a low-rank term, or None.
         bias: ``[E, N_out]``, contiguous; or None.
         row_weight: ``[S]`` by pair, multiplies the result; or None.
         scatter: Write by pair instead of in sorted order.
@@ -103,15 +131,13 @@ def grouped_matmul(
     Returns:
         ``[S, N_out]``; zero for pairs without an expert here.
     """
-    pairs = order.shape[0]
+    pairs = routing.order.shape[0]
     out = x.new_empty((pairs, weight.shape[1]))
     if pairs == 0:
         return out
-    grid, operands, constants = product(
-        x, weight, order, offsets, top_k=top_k, low=low, low_weight=low_weight, bias=bias
-    )
+    grid, arguments, constants = matmul_launch(x, weight, routing, top_k=top_k, low=low, bias=bias)
     grouped_matmul_kernel[grid](
-        *operands,
+        *arguments,
         x if row_weight is None else row_weight,
         out,
         SCATTER=scatter,
@@ -124,8 +150,7 @@ def grouped_matmul(
 def grouped_outer(
     p: torch.Tensor,
     q: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
+    routing: Routing,
     *,
     top_k_p: int | None = None,
     top_k_q: int | None = None,
@@ -135,24 +160,24 @@ def grouped_outer(
 
     Args:
         p, q: ``[*, N_p]`` and ``[*, N_q]``; rows as in :func:`grouped_matmul`, of one dtype.
+        routing: The pairs, sorted by expert.
         top_k_p, top_k_q: None where the rows are in sorted order. If both are given they are equal.
         row_weight: ``[S]`` by pair, multiplies each term; or None.
 
     Returns:
         ``[E, N_p, N_q]``; zero for experts without pairs.
     """
-    num_experts = offsets.shape[0] - 1
+    num_experts = routing.offsets.shape[0] - 1
     n_p, n_q = p.shape[1], q.shape[1]
     out = p.new_empty((num_experts, n_p, n_q))
-    launch = tiles.launch("grouped_outer", p, order.shape[0] / num_experts, n_q, n_p)
-    grid = (triton.cdiv(n_q, launch["BLOCK_Q"]), triton.cdiv(n_p, launch["BLOCK_P"]), num_experts)
+    blocks = tile("grouped_outer", p, routing.order.shape[0] / num_experts, n_q, n_p)
+    grid = (triton.cdiv(n_q, blocks["BLOCK_Q"]), triton.cdiv(n_p, blocks["BLOCK_P"]), num_experts)
     grouped_outer_kernel[grid](
         p,
         q,
         p if row_weight is None else row_weight,
         out,
-        order,
-        offsets,
+        *routing,
         n_p,
         n_q,
         p.stride(0),
@@ -162,7 +187,7 @@ def grouped_outer(
         TOP_K=top_k_p or top_k_q or 1,
         WEIGHTED=row_weight is not None,
         PRECISION=float32_precision(p),
-        **launch,
+        **blocks,
     )
     return out
 
@@ -171,8 +196,7 @@ def weight_gradient(
     weight: torch.Tensor,
     p: torch.Tensor,
     q: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
+    routing: Routing,
     *,
     top_k_p: int | None = None,
     top_k_q: int | None = None,
@@ -180,22 +204,20 @@ def weight_gradient(
 ) -> torch.Tensor:
     """:func:`grouped_outer` in the layout of ``weight``: where that is a transposed view, so is the result."""
     if not weight.is_contiguous() and weight.mT.is_contiguous():
-        out = grouped_outer(q, p, order, offsets, top_k_p=top_k_q, top_k_q=top_k_p, row_weight=row_weight)
-        return out.mT
-    return grouped_outer(p, q, order, offsets, top_k_p=top_k_p, top_k_q=top_k_q, row_weight=row_weight)
+        return grouped_outer(q, p, routing, top_k_p=top_k_q, top_k_q=top_k_p, row_weight=row_weight).mT
+    return grouped_outer(p, q, routing, top_k_p=top_k_p, top_k_q=top_k_q, row_weight=row_weight)
 
 
 def bias_gradient(
     dy: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
+    routing: Routing,
     *,
     top_k: int | None = None,
     row_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of each expert's rows of ``dy``, ``[E, N_out]``; rows as in :func:`grouped_matmul`."""
-    ones = dy.new_ones((order.shape[0], 1))
-    return grouped_outer(dy, ones, order, offsets, top_k_p=top_k, row_weight=row_weight).squeeze(2)
+    ones = dy.new_ones((routing.order.shape[0], 1))
+    return grouped_outer(dy, ones, routing, top_k_p=top_k, row_weight=row_weight).squeeze(2)
 
 
 def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -204,73 +226,36 @@ def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
     return by_pair.view(tokens, pairs // max(tokens, 1), columns).sum(dim=1)
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    top_k: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
-    rows = 1 if x.shape[0] == order.shape[0] else top_k
-    low = x.new_empty((order.shape[0], 0)) if a is None else grouped_matmul(x, a, order, offsets, top_k=rows)
-    y = grouped_matmul(
-        x,
-        weight,
-        order,
-        offsets,
-        top_k=rows,
-        low=None if a is None else low,
-        low_weight=b,
-        bias=bias,
-        scatter=True,
-    )
-    return y, low
+    x, weight, a, b, bias, *_ = operands
+    routing, rows = operands.routing, operands.pairs_per_row(top_k)
+    low = None if a is None or b is None else (grouped_matmul(x, a, routing, top_k=rows), b)
+    y = grouped_matmul(x, weight, routing, top_k=rows, low=low, bias=bias, scatter=True)
+    return y, low[0] if low else x.new_empty((y.shape[0], 0))
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    low: torch.Tensor,
-    top_k: int,
-    needs: list[bool],
-) -> list[torch.Tensor | None]:
+    dy: torch.Tensor, operands: Operands, low: torch.Tensor, top_k: int, names: Collection[str]
+) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
-    need_x, need_weight, need_a, need_b, need_bias = needs
-    rows = 1 if x.shape[0] == order.shape[0] else top_k
-    du = None if a is None or b is None else grouped_matmul(dy, b.mT, order, offsets, top_k=1)
-    dx = d_weight = da = db = d_bias = None
-    if need_x:
-        dx = grouped_matmul(
-            dy,
-            weight.mT,
-            order,
-            offsets,
-            top_k=1,
-            low=du,
-            low_weight=None if a is None else a.mT,
-            scatter=True,
-        )
-        dx = sum_choices(dx, x.shape[0])
+    x, weight, a, b, *_ = operands
+    routing, rows = operands.routing, operands.pairs_per_row(top_k)
+    d_low = None if a is None or b is None else (grouped_matmul(dy, b.mT, routing, top_k=1), a.mT)
+    gradients = {}
+    if "x" in names:
+        dx = grouped_matmul(dy, weight.mT, routing, top_k=1, low=d_low, scatter=True)
+        gradients["x"] = sum_choices(dx, x.shape[0])
     # Where x has one row a token and dy one a pair, the two gather differently; putting dy in sorted order first keeps
     # the kernel at one divisor.
-    if need_weight or need_b or need_bias:
-        dy = dy.index_select(0, order)
-    if need_weight:
-        d_weight = weight_gradient(weight, dy, x, order, offsets, top_k_q=rows)
-    if need_a and du is not None:
-        da = grouped_outer(du, x, order, offsets, top_k_q=rows)
-    if need_b:
-        db = grouped_outer(dy, low, order, offsets)
-    if need_bias:
-        d_bias = bias_gradient(dy, order, offsets)
-    return [dx, d_weight, da, db, d_bias]
+    if not {"weight", "b", "bias"}.isdisjoint(names):
+        dy = dy.index_select(0, routing.order)
+    if "weight" in names:
+        gradients["weight"] = weight_gradient(weight, dy, x, routing, top_k_q=rows)
+    if "a" in names and d_low is not None:
+        gradients["a"] = grouped_outer(d_low[0], x, routing, top_k_q=rows)
+    if "b" in names:
+        gradients["b"] = grouped_outer(dy, low, routing)
+    if "bias" in names:
+        gradients["bias"] = bias_gradient(dy, routing)
+    return gradients

@@ -1,4 +1,4 @@
-"""What ships of the grouped GEMMs, for compiling ahead of time: every tile configuration, every way of launching."""
+"""The grouped GEMMs to compile ahead of time: every tile configuration, every way of launching."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import tiles
 from ..compile_spec import TARGETS, CompileSpec
+from ..tile_tables import DEFAULT, DEVICES, Rule, load
+from .gpu import TILES
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 
 POINTERS = {
@@ -61,7 +62,7 @@ _LARGEST = (_USES[0], _USES[4])
 class Tile:
     """One rule of one table, as it is compiled: for whom, of which type, and whether its sizes are multiples of 16."""
 
-    rule: tiles.Rule
+    rule: Rule
     is_widest: bool
     dtype: str
     precision: str
@@ -98,13 +99,13 @@ class Tile:
 
 def tiles_of(kernel: str) -> Iterator[Tile]:
     """Every rule that ships for a kernel, for each type and precision that it is launched with."""
-    for device in tiles.available():
+    for device in DEVICES:
         # Shapes that are not aligned take the default's on every device.
-        aligned = device != tiles.DEFAULT
+        aligned = device != DEFAULT
         targets = (device,) if aligned else TARGETS
         # AMD's matrix cores multiply float32 as it is.
         nvidia = tuple(target for target in targets if target.startswith("sm_"))
-        rules = tiles.load(device).rules[kernel]
+        rules = load(TILES, device).rules[kernel]
         last = {rule.bytes: rule for rule in rules}
         for rule in rules:
             for dtype in _DTYPES[rule.bytes]:
@@ -114,7 +115,7 @@ def tiles_of(kernel: str) -> Iterator[Tile]:
                         yield Tile(rule, is_widest, dtype, precision, fit, aligned)
 
 
-def product_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
+def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
     """A kernel that multiplies rows, used in one way on one tile."""
     blocks = tile.blocks()
     unit = ("stride_wn", "stride_bn") if use.transposed else ("stride_wk", "stride_br")
@@ -135,7 +136,8 @@ def product_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
 def _uses(tile: Tile) -> tuple[Use, ...]:
     """Every use on the widest tile, on the rest the two that need most. float16 differs from bfloat16 in the name of
     the instruction alone, so the widest tile stands for it."""
-    if tile.rule.n is not None and tile.rule.n <= 64:
+    columns = tile.rule.limits["n"]
+    if columns is not None and columns <= 64:
         return _NARROW if tile.dtype != "fp16" else ()
     if tile.is_widest and tile.dtype == "bf16":
         return _USES
@@ -158,7 +160,7 @@ def _outer(weighted: bool, tile: Tile) -> CompileSpec:
 def _specs() -> Iterator[CompileSpec]:
     for tile in tiles_of("grouped_matmul"):
         for use in _uses(tile):
-            yield product_spec(grouped_matmul_kernel, use, tile)
+            yield matmul_spec(grouped_matmul_kernel, use, tile)
     for tile in tiles_of("grouped_outer"):
         if tile.dtype != "fp16" or tile.is_widest:
             for weighted in (False, True):

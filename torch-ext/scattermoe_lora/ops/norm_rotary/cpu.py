@@ -6,9 +6,11 @@ buffers of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
+
+from .arguments import Operands
 
 # Elements of a chunk: 2 MB of float32, so that the three buffers stay in cache and a second thread is worth its start.
 _CHUNK_ELEMENTS = 1 << 19
@@ -55,22 +57,16 @@ def _scale(x: torch.Tensor, buffer: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.mul(x, x, out=buffer).mean(dim=-1, keepdim=True).add_(eps).pow_(-0.5)
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def forward(operands: Operands) -> torch.Tensor:
     """See :func:`scattermoe_lora.ops.norm_rotary.op.norm_rotary_forward`."""
+    x, weight, cos, sin, eps = operands
     wide = _wide(x)
-    out = x.new_empty(x.shape, dtype=out_dtype)
+    out = x.new_empty(x.shape, dtype=operands.out_dtype)
     w = None if weight is None else weight.to(wide)
-    buffers = _Buffers(x, [wide, wide, x.dtype, out_dtype])
+    buffers = _Buffers(x, [wide, wide, x.dtype, out.dtype])
     for chunk in _chunks(x):
         part, result = x[chunk], out[chunk]
-        n, squares, rounded, product = buffers.views(part)
+        n, squares, rounded, rotated = buffers.views(part)
         n.copy_(part)
         n.mul_(_scale(n, squares, eps))
         if w is not None:
@@ -80,7 +76,7 @@ def forward(
             continue
         # Rounded before the rotation, and each product before the sum, as in the model's own code.
         n = rounded.copy_(n) if x.dtype != wide else n
-        _rotate(n, _angles(cos, chunk), _angles(sin, chunk), result, product)
+        _rotate(n, _angles(cos, chunk), _angles(sin, chunk), result, rotated)
     return out
 
 
@@ -113,34 +109,26 @@ def _rotate_back(
         out[..., rotated:].copy_(dy[..., rotated:])
 
 
-def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    eps: float,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.norm_rotary.op.norm_rotary_backward`."""
+    x, weight, cos, sin, eps = operands
     wide, head_dim = _wide(x), x.shape[-1]
-    dx = x.new_empty(x.shape) if need_x else None
+    dx = x.new_empty(x.shape) if "x" in names else None
     w = None if weight is None else weight.to(wide)
-    dw = x.new_zeros(head_dim, dtype=wide) if need_weight else None
+    dw = x.new_zeros(head_dim, dtype=wide) if "weight" in names else None
     buffers = _Buffers(x, [wide, wide, wide])
     for chunk in _chunks(x):
         part = x[chunk]
-        h, g, product = buffers.views(part)
+        h, g, buffer = buffers.views(part)
         h.copy_(part)
-        scale = _scale(h, product, eps)
+        scale = _scale(h, buffer, eps)
         h.mul_(scale)
         if cos is None or sin is None:
             g.copy_(dy[chunk])
         else:
-            product.copy_(dy[chunk])
-            _rotate_back(product, _angles(cos, chunk), _angles(sin, chunk), g, wide)
-        rows = torch.mul(g, h, out=product).view(-1, head_dim)
+            buffer.copy_(dy[chunk])
+            _rotate_back(buffer, _angles(cos, chunk), _angles(sin, chunk), g, wide)
+        rows = torch.mul(g, h, out=buffer).view(-1, head_dim)
         if dw is not None:
             dw.add_(rows.sum(dim=0))
         if dx is not None:
@@ -149,4 +137,7 @@ def backward(
                 g.mul_(w)
             g.addcmul_(h, mean, value=-1)
             dx[chunk].copy_(g.mul_(scale))
-    return dx, dw.to(weight.dtype) if dw is not None and weight is not None else None
+    gradients = {} if dx is None else {"x": dx}
+    if dw is not None and weight is not None:
+        gradients["weight"] = dw.to(weight.dtype)
+    return gradients

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import triton
 
+from .arguments import Operands
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
 
 # Elements of a block: 16 of x for each of 128 threads, two loads of 16 bytes in bfloat16. The backward then keeps its
@@ -26,7 +28,7 @@ def _refuse_float64(x: torch.Tensor) -> None:
         )
 
 
-def launch(head_dim: int, rotated: int) -> dict[str, int]:
+def sizes_of(head_dim: int, rotated: int) -> dict[str, int]:
     """The sizes that ``head_dim`` and the number of rotated columns give a kernel, as its constants."""
     half, rest = rotated // 2, head_dim - rotated
     # Triton has no empty range: a part without columns has a width, and no code.
@@ -53,23 +55,17 @@ def _rows_in_place(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def forward(operands: Operands) -> torch.Tensor:
     """See :func:`scattermoe_lora.ops.norm_rotary.op.norm_rotary_forward`."""
+    x, weight, cos, sin, eps = operands
     _refuse_float64(x)
     batch, tokens, heads, head_dim = x.shape
-    out = x.new_empty(x.shape, dtype=out_dtype)
+    out = x.new_empty(x.shape, dtype=operands.out_dtype)
     if not x.numel():
         return out
     x_rows, cos, sin = _rows_in_place(x), _rows_in_place(cos), _rows_in_place(sin)
     assert x_rows is not None
-    sizes = launch(head_dim, 0 if cos is None else cos.shape[-1])
+    sizes = sizes_of(head_dim, 0 if cos is None else cos.shape[-1])
     blocks = triton.cdiv(tokens * heads, sizes["BLOCK"])
     rotary_forward_kernel[(batch * blocks,)](
         x_rows,
@@ -91,29 +87,25 @@ def forward(
     return out
 
 
-def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    eps: float,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.norm_rotary.op.norm_rotary_backward`."""
+    x, weight, cos, sin, eps = operands
     _refuse_float64(x)
     batch, tokens, heads, head_dim = x.shape
-    dx = x.new_empty(x.shape) if need_x else None
+    summed = weight if "weight" in names else None
+    dx = x.new_empty(x.shape) if "x" in names else None
+    gradients = {} if dx is None else {"x": dx}
     if not x.numel():
-        return dx, None if weight is None or not need_weight else torch.zeros_like(weight)
+        if summed is not None:
+            gradients["weight"] = torch.zeros_like(summed)
+        return gradients
     dy_rows, x_rows, cos, sin = (_rows_in_place(t) for t in (dy, x, cos, sin))
     assert dy_rows is not None
     assert x_rows is not None
-    sizes = launch(head_dim, 0 if cos is None else cos.shape[-1])
+    sizes = sizes_of(head_dim, 0 if cos is None else cos.shape[-1])
     blocks = triton.cdiv(tokens * heads, sizes["BLOCK"])
-    programs = min(batch * blocks, _SUMMING_PROGRAMS) if need_weight else batch * blocks
-    sums: Any = x.new_empty((programs, head_dim), dtype=torch.float32) if need_weight else None
+    programs = min(batch * blocks, _SUMMING_PROGRAMS) if summed is not None else batch * blocks
+    sums: Any = x.new_empty((programs, head_dim), dtype=torch.float32) if summed is not None else None
     rotary_backward_kernel[(programs,)](
         dy_rows,
         x_rows,
@@ -132,9 +124,11 @@ def backward(
         *_strides(sin, batch),
         HEADS=heads,
         WEIGHTED=weight is not None,
-        NEED_X=need_x,
-        NEED_WEIGHT=need_weight,
+        NEED_X=dx is not None,
+        NEED_WEIGHT=summed is not None,
         **sizes,
         **OPTIONS,
     )
-    return dx, sums.sum(dim=0).to(weight.dtype) if need_weight and weight is not None else None
+    if summed is not None:
+        gradients["weight"] = sums.sum(dim=0).to(summed.dtype)
+    return gradients

@@ -1,4 +1,4 @@
-"""What ships of RMSNorm with rotary embedding, for compiling ahead of time: Gemma 4's heads, and an awkward one."""
+"""The RMSNorm and rotary kernels to compile ahead of time: for Gemma 4's heads, and for an awkward one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec
-from .gpu import OPTIONS, launch
+from .gpu import OPTIONS, sizes_of
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
 
 # (head_dim, rotated columns, heads, dtype): queries and keys of a sliding and of a global layer; values; and what needs
@@ -35,7 +35,7 @@ def _spec(kernel: Any, use: tuple[int, int, int, str], flags: dict[str, bool]) -
         "HEADS": heads,
         "WEIGHTED": rotated > 0,
         **flags,
-        **launch(head_dim, rotated),
+        **sizes_of(head_dim, rotated),
     }
     absent = [] if rotated else ["weight_ptr", "cos_ptr", "sin_ptr"]
     if kernel is rotary_backward_kernel and not summed:

@@ -1,4 +1,4 @@
-"""Which keys a query may see: the mask as numbers, shared by every implementation."""
+"""The keys that a query may see: the mask as numbers, shared by every implementation."""
 
 from __future__ import annotations
 

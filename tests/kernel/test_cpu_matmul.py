@@ -26,50 +26,53 @@ def test_products_of_any_size_through_onednn_match_the_reference(
     elements: int,
 ) -> None:
     # At these sizes every float32 product would be left to torch.mm.
-    products = submodule("ops.products")
-    monkeypatch.setattr(products, "_LARGE", 1)
+    cpu_matmul = submodule("ops.cpu_matmul")
+    monkeypatch.setattr(cpu_matmul, "_LARGE", 1)
     monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
-    asked = []
-    widened = products._widened
+    row_counts = []
+    widened = cpu_matmul._widened
 
     def watched(x: torch.Tensor, rows: int) -> torch.Tensor | None:
         result = widened(x, rows)
         if result is not None:
-            asked.append(result.shape[0])
+            row_counts.append(result.shape[0])
         return result
 
-    monkeypatch.setattr(products, "_widened", watched)
+    monkeypatch.setattr(cpu_matmul, "_widened", watched)
     arguments = problem(shape, "silu", dtype, targets=BOTH, train_base=False, sentinels=True)
     assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), tolerance)
-    if products._serves(dtype, 1):
-        assert asked
-        assert all(rows % 16 == 0 for rows in asked)
+    if cpu_matmul._serves(dtype, 1):
+        assert row_counts
+        assert all(rows % 16 == 0 for rows in row_counts)
 
 
 def test_pieces_cover_the_rows_with_few_sizes(submodule) -> None:
-    products = submodule("ops.products")
+    cpu_matmul = submodule("ops.cpu_matmul")
     sizes = set()
     for rows in range(1, 3000):
-        found = products.pieces(rows)
-        assert sum(found[:-1]) < rows <= sum(found) == products.rounded(rows) < rows + 16
-        sizes.update(found)
+        pieces = cpu_matmul.pieces(rows)
+        assert sum(pieces[:-1]) < rows <= sum(pieces) == cpu_matmul.rounded(rows) < rows + 16
+        sizes.update(pieces)
     assert sizes == {16, 32, 48, 64, 80, 96, 112, 128, 256}
 
 
 @pytest.mark.parametrize("rows", [1, 16, 127, 129, 200, 300, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_of_many_pieces_are_whole(submodule, rows: int, dtype: torch.dtype) -> None:
-    products = submodule("ops.products")
-    x = torch.randn(products.rounded(rows), 96).to(dtype)[:rows]
-    weight, before = torch.randn(104, 96).to(dtype), torch.randn(products.rounded(rows), 104).to(dtype)[:rows]
+    cpu_matmul = submodule("ops.cpu_matmul")
+    x = torch.randn(cpu_matmul.rounded(rows), 96).to(dtype)[:rows]
+    weight, before = (
+        torch.randn(104, 96).to(dtype),
+        torch.randn(cpu_matmul.rounded(rows), 104).to(dtype)[:rows],
+    )
     exact_product = x.double() @ weight.double().T
-    sums = before.new_empty((products.rounded(rows), 104))[:rows].copy_(before)
+    sums = before.new_empty((cpu_matmul.rounded(rows), 104))[:rows].copy_(before)
     low, low_right = torch.randn(rows, 5).to(dtype), torch.randn(104, 5).to(dtype).t()
-    both = torch.empty(products.rounded(rows), 104).to(dtype)[:rows]
+    both = torch.empty(cpu_matmul.rounded(rows), 104).to(dtype)[:rows]
     got = [
-        products.product(x, weight.t(), torch.empty(rows, 104).to(dtype)),
-        products.add_product(x, weight.t(), sums),
-        products.two_products(x, weight.t(), low, low_right, both),
+        cpu_matmul.matmul(x, weight.t(), torch.empty(rows, 104).to(dtype)),
+        cpu_matmul.add_matmul(x, weight.t(), sums),
+        cpu_matmul.low_rank_matmul(x, weight.t(), low, low_right, both),
     ]
     expected = [
         exact_product, exact_product + before.double(), exact_product + low.double() @ low_right.double()
@@ -88,7 +91,7 @@ def test_with_and_without_gradients_the_output_has_the_same_bits(
     kernel, submodule, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     # Checkpointing runs the forward without, and again with.
-    monkeypatch.setattr(submodule("ops.products"), "_LARGE", 1)
+    monkeypatch.setattr(submodule("ops.cpu_matmul"), "_LARGE", 1)
     arguments = problem(WIDE, "silu", dtype, targets=BOTH, train_base=False, sentinels=True)
     with torch.no_grad():
         without = kernel.experts_forward(*arguments[:4], lora=arguments[4])
@@ -97,15 +100,15 @@ def test_with_and_without_gradients_the_output_has_the_same_bits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_behind_an_experts_own_do_not_reach_its_results(submodule, dtype: torch.dtype) -> None:
-    products = submodule("ops.products")
+    cpu_matmul = submodule("ops.cpu_matmul")
     buffer, weight = torch.full((32, 300), float("nan")).to(dtype), torch.randn(200, 300).to(dtype)
     x = buffer[:19].normal_()
     sums = torch.full((32, 200), float("nan")).to(dtype)
     before = torch.randn(19, 200).to(dtype)
     sums[:19] = before
     exact_product = x.double() @ weight.double().T
-    got = products.product(x, weight.t(), torch.empty(19, 200).to(dtype))
-    added = products.add_product(x, weight.t(), sums[:19])
+    got = cpu_matmul.matmul(x, weight.t(), torch.empty(19, 200).to(dtype))
+    added = cpu_matmul.add_matmul(x, weight.t(), sums[:19])
     rounding = 1e-5 if dtype == torch.float32 else 1e-2
     assert_close([got, added], [exact_product, exact_product + before.double()], rounding)
     assert sums[19:].isnan().all()
@@ -118,8 +121,8 @@ def test_without_onednn_torch_mm_serves(
     def absent(*_: Any) -> None:
         raise AssertionError("oneDNN was called")
 
-    monkeypatch.setattr(submodule("ops.products"), "_LARGE", 1)
-    monkeypatch.setattr(submodule("ops.products"), "_widened", absent)
+    monkeypatch.setattr(submodule("ops.cpu_matmul"), "_LARGE", 1)
+    monkeypatch.setattr(submodule("ops.cpu_matmul"), "_widened", absent)
     with torch.backends.mkldnn.flags(enabled=switch != "enabled"):
         if switch == "is_available":
             monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..products import has_onednn, multiplies_bfloat16
+from ..cpu_matmul import has_onednn, multiplies_bfloat16
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
@@ -20,13 +20,13 @@ REGULAR = 64
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What tensors of ``dtype`` are multiplied in."""
+    """The dtype that tensors of ``dtype`` are multiplied in."""
     if dtype == torch.bfloat16 and not multiplies_bfloat16():
         return torch.float32
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a b^T`` of each pair of matrices, in their dtype.
 
     Args:
@@ -45,9 +45,9 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a, b.mT)
 
 
-def exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """:func:`product` in float32 (float64 for float64): in bfloat16 the product, and what rounding took from it."""
-    rounded = product(a, b)
+def exact_matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same in float32 (float64 for float64): of bfloat16 the product, and what rounding took from it."""
+    rounded = matmul_transposed(a, b)
     if a.dtype != torch.bfloat16:
         return rounded
     return rounded.float().sub_(torch.baddbmm(rounded, a, b.mT, alpha=-1))

@@ -1,4 +1,4 @@
-"""Products of an expert's rows on a CPU, through the library that computes them fastest.
+"""Matrix products of an expert's rows on a CPU, through the library that computes them fastest.
 
 ``torch.mm`` hands float32 to MKL, which with the few dozen rows of an expert spends as much on packing the weight as on
 the product, and on some processors leaves half of the vector width unused. bfloat16 it hands to oneDNN, which generates
@@ -43,13 +43,13 @@ def _serves(dtype: torch.dtype, multiplications: int) -> bool:
 
 
 def has_onednn() -> bool:
-    """Whether float32 can go to oneDNN: it was built in, the user wants it, and torch has the operator."""
+    """Tell whether float32 can go to oneDNN: it was built in, the user wants it, and torch has the operator."""
     mkldnn = torch.backends.mkldnn
     return mkldnn.is_available() and bool(mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this processor."""
+    """Tell whether oneDNN multiplies bfloat16 on this processor."""
     return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -83,7 +83,7 @@ def _onednn(
         yield result if i < len(sizes) - 1 or sum(sizes) == rows else result[: rows - sum(sizes)]
 
 
-def product(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def matmul(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``x @ right`` into ``out``: ``x`` ``[m, k]``, ``right`` ``[k, n]``, it or its transpose contiguous."""
     rows = x.shape[0]
     wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * right.numel()) else None
@@ -95,8 +95,8 @@ def product(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Te
     return out
 
 
-def add_product(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out += x @ right``, rounded once; shapes as for :func:`product`."""
+def add_matmul(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out += x @ right``, rounded once; shapes as for :func:`matmul`."""
     rows = x.shape[0]
     wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * right.numel()) else None
     # float32 is added to in place; a sum in bfloat16 would be rounded twice that way.
@@ -110,7 +110,7 @@ def add_product(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torc
     return out
 
 
-def two_products(
+def low_rank_matmul(
     x: torch.Tensor, right: torch.Tensor, low: torch.Tensor, low_right: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
     """``x @ right + low @ low_right`` into ``out``, the second of them the smaller one.
@@ -123,7 +123,7 @@ def two_products(
     if x.dtype == torch.float32 and _serves(x.dtype, rows * right.numel()):
         wide = _widened(x, rounded(rows))
     if wide is None:
-        return add_product(x, right, product(low, low_right, out))
+        return add_matmul(x, right, matmul(low, low_right, out))
     sizes = pieces(rows)
     parts = zip(_cut(out, sizes), _cut(low, sizes), _onednn(wide, right, rows, sizes), strict=True)
     for part, low_part, result in parts:
