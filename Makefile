@@ -39,7 +39,7 @@ fuzz: setup
 	$(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile=random
 
 publish: setup
-	$(BIN)/python tools/mainjob
+	$(BIN)/python tools/demo
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare.py

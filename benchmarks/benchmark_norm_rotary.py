@@ -170,8 +170,8 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments.device)))
         return
-    from kernelpress.spec import load_spec
-    from kernelpress.variant import build
+    from kernelpress.builder.build import build
+    from kernelpress.spec.load import load_spec
     from measuring import REPOSITORY, device_name, require, write
 
     require(arguments.device)

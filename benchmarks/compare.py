@@ -215,8 +215,8 @@ def main() -> None:
         except ImportError as error:
             parser.error(f"--plot: {error}; install matplotlib")
 
-    from kernelpress.spec import load_spec
-    from kernelpress.variant import build
+    from kernelpress.builder.build import build
+    from kernelpress.spec.load import load_spec
 
     def keep(results: Mapping[str, Any]) -> None:
         write(arguments.output, {"results": results})

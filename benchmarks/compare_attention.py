@@ -302,8 +302,8 @@ def show(name: str, case: Case, rows: dict[str, Any], rate: float) -> None:
 @contextmanager
 def built_kernel() -> Iterator[Any]:
     """The kernel as users load it, built for the while."""
-    from kernelpress.spec import load_spec
-    from kernelpress.variant import build
+    from kernelpress.builder.build import build
+    from kernelpress.spec.load import load_spec
     from kernels import get_kernel
 
     with tempfile.TemporaryDirectory() as scratch:

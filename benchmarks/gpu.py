@@ -35,7 +35,8 @@ PEERS_NEED = ("tomlkit",)
 PROBE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 # Operators on small, awkward shapes: under a memory checker each launch takes many times longer.
 CHECKED = [
-    f"tests/kernel/test_{name}.py" for name in ("grouped_linear", "experts", "norm_rotary", "attention")
+    f"tests/scattermoe_lora/ops/test_{name}.py"
+    for name in ("grouped_linear", "experts", "norm_rotary", "attention")
 ]
 SELECTED = "gradients_match_the_reference"
 # Less than this is not worth a start.
@@ -92,7 +93,7 @@ def steps(folder: Path, wheels: Path | None, install: bool) -> list[Step]:
     attention, norms = folder / "attention.json", folder / "norm_rotary.json"
     tune = script("tune.py", "--output", str(folder / "tiles.json"), "--minutes", "{minutes}")
     return [
-        Step("tests", pytest("-v", "-m", "gpu", *parallel, "tests/kernel"), 15),
+        Step("tests", pytest("-v", "-m", "gpu", *parallel, "tests/scattermoe_lora"), 15),
         Step("compare", compare("compare.json"), 10),
         Step("attention", script("compare_attention.py", "--device", "cuda", "--output", str(attention)), 12),
         Step("norm_rotary", script("benchmark_norm_rotary.py", "--device", "cuda", "--output", str(norms)), 4),

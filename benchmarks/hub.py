@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from kernelpress.localhub import running_hub
+from localhub import running_hub
 
 FILES = 32
 SIZE = 2048

@@ -46,8 +46,8 @@ class Peer:
 
 
 def _build_axolotl(unpacked: Path) -> None:
-    from kernelpress.project import load_project
-    from kernelpress.variant import build
+    from kernelpress.builder.build import build
+    from kernelpress.spec.pyproject import load_project
 
     spec = load_project(
         unpacked, source_dir=unpacked.joinpath(*AXOLOTL.split(".")), package=AXOLOTL,

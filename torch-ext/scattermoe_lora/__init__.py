@@ -5,10 +5,10 @@ expert parameters runs fused in it; ``register_attention()`` does the same for `
 ``apply_to(model)`` fuses norm and rotary embedding in Gemma 4's attention. Importing the package needs torch alone.
 """
 
-from .integration.attention import register_attention, unregister_attention
-from .integration.experts_forward import experts_forward
-from .integration.gemma4 import apply_to, remove_from
-from .integration.transformers import register, unregister
+from .integration.attention.register import register_attention, unregister_attention
+from .integration.experts.forward import experts_forward
+from .integration.experts.register import register, unregister
+from .integration.gemma4.attention import apply_to, remove_from
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
 from .ops.norm_rotary.api import rms_norm_rotary

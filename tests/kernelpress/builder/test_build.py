@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from dulwich import porcelain
+from kernelpress.builder import write
+from kernelpress.builder.build import build
+from kernelpress.builder.generated import without_provenance
+from kernelpress.builder.model import Build
+from kernelpress.errors import BuildError
+from kernelpress.spec.load import load_spec
+from kernels import Metadata
+from kernels._rust import Digest, DigestAlgorithm
+
+PACKAGE = "torch-ext/demo_kernel"
+ASIDE = ".build.kernelpress"
+
+
+def make(root: Path, out: Path | None = None) -> Build:
+    return build(load_spec(root), out)
+
+
+def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything below a directory: modes and contents."""
+    return {
+        path.relative_to(directory).as_posix(): (
+            stat.S_IMODE(path.stat().st_mode),
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def test_each_backend_is_flat_and_the_universal_variant_nested(make_kernel):
+    made = make(make_kernel())
+    assert [variant.name for variant in made.variants] == ["torch-cpu", "torch-cuda", "torch-universal"]
+    assert (made.directory / "torch-cpu" / "__init__.py").is_file()
+    assert (made.directory / "torch-cuda" / "ops" / "scale.py").is_file()
+    assert (made.directory / "torch-universal" / "demo_kernel" / "ops" / "scale.py").is_file()
+    assert not (made.directory / "torch-universal" / "__init__.py").exists()
+    assert {path.name for path in (made.directory / "torch-universal").iterdir()} == {
+        "demo_kernel",
+        "metadata.json",
+    }
+
+
+def test_the_loaders_parser_reads_all_that_the_metadata_says(make_kernel):
+    root = make_kernel()
+    extra = (
+        'python-depends = ["einops"]\nupstream = "https://example.org/a"\nsource = "https://example.org/b"\n'
+    )
+    text = (root / "build.toml").read_text().replace("edition = 5\n", f"edition = 5\n{extra}")
+    (root / "build.toml").write_text(text + 'cuda_capabilities = ["8.0"]\n')
+    made = make(root)
+    for variant, backend in zip(made.variants, ("cpu", "cuda", "cpu"), strict=True):
+        found = Metadata.read_from_file(made.directory / variant.name / "metadata.json")
+        assert found.id == variant.id
+        assert (str(found.name), found.version, found.license) == ("demo-kernel", 1, "MIT")
+        assert str(found.backend.backend_type).lower() == backend
+        assert found.backend.archs == (["8.0"] if variant.name == "torch-cuda" else None)
+        assert found.python_depends == ["einops"]
+        assert (found.upstream, found.source) == ("https://example.org/a", "https://example.org/b")
+        assert found.provenance.kernel_builder.version.startswith("kernelpress-")
+        found.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, made.directory / variant.name))
+
+
+def test_the_digest_is_the_sha256_of_every_file_but_the_metadata(make_kernel):
+    made = make(make_kernel())
+    written = made.directory / "torch-universal"
+    digest = json.loads((written / "metadata.json").read_bytes())["digest"]
+    assert digest["algorithm"] == "sha256"
+    assert digest["files"] == {
+        path.relative_to(written).as_posix(): base64.b64encode(
+            hashlib.sha256(path.read_bytes()).digest()
+        ).decode()
+        for path in written.rglob("*")
+        if path.is_file() and path != written / "metadata.json"
+    }
+
+
+def test_each_variant_has_a_namespace_of_its_own(make_kernel):
+    made = make(make_kernel())
+    assert [variant.id for variant in made.variants] == [
+        f"_demo_kernel_{name}_{made.content_hash}" for name in ("cpu", "cuda", "universal")
+    ]
+    for variant in made.variants:
+        files = {file.path.rpartition("/")[2]: file.data.decode() for file in variant.files}
+        assert f'"{variant.id}::twice"' in files["twice.py"]
+        assert f"torch.ops.{variant.id}.twice" in files["twice.py"]
+        assert f"ops = torch.ops.{variant.id}\n" in files["_ops.py"]
+
+
+def test_cann_variants_stand_where_the_loader_looks(make_kernel):
+    root = make_kernel()
+    (root / "build.toml").write_text((root / "build.toml").read_text().replace('"cuda"', '"cann"'))
+    made = make(root)
+    assert [variant.name for variant in made.variants] == ["torch-cpu", "torch-npu", "torch-universal"]
+    assert (
+        str(Metadata.read_from_file(made.directory / "torch-npu" / "metadata.json").backend.backend_type)
+        == "cann"
+    )
+
+
+def test_a_kernel_without_a_cpu_backend_has_a_universal_variant_of_its_first(make_kernel):
+    root = make_kernel()
+    (root / "build.toml").write_text(
+        (root / "build.toml").read_text().replace('"cpu", "cuda"', '"xpu", "cuda"')
+    )
+    made = make(root)
+    metadata = Metadata.read_from_file(made.directory / "torch-universal" / "metadata.json")
+    assert str(metadata.backend.backend_type) == "xpu"
+
+
+BUILD = (
+    "import os, sys; from pathlib import Path\n"
+    "os.umask(int(sys.argv[1], 8))\n"
+    "from kernelpress.spec.load import load_spec; from kernelpress.builder.build import build\n"
+    "made = build(load_spec(Path(sys.argv[2]))); print(made.tree_hash)\n"
+)
+
+
+def test_a_build_is_the_same_whatever_the_directory_time_umask_locale_or_hash_seed(make_kernel):
+    roots = [make_kernel("one"), make_kernel("second/and/longer")]
+    for path in roots[1].rglob("*.py"):
+        os.utime(path, (1, 1))
+        path.chmod(0o700)
+    hashes = []
+    for root, umask, seed, locale, zone in zip(
+        roots, ("022", "077"), ("1", "2"), ("C", "tr_TR.UTF-8"), ("UTC", "Asia/Tokyo"), strict=True
+    ):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "LC_ALL": locale, "TZ": zone, "USER": f"u{seed}"}
+        command = [sys.executable, "-c", BUILD, umask, str(root)]
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+        hashes.append(done.stdout)
+    assert tree(roots[0] / "build") == tree(roots[1] / "build")
+    assert hashes[0] == hashes[1]
+    assert {mode for path, (mode, _) in tree(roots[0] / "build").items() if path.endswith(".py")} == {0o644}
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        (f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3"),
+        (f"{PACKAGE}/ops/scale.py", "scaled", "scaled!"),
+        ("build.toml", "version = 1", "version = 2"),
+        ("build.toml", '"MIT"', '"Apache-2.0"'),
+        ("build.toml", ', "cuda"', ""),
+        ("build.toml", "edition = 5", 'edition = 5\npython-depends = ["einops"]'),
+    ],
+)
+def test_whatever_ships_changes_the_content_hash(make_kernel, path, old, new):
+    root = make_kernel()
+    before = make(root)
+    text = (root / path).read_text()
+    assert old in text
+    (root / path).write_text(text.replace(old, new))
+    after = make(root)
+    assert (before.content_hash, before.tree_hash) != (after.content_hash, after.tree_hash)
+    assert before.variants[0].id != after.variants[0].id
+
+
+def test_a_commit_changes_provenance_alone(make_kernel):
+    root = make_kernel()
+    before = make(root)
+    old = {file.path: file.data for file in before.variants[0].files}
+    porcelain.init(str(root))
+    porcelain.add(
+        str(root), [str(path) for path in root.rglob("*") if path.is_file() and ".git" not in path.parts]
+    )
+    head = porcelain.commit(str(root), message=b"x", author=b"A <a@b>", committer=b"A <a@b>").decode()
+    after = make(root)
+    new = {file.path: file.data for file in after.variants[0].files}
+    assert (before.content_hash, before.tree_hash) == (after.content_hash, after.tree_hash)
+    assert {path for path in old if old[path] != new[path]} == {"metadata.json"}
+    assert without_provenance(old["metadata.json"]) == without_provenance(new["metadata.json"])
+    provenance = Metadata.from_bytes(new["metadata.json"]).provenance
+    assert (provenance.kernel.commit, provenance.kernel.dirty) == (head, False)
+
+
+def test_a_second_build_takes_stale_files_away_and_leaves_foreign_ones(make_kernel):
+    root = make_kernel()
+    made = make(root)
+    (made.directory / "publish-report.json").write_text("{}")
+    (made.directory / "notes").mkdir()
+    (made.directory / "notes" / "a.txt").write_text("a")
+    (made.directory / "torch-cpu" / "stale.py").write_text("")
+    (root / PACKAGE / "ops" / "common.py").write_text("DEFAULT = 3.0\nMORE = 1\n")
+    (root / "build.toml").write_text((root / "build.toml").read_text().replace(', "cuda"', ""))
+    make(root)
+    assert {path.name for path in made.directory.iterdir()} == {
+        "torch-cpu", "torch-universal", "publish-report.json", "notes"
+    }  # fmt: skip
+    assert (made.directory / "notes" / "a.txt").read_text() == "a"
+    assert not (made.directory / "torch-cpu" / "stale.py").exists()
+    assert not list(root.glob("build.*[!l]")), "nothing is left beside the build"
+
+
+def test_sources_that_cannot_ship_leave_the_previous_build(make_kernel):
+    root = make_kernel()
+    before = tree(make(root).directory)
+    (root / PACKAGE / "twice.py").write_text("def f(:\n")
+    with pytest.raises(Exception, match="syntax error"):
+        make(root)
+    assert tree(root / "build") == before
+
+
+def test_a_disk_without_room_leaves_the_previous_build(make_kernel):
+    root = make_kernel()
+    before = tree(make(root).directory)
+    # In this file system call a limit stands in for the disk: it fails a write in the middle, as a full one does.
+    big = f"X = '{'x' * 50_000}'\n"
+    (root / PACKAGE / "ops" / "common.py").write_text(f"DEFAULT = 3.0\n{big}")
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from kernelpress.errors import BuildError\n"
+        "from kernelpress.spec.load import load_spec; from kernelpress.builder.build import build\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "try: build(load_spec(Path(sys.argv[1])))\n"
+        "except BuildError as error: print('refused', error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("refused")
+    assert "File too large" in done.stdout
+    assert tree(root / "build") == before
+    assert [path.name for path in root.iterdir() if path.name.startswith("build.")] == ["build.toml"]
+
+
+def test_a_file_in_place_of_the_build_directory_is_refused(make_kernel):
+    root = make_kernel()
+    (root / "build").write_text("mine")
+    with pytest.raises(BuildError, match="in the way"):
+        make(root)
+    assert (root / "build").read_text() == "mine"
+
+
+def test_a_file_in_place_of_a_variant_is_refused(make_kernel):
+    root = make_kernel()
+    (root / "build").mkdir()
+    (root / "build" / "torch-cpu").write_text("mine")
+    with pytest.raises(BuildError, match="in the way"):
+        make(root)
+    assert [path.name for path in (root / "build").iterdir()] == ["torch-cpu"]
+
+
+def test_a_build_killed_at_any_moment_leaves_a_whole_build_and_the_next_one_cleans_up(make_kernel):
+    root = make_kernel()
+    builds = {make(root).content_hash}
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from kernelpress.spec.load import load_spec; from kernelpress.builder.build import build\n"
+        "spec = load_spec(Path(sys.argv[1])); source = spec.package_dir / 'ops' / 'common.py'\n"
+        "for number in range(100000):\n"
+        "    source.write_text(f'DEFAULT = 3.0\\nN = {number}\\n'); build(spec)\n"
+        "    if number == 0: print('built', flush=True)\n"
+    )
+    # Each is killed so long after the end of its first build, however slow this machine is.
+    for delay in (0.02, 0.05, 0.09, 0.14, 0.2):
+        process = subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        # Between its two renames the previous build stands beside; the next build puts it back.
+        left = root / "build" if (root / "build").is_dir() else root / ASIDE / "old"
+        for variant in left.iterdir():
+            metadata = Metadata.read_from_file(variant / "metadata.json")
+            metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+            builds.add(metadata.id.rpartition("_")[2])
+    assert len(builds) > 1, "no build was done before it was killed"
+    make(root)
+    assert {path.name for path in root.iterdir()} == {"build", "build.toml", "torch-ext"}
+
+
+def test_the_next_build_puts_back_what_was_set_aside_when_one_was_killed(make_kernel):
+    root = make_kernel()
+    directory = make(root).directory
+    (directory / "publish-report.json").write_text("{}")
+    (root / ASIDE / "new").mkdir(parents=True)
+    (root / ASIDE / write._MARK).write_text(write._MARK_TEXT)
+    directory.rename(root / ASIDE / "old")
+    make(root)
+    assert (directory / "publish-report.json").read_text() == "{}"
+    assert {path.name for path in root.iterdir()} == {"build", "build.toml", "torch-ext"}
+
+
+def test_what_a_user_keeps_beside_a_build_is_never_removed(make_kernel):
+    root = make_kernel()
+    make(root)
+    for name in ("build.old", "build.tmp-mine", ".build.mine"):
+        (root / name).mkdir()
+        (root / name / "notes.txt").write_text("mine")
+    (root / PACKAGE / "twice.py").write_text((root / PACKAGE / "twice.py").read_text() + "# more\n")
+    make(root)
+    for name in ("build.old", "build.tmp-mine", ".build.mine"):
+        assert (root / name / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mark", [None, "something else"])
+def test_a_directory_of_the_builds_own_name_without_its_mark_is_in_the_way(make_kernel, mark):
+    root = make_kernel()
+    (root / ASIDE / "old").mkdir(parents=True)
+    if mark is not None:
+        (root / ASIDE / write._MARK).write_text(mark)
+    with pytest.raises(BuildError, match=r"\.build\.kernelpress: this is in the way"):
+        make(root)
+    assert (root / ASIDE / "old").is_dir()
+
+
+@pytest.mark.parametrize("left", [None, 0, 9])
+def test_a_build_killed_before_it_left_its_mark_is_no_matter(make_kernel, left):
+    root = make_kernel()
+    (root / ASIDE).mkdir()
+    if left is not None:
+        (root / ASIDE / write._MARK).write_text(write._MARK_TEXT[:left])
+    make(root)
+    assert not (root / ASIDE).exists()
+
+
+def test_builds_at_once_in_one_place_take_turns(make_kernel):
+    root = make_kernel()
+    code = BUILD + "for _ in range(30): build(load_spec(Path(sys.argv[2])))\n"
+    command = [sys.executable, "-c", code, "022", str(root)]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0] * 3
+    assert {path.name for path in root.iterdir()} == {"build", "build.toml", "torch-ext"}
+    for variant in (root / "build").iterdir():
+        metadata = Metadata.read_from_file(variant / "metadata.json")
+        metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+
+
+TWO_BUILDS = """
+import sys
+from pathlib import Path
+import torch
+from kernels import get_local_kernel
+kernels = [get_local_kernel(Path(path)) for path in sys.argv[1:]]
+for kernel in kernels:
+    print(kernel.twice(torch.ones(1)).item(), kernel.scale(torch.ones(1)).item(), kernel.label())
+for kernel in reversed(kernels):
+    print(kernel.__name__)
+"""
+
+
+def test_two_builds_in_one_process_call_their_own_operators(make_kernel, run_clean):
+    first = make(make_kernel("one"))
+    second_root = make_kernel("two")
+    path = second_root / PACKAGE / "twice.py"
+    path.write_text(path.read_text().replace("FACTOR = 2", "FACTOR = 20"))
+    second = make(second_root)
+    variants = [
+        first.directory / "torch-cpu",
+        second.directory / "torch-cpu",
+        second.directory / "torch-universal",
+    ]
+    done = run_clean(TWO_BUILDS, *map(str, variants))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:3] == [
+        "2.0 3.0 demo_kernel::twice", "20.0 3.0 demo_kernel::twice", "20.0 3.0 demo_kernel::twice"
+    ]  # fmt: skip
+
+
+def test_a_build_does_not_import_torch(make_kernel):
+    code = BUILD + "print('torch' in sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "022", str(make_kernel())], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_three_hundred_files_of_three_hundred_lines_are_built_in_five_seconds(make_kernel):
+    body = "".join(f"    a{n} = torch.relu(x) * {n} + y[{n}:]\n" for n in range(290))
+    files = {
+        f"{PACKAGE}/m{n}.py": (
+            f"import torch\nimport demo_kernel.m{(n + 1) % 300} as after\nfrom torch import library as lib\n\n\n"
+            f"@lib.custom_op('demo_kernel::op{n}', mutates_args=())\n"
+            f"def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:\n{body}    return x\n"
+        )
+        for n in range(300)
+    }
+    root = make_kernel(**files)
+    # Processor time, so that whatever else runs on this machine does not count.
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from kernelpress.spec.load import load_spec; from kernelpress.builder.build import build\n"
+        "if __name__ == '__main__':\n"
+        "    build(load_spec(Path(sys.argv[1])))\n"
+        "    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "    print(sum(usage.ru_utime + usage.ru_stime for usage in used))\n"
+    )
+    script = root / "execution_times.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script), str(root)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 5

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from kernelpress.builder.build import build
+from kernelpress.check.variants import RULE_CHECKS, check
+from kernelpress.errors import CheckError
+from kernelpress.findings.model import Finding
+from kernelpress.findings.rules import RULES
+from kernelpress.spec.load import load_spec
+
+PACKAGE = "torch-ext/demo_kernel"
+
+
+def built(root: Path, only: str = "torch-cpu") -> Path:
+    """A build with a single variant, since each one costs a process that imports torch."""
+    directory = build(load_spec(root)).directory
+    for variant in directory.iterdir():
+        if only and variant.name != only:
+            for path in sorted(variant.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            variant.rmdir()
+    return directory
+
+
+def codes(found: list[Finding]) -> list[str]:
+    return [each.code for each in found]
+
+
+def test_a_good_build_has_no_findings_in_any_variant(make_kernel):
+    assert check(built(make_kernel(), only="")) == []
+
+
+def test_checking_leaves_no_bytecode_in_the_build(make_kernel):
+    directory = built(make_kernel())
+    before = sorted(directory.rglob("*"))
+    check(directory)
+    assert sorted(directory.rglob("*")) == before
+
+
+@pytest.mark.parametrize("where", ["nowhere", "."])
+def test_without_a_build_there_is_one_message(tmp_path, where):
+    with pytest.raises(CheckError, match="there is no build here"):
+        check(tmp_path / where)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("backend", {"type": "universal"}), ("id", None), ("python-depends", None)]
+)
+def test_metadata_that_the_loader_refuses_is_found(make_kernel, key, value):
+    path = built(make_kernel()) / "torch-cpu" / "metadata.json"
+    fields = json.loads(path.read_bytes())
+    if value is None:
+        del fields[key]
+    else:
+        fields[key] = value
+    path.write_text(json.dumps(fields))
+    found = check(path.parent.parent)
+    assert codes(found) == ["KP101"]
+    assert found[0].path == path
+
+
+def test_missing_metadata_is_found(make_kernel):
+    directory = built(make_kernel())
+    (directory / "torch-cpu" / "metadata.json").unlink()
+    assert codes(check(directory)) == ["KP101"]
+
+
+def test_a_changed_a_missing_and_an_added_file_are_found(make_kernel):
+    directory = built(make_kernel())
+    variant = directory / "torch-cpu"
+    (variant / "ops" / "common.py").write_text("DEFAULT = 4.0\n")
+    (variant / "_ops.py").unlink()
+    (variant / "added.py").write_text("")
+    found = check(directory)
+    assert codes(found) == ["KP102"] * 3
+    said = " ".join(each.message for each in found)
+    assert all(name in said for name in ("ops/common.py", "_ops.py", "added.py"))
+
+
+def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
+    directory = built(make_kernel())
+    variant = directory / "torch-cpu"
+    (variant / "__pycache__").mkdir()
+    (variant / "__pycache__" / "twice.cpython-311.pyc").write_bytes(b"")
+    (variant / ".hidden").write_text("")
+    (variant / "link.py").symlink_to("twice.py")
+    monkeypatch.chdir(directory.parent)
+    found = [each for each in check(Path("build")) if each.code == "KP103"]
+    assert {each.path for each in found} == {
+        Path("build/torch-cpu", name)
+        for name in ("__pycache__", "__pycache__/twice.cpython-311.pyc", ".hidden", "link.py")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("import torch\nimport module_of_the_project\n", "No module named 'module_of_the_project'", 2),
+        ("x = 1\nraise RuntimeError('on import')\n", "RuntimeError: on import", 2),
+        ("import sys\nsys.exit(3)\n", "SystemExit: 3", 2),
+        ("import os\nos._exit(4)\n", "ended with status 4", None),
+    ],
+)
+def test_a_variant_that_does_not_load_is_found_with_the_line(make_kernel, text, message, line):
+    directory = built(make_kernel(**{f"{PACKAGE}/twice.py": text}))
+    (found,) = check(directory)
+    assert (found.code, found.severity, found.line) == ("KP201", "error", line)
+    assert message in found.message
+    if line is not None:
+        assert found.path == (directory / "torch-cpu" / "twice.py").resolve()
+
+
+def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, monkeypatch):
+    root = make_kernel(**{f"{PACKAGE}/twice.py": "import helper\n", "helper.py": ""})
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.chdir(root)
+    assert codes(check(built(root))) == ["KP201"]
+
+
+def test_a_module_of_kernelpress_itself_cannot_be_imported_by_accident(make_kernel):
+    text = "import sys\nassert 'kernelpress' not in sys.modules\nimport variant\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+    assert "No module named 'variant'" in found.message
+
+
+def test_the_kernels_code_does_not_see_tokens(make_kernel, monkeypatch):
+    leak = "import os\nassert not [key for key in os.environ if 'TOKEN' in key and key.startswith('HF')]\n"
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{leak}DEFAULT = 3.0\n"})
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert check(built(root)) == []
+
+
+def test_a_dependency_that_is_not_installed_makes_a_warning(make_kernel):
+    root = make_kernel()
+    text = (
+        (root / "build.toml")
+        .read_text()
+        .replace("edition = 5\n", 'edition = 5\npython-depends = ["tvm-ffi"]\n')
+    )
+    (root / "build.toml").write_text(text)
+    (found,) = check(built(root))
+    assert (found.code, found.severity) == ("KP201", "warning")
+    assert "tvm-ffi" in found.message
+
+
+def test_a_package_without_all_is_found(make_kernel):
+    assert codes(check(built(make_kernel(**{f"{PACKAGE}/__init__.py": "x = 1\n"})))) == ["KP202"]
+
+
+def test_a_public_name_that_is_not_there_is_found(make_kernel):
+    text = "from .twice import twice\n__all__ = ['twice', 'thrice']\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": text})))
+    assert found.code == "KP202"
+    assert "'thrice'" in found.message
+
+
+@pytest.mark.parametrize("text", ["[twice]", "'twice'", "{'twice'}"])
+def test_a_list_of_public_names_that_is_none_is_found_where_it_stands(make_kernel, text):
+    init = f"from .twice import twice\n__all__ = {text}\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": init})))
+    assert (found.code, found.path.name, found.line) == ("KP202", "__init__.py", 2)
+    assert "as strings" in found.fix
+
+
+def test_an_operator_outside_of_the_builds_namespace_is_found(make_kernel):
+    hidden = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{hidden}DEFAULT = 3.0\n"})
+    found, beside = check(built(root))
+    assert (found.code, beside.code) == ("KP203", "KP206")
+    assert "aten::demo_extra" in found.message
+
+
+def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(make_kernel):
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import torch._dynamo\nDEFAULT = 3.0\n"})
+    assert check(built(root)) == []
+
+
+def test_every_rule_that_examines_a_variant_is_explained():
+    assert set(RULE_CHECKS) <= set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import os\nos.environ['DEMO'] = '1'\n", "changes environment variable DEMO"),
+        ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes torch's default dtype"),
+        ("import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\n", "changes TF32 in cuBLAS"),
+        ("print('hello')\n", "prints 'hello'"),
+        (
+            "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError:\n    pass\n",
+            "reaches for the network (socket.connect)",
+        ),
+    ],
+)
+def test_what_importing_does_to_the_caller_is_found(make_kernel, text, said):
+    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": f"{text}DEFAULT = 3.0\n"})))
+    assert [(each.code, each.severity) for each in found if said in each.message] == [("KP205", "error")]
+
+
+def test_a_package_that_needs_triton_to_load_is_found(make_kernel):
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import triton\nDEFAULT = 3.0\n"})
+    (found,) = check(built(root))
+    assert (found.code, found.severity) == ("KP204", "warning")
+
+
+def test_triton_imported_when_called_is_no_finding(make_kernel):
+    lazy = "DEFAULT = 3.0\ndef f():\n    import triton\n"
+    assert check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": lazy}))) == []
+
+
+def test_state_shared_with_another_build_is_found(make_kernel):
+    shared = "import sys\nassert 'shared' not in sys.modules\nsys.modules['shared'] = sys\nDEFAULT = 3.0\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": shared})))
+    assert found.code == "KP206"
+    assert "AssertionError" in found.message
+
+
+def test_an_operator_without_a_fake_implementation_is_found(make_kernel):
+    text = (
+        "import torch\n@torch.library.custom_op('demo_kernel::once', mutates_args=())\n"
+        "def once(x: torch.Tensor) -> torch.Tensor:\n    return x.clone()\nDEFAULT = 3.0\n"
+    )
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert (found.code, found.severity) == ("KP207", "warning")
+    assert "'once'" in found.message
+
+
+def test_a_public_function_without_a_docstring_is_found(make_kernel):
+    text = "def twice(x): return 2 * x\n"
+    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+    assert (found.code, found.severity) == ("KP208", "warning")
+    assert "twice" in found.message
+
+
+EFFECTS = {
+    "import warnings; warnings.filterwarnings('ignore', 'demo')": "which warnings are shown (ignore Warning demo",
+    "torch.manual_seed(0)": "changes torch's random numbers",
+    "import random; random.seed(1)": "changes Python's random numbers",
+    "import torch._dynamo; torch._dynamo.config.recompile_limit = 99": "changes torch._dynamo.config.recompile_limit",
+    "import torch._inductor.config as c; c.max_autotune = True": "changes torch._inductor.config.max_autotune",
+    "import sys; sys.setrecursionlimit(5000)": "changes Python's recursion limit",
+    "print('told', file=sys.stderr)": "prints 'told' to the standard error stream",
+    "import os; os.write(1, b'written')": "prints 'written'",
+    "torch.nn.functional.silu = lambda x: x": "replaces torch.nn.functional.silu",
+    "torch.Tensor.demo = 1": "adds torch.Tensor.demo",
+    "torch.Tensor.__add__ = lambda a, b: a": "replaces torch.Tensor.__add__",
+    "torch.set_printoptions(precision=2)": "changes how torch prints tensors",
+    "torch.autograd.set_detect_anomaly(True)": "changes torch's detection of anomalies",
+    "open('left', 'w').close()": "writes the file left",
+    "os.makedirs('folder')": "does os.mkdir to the file folder",
+    "import pathlib; pathlib.Path('moved').symlink_to('left')": "does os.symlink to the file",
+    "import subprocess; subprocess.run([sys.executable, '-c', ''])": "starts another process (subprocess.Popen)",
+    "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)": "changes the handlers of signals",
+    "import socket; socket.setdefaulttimeout(3)": "changes the time-out of sockets",
+}
+
+
+def test_everything_that_importing_does_is_found(make_kernel):
+    text = "import torch\n" + "\n".join(EFFECTS) + "\nDEFAULT = 3.0\n"
+    found = [
+        each
+        for each in check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+        if each.code == "KP205"
+    ]
+    missing = [said for said in EFFECTS.values() if not any(said in each.message for each in found)]
+    assert missing == []
+    assert len(found) == len(EFFECTS), [each.message for each in found]
+
+
+def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(make_kernel):
+    text = (
+        "import os, tempfile, warnings\nimport torch._dynamo, torch._inductor.compile_fx, torch.onnx\n"
+        "import torch.distributed.tensor, torch.utils.cpp_extension, transformers.activations\n"
+        "warnings.warn('shown to whoever wants to see it')\nopen(os.devnull, 'w').close()\nopen(__file__).close()\n"
+        "os.makedirs(os.path.join(os.environ['XDG_CACHE_HOME'], 'demo'), exist_ok=True)\nDEFAULT = 3.0\n"
+    )
+    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert [each.message for each in found if each.code == "KP205"] == []

@@ -1,0 +1,144 @@
+"""Names that the rewriter cannot follow: what it refuses, what it warns of, and what is neither."""
+
+from __future__ import annotations
+
+import pytest
+from kernelpress.errors import SourceError
+from kernelpress.rewrite.rewrite import rewrite
+from kernelpress.syntax.source_file import SourceFile
+from rewriting import DEFINES, HERE, rewritten
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'torch.library.custom_op(f"{ns}::one", f)',
+        'torch.library.custom_op(ns + "::one", f)',
+        'torch.library.custom_op("::".join(parts), f)',
+        "torch.library.custom_op(make_name(), f)",
+        "torch.library.define(NAME, '()')",
+        'torch.library.register_fake(f"{ns}::one")',
+        'torch.library.register_fake("%s::one" % ns)',
+        "torch.library.Library(ns, 'DEF')",
+        "getattr(torch.ops, ns)",
+        'def f(name): torch.library.impl(name, "CPU")',
+        'def f(OP): torch.library.impl(OP, "CPU")\n\nOP = "demo::one"',
+        'for name in ("demo::one",): torch.library.register_fake(name)',
+        "class C: ops = torch.ops",
+        "def f(o=torch.ops): ...",
+        "ops, x = torch.ops, 1",
+        "f(getattr(torch, 'ops'))",
+        "torch.ops.__dict__['demo'].one",
+        "torch.ops.__getattr__(ns).one",
+        'N = {"f": "demo::one"}; torch.library.register_fake(N["f"])',
+        "torch.library.register_fake(make_name())",
+        "torch.library.register_fake(self.op)",
+        "torch.library.register_fake(nowhere)",
+        "NAME = 3; torch.library.register_fake(NAME)",
+        'NAME = "demo::one"; x = (NAME := "demo::two"); torch.library.register_fake(NAME)',
+        'NAME = "demo::one"; [NAME := "demo::two" for _ in x]; torch.library.register_fake(NAME)',
+        'NAME = "demo::one"; f(lambda y=(NAME := "demo::two"): y); torch.library.register_fake(NAME)',
+        "torch.library.custom_op(*names)",
+        'torch.library.custom_op(**{"name": "demo::two"})',
+        "torch.library.Library(*x)",
+        "torch.ops.\uff44emo.one",
+        'NAME = "demo::one"; NAME = "demo::two"; torch.library.register_fake(NAME)',
+        'NAME = "demo"; NAME += "::one"; torch.library.register_fake(NAME)',
+        "vars(torch.ops)",
+        "from torch.ops import demo",
+        "from torch.library import *",
+        "torch.ops.__getattr__('demo').one",
+        "co = torch.library.custom_op if torch else f",
+        "co = getattr(torch.library, 'no_such', torch.library.custom_op)",
+        "co = hasattr(torch.library, 'custom_op') and torch.library.custom_op or f",
+        "co, rf = torch.library.custom_op, torch.library.register_fake",
+        "rf = f or torch.library.register_fake",
+        "co = functools.partial(torch.library.custom_op, mutates_args=())",
+        'functools.partial(torch.library.custom_op, "demo::two", mutates_args=())',
+        'functools.partial(torch.library.Library, "demo")("DEF")',
+        "if (co := torch.library.custom_op): pass",
+        "x = [co := torch.library.custom_op for _ in 'x']",
+        'R = {"op": torch.library.custom_op}; R["op"]("demo::two")',
+        "def get(): return torch.library.custom_op",
+        "class C: define = torch.library.define",
+        'L = x or torch.library.Library("demo", "FRAGMENT"); L.impl("demo::one", f)',
+        'L, M = torch.library.Library("demo", "FRAGMENT"), 1; L.impl("demo::one", f)',
+        'if (L := torch.library.Library("demo", "FRAGMENT")): L.impl("demo::one", f)',
+        'def reg(l: torch.library.Library): l.impl("demo::one", f)',
+        'def reg(lib): lib.impl("demo::one", f)',
+        'libs[0].define("demo::two(Tensor x) -> Tensor")',
+        'self.lib = torch.library.Library("demo", "DEF"); self.lib.impl("demo::one", f)',
+        'with torch.library._scoped_library("demo", "FRAGMENT") as sc: sc.impl("demo::one", f)',
+        'def f(torch): return torch.library.impl("demo::one")',
+    ],
+)
+def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
+    with pytest.raises(SourceError) as caught:
+        rewritten(f"{DEFINES}import torch\n{text}\n")
+    assert (caught.value.path, caught.value.line) == (HERE / "__init__.py", 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'torch._C._jit_get_operation("demo::one")',
+        'torch._library.utils.lookup_op("demo::one")',
+        'rf = getattr(torch.library, "register_fake", None) or f; rf("demo::one")',
+        'has_kernel("demo::one.out", "CUDA")',
+        'm = LIB.impl; m("demo::one", f)',
+        'reg(f"demo::{name}")',
+        'reg("demo::" + name)',
+        "import importlib; importlib.import_module('torch').ops.demo.one",
+        "class A:\n    from torch import ops; one = lambda self: self.ops.demo.one",
+        'assert op.name() == "demo::one"',
+    ],
+)
+def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_its_line(text):
+    file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
+    (found,) = rewrite([file], "demo", HERE).findings
+    assert (found.code, found.severity, found.line) == ("KP304", "warning", 4 + text.count("\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"""demo::one"""',
+        "# demo::one, torch.ops.demo.one",
+        'raise ValueError("demo::one needs a GPU")',
+        'print(f"{x} demo::one")',
+        'x = "aten::mm", "theirs::one", torch.ops.aten.mm, other.ops.theirs.one',
+        "x = torch.ops.demo.one, getattr(torch.ops, 'demo').one",
+        'FWD = "demo::one"\ntorch.library.register_fake(FWD)',
+    ],
+)
+def test_what_names_no_operator_of_the_package_or_is_renamed_is_no_warning(text):
+    file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
+    assert rewrite([file], "demo", HERE).findings == ()
+
+
+def test_names_made_by_the_generated_helper_are_left_to_it():
+    text = (
+        "import torch\nfrom ._ops import add_op_namespace_prefix as p\ntorch.library.custom_op(p('one'), f)\n"
+    )
+    assert rewritten(text) == text
+
+
+def test_an_operator_itself_may_be_handed_on():
+    text = f"{DEFINES}import torch\nfrom other import op\ntorch.library.register_fake(op)(f)\n"
+    assert rewritten(text).endswith("torch.library.register_fake(op)(f)\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "@torch.library.custom_op('demo::two')\ndef op(): ...\ntorch.library.register_fake(op)",
+        "op = torch.library.custom_op('demo::two', g)\ntorch.library.register_fake(op)",
+        "op = torch.library.custom_op('demo::two')(g)\ntorch.library.register_fake(op)",
+        "torch.library.register_fake(torch.ops.demo.one.default)",
+        "op = torch.ops.demo.one\ntorch.library.register_fake(op)",
+        "try:\n    op = torch.ops.demo.one\nexcept AttributeError:\n    op = torch.ops.demo.two\n"
+        "torch.library.opcheck(op.default, ())",
+    ],
+)
+def test_an_operator_of_the_module_may_be_handed_on(text):
+    assert "register_fake(op" in (made := rewritten(f"{DEFINES}import torch\n{text}\n")) or "demo" not in made

@@ -1,0 +1,64 @@
+"""Heads of 512 compile, fit and keep their values in registers, where shared memory is least and where it is most."""
+
+from __future__ import annotations
+
+import pytest
+from kernelpress.compile import aot
+from kernelpress.compile.specs import name_of
+
+# 99 KB of shared memory a block, and 227 KB with instructions of its own.
+TARGETS = {"sm_86": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64n256k16"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("attention_forward_kernel", "window 512 bf16 ieee"),
+        ("attention_dkdv_kernel", "window 512 bf16 ieee dk"),
+        ("attention_dkdv_kernel", "window 512 bf16 ieee dv"),
+        ("attention_dq_kernel", "window 512 bf16 ieee"),
+    ],
+)
+def test_head_of_512_fits_and_multiplies_on_tensor_cores(submodule, target, name, label) -> None:
+    specs = submodule("ops.attention.specs").COMPILE_SPECS
+    (spec,) = (s for s in specs if name_of(s) == name and s.label == label and target in s.targets)
+    compiled = aot.compiled_kernel(spec, target)
+    assert compiled.metadata.shared <= specs.TARGETS[target].shared_limit
+    _, spilled = aot._cuda_needs(compiled.asm)
+    assert spilled == 0
+    assert TARGETS[target] in compiled.asm["ptx"]
+
+
+def test_every_tile_of_every_device_is_compiled(submodule) -> None:
+    """A rule that no specification stands for would be found too large by a user."""
+    tables, gpu = submodule("ops.tile_tables"), submodule("ops.attention.gpu")
+    specs = submodule("ops.attention.specs").COMPILE_SPECS
+    compiled = {
+        (name_of(s), target, s.constants["HEAD_DIM"], s.constants["BLOCK_M"], s.constants["BLOCK_N"])
+        for s in specs
+        for target in s.targets
+        if "BLOCK_M" in s.constants
+    }
+    for device in tables.DEVICES:
+        target = "gfx90a" if device == tables.DEFAULT else device
+        for kernel, rules in tables.load(gpu.TILES, device).rules.items():
+            for rule in rules:
+                blocks = (rule.limits["head_dim"], rule.launch["BLOCK_M"], rule.launch["BLOCK_N"])
+                assert (f"{kernel}_kernel", target, *blocks) in compiled
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 256, 320, 512])
+def test_every_device_has_a_tile_for_every_head(submodule, monkeypatch, itemsize, head_dim) -> None:
+    import torch
+
+    tables, gpu = submodule("ops.tile_tables"), submodule("ops.attention.gpu")
+    like = torch.empty(1, dtype=torch.bfloat16 if itemsize == 2 else torch.float32)
+    for device in tables.DEVICES:
+        monkeypatch.setattr(tables, "table_of", lambda _, device=device: device)
+        for kernel in ("attention_forward", "attention_dkdv", "attention_dq"):
+            for same_kv in (False, True):
+                assert gpu.tile(kernel, like, head_dim, same_kv)["num_warps"] in (4, 8)
+    with pytest.raises(NotImplementedError, match=r"attention_forward: no Triton kernel for torch.float64"):
+        gpu.tile("attention_forward", like.double(), head_dim, False)

@@ -1,0 +1,35 @@
+"""The Triton kernels, in Triton's interpreter, pass the tests that the native CPU code passes.
+
+Triton decides at its import whether it interprets, so they run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "ops/test_experts.py",
+        "ops/test_grouped_linear.py",
+        "experts/test_module.py",
+        "ops/test_norm_rotary.py",
+        "ops/test_attention.py",
+    ],
+)
+def test_triton_passes_the_same_tests(module: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / module)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
+    assert " passed" in process.stdout
+    assert "skipped" not in process.stdout

@@ -1,0 +1,195 @@
+"""Tile configurations: the data is whole, lookups are right, and any tile gives the same result in the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import INTERPRETED, error
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernelpress.compile.specs import TARGETS
+
+BLOCKS = {
+    "grouped_matmul": {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"},
+    "grouped_outer": {"BLOCK_P", "BLOCK_Q", "BLOCK_S", "num_warps", "num_stages"},
+}
+
+
+@pytest.fixture(scope="session")
+def tiles(submodule):
+    return submodule("ops.tile_tables")
+
+
+@pytest.fixture(scope="session")
+def gpu(submodule):
+    return submodule("ops.grouped_linear.gpu")
+
+
+@pytest.mark.parametrize("operator", ["grouped_linear", "attention"])
+def test_there_is_a_table_for_every_target_and_a_default(tiles, submodule, operator) -> None:
+    folder = submodule(f"ops.{operator}.gpu").TILES
+    assert {path.name for path in folder.iterdir()} == {f"{device}.json" for device in (*TARGETS, "default")}
+    assert set(tiles.DEVICES) == {*TARGETS, "default"}
+
+
+def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles, gpu) -> None:
+    for device in tiles.DEVICES:
+        table = tiles.load(gpu.TILES, device)
+        assert set(table.rules) == set(BLOCKS)
+        for kernel, rules in table.rules.items():
+            for rule in rules:
+                assert set(rule.launch) == BLOCKS[kernel]
+                sides = [value for name, value in rule.launch.items() if name.startswith("BLOCK")]
+                assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
+            for itemsize in (2, 4):
+                own = [rule for rule in rules if rule.bytes == itemsize]
+                assert own[-1].limits == {"rows": None, "n": None, "k": None}
+                # A rule behind one that serves all it serves would never be taken.
+                limits = [tuple(rule.limits.values()) for rule in own]
+                for later, limit in enumerate(limits):
+                    assert not any(
+                        all(
+                            a is None or (b is not None and b <= a)
+                            for a, b in zip(earlier, limit, strict=True)
+                        )
+                        for earlier in limits[:later]
+                    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "table"),
+    [
+        ("cuda", "80", "sm_80"),
+        ("cuda", "87", "sm_86"),
+        ("cuda", "103", "sm_100"),
+        ("cuda", "121", "sm_120"),
+        ("cuda", "75", "default"),
+        ("cuda", "110", "default"),
+        ("hip", "gfx942", "gfx942"),
+        ("hip", "gfx1100", "default"),
+        ("xpu", "12", "default"),
+    ],
+)
+def test_a_device_takes_its_own_table_or_the_closest_older_of_its_generation(
+    tiles, backend, arch, table
+) -> None:
+    assert tiles.closest(backend, arch) == table
+
+
+@given(
+    rows=st.floats(0, 1e6),
+    n=st.integers(1, 30000),
+    k=st.integers(1, 30000),
+    dtype=st.sampled_from(["half", "float"]),
+)
+def test_the_first_rule_that_serves_a_shape_is_taken(tiles, gpu, rows, n, k, dtype) -> None:
+    like = torch.empty(0, dtype=getattr(torch, dtype))
+    for kernel in BLOCKS:
+        rules = tiles.load(gpu.TILES, "default").rules[kernel]
+        sizes = {"rows": rows, "n": n, "k": k}
+        serving = [rule for rule in rules if rule.serves(like.itemsize, sizes)]
+        assert gpu.tile(kernel, like, rows, n, k) is serving[0].launch
+        assert all(limit is None or sizes[name] <= limit for name, limit in serving[0].limits.items())
+
+
+@pytest.mark.parametrize(("n", "k"), [(2816, 1408), (16, 2816), (8, 2816), (2816, 1)])
+def test_aligned_and_narrow_shapes_take_the_devices_table(tiles, gpu, monkeypatch, n, k) -> None:
+    monkeypatch.setattr(tiles, "table_of", lambda device: "sm_90")
+    for kernel in BLOCKS:
+        launch = gpu.tile(kernel, torch.empty(0, dtype=torch.bfloat16), 512, n, k)
+        assert launch in [rule.launch for rule in tiles.load(gpu.TILES, "sm_90").rules[kernel]]
+
+
+@pytest.mark.parametrize(("n", "k"), [(2815, 1408), (2816, 1404)])
+def test_shapes_that_are_not_aligned_take_the_default(tiles, gpu, monkeypatch, n, k) -> None:
+    monkeypatch.setattr(tiles, "table_of", lambda device: "sm_90")
+    launch = gpu.tile("grouped_matmul", torch.empty(0, dtype=torch.bfloat16), 512, n, k)
+    assert launch in [rule.launch for rule in tiles.load(gpu.TILES, "default").rules["grouped_matmul"]]
+
+
+def test_a_dtype_without_a_kernel_is_refused(gpu) -> None:
+    with pytest.raises(
+        NotImplementedError, match=r"grouped_matmul: no Triton kernel for torch\.float64; use float32"
+    ):
+        gpu.tile("grouped_matmul", torch.empty(0, dtype=torch.float64), 1, 1, 1)
+
+
+def test_every_tile_that_ships_is_compiled_ahead_of_time(tiles, gpu, submodule) -> None:
+    compiled = {
+        (spec.kernel.__name__, target, *sorted({**spec.constants, **spec.options}.items(), key=str))
+        for spec in submodule("ops.grouped_linear.specs").COMPILE_SPECS
+        for target in spec.targets
+    }
+    for device in tiles.DEVICES:
+        for target in TARGETS if device == "default" else (device,):
+            for kernel, rules in tiles.load(gpu.TILES, device).rules.items():
+                for rule in rules:
+                    assert any(
+                        entry[:2] == (f"{kernel}_kernel", target)
+                        and set(rule.launch.items()) <= set(entry[2:])
+                        for entry in compiled
+                    ), f"{device} {kernel} {dict(rule.launch)} is not compiled for {target}"
+
+
+def test_interpreter_agrees_with_the_reference_whatever_the_blocks() -> None:
+    # Triton decides at its import whether it interprets: a process of its own.
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"{Path(__file__)}",
+        "-k",
+        "any_blocks",
+    ]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-2000:]
+    assert "1 passed" in finished.stdout
+
+
+if INTERPRETED:
+    SIDE = st.sampled_from([16, 32, 64])
+
+    # Without shrinking, which takes minutes in the interpreter.
+    @settings(phases=[Phase.explicit, Phase.reuse, Phase.generate])
+    @given(
+        blocks=st.tuples(SIDE, SIDE, SIDE),
+        group=st.sampled_from([1, 2, 3, 8]),
+        tokens=st.integers(1, 70),
+        experts=st.integers(1, 9),
+        sizes=st.tuples(st.integers(1, 100), st.sampled_from([16, 64, 70, 128])),
+        rank=st.integers(1, 40),
+    )
+    def test_any_blocks(kernel, submodule, blocks, group, tokens, experts, sizes, rank) -> None:
+        n_out, n_in = sizes
+        top_k = min(2, experts)
+        index = torch.rand(tokens, experts + 1).topk(top_k).indices
+        shapes = ((tokens, n_in), (experts, n_out, n_in), (experts, rank, n_in), (experts, n_out, rank))
+        leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+        with pytest.MonkeyPatch.context() as patch:
+            m, n, k = blocks
+            matmul = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group}
+            outer = {"BLOCK_P": n, "BLOCK_Q": k, "BLOCK_S": m}
+            patch.setattr(
+                submodule("ops.grouped_linear.gpu"),
+                "tile",
+                lambda name, *_: matmul if name == "grouped_matmul" else outer,
+            )
+            y = kernel.grouped_linear(leaves[0], leaves[1], index, leaves[2], leaves[3])
+            grad = torch.randn_like(y)
+            got = [y, *torch.autograd.grad(y, leaves, grad)]
+
+        wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        exact = submodule("ops.grouped_linear.reference").grouped_linear(wide[0], wide[1], index, *wide[2:])
+        for g, e in zip(got, [exact, *torch.autograd.grad(exact, wide, grad.double())], strict=True):
+            assert error(g, e) < 2e-5

@@ -1,0 +1,1 @@
+"""A build: every variant of a kernel with its generated files, hashed and written."""

@@ -1,0 +1,1 @@
+"""Rules on a build, and on a kernel as a whole."""

@@ -1,0 +1,1 @@
+"""The Hub's client, and what a repository there holds."""

@@ -1,0 +1,1 @@
+"""Variants loaded and called in clean processes."""

@@ -1,0 +1,1 @@
+"""Projects of kernels: new ones, and exported ones."""

@@ -1,0 +1,1 @@
+"""A build on its way to a Hub: planned, committed, verified, taken back."""

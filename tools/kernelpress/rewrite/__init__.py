@@ -1,0 +1,1 @@
+"""Sources made ready for a kernel: imports relative, op namespaces left open."""

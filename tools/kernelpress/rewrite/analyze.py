@@ -1,0 +1,65 @@
+"""Analysis of a package's files: all that may have to change in each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from kernelpress.rewrite.op_references import find_op_references
+from kernelpress.rewrite.references import Mention, Problem, Reference
+from kernelpress.rewrite.relative_imports import Imports, find_imports
+from kernelpress.rewrite.resolve import MOST_VARIABLES, Resolver
+from kernelpress.rewrite.unresolved import find_mentions
+from kernelpress.source.module_map import ModuleMap
+from kernelpress.syntax.source_file import SourceFile
+from kernelpress.syntax.text import MOST_NESTED
+
+# Calls for each level of a syntax tree, and for each variable that an expression's value goes through, at most.
+_FRAMES = 6
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One file: its references to operators, lines where ``torch.ops`` is handed on, problems, imports and mentions."""
+
+    file: SourceFile
+    references: tuple[Reference, ...] = ()
+    leaked_ops: tuple[int, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    imports: Imports = field(default_factory=Imports)
+    mentions: tuple[Mention, ...] = ()
+
+
+def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis]:
+    """Analyze every file of a package, in the order given; those that are no Python have nothing in them."""
+    resolver = Resolver(files, module_map)
+    with _deep_recursion():
+        operators = find_op_references(resolver)
+        modules = {module.file.path: module for module in resolver.modules.values()}
+        return [
+            Analysis(
+                file,
+                references := tuple(
+                    sorted(operators.references.get(file.path, ()), key=lambda reference: reference.start)
+                ),
+                tuple(operators.leaked_ops.get(file.path, ())),
+                tuple(operators.problems.get(file.path, ())),
+                find_imports(modules[file.path], resolver, module_map),
+                find_mentions(file, references),
+            )
+            if file.path in modules
+            else Analysis(file)
+            for file in files
+        ]
+
+
+@contextmanager
+def _deep_recursion() -> Iterator[None]:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + _FRAMES * (MOST_NESTED + MOST_VARIABLES))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)

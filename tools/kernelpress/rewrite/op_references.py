@@ -1,0 +1,318 @@
+"""References to operators and their namespaces, found on the syntax trees of a package."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from kernelpress.rewrite.references import Problem, Reference
+from kernelpress.rewrite.resolve import Resolver
+from kernelpress.rewrite.torch_library import (
+    LIBRARIES,
+    OPS,
+    attaches,
+    creates,
+    dispatches,
+    implements,
+    is_library,
+    is_library_method,
+    naming_argument,
+    unpacks,
+)
+from kernelpress.syntax.expressions import first_literal, is_text
+from kernelpress.syntax.scopes import Module, Scope, ScopedVisitor
+
+# Beginnings of the full names that matter; whoever names `torch` alone goes on with one of `_words`.
+_INTEREST = ("torch.library", "torch.ops", "torch._")
+_GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
+_TYPE_CHECKS = frozenset(("builtins.isinstance", "builtins.issubclass", "typing.cast"))
+
+_RUN_TIME_OPERATOR = (
+    "the namespace of this operator is only known when the code runs",
+    'write it out as "namespace::operator", give the operator itself, or use add_op_namespace_prefix from ._ops',
+)
+_RUN_TIME_NAMESPACE = ("this namespace is only known when the code runs", "write it out as a string")
+_IN_PIECES = ("this name is put together of pieces or written with escapes", "write it in one piece")
+_HIDDEN = (
+    "this hides which operators are registered",
+    "import the names that are used from torch.library",
+)
+_PASSED_ON = (
+    "this passes on a function that registers operators, which hides what it registers",
+    "call it here by its own name or a name that is assigned once, or use it as a decorator",
+)
+_ELSEWHERE = (
+    "{name} is taken from another module, and the build cannot see there what it stands for",
+    "write the operator's name out there as a string, at the top of the module, and assign it once",
+)
+
+
+@dataclass
+class OpReferences:
+    """What the files of a package hold of operators, by their paths in the kernel.
+
+    ``leaked_ops`` are lines where ``torch.ops`` itself is handed on.
+    """
+
+    references: dict[str, set[Reference]] = field(default_factory=dict)
+    leaked_ops: dict[str, list[int]] = field(default_factory=dict)
+    problems: dict[str, list[Problem]] = field(default_factory=dict)
+
+
+def find_op_references(resolver: Resolver) -> OpReferences:
+    """Find where the modules of a package name operators or their namespaces."""
+    found = OpReferences()
+    for module in resolver.modules.values():
+        OpReferenceFinder(module, resolver, found).visit(module.file.tree)
+    return found
+
+
+class OpReferenceFinder(ScopedVisitor):
+    """Collects the references that one module makes, which may be to constants of others."""
+
+    def __init__(self, module: Module, resolver: Resolver, found: OpReferences) -> None:
+        super().__init__(module)
+        self.resolver = resolver
+        self.found = found
+        self.text = module.file.text
+        # Expressions that stand for `torch.ops` or for a function that defines operators, where that is no leak.
+        self.accounted: set[int] = set()
+        # Arguments of calls, where a class is not just compared with.
+        self.arguments: set[int] = set()
+
+        self.words = None if module.stars else _words(_names_of_interest(module.scope, resolver))
+
+    def visit(self, node: ast.AST) -> None:
+        """Leave out statements without any word that could matter: most of a file, and most of the time."""
+        if self.words is not None and isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            start, end = self.text.span(node)
+            if not self.words.search(self.text.data, start, end):
+                return
+        super().visit(node)
+
+    # What an expression stands for ---------------------------------------------------------------------------
+
+    def names(self, node: ast.AST) -> frozenset[str]:
+        return self.resolver.names(node, self.scope)
+
+    def is_ops(self, node: ast.AST) -> bool:
+        return not OPS.isdisjoint(self.names(node))
+
+    def is_operator(self, node: ast.AST, scope: Scope) -> bool:
+        """True for an expression that stands for an operator itself or for what another library has, not for a name.
+
+        What a function returns is neither, but for those that define an operator.
+        """
+        return any(
+            name.startswith("torch.ops.")
+            or creates((called := name.partition("("))[:1])
+            or not (called[1] or self.resolver.is_own(name) or name.startswith("builtins."))
+            or "_ops" in name.split(".")[:-1]
+            for name in self.resolver.names(node, scope)
+        )
+
+    def is_helper(self, call: ast.Call, scope: Scope) -> bool:
+        """True for a call of the helper in the generated ``_ops``."""
+        return any(
+            name.endswith("_ops.add_op_namespace_prefix") for name in self.resolver.names(call.func, scope)
+        )
+
+    # What is noted -------------------------------------------------------------------------------------------
+
+    def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
+        self.found.problems.setdefault(self.module.file.path, []).append(Problem(node.lineno, *reason))
+
+    def leak(self, node: ast.expr | ast.stmt) -> None:
+        self.found.leaked_ops.setdefault(self.module.file.path, []).append(node.lineno)
+
+    def refuse_unresolved(self, name: ast.expr, scope: Scope, reason: tuple[str, str]) -> None:
+        """Refuse a name that cannot be resolved, or that can in another module alone."""
+        imported = sorted(full for full in self.names(name) if self.resolver.locate(full))
+        if scope.module is not self.module or (imported and not is_text(name)):
+            message, fix = _ELSEWHERE
+            shown = repr(ast.unparse(name) if not imported else imported[0].rpartition(".")[2])
+            reason = message.format(name=shown), fix
+        self.refuse(name, reason)
+
+    def reference(
+        self,
+        asked: ast.expr,
+        literal: ast.expr,
+        scope: Scope,
+        namespace: str,
+        op: str | None,
+        *,
+        creates: bool,
+    ) -> None:
+        """Note a namespace that a literal begins with; ``asked`` is where this module needs it."""
+        file = scope.module.file
+        start = file.text.literal(literal, namespace)
+        if start is not None:
+            end = start + len(namespace.encode("utf-8"))
+            references = self.found.references.setdefault(file.path, set())
+            references.add(Reference(start, end, namespace, op, creates))
+        elif scope.module is self.module:
+            self.refuse(literal, _IN_PIECES)
+        else:
+            self.refuse_unresolved(asked, scope, _IN_PIECES)
+
+    def literal_operator(self, asked: ast.expr, node: ast.expr, scope: Scope, *, creates: bool) -> bool:
+        """Note an expression whose value begins with ``namespace::``; false where it is something else."""
+        leading = first_literal(node)
+        if leading is None:
+            return False
+        literal, text = leading
+        namespace, colons, rest = text.partition("::")
+        if not (colons and namespace.isidentifier()):
+            return False
+        op = re.match(r"\w+", rest)
+        self.reference(asked, literal, scope, namespace, op[0] if op else None, creates=creates)
+        return True
+
+    def operator(self, asked: ast.expr, *, creates: bool, strict: bool = True) -> None:
+        """Note an expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
+        node, scope = self.resolver.constant(asked, self.scope)
+        if self.literal_operator(asked, node, scope, creates=creates) or is_library(self.names(asked)):
+            return
+        if isinstance(node, ast.Call) and self.is_helper(node, scope):
+            return
+        if not creates and (self.is_operator(asked, self.scope) or (not strict and not is_text(node))):
+            return
+        self.refuse_unresolved(asked, scope, _RUN_TIME_OPERATOR)
+
+    def namespace(self, asked: ast.expr, *, creates: bool) -> None:
+        """Note an expression whose value is a namespace."""
+        node, scope = self.resolver.constant(asked, self.scope)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            self.reference(asked, node, scope, node.value, None, creates=creates)
+        elif not any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node)):
+            self.refuse_unresolved(asked, scope, _RUN_TIME_NAMESPACE)
+
+    def unqualified(self, asked: ast.expr) -> None:
+        """Note the name of an operator that a ``Library`` takes, which may have a namespace."""
+        self.literal_operator(asked, *self.resolver.constant(asked, self.scope), creates=False)
+
+    # Where names stand ---------------------------------------------------------------------------------------
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = self.names(node.func)
+        self.accounted.add(id(node.func))
+        if called & _GETATTR:
+            if len(node.args) > 1 and self.is_ops(node.args[0]):
+                self.accounted.add(id(node.args[0]))
+                self.namespace(node.args[1], creates=False)
+            elif id(node) not in self.accounted and self.is_ops(node):
+                self.leak(node)
+        elif any(name.startswith("torch.") for name in called):
+            self.call_of_torch(node, called)
+        if not called & _TYPE_CHECKS:
+            self.arguments.update(map(id, node.args))
+        self.generic_visit(node)
+
+    def call_of_torch(self, call: ast.Call, called: frozenset[str]) -> None:
+        """Note what a call of one of PyTorch's functions names of operators."""
+        method = is_library_method(called)
+        argument = naming_argument(call, method=method)
+        if method:
+            if argument is not None:
+                self.unqualified(argument)
+        elif creates(called) or attaches(called):
+            if argument is None and unpacks(call):
+                self.refuse(call, _RUN_TIME_OPERATOR)
+            if argument is not None:
+                self.operator(argument, creates=creates(called))
+                if is_library(self.names(argument)) and len(call.args) > 1:
+                    self.unqualified(call.args[1])
+        elif called & LIBRARIES:
+            if argument is None and unpacks(call):
+                self.refuse(call, _RUN_TIME_NAMESPACE)
+            if argument is not None:
+                self.namespace(argument, creates=not implements(call))
+        elif argument is not None and dispatches(called):
+            self.operator(argument, creates=False, strict=False)
+
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> None:
+        """A variable of a function or a module that is assigned ``torch.ops``, or a function, is followed."""
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if (
+            node.value is not None
+            and not isinstance(self.scope.node, ast.ClassDef)
+            and all(
+                isinstance(target, ast.Name) and target.id not in self.module.rebound for target in targets
+            )
+        ):
+            self.accounted.add(id(node.value))
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.visit_Assign(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        """What is compared with another value, such as ``None``, is not passed on."""
+        self.accounted.update(map(id, (node.left, *node.comparators)))
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if bases := self.names(node.value):
+            if OPS.isdisjoint(bases):
+                self.passed_on(node)
+            else:
+                self.attribute_of_ops(node)
+        self.generic_visit(node)
+
+    def attribute_of_ops(self, node: ast.Attribute) -> None:
+        self.accounted.add(id(node.value))
+        end = self.text.span(node)[1]
+        start = end - len(node.attr.encode("utf-8"))
+        if node.attr.startswith("__"):
+            self.leak(node)
+        elif self.text.data[start:end] != node.attr.encode("utf-8"):
+            # Python takes letters for others that look alike.
+            self.refuse(node, _IN_PIECES)
+        else:
+            references = self.found.references.setdefault(self.module.file.path, set())
+            references.add(Reference(start, end, node.attr))
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.passed_on(node)
+
+    def passed_on(self, node: ast.Attribute | ast.Name) -> None:
+        """Report an expression that hands on what must be seen to be used."""
+        if id(node) in self.accounted:
+            return
+        names = self.names(node)
+        if not OPS.isdisjoint(names):
+            self.leak(node)
+        elif creates(names) or attaches(names) or (id(node) in self.arguments and names & LIBRARIES):
+            self.refuse(node, _PASSED_ON)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module == "torch.ops" and not node.level:
+            self.leak(node)
+        if node.module == "torch.library" and not node.level and node.names[0].name == "*":
+            self.refuse(node, _HIDDEN)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self.accounted.update(map(id, node.decorator_list))
+        super().visit_FunctionDef(node)
+
+
+def _names_of_interest(scope: Scope, resolver: Resolver) -> Iterator[str]:
+    """Names in a scope, and those within it, that stand for PyTorch's workings or for something in the package."""
+    for name, bindings in scope.bindings.items():
+        fulls = resolver.names(ast.Name(name, ast.Load()), scope)
+        if any(full.startswith(_INTEREST) or (resolver.is_own(full) and ":" not in full) for full in fulls):
+            yield name
+        for binding in bindings:
+            if isinstance(binding, ast.stmt):
+                yield from _names_of_interest(scope.module.within(binding, scope), resolver)
+
+
+def _words(names: Iterable[str]) -> re.Pattern[bytes]:
+    """Any of some names, or of the words without which no operator is named; bytes beyond ASCII are letters."""
+    words = sorted({"ops", "_ops", "library", "_library", "_C", *names})
+    alternatives = b"|".join(re.escape(word.encode("utf-8")) for word in words)
+    return re.compile(rb"(?<![\w\x80-\xff])(?:%s)(?![\w\x80-\xff])" % alternatives)

@@ -1,0 +1,169 @@
+"""Resolution of names across the scopes and modules of a package: what they stand for, and where that is written."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+
+from kernelpress.source.module_map import ModuleMap
+from kernelpress.syntax.scopes import Module, Scope
+from kernelpress.syntax.source_file import SourceFile
+
+# Variables that one expression's value may go through; one that goes through more is not known.
+MOST_VARIABLES = 200
+_Known = dict[tuple[int, str], frozenset[str]]
+
+
+class Resolver:
+    """The modules of a package, and what the names in them stand for.
+
+    A full name is dotted, such as ``torch.library.custom_op``. With ``()`` it is what a call returns, so that
+    ``torch.library.Library()`` is an instance, and a decorated function is what its decorator returns. A function or
+    class of the package has a colon before its own name.
+    """
+
+    def __init__(self, files: Iterable[SourceFile], module_map: ModuleMap) -> None:
+        self.tops = module_map.tops
+        self.modules = {
+            name: Module(file, name)
+            for file in files
+            if file.is_python
+            for name in (module_map.module_at(file.path),)
+        }
+        self._resolved: dict[tuple[int, str], frozenset[str]] = {}
+
+    def is_own(self, full: str) -> bool:
+        """True for the full name of something in the package, or in what ships with it."""
+        return full.partition(".")[0] in self.tops
+
+    def names(self, node: ast.AST, scope: Scope) -> frozenset[str]:
+        """Full names of all that an expression may stand for, as far as they are known."""
+        return self._names(node, scope, None)
+
+    def _names(self, node: ast.AST, scope: Scope, known: _Known | None) -> frozenset[str]:
+        if isinstance(node, ast.Name):
+            return self._variable(node.id, scope, known)
+        if isinstance(node, ast.Attribute):
+            bases = self._names(node.value, scope, known)
+            return self._members((f"{base}.{node.attr}" for base in bases), known) if bases else bases
+        if isinstance(node, ast.Call):
+            called = self._names(node.func, scope, known)
+            if "builtins.getattr" in called and len(node.args) > 1:
+                return self._getattr(node, scope, known)
+            return frozenset(f"{name}()" for name in called)
+        return frozenset()
+
+    def _getattr(self, call: ast.Call, scope: Scope, known: _Known | None) -> frozenset[str]:
+        attribute = call.args[1].value if isinstance(call.args[1], ast.Constant) else None
+        if not isinstance(attribute, str):
+            return frozenset()
+        bases = self._names(call.args[0], scope, known)
+        return self._members((f"{base}.{attribute}" for base in bases), known)
+
+    def _variable(self, name: str, scope: Scope, known: _Known | None) -> frozenset[str]:
+        found = scope.lookup(name)
+        if found is None:
+            stars = self._members((f"{star}.{name}" for star in scope.module.stars), known)
+            # What nothing binds but PyTorch is called by came with an import of everything.
+            return stars | {"torch" if name == "torch" else f"builtins.{name}"}
+        holder, bindings = found
+        key = id(holder), name
+        if key in self._resolved:
+            return self._resolved[key]
+        # Once for each variable: what is assigned over and over from one another would take forever.
+        first, known = known is None, {} if known is None else known
+        if key not in known:
+            known[key] = frozenset()
+            if len(known) > MOST_VARIABLES:
+                return known[key]
+            for binding in bindings:
+                known[key] |= self._binding(binding, name, holder, known)
+        if first:
+            self._resolved[key] = known[key]
+        return known[key]
+
+    def _binding(
+        self, binding: str | ast.AST | None, name: str, scope: Scope, known: _Known
+    ) -> frozenset[str]:
+        if binding is None:
+            return frozenset()
+        if isinstance(binding, str):
+            return self._members((binding,), known)
+        decorators = getattr(binding, "decorator_list", ())
+        if decorators:
+            return frozenset(
+                f"{full}()" for decorator in decorators for full in self._names(decorator, scope, known)
+            )
+        if isinstance(binding, ast.stmt):
+            return frozenset((f"{scope.module.name}:{name}",))
+        return self._names(binding, scope, known)
+
+    def _members(self, fulls: Iterable[str], known: _Known | None) -> frozenset[str]:
+        """What full names stand for, those of the package looked up in its modules."""
+        known = {} if known is None else known
+        members: set[str] = set()
+        for full in fulls:
+            located = self.locate(full)
+            if located is None:
+                members.add(full)
+                continue
+            scope, name, rest = located
+            if (id(scope), f"*{name}") in known:
+                continue
+            known[id(scope), f"*{name}"] = frozenset()
+            bases = self._variable(name, scope, known)
+            del known[id(scope), f"*{name}"]
+            if name not in scope.bindings:
+                bases -= {f"builtins.{name}"}
+            if rest and bases:
+                members |= self._members((f"{base}.{rest}" for base in bases), known)
+            else:
+                members |= bases or {full}
+        return frozenset(members)
+
+    def locate(self, full: str) -> tuple[Scope, str, str] | None:
+        """The module's scope, the name in it and the attributes of that, which a full name is made of.
+
+        Returns:
+            ``None`` for what is not in the package, or is one of its modules.
+        """
+        if not self.is_own(full) or ":" in full:
+            return None
+        parts = full.split(".")
+        for count in range(len(parts) - 1, 0, -1):
+            module = self.modules.get(".".join(parts[:count]))
+            if module is not None and full not in self.modules:
+                return module.scope, parts[count], ".".join(parts[count + 1 :])
+        return None
+
+    def constant(self, node: ast.expr, scope: Scope) -> tuple[ast.expr, Scope]:
+        """The expression that gives a name its value and the scope of it, if it is bound once on the way there."""
+        for _ in range(MOST_VARIABLES):
+            following = self._one_step(node, scope)
+            if following is None:
+                break
+            node, scope = following
+        return node, scope
+
+    def _one_step(self, node: ast.expr, scope: Scope) -> tuple[ast.expr, Scope] | None:
+        if isinstance(node, ast.Name):
+            found = scope.lookup(node.id)
+            if found is None:
+                sources = [f"{star}.{node.id}" for star in scope.module.stars]
+            else:
+                holder, bindings = found
+                if len(bindings) != 1:
+                    return None
+                if isinstance(bindings[0], ast.expr):
+                    return bindings[0], holder
+                sources = [bindings[0]] if isinstance(bindings[0], str) else []
+        elif isinstance(node, ast.Attribute):
+            sources = [f"{base}.{node.attr}" for base in self.names(node.value, scope)]
+        else:
+            return None
+        places = [place for source in sources if (place := self.locate(source)) is not None]
+        # Of several imports of everything, the one from a module that has the name.
+        places = [place for place in places if len(places) == 1 or place[1] in place[0].bindings]
+        if len(places) != 1 or places[0][2]:
+            return None
+        return ast.copy_location(ast.Name(places[0][1], ast.Load()), node), places[0][0]

@@ -1,0 +1,206 @@
+"""Rewrites sources so that the op namespace is left open, and each variant can have its own.
+
+Every edit replaces a name or an import where the syntax tree says it stands, and nothing else. What has nothing
+to edit therefore stays byte for byte the same, and no line moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernelpress.findings.model import Finding, FindingsError
+from kernelpress.rewrite.analyze import Analysis, analyze
+from kernelpress.source.module_map import ModuleMap
+from kernelpress.syntax.imports import Import
+from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused
+from kernelpress.syntax.text import Edit
+
+# PyTorch's own: a package may extend them, but they are never its own to rename.
+_FOREIGN = frozenset(
+    (
+        "aten",
+        "prim",
+        "prims",
+        "quantized",
+        "c10d",
+        "_c10d_functional",
+        "inductor",
+        "torchvision",
+        "torchaudio",
+    )
+)
+
+
+@dataclass(frozen=True)
+class RewrittenFile:
+    """A file cut at every place where the op namespace goes.
+
+    ``chunks`` are the pieces in between: a file without operators is a single one.
+    """
+
+    path: str
+    chunks: tuple[bytes, ...]
+
+    def render(self, namespace: str) -> bytes:
+        """The file with ``namespace`` in every place that is left open."""
+        return namespace.encode("ascii").join(self.chunks)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """All files of the package.
+
+    ``namespaces`` are those under which it registers operators in place, ``findings`` what stands in the way
+    of a build, and ``outside`` the imports of other packages with the files that hold them.
+    """
+
+    files: tuple[RewrittenFile, ...]
+    namespaces: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
+    outside: tuple[tuple[Path, Import], ...] = ()
+
+    def raise_errors(self, findings: Sequence[Finding] = ()) -> None:
+        """Raise what forbids a build.
+
+        Args:
+            findings: All findings in the sources, for the error to hold; by default those of the rewriting.
+
+        Raises:
+            FindingsError: There are findings that are errors.
+        """
+        errors = [finding for finding in self.findings if finding.severity == "error"]
+        if errors:
+            raise FindingsError(errors, findings or self.findings)
+
+
+@garbage_collection_paused()
+def rewrite(files: Sequence[SourceFile], package: str | ModuleMap, package_dir: Path) -> Rewritten:
+    """Leave the op namespace open and make imports of the package by its own name relative.
+
+    What stands in the way is among the findings: a namespace that is only known when the code runs, two operators of
+    one name that would come to stand in the same namespace, an import of a module that does not ship.
+
+    Args:
+        files: The package's files.
+        package: The name under which the package imports itself in place, or a map that also tells of other modules
+            that ship.
+        package_dir: The package's directory, for messages.
+    """
+    module_map = ModuleMap(package) if isinstance(package, str) else package
+    analyses = analyze(files, module_map)
+    own = {ref.namespace for analysis in analyses for ref in analysis.references if ref.creates} - _FOREIGN
+    paths = {file.path: file.origin or package_dir / file.path for file in files}
+    findings: list[Finding] = []
+    for analysis in analyses:
+        path = paths[analysis.file.path]
+        findings += sorted(_findings(analysis, path, own), key=lambda finding: finding.line or 0)
+    findings += _name_conflicts(analyses, paths, own)
+    return Rewritten(
+        files=tuple(RewrittenFile(analysis.file.path, _chunks(analysis, own)) for analysis in analyses),
+        namespaces=tuple(sorted(own)),
+        findings=tuple(findings),
+        outside=tuple(
+            (paths[analysis.file.path], imported)
+            for analysis in analyses
+            for imported in analysis.imports.outside
+        ),
+    )
+
+
+def _chunks(analysis: Analysis, own: set[str]) -> tuple[bytes, ...]:
+    """A file's content with its edits made, cut where the op namespace goes."""
+    conflicts = _conflicting_edits(analysis, own)
+    namespaces = {
+        Edit(ref.start, ref.end, None)
+        for ref in analysis.references
+        if ref.namespace in own and ref.start not in conflicts
+    }
+    data = analysis.file.data
+    chunks, piece, position = [], b"", 0
+    for edit in sorted([*namespaces, *analysis.imports.edits], key=lambda edit: edit.start):
+        piece += data[position : edit.start]
+        if edit.text is None:
+            chunks.append(piece)
+            piece = b""
+        else:
+            piece += edit.text
+        position = edit.end
+    return (*chunks, piece + data[position:])
+
+
+def _conflicting_edits(analysis: Analysis, own: set[str]) -> list[int]:
+    """Offsets of namespaces in what is replaced as the name of a module."""
+    return sorted(
+        {
+            ref.start
+            for ref in analysis.references
+            if ref.namespace in own
+            and any(edit.start <= ref.start < edit.end for edit in analysis.imports.edits)
+        }
+    )
+
+
+def _findings(analysis: Analysis, path: Path, own: set[str]) -> Iterator[Finding]:
+    for problem in analysis.problems:
+        yield Finding("KP304", "error", path, problem.line, problem.message, problem.fix)
+    for start in _conflicting_edits(analysis, own):
+        yield Finding(
+            "KP304", "error", path, analysis.file.text.line_of(start),
+            "this is a namespace of operators here and the name of a module there, and the build has two names for "
+            "them",
+            "write out either where it is used",
+        )  # fmt: skip
+    if own:
+        for line in analysis.leaked_ops:
+            yield Finding(
+                "KP304", "error", path, line, "torch.ops is passed on, which hides the namespace that is used",
+                'write `torch.ops.<namespace>` or `getattr(torch.ops, "<namespace>")` here',
+            )  # fmt: skip
+    for line, registers in sorted(
+        {(mention.line, mention.registers) for mention in analysis.mentions if mention.namespace in own}
+    ):
+        yield Finding(
+            "KP304", "error" if registers else "warning", path, line,
+            "this names an operator of the package in a way that is not known, and stays as it is; in the build the "
+            "operator has another name",
+            "call it on a variable that is assigned a torch.library.Library once, or leave the namespace out"
+            if registers
+            else "give the operator itself, or name it as a function of torch.library or torch.ops takes it",
+        )  # fmt: skip
+    for imported in analysis.imports.missing:
+        if imported.when in ("load", "call"):
+            yield Finding(
+                "KP302", "error", path, imported.line,
+                f"{imported.module} belongs to the project around the package and does not ship",
+                "list its file in `include`, or do without it",
+            )  # fmt: skip
+    for line in analysis.imports.unknown:
+        yield Finding(
+            "KP305", "error", path, line, "a module of the project is named in a way that cannot be followed",
+            'import it by a statement, or by importlib.import_module("its.name") alone',
+        )  # fmt: skip
+    for line in analysis.imports.unread:
+        yield Finding(
+            "KP305", "warning", path, line, "a module is imported by a name that is only known when the code runs",
+            "if it is one of the project's, start the name with {__name__}",
+        )  # fmt: skip
+
+
+def _name_conflicts(
+    analyses: Sequence[Analysis], paths: Mapping[str, Path], own: set[str]
+) -> Iterator[Finding]:
+    """Operators of one name in namespaces that become one."""
+    first: dict[str, str] = {}
+    for analysis in analyses:
+        for ref in analysis.references:
+            if not (ref.creates and ref.op and ref.namespace in own):
+                continue
+            if first.setdefault(ref.op, ref.namespace) != ref.namespace:
+                yield Finding(
+                    "KP306", "error", paths[analysis.file.path], analysis.file.text.line_of(ref.start),
+                    f"operator {ref.op!r} is defined in {first[ref.op]!r} and in {ref.namespace!r}, which "
+                    "become one namespace in the build",
+                    "rename one of them",
+                )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Reading of a kernel package: its files, as they ship, and the state of the repository they are in."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernelpress.conventions import METADATA, OPS_MODULE, SIGNATURE
+from kernelpress.errors import SourceError
+from kernelpress.source.git import GitState, git_state
+from kernelpress.source.module_map import VENDOR, ModuleMap
+from kernelpress.source.vendor import vendor
+from kernelpress.spec.model import Spec
+from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused, read_file
+
+# Written into every variant by the build, so a source of that name would be lost without a word.
+_RESERVED = (METADATA, SIGNATURE)
+_HELPER = b"add_op_namespace_prefix"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The package's files in order of their paths, the card's template, and git's view of both."""
+
+    package_dir: Path
+    files: tuple[SourceFile, ...]
+    card: str | None
+    git: GitState | None
+    module_map: ModuleMap
+
+
+@garbage_collection_paused()
+def read_source(spec: Spec) -> Source:
+    """Read every file of the kernel package that ships.
+
+    Caches, bytecode, hidden files and whatever has none of the spec's suffixes stay behind. So does an
+    ``_ops.py`` of the package's own: the build generates one for each variant.
+
+    Raises:
+        SourceError: The package is missing or is no package, holds a file that is not valid Python or
+            not UTF-8, a link that leaves it, or a name that the build needs for itself.
+    """
+    package = spec.package_dir
+    if not package.is_dir():
+        name = "of this name" if spec.source_dir else f"torch-ext/{spec.python_name}"
+        raise SourceError(f"there is no package directory {name}; create it", path=package)
+    if spec.source_dir is None and not package.resolve().is_relative_to(spec.root.resolve()):
+        raise SourceError(
+            "the package directory is a link that leaves the project; move the files here", path=package
+        )
+    suffixes = tuple(f".{suffix}" for suffix in spec.pyext)
+    paths = {path.relative_to(package).as_posix(): path for path in _walk(package, suffixes)}
+    if "__init__.py" not in paths:
+        raise SourceError("there is no __init__.py here, so this is no Python package; add one", path=package)
+    for name in _RESERVED:
+        if name in paths:
+            raise SourceError(
+                "the build writes a file of this name itself; rename this one", path=paths[name]
+            )
+    own = {name: read_file(path, name) for name, path in paths.items()}
+    if spec.source_dir is not None and OPS_MODULE in own and _HELPER not in own[OPS_MODULE].data:
+        raise SourceError(
+            "the build writes a module of this name itself; rename this one", path=paths[OPS_MODULE]
+        )
+    module_map, vendored = vendor(
+        spec.include, spec.package_name, (spec.import_root, spec.root.absolute()), own.values()
+    )
+    if vendored and any(name.startswith(f"{VENDOR}/") or name == f"{VENDOR}.py" for name in own):
+        raise SourceError(f"`include` needs the name {VENDOR} for itself; rename this", path=package / VENDOR)
+    files = [file for name, file in own.items() if name != OPS_MODULE] + vendored
+    inputs = {file.origin: file.data for file in (*own.values(), *vendored) if file.origin is not None}
+    if spec.source_dir is None:
+        inputs |= {path: path.read_bytes() for path in _other_inputs(spec.root)}
+    return Source(
+        package_dir=package,
+        files=tuple(sorted(files, key=lambda file: file.path)),
+        card=_card(spec.root),
+        git=git_state(spec.import_root if spec.source_dir else spec.root, inputs, (package, suffixes)),
+        module_map=module_map,
+    )
+
+
+def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    def unreadable(error: OSError) -> None:
+        raise SourceError(f"cannot be read: {error.strerror}", path=error.filename)
+
+    paths = []
+    top = package.resolve()
+    for folder, directories, names in os.walk(package, onerror=unreadable):
+        directories[:] = [name for name in directories if not _hidden(name)]
+        for name in directories:
+            if (path := Path(folder, name)).is_symlink():
+                raise SourceError("a linked directory cannot ship; put the files themselves here", path=path)
+        for name in names:
+            path = Path(folder, name)
+            if _hidden(name) or not name.endswith(suffixes):
+                continue
+            if not _is_utf8(path.relative_to(package).as_posix()):
+                shown = (
+                    path.as_posix().encode("utf-8", "backslashreplace").decode("ascii", "backslashreplace")
+                )
+                raise SourceError("this name is not UTF-8, so the Hub cannot keep it; rename it", path=shown)
+            if path.is_symlink() and not path.resolve().is_relative_to(top):
+                raise SourceError("this link leaves the package; put the file itself here", path=path)
+            try:
+                regular = stat.S_ISREG(path.stat().st_mode)
+            except OSError as error:
+                raise SourceError(f"cannot be read: {error.strerror}", path=path) from None
+            if not regular:
+                raise SourceError("not a regular file; remove it from the package", path=path)
+            paths.append(path)
+    return paths
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _hidden(name: str) -> bool:
+    # Editors leave `#name#` and `name~` behind; the latter never has a suffix that ships.
+    return name.startswith((".", "#")) or name == "__pycache__"
+
+
+def _other_inputs(root: Path) -> list[Path]:
+    """The kernel's inputs other than the package."""
+    return [path for name in ("build.toml", "CARD.md") if (path := root / name).is_file()]
+
+
+def _card(root: Path) -> str | None:
+    path = root / "CARD.md"
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise SourceError("not UTF-8; save the file in that encoding", path=path) from None

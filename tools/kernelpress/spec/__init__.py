@@ -1,0 +1,1 @@
+"""The description of a kernel: build.toml or [tool.kernelpress], read, validated and migrated."""

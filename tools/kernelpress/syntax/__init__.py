@@ -1,0 +1,1 @@
+"""Python sources as syntax: text with offsets, scopes, imports, and when each part executes."""

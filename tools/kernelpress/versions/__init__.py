@@ -1,0 +1,1 @@
+"""What can be done with versions that are on a Hub."""

@@ -1,0 +1,1 @@
+"""The routes of a Hub, and the answers to them."""

@@ -1,0 +1,148 @@
+"""The Hub as an ASGI application."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from pathlib import Path
+
+from dulwich.errors import NotGitRepository
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..errors import HubError, StorageError
+from ..names import printable
+from ..store import Store
+from ..tokens import Tokens
+from . import (
+    accounts,
+    card_metadata,
+    commits,
+    git,
+    lfs,
+    openapi,
+    pages,
+    pull_requests,
+    refs,
+    repos,
+    resolve,
+    trees,
+)
+from .context import Hub, repository_gone
+from .messages import AsciiJSONResponse, problem_response
+from .problems import Problem, as_problem
+
+
+def create_app(
+    root: Path, *, trust: Iterable[str] = (), open_writes: bool = False, host: str | None = None
+) -> Starlette:
+    """Build the application that serves the Hub at ``root``.
+
+    Args:
+        root: The Hub's directory; the caller makes sure that no other Hub uses it.
+        trust: Organizations that are trusted kernel publishers.
+        open_writes: Accept writes without a token as long as none was created; only for a server that
+            nobody but its own machine can reach.
+        host: The name or address that the server was told to listen on, if it is no loopback address.
+
+    Raises:
+        HubError: The directory cannot be used.
+    """
+    modules = (
+        openapi,
+        accounts,
+        card_metadata,
+        repos,
+        refs,
+        trees,
+        pull_requests,
+        lfs,
+        commits,
+        resolve,
+        git,
+        # The last, because a model's page can have almost any address.
+        pages,
+    )
+    app = Starlette(
+        routes=[Route("/healthz", _health), *(route for module in modules for route in module.routes)],
+        middleware=[Middleware(_EncodedPaths)],
+        exception_handlers={
+            Problem: _on_problem,
+            StorageError: _on_problem,
+            HTTPException: _on_unknown,
+            NotGitRepository: _on_deleted,
+            HubError: _on_unusable,
+            ClientDisconnect: _on_disconnect,
+            OSError: _on_disk,
+            Exception: _on_crash,
+        },
+    )
+    app.router.redirect_slashes = False
+    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes, host)
+    return app
+
+
+class _EncodedPaths:
+    """Route on the path as it was sent: a revision or folder may hold an encoded slash.
+
+    Servers decode the path before routing, and after that ``feature%2Fx/file`` cannot be told from
+    ``feature/x/file``. Handlers decode each segment themselves.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["raw_path"].decode("latin-1")}
+        await self._app(scope, receive, send)
+
+
+def _health(request: Request) -> Response:
+    return AsciiJSONResponse({"status": "ok"})
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem | StorageError)
+    return problem_response(as_problem(error))
+
+
+async def _on_unknown(request: Request, error: Exception) -> Response:
+    # The router's "no such path" (404) and "not with this method" (405).
+    assert isinstance(error, HTTPException)
+    route = printable(f"{request.method} {request.scope['path']}")
+    message = f"the embedded Hub does not implement {route}"
+    return problem_response(Problem(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _on_deleted(request: Request, error: Exception) -> Response:
+    # The repository went away while the request was reading it.
+    return repository_gone(request)
+
+
+async def _on_unusable(request: Request, error: Exception) -> Response:
+    # The token file was damaged while the Hub runs. Refusing is the safe answer: nobody can tell who is
+    # allowed in.
+    return problem_response(Problem(503, str(error)))
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    # Starlette logs the traceback; the caller gets no part of it.
+    return problem_response(Problem(500, "the embedded Hub failed; its log says more"))
+
+
+async def _on_disk(request: Request, error: Exception) -> Response:
+    # Unfinished files are still aside, and go with the request.
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return problem_response(Problem(507, "the Hub's disk is full; nothing of this request was kept"))
+    raise error
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    # Nobody is left to read this; it only keeps the log free of a traceback.
+    return Response(status_code=400)

@@ -1,0 +1,191 @@
+"""Routes of repositories: creating, moving, listing, describing and deleting them, and their settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..errors import Conflict
+from ..git.reader import CommitInfo, PathInfo
+from ..names import KINDS, RepoId, RepoKind, printable, repo_id
+from .context import API_REPO, Caller, Target, hub_of, revision_of
+from .messages import AsciiJSONResponse, Body, endpoint, flag, iso_time, number, string, with_json
+from .problems import Problem, bad_request, conflict
+from .trees import lfs_json
+
+
+@with_json
+def create_repo(request: Request, body: Body) -> Response:
+    hub = hub_of(request)
+    caller = hub.caller(request)
+    repo = _repo_in_body(body, caller)
+    hub.require_write(request, caller, repo.namespace)
+    url = f"{endpoint(request)}/{repo.web_path}"
+    private = _private_in_body(body)
+    if private and not hub.tokens.any_exist():
+        raise bad_request(
+            "a private repository needs a token, else nobody could read it: create one with "
+            "'kernelpress token create NAME --root ROOT' on the Hub's machine and set HF_TOKEN to it"
+        )
+    try:
+        hub.store.create(repo, private=private, author=caller.name)
+    except Conflict as error:
+        # The client reads the address even from this answer when told that existing is fine.
+        raise conflict(str(error), url=url) from error
+    return AsciiJSONResponse({"url": url, "name": str(repo), "id": str(repo)})
+
+
+@with_json
+def delete_repo(request: Request, body: Body) -> Response:
+    hub = hub_of(request)
+    caller = hub.caller(request)
+    repo = _repo_in_body(body, caller)
+    hub.require_write(request, caller, repo.namespace)
+    if not hub.store.delete(repo):
+        raise hub.repo_not_found(repo, caller)
+    return AsciiJSONResponse({})
+
+
+@with_json
+def move_repo(request: Request, body: Body) -> Response:
+    hub = hub_of(request)
+    caller = hub.caller(request)
+    kind = _kind_in_body(body)
+    ids = []
+    for key in ("fromRepo", "toRepo"):
+        namespace, slash, name = string(body, key).partition("/")
+        if not slash:
+            raise bad_request(f'"{key}" must be owner/name')
+        ids.append(repo_id(kind, namespace, name))
+    old, new = ids
+    if hub.store.get(old) is None or not hub.visible(old, caller):
+        raise hub.repo_not_found(old, caller)
+    for repo in ids:
+        hub.require_write(request, caller, repo.namespace)
+    if not hub.store.move(old, new):
+        raise hub.repo_not_found(old, caller)
+    return AsciiJSONResponse({"url": f"{endpoint(request)}/{new.web_path}"})
+
+
+def list_repos(request: Request) -> Response:
+    hub = hub_of(request)
+    caller = hub.caller(request)
+    kind = KINDS.get(request.path_params["kind"])
+    if kind is None:
+        raise Problem(404, "the embedded Hub lists kernels and models only")
+    query = request.query_params
+    limit = number(request, "limit", 1000, lowest=0)
+    repos = hub.listed(caller, query.get("search", ""), query.get("author"), kind)
+    infos = [_info(target, commit) for target, commit in repos]
+    if query.get("sort") == "lastModified":
+        infos.sort(key=lambda info: str(info["lastModified"]), reverse=True)
+    return AsciiJSONResponse(infos[:limit])
+
+
+def repo_info(request: Request) -> Response:
+    target = hub_of(request).readable(request)
+    commit = target.git.resolve(revision_of(request))
+    info = _info(target, target.git.commit_info(commit))
+    query = request.query_params
+    files = target.git.files(commit)
+    if flag(request, "blobs"):
+        info["siblings"] = [_sibling(file) for file in target.git.describe(files.items())]
+    else:
+        info["siblings"] = [{"rfilename": path} for path in files]
+    properties = {*query.getlist("expand"), *query.getlist("expand[]")}
+    if properties:
+        info = {key: value for key, value in info.items() if key in properties | {"id", "_id"}}
+    return AsciiJSONResponse(info)
+
+
+@with_json
+def update_settings(request: Request, body: Body) -> Response:
+    hub = hub_of(request)
+    target = hub.writable(request)
+    unknown = sorted(set(body) - {"private", "visibility", "gated"})
+    if unknown:
+        raise bad_request(
+            f"the embedded Hub does not implement these settings: {printable(', '.join(unknown))}"
+        )
+    settings = target.settings
+    if "private" in body or "visibility" in body:
+        settings = replace(settings, private=_private_in_body(body))
+    if "gated" in body:
+        gated = body["gated"]
+        if gated not in (False, "auto", "manual"):
+            raise bad_request('"gated" must be false, "auto" or "manual"')
+        settings = replace(settings, gated=str(gated) if gated else None)
+    if (settings.private or settings.gated) and target.caller.token is None:
+        raise bad_request("a private or gated repository needs a token, else nobody could read it")
+    hub.store.update(target.id, settings)
+    return AsciiJSONResponse({"private": settings.private, "gated": settings.gated or False})
+
+
+def _repo_in_body(body: Body, caller: Caller) -> RepoId:
+    name = string(body, "name")
+    namespace = string(body, "organization", "")
+    # Some clients send the full id as the name.
+    if not namespace and name.count("/") == 1:
+        namespace, name = name.split("/")
+    if not namespace:
+        if caller.token is None:
+            raise bad_request(f"name the owner too: 'owner/{printable(name)}'")
+        namespace = caller.name
+    return repo_id(_kind_in_body(body), namespace, name)
+
+
+def _kind_in_body(body: Body) -> RepoKind:
+    kind = KINDS.get(f"{string(body, 'type', 'model')}s")
+    if kind is None:
+        raise bad_request("the embedded Hub serves kernel and model repositories only")
+    return kind
+
+
+def _private_in_body(body: Body) -> bool:
+    visibility = body.get("visibility")
+    private = body.get("private", False)
+    if visibility not in (None, "public", "private"):
+        raise bad_request('"visibility" must be "public" or "private"')
+    if not isinstance(private, bool | None):
+        raise bad_request('"private" must be true or false')
+    return visibility == "private" or bool(private)
+
+
+def _sibling(file: PathInfo) -> dict[str, object]:
+    item: dict[str, object] = {"rfilename": file.path, "size": file.size, "blobId": file.entry.oid}
+    if file.large is not None:
+        item["lfs"] = lfs_json(file.large) | {"sha256": file.large.sha256}
+    return item
+
+
+def _info(target: Target, commit: CommitInfo) -> dict[str, object]:
+    repo = target.id
+    return {
+        "_id": f"{repo.kind}:{repo}",
+        "id": str(repo),
+        f"{repo.kind}Id": str(repo),
+        "author": repo.namespace,
+        "sha": commit.oid,
+        "lastModified": iso_time(commit.time),
+        "createdAt": iso_time(target.settings.created),
+        "private": target.settings.private,
+        "gated": target.settings.gated or False,
+        "disabled": False,
+        "downloads": 0,
+        "likes": 0,
+        "tags": [],
+    }
+
+
+routes = [
+    Route("/api/repos/create", create_repo, methods=["POST"]),
+    Route("/api/repos/move", move_repo, methods=["POST"]),
+    Route("/api/repos/delete", delete_repo, methods=["DELETE"]),
+    Route("/api/{kind}", list_repos),
+    Route(API_REPO, repo_info),
+    Route(API_REPO + "/revision/{ref}", repo_info),
+    Route(API_REPO + "/settings", update_settings, methods=["PUT"]),
+]

@@ -1,0 +1,81 @@
+"""The experts implementation that transformers calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...ops.dispatch import refuse_tangents
+from ...ops.experts.arguments import Operands
+from ...ops.experts.op import experts_forward as fused_experts
+from ...ops.grouped_linear.op import grouped_linear_forward
+from ...ops.routing import sort_by_expert
+from .checks import LowRank, check_inputs
+from .expert_parallel import handed_factors
+from .module import fused_gate, read_weights
+
+
+def experts_forward(
+    module: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    lora: Mapping[str, LowRank] | None = None,
+) -> torch.Tensor:
+    """Forward of a transformers experts module, the signature that its ``ExpertsInterface`` calls.
+
+    Args:
+        module: An experts module (its class carries ``@use_experts_implementation``), of any layout.
+        hidden_states: ``[T, H]``.
+        top_k_index: ``[T, K]``, int32 or int64. Values ``>= E`` are the sentinels of expert parallelism and cost no
+            work; where the module is not expert-parallel they are an error (which a GPU does not look for).
+        top_k_weights: ``[T, K]``, floating point.
+        lora: Low-rank factors by parameter name; the PEFT integration passes them.
+
+    Returns:
+        ``[T, H]``, dtype of ``hidden_states``.
+
+    Raises:
+        NotImplementedError: The module has not the parameters that its layout flags promise, or the kernels do not
+            compute in their dtype; forward-mode differentiation.
+        ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
+    """
+    experts: Any = module
+    weights = read_weights(experts)
+    lora = lora or handed_factors(experts)
+    check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
+    factors = (factor for pair in lora.values() for factor in pair)
+    refuse_tangents("experts_forward", hidden_states, top_k_weights, *weights[1:], *factors)
+    a1, b1 = _contiguous(lora.get(weights.up_name))
+    a2, b2 = _contiguous(lora.get("down_proj"))
+    up, down = weights.up, weights.down
+    order, offsets = sort_by_expert(top_k_index, down.shape[0])
+    # Before transformers 5.18 no module says so, and sentinels may come to any.
+    sentinels = getattr(experts, "_is_expert_parallel", True)
+    # Under autocast the hidden states can come in float32 to weights in bfloat16; the weights' dtype decides, as in
+    # transformers' own grouped_mm.
+    x = hidden_states.to(up.dtype).contiguous()
+    gate = fused_gate(experts)
+    if gate is not None:
+        operands = Operands(
+            x, up, down, top_k_weights, a1, b1, a2, b2, weights.up_bias, weights.down_bias, order, offsets
+        )
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+        out, *_ = fused_experts(*operands, *gate, sentinels, keep)
+        return out.to(hidden_states.dtype)
+
+    tokens, top_k = top_k_index.shape
+    h, _ = grouped_linear_forward(x, up, a1, b1, weights.up_bias, order, offsets, top_k, sentinels)
+    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+    h = h.to(down.dtype).contiguous()
+    y, _ = grouped_linear_forward(h, down, a2, b2, weights.down_bias, order, offsets, top_k, sentinels)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    weighted = y.view(tokens, top_k, y.shape[-1]) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def _contiguous(factors: LowRank | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if factors is None else (factors[0].contiguous(), factors[1].contiguous())

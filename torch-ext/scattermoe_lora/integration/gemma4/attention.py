@@ -1,0 +1,279 @@
+"""Gemma 4's attention with its norms and rotary embedding fused: one call on a model, and one that undoes it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ...ops.norm_rotary.api import rms_norm_rotary
+from . import shared_kv
+
+_PARAMETERS = [
+    "self",
+    "hidden_states",
+    "position_embeddings",
+    "attention_mask",
+    "shared_kv_states",
+    "past_key_values",
+    "kwargs",
+]
+# accelerate's hooks put a function of their own under the first name, and the module's under the second.
+_PLACES = ("forward", "_old_forward")
+
+
+class _Family(NamedTuple):
+    """Names of an attention with this forward in transformers: its module, its class and its norm's class."""
+
+    modeling: str
+    attention: str
+    norm: str
+
+
+_FAMILIES = (
+    _Family("transformers.models.gemma4.modeling_gemma4", "Gemma4TextAttention", "Gemma4RMSNorm"),
+    _Family(
+        "transformers.models.gemma4_unified.modeling_gemma4_unified",
+        "Gemma4UnifiedTextAttention",
+        "Gemma4UnifiedRMSNorm",
+    ),
+)
+
+
+def apply_to(model: torch.nn.Module) -> int:
+    """Runs the norms and the rotary embedding of Gemma 4's text attention fused, in every layer of ``model``.
+
+    Queries and keys are normalised and rotated, and values normalised, in one operator each
+    (:func:`~scattermoe_lora.rms_norm_rotary`), forward and backward. Projections (LoRA or not), caches, shared keys and
+    values, and whatever ``attn_implementation`` names, run as before, and so do norms that have hooks or a class of
+    their own. Under checkpointing, keys and values that layers share are held by the graph of those layers alone.
+
+    Parameters, buffers and ``state_dict`` stay as they are, and so does the model's class; the layers become instances
+    of a subclass of theirs. The change is part of a copy, deep or shallow (``nn.DataParallel``'s replicas), which runs
+    on its own weights, and not of a pickle, which needs this kernel then no more than the model did before. Calling it
+    again does nothing.
+
+    Args:
+        model: A model, or part of one, of any class that has Gemma 4 text attention in it: multimodal, wrapped by PEFT,
+            sharded.
+
+    Returns:
+        The number of attention layers in ``model`` that run fused.
+
+    Raises:
+        ValueError: The model has no such layer.
+        NotImplementedError: A layer has another forward than transformers' (a subclass, another library, another
+            version of transformers); the message names it. Nothing is changed then.
+    """
+    layers = list(_layers(model))
+    if not layers:
+        names = " or ".join(family.attention for family in _FAMILIES)
+        raise ValueError(
+            f"apply_to: expected a model with layers of {names}, got a {type(model).__name__} without"
+        )
+    for name, layer, family in layers:
+        _check(name, layer, family)
+    for _, layer, family in layers:
+        if not _is_fused(layer, family):
+            plain: Any = type(layer)  # mypy takes a Module's class for unhashable
+            _become(layer, _fused_class(plain, family))
+    return len(layers)
+
+
+def remove_from(model: torch.nn.Module) -> int:
+    """Undoes :func:`apply_to`. Where it was not called, or undone already, nothing is done.
+
+    Returns:
+        The number of layers that ran fused.
+
+    Raises:
+        NotImplementedError: A fused layer's class was subclassed since then; the message names it. Nothing is changed.
+    """
+    fused = [(name, layer) for name, layer, family in _layers(model) if _is_fused(layer, family)]
+    for name, layer in fused:
+        if "forward" not in vars(type(layer)):
+            raise NotImplementedError(
+                f"remove_from: {name or type(layer).__name__}: something else made it a {type(layer).__name__} after "
+                "apply_to; undo that first; nothing was changed"
+            )
+    for _, layer in fused:
+        _become(layer, type(layer).__bases__[0])
+    return len(fused)
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, _Family]]:
+    # A model can only have layers of a class whose module is imported: nothing else needs to be.
+    families = [family for family in _FAMILIES if family.modeling in sys.modules]
+    for name, module in model.named_modules():
+        for family in families:
+            if isinstance(module, getattr(sys.modules[family.modeling], family.attention)):
+                yield name, module, family
+
+
+def _is_fused(layer: torch.nn.Module, family: _Family) -> bool:
+    return type(layer).forward is _fused_forward(family)
+
+
+def _check(name: str, layer: torch.nn.Module, family: _Family) -> None:
+    """Refuse a layer that runs another forward than its class's, or whose class's is not transformers' or ours.
+
+    Raises:
+        NotImplementedError: It does.
+    """
+    base = getattr(sys.modules[family.modeling], family.attention)
+    place = _PLACES["_old_forward" in layer.__dict__]
+    present = layer.__dict__.get(place)
+    if list(inspect.signature(base.forward).parameters) != _PARAMETERS:
+        reason = f"this transformers' {family.attention}.forward takes {inspect.signature(base.forward)}"
+    elif type(layer).forward is not base.forward and not _is_fused(layer, family):
+        reason = f"{type(layer).__name__} overrides the forward of {family.attention}"
+    elif present is not None and getattr(present, "__func__", None) is not type(layer).forward:
+        reason = f"something else replaced its {place} already; undo that, or call apply_to before it"
+    else:
+        return
+    raise NotImplementedError(f"apply_to: {name or type(layer).__name__}: {reason}; nothing was changed")
+
+
+def _become(layer: torch.nn.Module, new: type[torch.nn.Module]) -> None:
+    """Makes ``layer`` an instance of ``new``, and bound forwards of its old class those of ``new``."""
+    old = type(layer)
+    layer.__class__ = new
+    for place in _PLACES:
+        if getattr(layer.__dict__.get(place), "__func__", None) is not old.forward:
+            continue
+        if place == "forward":
+            del layer.__dict__[place]  # the class has it
+        else:
+            layer.__dict__[place] = types.MethodType(new.forward, layer)
+
+
+@functools.cache
+def _fused_class(plain: Any, family: _Family) -> type[torch.nn.Module]:
+    """The subclass of ``plain`` that runs fused; the same object for the same arguments.
+
+    A class, because a method bound to one layer would run that layer's weights in its shallow copies, too.
+    """
+
+    def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
+        """A pickle is of the plain layer, in the form of protocol 0: that of 2 insists on the object's own class."""
+        constructor, arguments, *rest = plain.__reduce_ex__(self, 0)
+        return (constructor, tuple(plain if value is fused else value for value in arguments), *rest)
+
+    def shallow(self: Any) -> Any:
+        twin = self.__new__(type(self))
+        twin.__setstate__(self.__dict__)
+        return twin
+
+    def deep(self: Any, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    members = {"forward": _fused_forward(family), "__reduce_ex__": reduce, "__module__": __name__}
+    # Both would go by the pickle otherwise. A class that has its own has a reason.
+    for name, copier in (("__copy__", shallow), ("__deepcopy__", deep)):
+        if not hasattr(plain, name):
+            members[name] = copier
+    fused: type[torch.nn.Module] = type(f"Fused{plain.__name__}", (plain,), members)
+    return fused
+
+
+def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
+    """True if calling ``norm`` computes what its class does from its weight, and nothing else happens."""
+    return (
+        type(norm).forward is norm_class.forward
+        and "forward" not in norm.__dict__
+        and not norm._forward_pre_hooks
+        and not norm._forward_hooks
+        and not norm._backward_pre_hooks
+        and not norm._backward_hooks
+        # Hooks on all modules: a profiler's, or a debugger's.
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+@functools.cache
+def _fused_forward(family: _Family) -> Callable[..., Any]:
+    """The forward for a family's attention; the same object for the same family."""
+    modeling = sys.modules[family.modeling]
+    norm_class = getattr(modeling, family.norm)
+
+    def normed(
+        norm: Any, x: torch.Tensor, cos: torch.Tensor | None = None, sin: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if _is_plain(norm, norm_class):
+            weight = norm.weight if norm.with_scale else None
+            if cos is None or sin is None:
+                return rms_norm_rotary(x, weight, eps=norm.eps)
+            # Under autocast, or from a projection in a dtype of its own, x may have another one than the angles: their
+            # product is of the dtype that both promote to, and so it is if the angles are promoted before.
+            promoted = torch.promote_types(x.dtype, cos.dtype)
+            if promoted in (x.dtype, torch.float32):
+                return rms_norm_rotary(x, weight, cos.to(promoted), sin.to(promoted), norm.eps)
+        x = norm(x)
+        return x if cos is None else modeling.apply_rotary_pos_emb(x, cos, sin, unsqueeze_dim=2)
+
+    # Its name is its place's: a pickled model then names the class's own forward.
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        shared_kv_states: Any,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the class's forward, of transformers 5.22."""
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        cos, sin = position_embeddings
+        later = self.config.layer_types[self.layer_idx + 1 : self.config.num_hidden_layers]
+        # Compiled code has no such circle, nor has a caller who asked for the states; both get a plain tuple.
+        plain = torch.compiler.is_compiling() or kwargs.get("return_shared_kv_states", False)
+
+        query = normed(self.q_norm, self.q_proj(hidden_states).view(heads), cos, sin).transpose(1, 2)
+        if self.is_kv_shared_layer:
+            if plain:
+                key, value = shared_kv_states[self.layer_type]
+            else:
+                query, key, value = shared_kv.read(shared_kv_states, self.layer_type, query)
+            # A model split over devices may have computed them on another one.
+            key, value = key.to(query.device), value.to(query.device)
+        else:
+            key = self.k_proj(hidden_states).view(heads)
+            value = key if self.v_proj is None else self.v_proj(hidden_states).view(heads)
+            key = normed(self.k_norm, key, cos, sin).transpose(1, 2)
+            value = normed(self.v_norm, value).transpose(1, 2)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.store_full_length_kv:
+            if plain:
+                shared_kv_states[self.layer_type] = key, value
+            else:
+                shared_kv.store(shared_kv_states, self.layer_type, key, value)
+        if not plain and self.layer_type not in later:
+            shared_kv.forget(shared_kv_states, self.layer_type)
+
+        attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, modeling.eager_attention_forward
+        )
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(*input_shape, -1).contiguous()), weights
+
+    return forward
