@@ -1,4 +1,4 @@
-"""The main job, as ``make publish`` runs it, on a copy of the repository."""
+"""The demonstration, as ``make publish`` runs it, on a copy of the repository."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def copy_of_the_repository(target: Path) -> Path:
     return target
 
 
-def main_job(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_demo(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(repository / "tools/demo"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
 
 
-def test_the_main_job_publishes_and_trains_and_a_second_run_commits_nothing(tmp_path: Path) -> None:
+def test_the_demonstration_publishes_and_trains_and_a_second_run_commits_nothing(tmp_path: Path) -> None:
     repository = copy_of_the_repository(tmp_path)
-    done = main_job(repository, "--consumer", str(CONSUMER), "--steps", "3")
+    done = run_demo(repository, "--consumer", str(CONSUMER), "--steps", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "embedded Hub" in done.stdout.splitlines()[0]
     report = json.loads((repository / "build/publish-report.json").read_text())
@@ -49,7 +49,7 @@ def test_the_main_job_publishes_and_trains_and_a_second_run_commits_nothing(tmp_
     assert ours["losses"][-1] < ours["losses"][0]
     assert ours["peak_memory_bytes"] < theirs["peak_memory_bytes"]
 
-    again = main_job(repository, "--consumer", str(CONSUMER), "--steps", "3")
+    again = run_demo(repository, "--consumer", str(CONSUMER), "--steps", "3")
     assert again.returncode == 0, again.stdout + again.stderr
     branches = json.loads((repository / "build/publish-report.json").read_text())["branches"]
     assert {branch["name"]: branch["commit"] for branch in branches} == published
@@ -58,7 +58,7 @@ def test_the_main_job_publishes_and_trains_and_a_second_run_commits_nothing(tmp_
 
 def test_a_consumer_that_fails_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
     repository = copy_of_the_repository(tmp_path)
-    done = main_job(repository, "--consumer", str(repository / "no-such-python"), "--steps", "3")
+    done = run_demo(repository, "--consumer", str(repository / "no-such-python"), "--steps", "3")
     assert done.returncode == 1
     assert "error: " in done.stdout
     assert "no-such-python" in done.stdout
