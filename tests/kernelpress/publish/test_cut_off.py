@@ -24,7 +24,7 @@ BROKEN = 'import os\nif "LOCAL" not in os.environ:\n    raise RuntimeError("brok
 KILLED_BEFORE_THE_PROOF = """
 import os, signal, sys
 from pathlib import Path
-from kernelpress import release
+from kernelpress.publish import release
 from kernelpress.hub.client import hub
 from kernelpress.spec.load import load_spec
 from kernelpress.builder.build import build

@@ -57,7 +57,11 @@ def test_float64_which_no_triton_kernel_takes_is_not_asked_of_a_gpu() -> None:
         "import torch, test_attention as a, test_norm_rotary as n; "
         "print(a.EXACT, torch.float64 in n.TOLERANCE, torch.bfloat16 in n.TOLERANCE)"
     )
-    environment = {**os.environ, "KERNEL_TESTS_DEVICE": "cuda", "PYTHONPATH": str(TESTS)}
+    environment = {
+        **os.environ,
+        "KERNEL_TESTS_DEVICE": "cuda",
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'ops'}",
+    }
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
