@@ -31,7 +31,7 @@ pyext = ["py", "json"]  # tiles
 """
 
 
-@pytest.mark.parametrize("text", [V4, V3])
+@pytest.mark.parametrize("text", [V4, V3, f"{V4}\n[kernel]  # none\n", f"{V3}\n[torch]\n\n[kernel]\n"])
 def test_an_older_edition_is_brought_up_to_date_with_its_comments(tmp_path, text):
     path = tmp_path / "build.toml"
     path.write_text(text)
@@ -51,13 +51,27 @@ def test_an_older_edition_is_brought_up_to_date_with_its_comments(tmp_path, text
 
 @pytest.mark.parametrize(
     "text",
-    [V4, V3, V4.replace("version", "edition = 4\nversion"), V4.replace("version", "edition = 3\nversion")],
+    [
+        V4,
+        V3,
+        f"{V4}[kernel]\n",
+        f"{V3}[torch]\n[kernel]\n",
+        V4.replace("version", "edition = 4\nversion"),
+        V4.replace("version", "edition = 3\nversion"),
+    ],
 )
 def test_an_older_edition_is_read_as_what_migrating_makes_of_it(tmp_path, text):
     (tmp_path / "build.toml").write_text(text)
     read = load_spec(tmp_path)
     assert (tmp_path / "build.toml").read_text() == text
     assert read == migrate(tmp_path)
+
+
+def test_a_universal_kernel_with_a_bare_kernel_table_is_migrated(tmp_path):
+    (tmp_path / "build.toml").write_text(f"{V2}\n[kernel]\n")
+    spec = migrate(tmp_path, "MIT")
+    assert spec is not None
+    assert (spec.name, spec.pyext) == ("demo-kernel", ("py", "json"))
 
 
 def test_what_is_wrong_in_an_older_edition_is_named_with_its_own_line(tmp_path):

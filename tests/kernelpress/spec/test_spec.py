@@ -110,6 +110,28 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, old, new, line, part):
     assert caught.value.path == tmp_path / "build.toml"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{GOOD}\n[kernel]\n",
+        f"kernel = {{}}\n{GOOD}",
+        f"{GOOD}cuda_capabilities = []\nrocm_archs = []\n",
+        GOOD.replace("[general.hub]", "[general.xpu]\n\n[general.hub]"),
+        GOOD.replace("[general.hub]", "[general.cuda]\nminver = '12.0'\n\n[general.hub]"),
+        GOOD.replace("version = 1", "version = 1\npython-depends = []\nkernel-depends = []"),
+    ],
+    ids=["kernel", "inline", "archs", "other-backend", "cuda-version", "no-dependencies"],
+)
+def test_tables_and_lists_that_ask_for_nothing_change_nothing(tmp_path, text):
+    assert load(tmp_path, text) == load(tmp_path, GOOD)
+
+
+@pytest.mark.parametrize("table", ['[kernel.a]\nbackend = "cuda"\n', "[kernel]\na = 3\n", "[tvm-ffi]\n"])
+def test_a_table_of_compiled_sources_is_refused_with_its_line(tmp_path, table):
+    with pytest.raises(SpecError, match=r"build\.toml:1[23]: .*compiled sources"):
+        load(tmp_path, f"{GOOD}{table}")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SpecError, match=r"there is no build\.toml"):
         load_spec(tmp_path)

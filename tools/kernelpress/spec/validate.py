@@ -92,7 +92,7 @@ class _Validator:
     def spec(self) -> Spec:
         self.compiled()
         self.edition()
-        self.known(self.document, ("general", "torch-noarch"))
+        self.known(self.document, ("general", "torch-noarch", "kernel"))
         for table in ("general", "torch-noarch"):
             if not isinstance(self.document.get(table), dict):
                 raise self.error(f"there is no [{table}] table; add one", table)
@@ -125,11 +125,16 @@ class _Validator:
         for table, value in self.document.items():
             # Once, [torch] held what [torch-noarch] holds today.
             sources = isinstance(value, dict) and bool(value.get("src"))
-            if table in ("tvm-ffi", "kernel") or (table == "torch" and (sources or self.is_todays())):
+            if (
+                table == "tvm-ffi"
+                or (table == "kernel" and value != {})
+                or (table == "torch" and (sources or self.is_todays()))
+            ):
                 raise self.error(
                     f"[{table}] describes compiled sources, which need kernel-builder; "
                     "kernelpress builds Python and Triton packages: use [torch-noarch]",
                     table,
+                    *(list(value)[:1] if table == "kernel" and isinstance(value, dict) else ()),
                 )
 
     def is_todays(self) -> bool:
@@ -268,6 +273,8 @@ class _Validator:
             if key not in table:
                 continue
             self.typed(table[key], list, "torch-noarch", key)
+            if not table[key]:
+                continue
             if backend not in backends:
                 raise self.error(
                     f"`{key}` is given, but {backend} is not among the backends", "torch-noarch", key
