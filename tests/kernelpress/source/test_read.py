@@ -9,10 +9,14 @@ from dulwich import porcelain
 from kernelpress.builder.build import build
 from kernelpress.errors import SourceError
 from kernelpress.source.read import read_source
-from kernelpress.spec.load import load_spec
+from kernelpress.spec.load import KernelOptions, load_spec
 from sample_kernel import source_findings
 
 PACKAGE = "torch-ext/demo_kernel"
+OPS = (
+    "import torch\nfrom . import _demo\n_NAME: str = '_demo'\nops = torch.ops._demo\n\n\n"
+    "def add_op_namespace_prefix(op_name: str):\n    return f'{_NAME}::{op_name}'\n"
+)
 
 
 def read(root: Path):
@@ -43,12 +47,35 @@ def test_only_what_ships_is_read_and_in_order(make_kernel):
             f"{PACKAGE}/notes.txt": "",
             f"{PACKAGE}/twice.pyc": "",
             f"{PACKAGE}/twice.pyi": "",
-            f"{PACKAGE}/_ops.py": "import torch\n",
+            f"{PACKAGE}/_ops.py": OPS,
         }
     )
     assert paths(root) == [
         "__init__.py", "ops/__init__.py", "ops/common.py", "ops/scale.py", "twice.py", "twice.pyi"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("_ops.py", "import torch\n"),
+        ("_ops.py", "import torch\n\n\ndef rms_norm(x):\n    return x\n"),
+        ("_ops.py", f"{OPS}\n\ndef rms_norm(x):\n    return x\n"),
+        ("_ops.py", f"{OPS}\n\n@torch.library.custom_op('a::b', mutates_args=())\ndef _b(x: int) -> int: ...\n"),
+        ("_ops.py", f"{OPS}EPSILON = 1e-6\n"),
+        ("_ops/__init__.py", ""),
+        ("_ops/norm.py", ""),
+    ],
+)
+@pytest.mark.parametrize("inside_a_project", [False, True])
+def test_a_module_that_the_build_would_replace_is_refused(make_kernel, path, text, inside_a_project):
+    root = make_kernel(**{f"{PACKAGE}/{path}": text})
+    options = KernelOptions(root)
+    if inside_a_project:
+        options = KernelOptions(root, root / PACKAGE, "demo_kernel", license="MIT")
+    with pytest.raises(SourceError, match="rename this one") as caught:
+        read_source(options.load())
+    assert caught.value.path == root / PACKAGE / path
 
 
 def test_other_suffixes_ship_when_the_spec_names_them(make_kernel):
