@@ -17,7 +17,7 @@ from kernelpress.builder import write
 from kernelpress.builder.build import build
 from kernelpress.builder.generated import without_provenance
 from kernelpress.builder.model import Build
-from kernelpress.errors import BuildError
+from kernelpress.errors import BuildError, SpecError
 from kernelpress.spec.load import load_spec
 from kernels import Metadata
 from kernels._rust import Digest, DigestAlgorithm
@@ -111,14 +111,53 @@ def test_cann_variants_stand_where_the_loader_looks(make_kernel):
     )
 
 
-def test_a_kernel_without_a_cpu_backend_has_a_universal_variant_of_its_first(make_kernel):
-    root = make_kernel()
-    (root / "build.toml").write_text(
-        (root / "build.toml").read_text().replace('"cpu", "cuda"', '"xpu", "cuda"')
+@pytest.mark.parametrize(
+    ("backends", "pyproject", "stand_in"),
+    [
+        (["cuda", "cpu"], None, "cpu"),
+        (["xpu", "rocm", "cuda"], None, "xpu"),
+        (["rocm"], None, None),
+        (["cuda", "rocm", "metal"], None, None),
+        (["rocm"], "[tool.kernelpress]\nuniversal = true\n", "rocm"),
+        (["rocm"], "[tool.kernelpress]\nuniversal = false\n", None),
+        (["rocm"], "[tool.other]\n", None),
+        (["rocm"], "no TOML", None),
+    ],
+)
+def test_a_tree_for_every_machine_is_built_where_the_backends_cover_them_or_it_is_asked_for(
+    make_kernel, backends, pyproject, stand_in
+):
+    root = make_kernel(**{"pyproject.toml": pyproject})
+    build_toml = (root / "build.toml").read_text().replace('["cpu", "cuda"]', json.dumps(backends))
+    (root / "build.toml").write_text(build_toml)
+    directory = make(root).directory
+    assert {path.name for path in directory.glob("torch-*")} - {f"torch-{name}" for name in backends} == (
+        set() if stand_in is None else {"torch-universal"}
     )
-    made = make(root)
-    metadata = Metadata.read_from_file(made.directory / "torch-universal" / "metadata.json")
-    assert str(metadata.backend.backend_type) == "xpu"
+    if stand_in is not None:
+        metadata = Metadata.read_from_file(directory / "torch-universal" / "metadata.json")
+        assert str(metadata.backend.backend_type).lower() == stand_in
+
+
+@pytest.mark.parametrize(
+    ("backends", "depends"), [('"cuda"', ["nvidia-cutlass-dsl"]), ('"cuda", "rocm"', [])]
+)
+def test_a_tree_for_every_machine_needs_what_all_backends_need(make_kernel, backends, depends):
+    root = make_kernel(**{"pyproject.toml": "[tool.kernelpress]\nuniversal = true\n"})
+    build_toml = (root / "build.toml").read_text().replace('"cpu", "cuda"', backends)
+    build_toml += '[general.cuda]\npython-depends = ["nvidia-cutlass-dsl"]\n'
+    (root / "build.toml").write_text(build_toml)
+    directory = make(root).directory
+    assert Metadata.read_from_file(directory / "torch-universal" / "metadata.json").python_depends == depends
+
+
+@pytest.mark.parametrize(
+    ("table", "message"), [("universal = 1", "must be true or false"), ("univ = 1", "unknown key")]
+)
+def test_a_wrong_table_beside_a_build_toml_is_refused(make_kernel, table, message):
+    root = make_kernel(**{"pyproject.toml": f"[tool.kernelpress]\n{table}\n"})
+    with pytest.raises(SpecError, match=message):
+        make(root)
 
 
 BUILD = (

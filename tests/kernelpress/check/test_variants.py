@@ -146,6 +146,17 @@ def test_a_dependency_that_is_not_installed_makes_a_warning(make_kernel):
     assert "tvm-ffi" in found.message
 
 
+def test_a_missing_dependency_of_one_backend_is_the_same_warning_in_every_variant(make_kernel):
+    root = make_kernel(**{f"{PACKAGE}/twice.py": "import cutlass\n"})
+    build_toml = (root / "build.toml").read_text()
+    (root / "build.toml").write_text(f'{build_toml}[general.cuda]\npython-depends = ["nvidia-cutlass-dsl"]\n')
+    findings = check(built(root, only=""))
+    assert {finding.path.name for finding in findings} == {"torch-cpu", "torch-cuda", "torch-universal"}
+    assert {(finding.code, finding.severity, finding.message) for finding in findings} == {
+        ("KP201", "warning", "not tried, because this machine lacks nvidia-cutlass-dsl")
+    }
+
+
 def test_a_package_without_all_is_found(make_kernel):
     assert codes(check(built(make_kernel(**{f"{PACKAGE}/__init__.py": "x = 1\n"})))) == ["KP202"]
 

@@ -71,6 +71,14 @@ def test_a_release_is_used_as_a_consumer_would_within_ten_seconds(make_kernel, a
     assert str(done.seen.called).startswith("_demo_kernel_cpu_")
 
 
+def test_a_release_for_other_hardware_is_verified_as_far_as_this_machine_can(make_kernel, api, repo):
+    root = make_kernel()
+    edit(root, "build.toml", '"cpu", "cuda"', '"rocm", "metal"')
+    verification = release(make(root), repo, api).seen
+    assert verification is not None
+    assert (verification.loaded, verification.skipped) == ((), ("torch-metal", "torch-rocm"))
+
+
 BROKEN_ON_THE_HUB_ONLY = 'import os\nif "LOCAL" not in os.environ:\n    raise RuntimeError("broken here")\n'
 
 

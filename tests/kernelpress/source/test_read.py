@@ -61,7 +61,10 @@ def test_only_what_ships_is_read_and_in_order(make_kernel):
         ("_ops.py", "import torch\n"),
         ("_ops.py", "import torch\n\n\ndef rms_norm(x):\n    return x\n"),
         ("_ops.py", f"{OPS}\n\ndef rms_norm(x):\n    return x\n"),
-        ("_ops.py", f"{OPS}\n\n@torch.library.custom_op('a::b', mutates_args=())\ndef _b(x: int) -> int: ...\n"),
+        (
+            "_ops.py",
+            f"{OPS}\n\n@torch.library.custom_op('a::b', mutates_args=())\ndef _b(x: int) -> int: ...\n",
+        ),
         ("_ops.py", f"{OPS}EPSILON = 1e-6\n"),
         ("_ops/__init__.py", ""),
         ("_ops/norm.py", ""),

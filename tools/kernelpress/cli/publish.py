@@ -184,10 +184,8 @@ def _print_release(release: Release, signed: tuple[str, ...]) -> None:
     seen = release.seen
     if seen is not None:
         called = f", called {seen.called}" if seen.called else ", no operator took made-up arguments"
-        out.print(
-            f"[green]verified[/] in {seen.seconds:.1f} s: digests hold, loaded {', '.join(seen.loaded)}{called}",
-            soft_wrap=True,
-        )
+        loaded = f", loaded {', '.join(seen.loaded)}{called}" if seen.loaded else ""
+        out.print(f"[green]verified[/] in {seen.seconds:.1f} s: digests hold{loaded}", soft_wrap=True)
         if seen.skipped:
             out.print(
                 f"       not loaded, for want of the hardware: {', '.join(seen.skipped)}", soft_wrap=True

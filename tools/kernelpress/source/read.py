@@ -14,6 +14,7 @@ from kernelpress.source.git import GitState, git_state
 from kernelpress.source.module_map import VENDOR, ModuleMap
 from kernelpress.source.vendor import vendor
 from kernelpress.spec.model import Spec
+from kernelpress.spec.pyproject import PYPROJECT, describes_kernel
 from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused, read_file
 
 # Written into every variant by the build, so a source of that name would be lost without a word.
@@ -151,7 +152,8 @@ def _hidden(name: str) -> bool:
 
 def _other_inputs(root: Path) -> list[Path]:
     """The kernel's inputs other than the package."""
-    return [path for name in ("build.toml", "CARD.md") if (path := root / name).is_file()]
+    names = ["build.toml", "CARD.md", *([PYPROJECT] if describes_kernel(root) else [])]
+    return [path for name in names if (path := root / name).is_file()]
 
 
 def _card(root: Path) -> str | None:
