@@ -38,7 +38,8 @@ def test_a_new_project_builds_passes_its_checks_and_tests_and_publishes(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "organization"), [("New", "org"), ("a--b", "org"), ("new", "no/org"), ("n", "o")]
+    ("name", "organization"),
+    [("New", "org"), ("a--b", "org"), ("new", "no/org"), ("n", "o"), ("class", "org"), ("torch", "org")],
 )
 def test_a_name_that_the_hub_refuses_leaves_nothing_behind(tmp_path, name, organization):
     with pytest.raises(SpecError) as caught:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from email.parser import HeaderParser
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def load_project(
             path=path,
         )
     parts = tuple(package.split("."))
-    if not all(part.isidentifier() for part in parts):
+    if not all(part.isidentifier() and not iskeyword(part) for part in parts):
         raise SpecError(
             f"{package!r} is no dotted name of a package; write it as Python imports it", path=path
         )

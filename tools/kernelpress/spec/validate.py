@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
+import sys
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -56,6 +58,15 @@ def python_dependencies() -> dict[str, Any]:
     """Upstream's list of packages that a kernel may depend on: ``{"general": {...}, "backends": {name: {...}}}``."""
     dependencies: dict[str, Any] = json.loads((files("kernels") / "python_depends.json").read_text("utf-8"))
     return dependencies
+
+
+def _imported_names() -> set[str]:
+    """Top-level modules that a kernel, its tests or the loader import, so that none may be called like them."""
+    listed = python_dependencies()
+    dependencies = (listed["general"], *listed["backends"].values())
+    packages = [package for group in dependencies for item in group.values() for package in item["python"]]
+    names = {package["import"] for package in packages if "import" in package}
+    return {"torch", "triton", "kernels"} | names | sys.stdlib_module_names
 
 
 def _line_of(text: str, keys: tuple[str, ...]) -> int | None:
@@ -179,6 +190,16 @@ class _Validator:
             raise self.error(
                 f"{name!r} is no kernel name: lowercase letters, digits and dashes, a letter first, "
                 "no dash at the end, at least two characters (such as 'my-kernel')",
+                "general",
+                "name",
+            )
+        module = name.replace("-", "_")
+        if keyword.iskeyword(module) or module in _imported_names():
+            reason = (
+                "is a word of Python's" if keyword.iskeyword(module) else "is a module that kernels import"
+            )
+            raise self.error(
+                f"{name!r} is no kernel name, as {module} {reason}; name it otherwise (such as '{name}-kernel')",
                 "general",
                 "name",
             )
