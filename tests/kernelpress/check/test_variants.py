@@ -269,16 +269,35 @@ EFFECTS = {
 }
 
 
-def test_everything_that_importing_does_is_found(make_kernel):
-    text = "import torch\n" + "\n".join(EFFECTS) + "\nDEFAULT = 3.0\n"
-    found = [
-        each
-        for each in check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
-        if each.code == "KP205"
+def test_everything_that_importing_does_is_found_at_its_line(make_kernel):
+    lines = ["import torch", *EFFECTS, "DEFAULT = 3.0"]
+    findings = [
+        finding
+        for finding in check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": "\n".join(lines)})))
+        if finding.code == "KP205"
     ]
-    missing = [said for said in EFFECTS.values() if not any(said in each.message for each in found)]
+    missing = [
+        effect for effect in EFFECTS.values() if not any(effect in finding.message for finding in findings)
+    ]
     assert missing == []
-    assert len(found) == len(EFFECTS), [each.message for each in found]
+    assert len(findings) == len(EFFECTS), [finding.message for finding in findings]
+    for finding in findings:
+        assert (finding.path.name, finding.line is None) == ("common.py", False), finding
+        assert EFFECTS[lines[(finding.line or 0) - 1]] in finding.message
+
+
+def test_functions_that_are_compiled_when_first_called_are_no_side_effect(make_kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    text = (
+        "import torch\nfrom torch.nn.attention.flex_attention import flex_attention\n"
+        "flex_attention = torch.compile(flex_attention)\nSQUARE = torch.compile(torch.nn.ReLU())\n"
+        "@torch.compile(mode='max-autotune', dynamic=True)\ndef double(x):\n    return 2 * x\n"
+        "@torch.compile(fullgraph=True, options={'triton.cudagraphs': True})\ndef triple(x):\n    return 3 * x\n"
+        "@torch.compile(backend='eager')\ndef half(x):\n    return x / 2\n"
+        "@torch.compiler.disable\ndef same(x):\n    return x\n"
+        "DEFAULT = 3.0\n"
+    )
+    assert check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text}))) == []
 
 
 def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(make_kernel):

@@ -140,6 +140,19 @@ def test_what_every_variant_shows_is_found_once_and_in_the_sources(make_kernel):
     assert len(found) == 2
 
 
+def test_a_side_effect_in_every_variant_is_found_once_in_the_sources(make_kernel):
+    effects = "import os, torch\nos.environ['DEMO'] = '1'\nopen('left', 'w').close()\n"
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{effects}DEFAULT = 3.0\n"})
+    run("build", str(root))
+    findings = json.loads(run("check", str(root), "--output", "json", code=1))
+    assert [
+        (finding["code"], finding["path"], finding["line"], finding["message"]) for finding in findings
+    ] == [
+        ("KP205", str(root / PACKAGE / "ops/common.py"), 2, "importing it changes environment variable DEMO"),
+        ("KP205", str(root / PACKAGE / "ops/common.py"), 3, "importing it writes the file left"),
+    ]
+
+
 def test_a_rule_is_explained():
     assert run("explain", "kp302").startswith("KP302 (error): modules of the project")
 

@@ -209,8 +209,11 @@ def loads_without_triton(subject: Subject, probed: Probed) -> Iterator[Finding]:
 
 @probe_rule("KP205")
 def changes_nothing(subject: Subject, probed: Probed) -> Iterator[Finding]:
-    for effect in probed.effects:
-        yield subject.find(f"importing it {effect}", "move that into a function that the caller calls")
+    for effect, file, line in probed.effects:
+        path = _init_and_all(subject.directory)[0] if file is None else file
+        yield subject.find(
+            f"importing it {effect}", "move that into a function that the caller calls", path, line
+        )
 
 
 @probe_rule("KP206")

@@ -43,8 +43,8 @@ class Probed:
     had, ``undocumented`` those without a docstring (name, file and line), ``foreign_ops`` operators that came into
     being outside ``namespace``, ``untraceable`` those in it without an implementation for fake tensors, ``calls`` the
     outcome of calling each of the others (in the first of the variants that hold the same code), ``effects`` the side
-    effects of importing it, ``without_triton`` why it fails where there is none, and ``twin_error`` what goes wrong
-    beside another build of it in one process.
+    effects of importing it (with file and line), ``without_triton`` why it fails where there is none, and
+    ``twin_error`` what goes wrong beside another build of it in one process.
     """
 
     namespace: str
@@ -59,7 +59,7 @@ class Probed:
     undocumented: tuple[tuple[str, str | None, int | None], ...] = ()
     untraceable: tuple[str, ...] = ()
     calls: tuple[OperatorCall, ...] = ()
-    effects: tuple[str, ...] = ()
+    effects: tuple[tuple[str, str | None, int | None], ...] = ()
     without_triton: str | None = None
     twin_error: str | None = None
 
@@ -129,7 +129,7 @@ def _probed(id: str, depends: list[str], declared: list[str], answer: dict[str, 
         undocumented=tuple((name, file, line) for name, file, line in answer["undocumented"]),
         untraceable=tuple(op for op in answer["untraceable"] if op in own),
         calls=_calls(answer, own),
-        effects=tuple(answer["effects"]),
+        effects=tuple((effect, file, line) for effect, file, line in answer["effects"]),
         without_triton=answer["without_triton"],
         twin_error=_twin_error(answer, id) if answer["error"] is None else None,
     )
