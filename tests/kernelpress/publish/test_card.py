@@ -27,6 +27,26 @@ def test_public_functions_are_found_through_imports_with_signature_and_summary(m
     assert names["scale"].signature == "scale(x, by: float=common.DEFAULT)"
 
 
+@pytest.mark.parametrize(
+    ("docstring", "summary"),
+    [
+        ("See :func:`twice`.", "See `twice`."),
+        ("Like :py:meth:`~torch.Tensor.mul` twice.", "Like `mul` twice."),
+        ("A :class:`tensor <torch.Tensor>` and :ref:`more`.", "A `tensor` and `more`."),
+        ("Of :math:`x^2`, no :obj:`!None`.", "Of `x^2`, no `None`."),
+        (
+            "By `the paper <https://example.org/a_b>`_ on it.",
+            "By [the paper](https://example.org/a_b) on it.",
+        ),
+        ("``x`` in `y`: ``a:b`` at 10:30.", "``x`` in `y`: ``a:b`` at 10:30."),
+    ],
+)
+def test_a_summary_is_markdown(make_kernel, docstring, summary):
+    text = f'def twice(x):\n    """{docstring}"""\n'
+    root = make_kernel(**{"torch-ext/demo_kernel/twice.py": text})
+    assert [function.summary for function in functions(root) if function.name == "twice"] == [summary]
+
+
 def test_a_name_that_is_no_function_stands_by_itself(make_kernel):
     text = "from .nowhere import lost\nSIZE = 3\n__all__ = ('SIZE', 'lost')\n"
     found = functions(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))
