@@ -181,14 +181,19 @@ def _print_release(release: Release, signed: tuple[str, ...]) -> None:
         for note in published.notes:
             out.print(f"note   {escape(note)}", soft_wrap=True)
         out.print("signed " + (", ".join(signed) or "no: this environment offers no identity to sign with"))
-    seen = release.seen
-    if seen is not None:
-        called = f", called {seen.called}" if seen.called else ", no operator took made-up arguments"
-        loaded = f", loaded {', '.join(seen.loaded)}{called}" if seen.loaded else ""
-        out.print(f"[green]verified[/] in {seen.seconds:.1f} s: digests hold{loaded}", soft_wrap=True)
-        if seen.skipped:
+    verification = release.seen
+    if verification is not None:
+        called = (
+            f", called {verification.called}"
+            if verification.called
+            else ", no operator took made-up arguments"
+        )
+        loaded = f", loaded {', '.join(verification.loaded)}{called}" if verification.loaded else ""
+        out.print(f"[green]verified[/] in {verification.seconds:.1f} s: digests hold{loaded}", soft_wrap=True)
+        if verification.skipped:
             out.print(
-                f"       not loaded, for want of the hardware: {', '.join(seen.skipped)}", soft_wrap=True
+                f"       not loaded, for want of the hardware: {', '.join(verification.skipped)}",
+                soft_wrap=True,
             )
     out.print(escape(published.url), soft_wrap=True)
 

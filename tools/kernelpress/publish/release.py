@@ -14,7 +14,7 @@ from kernelpress.hub.client import MovedError, checked_repo_id, explained
 from kernelpress.hub.repository import branch_heads, restore
 from kernelpress.publish.journal import Journal
 from kernelpress.publish.publish import DEFAULTS, Published, PublishedBranch, PublishOptions, publish
-from kernelpress.publish.verify import Seen, verify
+from kernelpress.publish.verify import Verification, verify
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Release:
     """The outcome of publishing and verifying; ``seen`` is ``None`` where these commits were verified before."""
 
     published: Published
-    seen: Seen | None
+    seen: Verification | None
 
 
 def release(
@@ -51,8 +51,8 @@ def release(
     if not published.changed and journal.has_verified(commits):
         return Release(published, None)
     say(f"{'published' if published.changed else 'not known to be verified'}; fetching it as a consumer")
-    seen = verify(api, repo_id, commits, build.spec.version)
-    if seen.faults:
+    verification = verify(api, repo_id, commits, build.spec.version)
+    if verification.faults:
         before = journal.before | {
             branch.name: branch.before for branch in published.branches if branch.changed
         }
@@ -64,10 +64,10 @@ def release(
         journal.settled()
         raise PublishError(
             f"a consumer cannot use what {'was published' if restored else f'{repo_id} holds'}: "
-            f"{'; '.join(seen.faults)}. {'; '.join(restored) or _left(own, repo_id)}"
+            f"{'; '.join(verification.faults)}. {'; '.join(restored) or _left(own, repo_id)}"
         )
     journal.verified(commits)
-    return Release(published, seen)
+    return Release(published, verification)
 
 
 def _left(own: PublishedBranch, repo_id: str) -> str:
