@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,29 @@ def test_a_missing_dependency_of_one_backend_is_the_same_warning_in_every_varian
     assert {(finding.code, finding.severity, finding.message) for finding in findings} == {
         ("KP201", "warning", "not tried, because this machine lacks nvidia-cutlass-dsl")
     }
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_an_environment_without_torch_is_said_once(make_kernel):
+    directory = built(make_kernel(), only="")
+    (directory / "torch-cpu" / "added.py").write_text("")
+    environment, file = check(directory)
+    assert (environment.code, environment.severity, environment.path) == ("KP201", "error", directory)
+    assert "lacks torch" in environment.message
+    assert "`pip install torch`" in environment.fix
+    assert (file.code, "added.py" in file.message) == ("KP102", True), "what needs no torch is examined"
+
+
+def test_an_environment_in_which_torch_cannot_be_imported_is_said_once(make_kernel, monkeypatch, tmp_path):
+    directory = built(make_kernel(), only="")
+    venv.create(tmp_path / "broken", with_pip=False, symlinks=True)
+    (packages,) = (tmp_path / "broken").glob("lib/python*/site-packages")
+    (packages / "torch.py").write_text("raise OSError('libcudart.so: cannot open')\n")
+    (packages / "kernels.py").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "broken" / "bin" / "python"))
+    (finding,) = check(directory)
+    assert (finding.code, finding.severity, finding.path) == ("KP201", "error", directory)
+    assert "libcudart.so: cannot open" in finding.message
 
 
 def test_a_package_without_all_is_found(make_kernel):

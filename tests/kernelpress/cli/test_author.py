@@ -23,7 +23,7 @@ def run(*arguments: str, code: int = 0, **environment: str) -> str:
         app, list(arguments), env={"COLUMNS": "400", **environment}, catch_exceptions=False
     )
     assert done.exit_code == code, done.output
-    return done.output
+    return done.stdout
 
 
 def break_twice(root):

@@ -30,6 +30,9 @@ def test_build_check_and_publish_work_from_the_kernels_directory(make_kernel, tm
     assert re.search(r"torch-universal +_demo_kernel_universal_[0-9a-f]{10} +7", built.stdout)
     checked = kernelpress("check", cwd=root)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stderr.startswith(
+        "loading torch-cpu, torch-cuda, torch-universal, each in a clean process"
+    )
     with running_hub(tmp_path / "hub") as hub:
         first = kernelpress("publish", cwd=root, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path))
         second = kernelpress("publish", "--endpoint", hub.endpoint, cwd=root, HF_HOME=str(tmp_path))

@@ -79,6 +79,14 @@ def test_a_release_for_other_hardware_is_verified_as_far_as_this_machine_can(mak
     assert (verification.loaded, verification.skipped) == ((), ("torch-metal", "torch-rocm"))
 
 
+@pytest.mark.usefixtures("without_torch")
+def test_without_torch_nothing_is_published(make_kernel, api, repo):
+    build = make(make_kernel())
+    with pytest.raises(PublishError, match=r"lacks torch.*nothing was published.*`pip install torch`"):
+        release(build, repo, api)
+    assert not api.repo_exists(repo, repo_type="kernel")
+
+
 BROKEN_ON_THE_HUB_ONLY = 'import os\nif "LOCAL" not in os.environ:\n    raise RuntimeError("broken here")\n'
 
 

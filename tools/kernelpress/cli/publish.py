@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kernelpress.cli.options import NOTHING_TO_DO, Directory, Endpoint, OutputJson, Private, console
+from kernelpress.cli.options import NOTHING_TO_DO, Directory, Endpoint, OutputJson, Private, console, say
 
 if TYPE_CHECKING:
     from kernelpress.publish.plan import BranchPlan, Plan
@@ -55,7 +54,7 @@ def publish(
     kernel = build(load_spec(directory))
     signed = sign(kernel)
     options = PublishOptions(private=private, force=force, create_pr=create_pr)
-    result = release(kernel, repo_id, hub(endpoint), options, say=_say)
+    result = release(kernel, repo_id, hub(endpoint), options, say=say)
     if output_json:
         print(json.dumps(asdict(result) | {"signed": signed}, indent=2))
     else:
@@ -196,8 +195,3 @@ def _print_release(release: Release, signed: tuple[str, ...]) -> None:
                 soft_wrap=True,
             )
     out.print(escape(published.url), soft_wrap=True)
-
-
-def _say(text: str) -> None:
-    # Standard output is for the result alone.
-    print(text, file=sys.stderr)

@@ -14,9 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kernelpress.errors import CheckError
 from kernelpress.probe import worker
-from kernelpress.probe.environment import child_environment, run_isolated
+from kernelpress.probe.environment import child_environment, lacks_torch, run_isolated
 from kernelpress.spec.validate import python_dependencies
+
+
+class EnvironmentFault(CheckError):
+    """Kernels cannot be loaded in this environment: the ``reason``, and the ``fix``."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        self.reason, self.fix = reason, fix
+        super().__init__(f"{reason}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,13 @@ def probe(variants: Sequence[Path]) -> list[Probed]:
 
     Args:
         variants: Directories with metadata that the loader can parse.
+
+    Raises:
+        EnvironmentFault: No variant can be loaded here, whatever it holds.
     """
+    if lacks_torch():
+        reason = "this environment lacks torch, so no variant was loaded"
+        raise EnvironmentFault(reason, "install it with `pip install torch`, then check again")
     from kernels._rust import Metadata  # type: ignore[import-untyped]
 
     metadata = [Metadata.read_from_file(variant / "metadata.json") for variant in variants]
@@ -108,7 +123,10 @@ def _run(scratch: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     listed.write_text(json.dumps(jobs), "utf-8")
     answers = run_isolated(worker, [str(listed), str(report)], report=report, environment=environment)
     if isinstance(answers, str):
-        return [{"crashed": f"the process that loads kernels {answers}"}] * len(jobs)
+        raise EnvironmentFault(
+            f"the process that loads kernels {answers}",
+            "mend this environment, in which torch and kernels must load",
+        )
     return list(answers)
 
 

@@ -12,6 +12,7 @@ from kernelpress.conventions import MAIN, REPO_TYPE
 from kernelpress.errors import PublishError
 from kernelpress.hub.client import MovedError, checked_repo_id, explained
 from kernelpress.hub.repository import branch_heads, restore
+from kernelpress.probe.environment import lacks_torch
 from kernelpress.publish.journal import Journal
 from kernelpress.publish.publish import DEFAULTS, Published, PublishedBranch, PublishOptions, publish
 from kernelpress.publish.verify import Verification, verify
@@ -38,10 +39,16 @@ def release(
     A release of an earlier run that was killed before it had verified is verified now, and taken back if it fails.
 
     Raises:
-        PublishError: Publishing failed; or verifying did, and then every branch that was changed has its
-            former content back, unless the message says otherwise.
+        PublishError: This environment cannot verify a release, and nothing was published. Or publishing failed; or
+            verifying did, and then every branch that was changed has its former content back, unless the message says
+            otherwise.
     """
     repo_id = checked_repo_id(repo_id or build.spec.repo_id)
+    if not options.create_pr and lacks_torch():
+        raise PublishError(
+            "this environment lacks torch, without which a release cannot be verified, so nothing was published; "
+            "install it with `pip install torch`, then publish again"
+        )
     journal = Journal.of(api.endpoint, repo_id, build.content_hash)
     published = publish(build, repo_id, api, options, say=say, before_change=journal.changing)
     if published.pull_request is not None:
