@@ -43,13 +43,13 @@ def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_each_backend_is_flat_and_the_universal_variant_nested(make_kernel):
-    made = make(make_kernel())
-    assert [variant.name for variant in made.variants] == ["torch-cpu", "torch-cuda", "torch-universal"]
-    assert (made.directory / "torch-cpu" / "__init__.py").is_file()
-    assert (made.directory / "torch-cuda" / "ops" / "scale.py").is_file()
-    assert (made.directory / "torch-universal" / "demo_kernel" / "ops" / "scale.py").is_file()
-    assert not (made.directory / "torch-universal" / "__init__.py").exists()
-    assert {path.name for path in (made.directory / "torch-universal").iterdir()} == {
+    kernel = make(make_kernel())
+    assert [variant.name for variant in kernel.variants] == ["torch-cpu", "torch-cuda", "torch-universal"]
+    assert (kernel.directory / "torch-cpu" / "__init__.py").is_file()
+    assert (kernel.directory / "torch-cuda" / "ops" / "scale.py").is_file()
+    assert (kernel.directory / "torch-universal" / "demo_kernel" / "ops" / "scale.py").is_file()
+    assert not (kernel.directory / "torch-universal" / "__init__.py").exists()
+    assert {path.name for path in (kernel.directory / "torch-universal").iterdir()} == {
         "demo_kernel",
         "metadata.json",
     }
@@ -62,22 +62,22 @@ def test_the_loaders_parser_reads_all_that_the_metadata_says(make_kernel):
     )
     text = (root / "build.toml").read_text().replace("edition = 5\n", f"edition = 5\n{extra}")
     (root / "build.toml").write_text(text + 'cuda_capabilities = ["8.0"]\n')
-    made = make(root)
-    for variant, backend in zip(made.variants, ("cpu", "cuda", "cpu"), strict=True):
-        found = Metadata.read_from_file(made.directory / variant.name / "metadata.json")
-        assert found.id == variant.id
-        assert (str(found.name), found.version, found.license) == ("demo-kernel", 1, "MIT")
-        assert str(found.backend.backend_type).lower() == backend
-        assert found.backend.archs == (["8.0"] if variant.name == "torch-cuda" else None)
-        assert found.python_depends == ["einops"]
-        assert (found.upstream, found.source) == ("https://example.org/a", "https://example.org/b")
-        assert found.provenance.kernel_builder.version.startswith("kernelpress-")
-        found.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, made.directory / variant.name))
+    kernel = make(root)
+    for variant, backend in zip(kernel.variants, ("cpu", "cuda", "cpu"), strict=True):
+        metadata = Metadata.read_from_file(kernel.directory / variant.name / "metadata.json")
+        assert metadata.id == variant.id
+        assert (str(metadata.name), metadata.version, metadata.license) == ("demo-kernel", 1, "MIT")
+        assert str(metadata.backend.backend_type).lower() == backend
+        assert metadata.backend.archs == (["8.0"] if variant.name == "torch-cuda" else None)
+        assert metadata.python_depends == ["einops"]
+        assert (metadata.upstream, metadata.source) == ("https://example.org/a", "https://example.org/b")
+        assert metadata.provenance.kernel_builder.version.startswith("kernelpress-")
+        metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, kernel.directory / variant.name))
 
 
 def test_the_digest_is_the_sha256_of_every_file_but_the_metadata(make_kernel):
-    made = make(make_kernel())
-    written = made.directory / "torch-universal"
+    kernel = make(make_kernel())
+    written = kernel.directory / "torch-universal"
     digest = json.loads((written / "metadata.json").read_bytes())["digest"]
     assert digest["algorithm"] == "sha256"
     assert digest["files"] == {
@@ -90,11 +90,11 @@ def test_the_digest_is_the_sha256_of_every_file_but_the_metadata(make_kernel):
 
 
 def test_each_variant_has_a_namespace_of_its_own(make_kernel):
-    made = make(make_kernel())
-    assert [variant.id for variant in made.variants] == [
-        f"_demo_kernel_{name}_{made.content_hash}" for name in ("cpu", "cuda", "universal")
+    kernel = make(make_kernel())
+    assert [variant.id for variant in kernel.variants] == [
+        f"_demo_kernel_{name}_{kernel.content_hash}" for name in ("cpu", "cuda", "universal")
     ]
-    for variant in made.variants:
+    for variant in kernel.variants:
         files = {file.path.rpartition("/")[2]: file.data.decode() for file in variant.files}
         assert f'"{variant.id}::twice"' in files["twice.py"]
         assert f"torch.ops.{variant.id}.twice" in files["twice.py"]
@@ -104,10 +104,10 @@ def test_each_variant_has_a_namespace_of_its_own(make_kernel):
 def test_cann_variants_stand_where_the_loader_looks(make_kernel):
     root = make_kernel()
     (root / "build.toml").write_text((root / "build.toml").read_text().replace('"cuda"', '"cann"'))
-    made = make(root)
-    assert [variant.name for variant in made.variants] == ["torch-cpu", "torch-npu", "torch-universal"]
+    kernel = make(root)
+    assert [variant.name for variant in kernel.variants] == ["torch-cpu", "torch-npu", "torch-universal"]
     assert (
-        str(Metadata.read_from_file(made.directory / "torch-npu" / "metadata.json").backend.backend_type)
+        str(Metadata.read_from_file(kernel.directory / "torch-npu" / "metadata.json").backend.backend_type)
         == "cann"
     )
 
@@ -180,8 +180,10 @@ def test_a_build_is_the_same_whatever_the_directory_time_umask_locale_or_hash_se
     ):
         environment = os.environ | {"PYTHONHASHSEED": seed, "LC_ALL": locale, "TZ": zone, "USER": f"u{seed}"}
         command = [sys.executable, "-c", BUILD, umask, str(root)]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
-        hashes.append(done.stdout)
+        process = subprocess.run(
+            command, env=environment, cwd=root, capture_output=True, text=True, check=True
+        )
+        hashes.append(process.stdout)
     assert tree(roots[0] / "build") == tree(roots[1] / "build")
     assert hashes[0] == hashes[1]
     assert {mode for path, (mode, _) in tree(roots[0] / "build").items() if path.endswith(".py")} == {0o644}
@@ -229,19 +231,19 @@ def test_a_commit_changes_provenance_alone(make_kernel):
 
 def test_a_second_build_takes_stale_files_away_and_leaves_foreign_ones(make_kernel):
     root = make_kernel()
-    made = make(root)
-    (made.directory / "publish-report.json").write_text("{}")
-    (made.directory / "notes").mkdir()
-    (made.directory / "notes" / "a.txt").write_text("a")
-    (made.directory / "torch-cpu" / "stale.py").write_text("")
+    kernel = make(root)
+    (kernel.directory / "publish-report.json").write_text("{}")
+    (kernel.directory / "notes").mkdir()
+    (kernel.directory / "notes" / "a.txt").write_text("a")
+    (kernel.directory / "torch-cpu" / "stale.py").write_text("")
     (root / PACKAGE / "ops" / "common.py").write_text("DEFAULT = 3.0\nMORE = 1\n")
     (root / "build.toml").write_text((root / "build.toml").read_text().replace(', "cuda"', ""))
     make(root)
-    assert {path.name for path in made.directory.iterdir()} == {
+    assert {path.name for path in kernel.directory.iterdir()} == {
         "torch-cpu", "torch-universal", "publish-report.json", "notes"
     }  # fmt: skip
-    assert (made.directory / "notes" / "a.txt").read_text() == "a"
-    assert not (made.directory / "torch-cpu" / "stale.py").exists()
+    assert (kernel.directory / "notes" / "a.txt").read_text() == "a"
+    assert not (kernel.directory / "torch-cpu" / "stale.py").exists()
     assert not list(root.glob("build.*[!l]")), "nothing is left beside the build"
 
 
@@ -268,9 +270,11 @@ def test_a_disk_without_room_leaves_the_previous_build(make_kernel):
         "try: build(load_spec(Path(sys.argv[1])))\n"
         "except BuildError as error: print('refused', error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("refused")
-    assert "File too large" in done.stdout
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.startswith("refused")
+    assert "File too large" in process.stdout
     assert tree(root / "build") == before
     assert [path.name for path in root.iterdir() if path.name.startswith("build.")] == ["build.toml"]
 
@@ -313,8 +317,8 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_build_and_the_next_one_clea
         process.wait()
         process.stdout.close()
         # Between its two renames the previous build stands beside; the next build puts it back.
-        left = root / "build" if (root / "build").is_dir() else root / ASIDE / "old"
-        for variant in left.iterdir():
+        directory = root / "build" if (root / "build").is_dir() else root / ASIDE / "old"
+        for variant in directory.iterdir():
             metadata = Metadata.read_from_file(variant / "metadata.json")
             metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
             builds.add(metadata.id.rpartition("_")[2])
@@ -358,12 +362,12 @@ def test_a_directory_of_the_builds_own_name_without_its_mark_is_in_the_way(make_
     assert (root / ASIDE / "old").is_dir()
 
 
-@pytest.mark.parametrize("left", [None, 0, 9])
-def test_a_build_killed_before_it_left_its_mark_is_no_matter(make_kernel, left):
+@pytest.mark.parametrize("length", [None, 0, 9])
+def test_a_build_killed_before_it_left_its_mark_is_no_matter(make_kernel, length):
     root = make_kernel()
     (root / ASIDE).mkdir()
-    if left is not None:
-        (root / ASIDE / write._MARK).write_text(write._MARK_TEXT[:left])
+    if length is not None:
+        (root / ASIDE / write._MARK).write_text(write._MARK_TEXT[:length])
     make(root)
     assert not (root / ASIDE).exists()
 
@@ -404,9 +408,9 @@ def test_two_builds_in_one_process_call_their_own_operators(make_kernel, run_cle
         second.directory / "torch-cpu",
         second.directory / "torch-universal",
     ]
-    done = run_clean(TWO_BUILDS, *map(str, variants))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:3] == [
+    process = run_clean(TWO_BUILDS, *map(str, variants))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[:3] == [
         "2.0 3.0 demo_kernel::twice", "20.0 3.0 demo_kernel::twice", "20.0 3.0 demo_kernel::twice"
     ]  # fmt: skip
 
@@ -432,7 +436,7 @@ def test_a_module_without_a_name_is_no_other_package(make_kernel, statement, pla
 
 def test_a_build_does_not_import_torch(make_kernel):
     code = BUILD + "print('torch' in sys.modules)\n"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, "022", str(make_kernel())], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "False"
+    assert process.stdout.splitlines()[-1] == "False"

@@ -27,8 +27,8 @@ def built(root: Path, only: str = "torch-cpu") -> Path:
     return directory
 
 
-def codes(found: list[Finding]) -> list[str]:
-    return [each.code for each in found]
+def codes(findings: list[Finding]) -> list[str]:
+    return [finding.code for finding in findings]
 
 
 def test_a_good_build_has_no_findings_in_any_variant(make_kernel):
@@ -59,9 +59,9 @@ def test_metadata_that_the_loader_refuses_is_found(make_kernel, key, value):
     else:
         fields[key] = value
     path.write_text(json.dumps(fields))
-    found = check(path.parent.parent)
-    assert codes(found) == ["KP101"]
-    assert found[0].path == path
+    findings = check(path.parent.parent)
+    assert codes(findings) == ["KP101"]
+    assert findings[0].path == path
 
 
 def test_missing_metadata_is_found(make_kernel):
@@ -76,10 +76,10 @@ def test_a_changed_a_missing_and_an_added_file_are_found(make_kernel):
     (variant / "ops" / "common.py").write_text("DEFAULT = 4.0\n")
     (variant / "_ops.py").unlink()
     (variant / "added.py").write_text("")
-    found = check(directory)
-    assert codes(found) == ["KP102"] * 3
-    said = " ".join(each.message for each in found)
-    assert all(name in said for name in ("ops/common.py", "_ops.py", "added.py"))
+    findings = check(directory)
+    assert codes(findings) == ["KP102"] * 3
+    messages = " ".join(finding.message for finding in findings)
+    assert all(name in messages for name in ("ops/common.py", "_ops.py", "added.py"))
 
 
 def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
@@ -90,8 +90,8 @@ def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
     (variant / ".hidden").write_text("")
     (variant / "link.py").symlink_to("twice.py")
     monkeypatch.chdir(directory.parent)
-    found = [each for each in check(Path("build")) if each.code == "KP103"]
-    assert {each.path for each in found} == {
+    findings = [finding for finding in check(Path("build")) if finding.code == "KP103"]
+    assert {finding.path for finding in findings} == {
         Path("build/torch-cpu", name)
         for name in ("__pycache__", "__pycache__/twice.cpython-311.pyc", ".hidden", "link.py")
     }
@@ -108,11 +108,11 @@ def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
 )
 def test_a_variant_that_does_not_load_is_found_with_the_line(make_kernel, text, message, line):
     directory = built(make_kernel(**{f"{PACKAGE}/twice.py": text}))
-    (found,) = check(directory)
-    assert (found.code, found.severity, found.line) == ("KP201", "error", line)
-    assert message in found.message
+    (finding,) = check(directory)
+    assert (finding.code, finding.severity, finding.line) == ("KP201", "error", line)
+    assert message in finding.message
     if line is not None:
-        assert found.path == (directory / "torch-cpu" / "twice.py").resolve()
+        assert finding.path == (directory / "torch-cpu" / "twice.py").resolve()
 
 
 def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, monkeypatch):
@@ -124,8 +124,8 @@ def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, mon
 
 def test_a_module_of_kernelpress_itself_cannot_be_imported_by_accident(make_kernel):
     text = "import sys\nassert 'kernelpress' not in sys.modules\nimport variant\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
-    assert "No module named 'variant'" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+    assert "No module named 'variant'" in finding.message
 
 
 def test_the_kernels_code_does_not_see_tokens(make_kernel, monkeypatch):
@@ -143,9 +143,9 @@ def test_a_dependency_that_is_not_installed_makes_a_warning(make_kernel):
         .replace("edition = 5\n", 'edition = 5\npython-depends = ["tvm-ffi"]\n')
     )
     (root / "build.toml").write_text(text)
-    (found,) = check(built(root))
-    assert (found.code, found.severity) == ("KP201", "warning")
-    assert "tvm-ffi" in found.message
+    (finding,) = check(built(root))
+    assert (finding.code, finding.severity) == ("KP201", "warning")
+    assert "tvm-ffi" in finding.message
 
 
 def test_a_missing_dependency_of_one_backend_is_the_same_warning_in_every_variant(make_kernel):
@@ -188,25 +188,25 @@ def test_a_package_without_all_is_found(make_kernel):
 
 def test_a_public_name_that_is_not_there_is_found(make_kernel):
     text = "from .twice import twice\n__all__ = ['twice', 'thrice']\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": text})))
-    assert found.code == "KP202"
-    assert "'thrice'" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": text})))
+    assert finding.code == "KP202"
+    assert "'thrice'" in finding.message
 
 
 @pytest.mark.parametrize("text", ["[twice]", "'twice'", "{'twice'}"])
 def test_a_list_of_public_names_that_is_none_is_found_where_it_stands(make_kernel, text):
     init = f"from .twice import twice\n__all__ = {text}\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": init})))
-    assert (found.code, found.path.name, found.line) == ("KP202", "__init__.py", 2)
-    assert "as strings" in found.fix
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": init})))
+    assert (finding.code, finding.path.name, finding.line) == ("KP202", "__init__.py", 2)
+    assert "as strings" in finding.fix
 
 
 def test_an_operator_outside_of_the_builds_namespace_is_found(make_kernel):
     hidden = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
     root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{hidden}DEFAULT = 3.0\n"})
-    found, beside = check(built(root))
-    assert (found.code, beside.code) == ("KP203", "KP206")
-    assert "aten::demo_extra" in found.message
+    finding, beside = check(built(root))
+    assert (finding.code, beside.code) == ("KP203", "KP206")
+    assert "aten::demo_extra" in finding.message
 
 
 def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(make_kernel):
@@ -219,7 +219,7 @@ def test_every_rule_that_examines_a_variant_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("import os\nos.environ['DEMO'] = '1'\n", "changes environment variable DEMO"),
         ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes torch's default dtype"),
@@ -231,15 +231,17 @@ def test_every_rule_that_examines_a_variant_is_explained():
         ),
     ],
 )
-def test_what_importing_does_to_the_caller_is_found(make_kernel, text, said):
-    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": f"{text}DEFAULT = 3.0\n"})))
-    assert [(each.code, each.severity) for each in found if said in each.message] == [("KP205", "error")]
+def test_what_importing_does_to_the_caller_is_found(make_kernel, text, message):
+    findings = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": f"{text}DEFAULT = 3.0\n"})))
+    assert [(finding.code, finding.severity) for finding in findings if message in finding.message] == [
+        ("KP205", "error")
+    ]
 
 
 def test_a_package_that_needs_triton_to_load_is_found(make_kernel):
     root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import triton\nDEFAULT = 3.0\n"})
-    (found,) = check(built(root))
-    assert (found.code, found.severity) == ("KP204", "warning")
+    (finding,) = check(built(root))
+    assert (finding.code, finding.severity) == ("KP204", "warning")
 
 
 def test_triton_imported_when_called_is_no_finding(make_kernel):
@@ -249,9 +251,9 @@ def test_triton_imported_when_called_is_no_finding(make_kernel):
 
 def test_state_shared_with_another_build_is_found(make_kernel):
     shared = "import sys\nassert 'shared' not in sys.modules\nsys.modules['shared'] = sys\nDEFAULT = 3.0\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": shared})))
-    assert found.code == "KP206"
-    assert "AssertionError" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": shared})))
+    assert finding.code == "KP206"
+    assert "AssertionError" in finding.message
 
 
 def test_an_operator_without_a_fake_implementation_is_found(make_kernel):
@@ -259,16 +261,16 @@ def test_an_operator_without_a_fake_implementation_is_found(make_kernel):
         "import torch\n@torch.library.custom_op('demo_kernel::once', mutates_args=())\n"
         "def once(x: torch.Tensor) -> torch.Tensor:\n    return x.clone()\nDEFAULT = 3.0\n"
     )
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
-    assert (found.code, found.severity) == ("KP207", "warning")
-    assert "'once'" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert (finding.code, finding.severity) == ("KP207", "warning")
+    assert "'once'" in finding.message
 
 
 def test_a_public_function_without_a_docstring_is_found(make_kernel):
     text = "def twice(x): return 2 * x\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
-    assert (found.code, found.severity) == ("KP208", "warning")
-    assert "twice" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+    assert (finding.code, finding.severity) == ("KP208", "warning")
+    assert "twice" in finding.message
 
 
 EFFECTS = {
@@ -332,5 +334,5 @@ def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(make_kern
         "warnings.warn('shown to whoever wants to see it')\nopen(os.devnull, 'w').close()\nopen(__file__).close()\n"
         "os.makedirs(os.path.join(os.environ['XDG_CACHE_HOME'], 'demo'), exist_ok=True)\nDEFAULT = 3.0\n"
     )
-    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
-    assert [each.message for each in found if each.code == "KP205"] == []
+    findings = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert [finding.message for finding in findings if finding.code == "KP205"] == []

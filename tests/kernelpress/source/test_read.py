@@ -147,14 +147,14 @@ def test_syntax_nested_too_deeply_is_refused_in_one_message(make_kernel, text, p
     root = make_kernel(**{f"{PACKAGE}/twice.py": text})
     with pytest.raises(SourceError, match=part):
         read(root)
-    (found,) = source_findings(root)
-    assert (found.code, found.path.name) == ("KP002", "twice.py")
+    (finding,) = source_findings(root)
+    assert (finding.code, finding.path.name) == ("KP002", "twice.py")
 
 
 def test_syntax_nested_as_deeply_as_allowed_builds(make_kernel):
     deep = "(" * 191 + "torch.ops.demo_kernel.twice" + ")(x)" * 191
     root = make_kernel(**{f"{PACKAGE}/more.py": f"import torch\ndef f(x):\n    return {deep}\n"})
-    assert [each.severity for each in source_findings(root)] == []
+    assert [finding.severity for finding in source_findings(root)] == []
     build(load_spec(root))
 
 
@@ -269,14 +269,14 @@ def test_a_name_that_is_no_text_is_said(make_kernel):
 def test_a_partial_clone_is_a_repository_like_any_other(make_kernel, dirty):
     root = make_kernel()
     porcelain.init(str(root))
-    made = commit(root)
+    head = commit(root)
     with (root / ".git/config").open("a") as config:
         config.write("[extensions]\n\tpartialClone = origin\n[core]\n\trepositoryformatversion = 1\n")
     if dirty:
         (root / PACKAGE / "twice.py").write_text("")
     git = read(root).git
     assert git is not None
-    assert (git.commit, git.dirty) == (made, dirty)
+    assert (git.commit, git.dirty) == (head, dirty)
 
 
 def test_a_repository_that_cannot_be_read_is_said(make_kernel):

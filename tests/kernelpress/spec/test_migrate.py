@@ -37,7 +37,7 @@ def test_an_older_edition_is_brought_up_to_date_with_its_comments(tmp_path, text
     path.write_text(text)
     spec = migrate(tmp_path)
     assert spec is not None
-    assert (spec.version, spec.repo_id, [each.name for each in spec.backends]) == (
+    assert (spec.version, spec.repo_id, [backend.name for backend in spec.backends]) == (
         2, "org/demo-kernel", ["cpu", "cuda"]
     )  # fmt: skip
     after = path.read_text()
@@ -46,7 +46,7 @@ def test_an_older_edition_is_brought_up_to_date_with_its_comments(tmp_path, text
     assert "edition = 5" in after
     assert migrate(tmp_path) is None
     assert path.read_text() == after
-    assert [each.name for each in tmp_path.iterdir()] == ["build.toml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["build.toml"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_universal_kernel_gets_its_name_backends_and_licence(tmp_path):
     spec = migrate(tmp_path, "apache-2.0")
     assert spec is not None
     assert (spec.name, spec.version, spec.license) == ("demo-kernel", 1, "Apache-2.0")
-    assert [each.name for each in spec.backends] == ["cpu", "cuda", "rocm", "xpu"]
+    assert [backend.name for backend in spec.backends] == ["cpu", "cuda", "rocm", "xpu"]
     assert spec.pyext == ("py", "json")
     assert load_spec(tmp_path) == spec
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_migrated_stays_as_it_was(tmp_path, text, message):
     with pytest.raises(SpecError, match=message):
         migrate(tmp_path)
     assert path.read_text() == text
-    assert [each.name for each in tmp_path.iterdir()] == ["build.toml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["build.toml"]
 
 
 @pytest.mark.parametrize("text", ["general = 3\n", "torch = 3\n[general]\n", "torch-noarch = 3\n[general]\n"])

@@ -37,7 +37,7 @@ def test_a_plain_file_is_read(tmp_path):
         1,
         "MIT",
     )
-    assert [each.name for each in spec.backends] == ["cpu", "cuda"]
+    assert [backend.name for backend in spec.backends] == ["cpu", "cuda"]
     assert spec.repo_id == "org/demo-kernel"
     assert spec.pyext == ("py", "pyi")
     assert spec.package_dir == tmp_path / "torch-ext" / "demo_kernel"
@@ -57,8 +57,8 @@ def test_dependencies_and_architectures_go_to_their_backends(tmp_path):
 def test_other_kernels_are_named_by_version_or_revision(tmp_path):
     depends = 'kernel-depends = [{ repo-id = "a/b", version = 2 }, { repo-id = "a/c", revision = "main" }]\n'
     spec = load(tmp_path, GOOD.replace("[general]\n", f"[general]\n{depends}"))
-    found = {each.repo_id: (each.version, each.revision) for each in spec.backends[0].kernel_depends}
-    assert found == {"a/b": (2, None), "a/c": (None, "main")}
+    dependencies = {dep.repo_id: (dep.version, dep.revision) for dep in spec.backends[0].kernel_depends}
+    assert dependencies == {"a/b": (2, None), "a/c": (None, "main")}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_any_file_is_either_read_or_refused_with_its_path(tmp_path_factory, gene
     else:
         where = spec.root / "build.toml"
         assert spec.version >= 0
-        assert {each.name for each in spec.backends} <= set(BACKENDS)
+        assert {backend.name for backend in spec.backends} <= set(BACKENDS)
     assert where == directory / "build.toml"
 
 

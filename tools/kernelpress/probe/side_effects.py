@@ -122,13 +122,13 @@ class SideEffects:
         elif event in _PROGRAMS and (line := self._own_line()):
             self._act(f"starts another process ({event})", line)
 
-    def _file(self, path: Any, what: str) -> None:
+    def _file(self, path: Any, action: str) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return  # a file that is open already
         # The directory of a cache is itself one that may be made.
         name = os.path.join(os.path.abspath(os.fsdecode(path)), "")
         if not name.startswith(self._caches) and (line := self._own_line()):
-            self._act(f"{what} the file {os.fsdecode(path)}", line)
+            self._act(f"{action} the file {os.fsdecode(path)}", line)
 
     def _act(self, act: str, line: tuple[str, int] | None) -> None:
         self._acts[act] = None
