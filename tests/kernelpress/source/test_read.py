@@ -223,6 +223,8 @@ def test_a_repository_without_a_commit_has_no_git_state(make_kernel):
         (f"{PACKAGE}/twice.py", None, True),
         ("build.toml", "# \n", True),
         ("CARD.md", "# new\n", True),
+        ("pyproject.toml", "[tool.kernelpress]\nuniversal = true\n", True),
+        ("pyproject.toml", "[project]\n", False),
         ("README.md", "# new\n", False),
         (f"{PACKAGE}/notes.txt", "x\n", False),
         ("tests/test_x.py", "x = 1\n", False),

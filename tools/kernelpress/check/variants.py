@@ -82,9 +82,7 @@ def check(build_dir: Path, say: Callable[[str], None] = lambda text: None) -> li
     directories = sorted(path for path in build_dir.glob(f"{VARIANT_PREFIX}*") if path.is_dir())
     if not directories:
         raise CheckError("there is no build here; run `kernelpress build` first", path=build_dir)
-    names = ", ".join(directory.name for directory in directories)
-    say(f"loading {names}, each in a clean process, and calling the operators")
-    subjects, findings = _subjects(directories)
+    subjects, findings = _subjects(directories, say)
     return findings + [
         replace(finding, code=code)
         for subject in subjects
@@ -93,7 +91,7 @@ def check(build_dir: Path, say: Callable[[str], None] = lambda text: None) -> li
     ]
 
 
-def _subjects(directories: list[Path]) -> tuple[list[Subject], list[Finding]]:
+def _subjects(directories: list[Path], say: Callable[[str], None]) -> tuple[list[Subject], list[Finding]]:
     """The variants with what loading them showed; where none can be loaded, a finding that says so once."""
     metadata: dict[Path, Metadata] = {}
     unreadable: dict[Path, str] = {}
@@ -105,7 +103,7 @@ def _subjects(directories: list[Path]) -> tuple[list[Subject], list[Finding]]:
     probed: dict[Path, Probed] = {}
     findings = []
     try:
-        probed = dict(zip(metadata, probe(list(metadata)) if metadata else (), strict=True))
+        probed = dict(zip(metadata, probe(list(metadata), say) if metadata else (), strict=True))
     except EnvironmentFault as fault:
         findings = [Finding("KP201", "error", directories[0].parent, None, fault.reason, fault.fix)]
     subjects = [

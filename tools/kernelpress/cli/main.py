@@ -214,6 +214,7 @@ def init(
     out.print(
         f"next: cd {escape(str(project))} && kernelpress build && kernelpress check && python -m pytest"
     )
+    out.print("check and the tests need: pip install torch numpy pytest")
 
 
 for part in (publish, versions, localhub):

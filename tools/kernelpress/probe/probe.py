@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,11 +73,12 @@ class Probed:
     twin_error: str | None = None
 
 
-def probe(variants: Sequence[Path]) -> list[Probed]:
+def probe(variants: Sequence[Path], say: Callable[[str], None] = lambda text: None) -> list[Probed]:
     """Load variants with the ``kernels`` loader, each in a process that sees nothing of this one's state.
 
     Args:
         variants: Directories with metadata that the loader can parse.
+        say: Called with a line before they are loaded, which takes a while.
 
     Raises:
         EnvironmentFault: No variant can be loaded here, whatever it holds.
@@ -85,6 +86,8 @@ def probe(variants: Sequence[Path]) -> list[Probed]:
     if lacks_torch():
         reason = "this environment lacks torch, so no variant was loaded"
         raise EnvironmentFault(reason, "install it with `pip install torch`, then check again")
+    names = ", ".join(variant.name for variant in variants)
+    say(f"loading {names}, each in a clean process, and calling the operators")
     from kernels._rust import Metadata  # type: ignore[import-untyped]
 
     metadata = [Metadata.read_from_file(variant / "metadata.json") for variant in variants]
