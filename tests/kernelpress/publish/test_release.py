@@ -434,5 +434,5 @@ def test_restoring_never_overwrites_what_somebody_published_in_that_moment(make_
     note = [CommitOperationAdd("note.txt", b"theirs")]
     theirs = api.create_commit(repo, note, commit_message="x", repo_type="kernel", revision="v1")
     with pytest.raises(PublishError):
-        restore(api, repo, "v1", before, "back", since=own)
+        restore(api, repo, "v1", before, "back", base=own)
     assert branch_heads(api, repo)["v1"] == theirs.oid
