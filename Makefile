@@ -47,6 +47,7 @@ bench: $(VENV)/.ready
 
 bench-hub: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py
+	$(BIN)/python benchmarks/build.py
 
 # Every Triton kernel and tile configuration that ships, for every architecture; needs no GPU.
 compile: $(VENV)/.ready

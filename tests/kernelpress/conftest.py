@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,6 +149,13 @@ def run_clean(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
         )
 
     return run
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Start other processes in an environment that has nothing installed."""
+    venv.create(tmp_path / "empty", with_pip=False, symlinks=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "empty" / "bin" / "python"))
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ def edit(root: Path, path: str, old: str, new: str) -> None:
 
 
 def heads(api: HfApi, repo: str) -> dict[str, str]:
-    return {each.name: each.target_commit for each in api.list_repo_refs(repo, repo_type="kernel").branches}
+    return {
+        branch.name: branch.target_commit for branch in api.list_repo_refs(repo, repo_type="kernel").branches
+    }
 
 
 def files(api: HfApi, repo: str, revision: str) -> set[str]:

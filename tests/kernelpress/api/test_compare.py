@@ -27,11 +27,11 @@ def changes(old: str, new: str) -> list[tuple[str, str]]:
             "m.py": (f"X: int = 1\nclass C:\n    pass\ndef f(): ...\n{text}\n").encode(),
         }
 
-    return [(each.effect, str(each)) for each in compare(files(old), files(new))]
+    return [(change.effect, str(change)) for change in compare(files(old), files(new))]
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("def f(a, b): ...", "def f(a): ...", "f: parameter 'b' removed"),
         ("def f(a): ...", "def f(a, b): ...", "f: required parameter 'b' added"),
@@ -65,8 +65,8 @@ def changes(old: str, new: str) -> list[tuple[str, str]]:
         (OVERLOADS, "def f(a): ...", "f: overload (a: int) removed"),
     ],
 )  # fmt: skip
-def test_a_break_is_named(old, new, said):
-    assert ("breaks", said) in changes(old, new)
+def test_a_break_is_named(old, new, message):
+    assert ("breaks", message) in changes(old, new)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def test_a_break_is_named(old, new, said):
     ],
 )
 def test_what_every_caller_survives_is_no_break(old, new):
-    assert [each for each in changes(old, new) if each[0] == "breaks"] == []
+    assert [change for change in changes(old, new) if change[0] == "breaks"] == []
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("class L: ...", "class M: ...", [("adds", "layers.M: new"), ("breaks", "layers.L: removed")]),
         ("def f(a): ...", "def f(a, b): ...", [("breaks", "layers.f: required parameter 'b' added")]),
@@ -101,26 +101,26 @@ def test_what_every_caller_survives_is_no_break(old, new):
         ("import os\ndef f(): ...\ndef _g(): ...", "import re\ndef f(): ...", []),
     ],
 )  # fmt: skip
-def test_what_a_public_module_holds_is_public(old, new, said):
+def test_what_a_public_module_holds_is_public(old, new, message):
     head = b"__all__ = ['layers']\nfrom . import layers\n"
-    found = compare(
+    api_changes = compare(
         {"__init__.py": head, "layers.py": old.encode()}, {"__init__.py": head, "layers.py": new.encode()}
     )
-    assert sorted((each.effect, str(each)) for each in found) == said
+    assert sorted((change.effect, str(change)) for change in api_changes) == message
 
 
 def test_a_public_module_that_imports_its_package_is_compared_once():
     head = b"__all__ = ['layers', 'f']\nfrom . import layers\ndef f(): ...\n"
     layers = b"__all__ = ['package', 'g']\nimport kernel as package\ndef g(): ...\n"
     new = {"__init__.py": head, "layers.py": layers.replace(b"g()", b"g(a)")}
-    found = compare({"__init__.py": head, "layers.py": layers}, new)
+    api_changes = compare({"__init__.py": head, "layers.py": layers}, new)
     assert ("breaks", "layers.g: required parameter 'a' added") in [
-        (each.effect, str(each)) for each in found
+        (change.effect, str(change)) for change in api_changes
     ]
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("def g(a): ...\nf = g", "def g(a, b): ...\nf = g", ["f: required parameter 'b' added"]),
         ("def g(a): ...\nf = g", "def f(a): ...", []),
@@ -130,18 +130,18 @@ def test_a_public_module_that_imports_its_package_is_compared_once():
          ["C.g: default of 'a' changed from None to 1", "f: default of 'a' changed from None to 1"]),
     ],
 )  # fmt: skip
-def test_names_are_followed_to_what_they_stand_for(old, new, said):
-    assert sorted(text for effect, text in changes(old, new) if effect == "breaks") == said
+def test_names_are_followed_to_what_they_stand_for(old, new, message):
+    assert sorted(text for effect, text in changes(old, new) if effect == "breaks") == message
 
 
 def test_a_name_taken_from_all_breaks_and_one_put_in_adds():
     old = {"__init__.py": b"def a(): ...\ndef b(): ...\n__all__ = ['a']\n"}
     new = {"__init__.py": b"def a(): ...\ndef b(): ...\n__all__ = ['b']\n"}
-    assert [(each.effect, each.name) for each in compare(old, new)] == [("breaks", "a"), ("adds", "b")]
+    assert [(change.effect, change.name) for change in compare(old, new)] == [("breaks", "a"), ("adds", "b")]
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         ("def f(a): ...", "from torch import add as f",
          "f: is now taken from torch.add, where nothing can be compared"),
@@ -151,13 +151,13 @@ def test_a_name_taken_from_all_breaks_and_one_put_in_adds():
         ("def f(a): ...", "", "f: still in __all__ and no longer defined"),
     ],
 )  # fmt: skip
-def test_a_name_that_no_longer_stands_for_code_of_the_package_breaks(before, after, said):
+def test_a_name_that_no_longer_stands_for_code_of_the_package_breaks(before, after, message):
     files = [
         {"__init__.py": f"__all__ = ['f']\n{text}\n".encode(), "m.py": b"from torch import add as f\n"}
         for text in (before, after)
     ]
-    assert [(each.effect, str(each), each.path) for each in compare(*files)] == [
-        ("breaks", said, "__init__.py")
+    assert [(change.effect, str(change), change.path) for change in compare(*files)] == [
+        ("breaks", message, "__init__.py")
     ]
 
 
@@ -174,9 +174,9 @@ def test_a_name_taken_from_elsewhere_all_along_is_no_break(text):
 def test_names_put_into_all_by_a_call_are_public(grown):
     old = {"__init__.py": f"__all__ = ['g']\n__all__.{grown}\ndef g(): ...\ndef f(a, b): ...\n".encode()}
     new = {name: data.replace(b"a, b", b"a") for name, data in old.items()}
-    assert [str(each) for each in compare(old, new)] == ["f: parameter 'b' removed"]
+    assert [str(change) for change in compare(old, new)] == ["f: parameter 'b' removed"]
     new = {"__init__.py": b"__all__ = ['g', 'f']\n__all__.remove('f')\ndef g(): ...\ndef f(a, b): ...\n"}
-    assert [str(each) for each in compare(old, new)] == ["f: removed from __all__"]
+    assert [str(change) for change in compare(old, new)] == ["f: removed from __all__"]
 
 
 def test_an_addition_says_where_it_stands():
@@ -186,11 +186,11 @@ def test_an_addition_says_where_it_stands():
 
 
 def test_a_build_has_the_api_of_itself_in_every_form(make_kernel):
-    made = build(load_spec(make_kernel()))
-    new = contents(made.variants[0])
-    for old in (made.directory, *(made.directory / variant.name for variant in made.variants)):
+    kernel = build(load_spec(make_kernel()))
+    new = contents(kernel.variants[0])
+    for old in (kernel.directory, *(kernel.directory / variant.name for variant in kernel.variants)):
         assert compare(read_variant(old), new) == ()
-    for variant in made.variants:
+    for variant in kernel.variants:
         assert compare(contents(variant), new) == ()
 
 
@@ -199,7 +199,7 @@ def test_a_build_that_lost_a_function_is_compared_through_its_files(make_kernel)
     published = contents(build(load_spec(root)).variants[0])
     path = root / "torch-ext/demo_kernel/twice.py"
     path.write_text(path.read_text().replace("def twice(x: torch.Tensor)", "def twice(x: torch.Tensor, y)"))
-    assert [str(each) for each in compare(published, contents(build(load_spec(root)).variants[0]))] == [
+    assert [str(change) for change in compare(published, contents(build(load_spec(root)).variants[0]))] == [
         "twice: required parameter 'y' added"
     ]
 

@@ -37,8 +37,8 @@ def test_new_content_of_the_same_size_and_time_is_built(make_kernel):
     path.write_text(path.read_text().replace("FACTOR = 2", "FACTOR = 3"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-    made = build(load_spec(root))
-    assert b"FACTOR = 3" in (made.directory / "torch-cpu" / "twice.py").read_bytes()
+    kernel = build(load_spec(root))
+    assert b"FACTOR = 3" in (kernel.directory / "torch-cpu" / "twice.py").read_bytes()
 
 
 @pytest.mark.parametrize("spoil", ["change", "remove", "add", "mode", "variant"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,8 @@ def built(root: Path, only: str = "torch-cpu") -> Path:
     return directory
 
 
-def codes(found: list[Finding]) -> list[str]:
-    return [each.code for each in found]
+def codes(findings: list[Finding]) -> list[str]:
+    return [finding.code for finding in findings]
 
 
 def test_a_good_build_has_no_findings_in_any_variant(make_kernel):
@@ -57,9 +59,9 @@ def test_metadata_that_the_loader_refuses_is_found(make_kernel, key, value):
     else:
         fields[key] = value
     path.write_text(json.dumps(fields))
-    found = check(path.parent.parent)
-    assert codes(found) == ["KP101"]
-    assert found[0].path == path
+    findings = check(path.parent.parent)
+    assert codes(findings) == ["KP101"]
+    assert findings[0].path == path
 
 
 def test_missing_metadata_is_found(make_kernel):
@@ -74,10 +76,10 @@ def test_a_changed_a_missing_and_an_added_file_are_found(make_kernel):
     (variant / "ops" / "common.py").write_text("DEFAULT = 4.0\n")
     (variant / "_ops.py").unlink()
     (variant / "added.py").write_text("")
-    found = check(directory)
-    assert codes(found) == ["KP102"] * 3
-    said = " ".join(each.message for each in found)
-    assert all(name in said for name in ("ops/common.py", "_ops.py", "added.py"))
+    findings = check(directory)
+    assert codes(findings) == ["KP102"] * 3
+    messages = " ".join(finding.message for finding in findings)
+    assert all(name in messages for name in ("ops/common.py", "_ops.py", "added.py"))
 
 
 def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
@@ -88,8 +90,8 @@ def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
     (variant / ".hidden").write_text("")
     (variant / "link.py").symlink_to("twice.py")
     monkeypatch.chdir(directory.parent)
-    found = [each for each in check(Path("build")) if each.code == "KP103"]
-    assert {each.path for each in found} == {
+    findings = [finding for finding in check(Path("build")) if finding.code == "KP103"]
+    assert {finding.path for finding in findings} == {
         Path("build/torch-cpu", name)
         for name in ("__pycache__", "__pycache__/twice.cpython-311.pyc", ".hidden", "link.py")
     }
@@ -106,11 +108,11 @@ def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
 )
 def test_a_variant_that_does_not_load_is_found_with_the_line(make_kernel, text, message, line):
     directory = built(make_kernel(**{f"{PACKAGE}/twice.py": text}))
-    (found,) = check(directory)
-    assert (found.code, found.severity, found.line) == ("KP201", "error", line)
-    assert message in found.message
+    (finding,) = check(directory)
+    assert (finding.code, finding.severity, finding.line) == ("KP201", "error", line)
+    assert message in finding.message
     if line is not None:
-        assert found.path == (directory / "torch-cpu" / "twice.py").resolve()
+        assert finding.path == (directory / "torch-cpu" / "twice.py").resolve()
 
 
 def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, monkeypatch):
@@ -122,8 +124,8 @@ def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, mon
 
 def test_a_module_of_kernelpress_itself_cannot_be_imported_by_accident(make_kernel):
     text = "import sys\nassert 'kernelpress' not in sys.modules\nimport variant\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
-    assert "No module named 'variant'" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+    assert "No module named 'variant'" in finding.message
 
 
 def test_the_kernels_code_does_not_see_tokens(make_kernel, monkeypatch):
@@ -141,9 +143,43 @@ def test_a_dependency_that_is_not_installed_makes_a_warning(make_kernel):
         .replace("edition = 5\n", 'edition = 5\npython-depends = ["tvm-ffi"]\n')
     )
     (root / "build.toml").write_text(text)
-    (found,) = check(built(root))
-    assert (found.code, found.severity) == ("KP201", "warning")
-    assert "tvm-ffi" in found.message
+    (finding,) = check(built(root))
+    assert (finding.code, finding.severity) == ("KP201", "warning")
+    assert "tvm-ffi" in finding.message
+
+
+def test_a_missing_dependency_of_one_backend_is_the_same_warning_in_every_variant(make_kernel):
+    root = make_kernel(**{f"{PACKAGE}/twice.py": "import cutlass\n"})
+    build_toml = (root / "build.toml").read_text()
+    (root / "build.toml").write_text(f'{build_toml}[general.cuda]\npython-depends = ["nvidia-cutlass-dsl"]\n')
+    findings = check(built(root, only=""))
+    assert {finding.path.name for finding in findings} == {"torch-cpu", "torch-cuda", "torch-universal"}
+    assert {(finding.code, finding.severity, finding.message) for finding in findings} == {
+        ("KP201", "warning", "not tried, because this machine lacks nvidia-cutlass-dsl")
+    }
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_an_environment_without_torch_is_said_once(make_kernel):
+    directory = built(make_kernel(), only="")
+    (directory / "torch-cpu" / "added.py").write_text("")
+    environment, file = check(directory)
+    assert (environment.code, environment.severity, environment.path) == ("KP201", "error", directory)
+    assert "lacks torch" in environment.message
+    assert "`pip install torch`" in environment.fix
+    assert (file.code, "added.py" in file.message) == ("KP102", True), "what needs no torch is examined"
+
+
+def test_an_environment_in_which_torch_cannot_be_imported_is_said_once(make_kernel, monkeypatch, tmp_path):
+    directory = built(make_kernel(), only="")
+    venv.create(tmp_path / "broken", with_pip=False, symlinks=True)
+    (packages,) = (tmp_path / "broken").glob("lib/python*/site-packages")
+    (packages / "torch.py").write_text("raise OSError('libcudart.so: cannot open')\n")
+    (packages / "kernels.py").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "broken" / "bin" / "python"))
+    (finding,) = check(directory)
+    assert (finding.code, finding.severity, finding.path) == ("KP201", "error", directory)
+    assert "libcudart.so: cannot open" in finding.message
 
 
 def test_a_package_without_all_is_found(make_kernel):
@@ -152,25 +188,25 @@ def test_a_package_without_all_is_found(make_kernel):
 
 def test_a_public_name_that_is_not_there_is_found(make_kernel):
     text = "from .twice import twice\n__all__ = ['twice', 'thrice']\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": text})))
-    assert found.code == "KP202"
-    assert "'thrice'" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": text})))
+    assert finding.code == "KP202"
+    assert "'thrice'" in finding.message
 
 
 @pytest.mark.parametrize("text", ["[twice]", "'twice'", "{'twice'}"])
 def test_a_list_of_public_names_that_is_none_is_found_where_it_stands(make_kernel, text):
     init = f"from .twice import twice\n__all__ = {text}\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": init})))
-    assert (found.code, found.path.name, found.line) == ("KP202", "__init__.py", 2)
-    assert "as strings" in found.fix
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": init})))
+    assert (finding.code, finding.path.name, finding.line) == ("KP202", "__init__.py", 2)
+    assert "as strings" in finding.fix
 
 
 def test_an_operator_outside_of_the_builds_namespace_is_found(make_kernel):
     hidden = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
     root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{hidden}DEFAULT = 3.0\n"})
-    found, beside = check(built(root))
-    assert (found.code, beside.code) == ("KP203", "KP206")
-    assert "aten::demo_extra" in found.message
+    finding, beside = check(built(root))
+    assert (finding.code, beside.code) == ("KP203", "KP206")
+    assert "aten::demo_extra" in finding.message
 
 
 def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(make_kernel):
@@ -183,7 +219,7 @@ def test_every_rule_that_examines_a_variant_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("import os\nos.environ['DEMO'] = '1'\n", "changes environment variable DEMO"),
         ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes torch's default dtype"),
@@ -195,15 +231,17 @@ def test_every_rule_that_examines_a_variant_is_explained():
         ),
     ],
 )
-def test_what_importing_does_to_the_caller_is_found(make_kernel, text, said):
-    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": f"{text}DEFAULT = 3.0\n"})))
-    assert [(each.code, each.severity) for each in found if said in each.message] == [("KP205", "error")]
+def test_what_importing_does_to_the_caller_is_found(make_kernel, text, message):
+    findings = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": f"{text}DEFAULT = 3.0\n"})))
+    assert [(finding.code, finding.severity) for finding in findings if message in finding.message] == [
+        ("KP205", "error")
+    ]
 
 
 def test_a_package_that_needs_triton_to_load_is_found(make_kernel):
     root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import triton\nDEFAULT = 3.0\n"})
-    (found,) = check(built(root))
-    assert (found.code, found.severity) == ("KP204", "warning")
+    (finding,) = check(built(root))
+    assert (finding.code, finding.severity) == ("KP204", "warning")
 
 
 def test_triton_imported_when_called_is_no_finding(make_kernel):
@@ -213,9 +251,9 @@ def test_triton_imported_when_called_is_no_finding(make_kernel):
 
 def test_state_shared_with_another_build_is_found(make_kernel):
     shared = "import sys\nassert 'shared' not in sys.modules\nsys.modules['shared'] = sys\nDEFAULT = 3.0\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": shared})))
-    assert found.code == "KP206"
-    assert "AssertionError" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": shared})))
+    assert finding.code == "KP206"
+    assert "AssertionError" in finding.message
 
 
 def test_an_operator_without_a_fake_implementation_is_found(make_kernel):
@@ -223,16 +261,16 @@ def test_an_operator_without_a_fake_implementation_is_found(make_kernel):
         "import torch\n@torch.library.custom_op('demo_kernel::once', mutates_args=())\n"
         "def once(x: torch.Tensor) -> torch.Tensor:\n    return x.clone()\nDEFAULT = 3.0\n"
     )
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
-    assert (found.code, found.severity) == ("KP207", "warning")
-    assert "'once'" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert (finding.code, finding.severity) == ("KP207", "warning")
+    assert "'once'" in finding.message
 
 
 def test_a_public_function_without_a_docstring_is_found(make_kernel):
     text = "def twice(x): return 2 * x\n"
-    (found,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
-    assert (found.code, found.severity) == ("KP208", "warning")
-    assert "twice" in found.message
+    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+    assert (finding.code, finding.severity) == ("KP208", "warning")
+    assert "twice" in finding.message
 
 
 EFFECTS = {
@@ -258,16 +296,35 @@ EFFECTS = {
 }
 
 
-def test_everything_that_importing_does_is_found(make_kernel):
-    text = "import torch\n" + "\n".join(EFFECTS) + "\nDEFAULT = 3.0\n"
-    found = [
-        each
-        for each in check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
-        if each.code == "KP205"
+def test_everything_that_importing_does_is_found_at_its_line(make_kernel):
+    lines = ["import torch", *EFFECTS, "DEFAULT = 3.0"]
+    findings = [
+        finding
+        for finding in check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": "\n".join(lines)})))
+        if finding.code == "KP205"
     ]
-    missing = [said for said in EFFECTS.values() if not any(said in each.message for each in found)]
+    missing = [
+        effect for effect in EFFECTS.values() if not any(effect in finding.message for finding in findings)
+    ]
     assert missing == []
-    assert len(found) == len(EFFECTS), [each.message for each in found]
+    assert len(findings) == len(EFFECTS), [finding.message for finding in findings]
+    for finding in findings:
+        assert (finding.path.name, finding.line is None) == ("common.py", False), finding
+        assert EFFECTS[lines[(finding.line or 0) - 1]] in finding.message
+
+
+def test_functions_that_are_compiled_when_first_called_are_no_side_effect(make_kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    text = (
+        "import torch\nfrom torch.nn.attention.flex_attention import flex_attention\n"
+        "flex_attention = torch.compile(flex_attention)\nSQUARE = torch.compile(torch.nn.ReLU())\n"
+        "@torch.compile(mode='max-autotune', dynamic=True)\ndef double(x):\n    return 2 * x\n"
+        "@torch.compile(fullgraph=True, options={'triton.cudagraphs': True})\ndef triple(x):\n    return 3 * x\n"
+        "@torch.compile(backend='eager')\ndef half(x):\n    return x / 2\n"
+        "@torch.compiler.disable\ndef same(x):\n    return x\n"
+        "DEFAULT = 3.0\n"
+    )
+    assert check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text}))) == []
 
 
 def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(make_kernel):
@@ -277,5 +334,5 @@ def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(make_kern
         "warnings.warn('shown to whoever wants to see it')\nopen(os.devnull, 'w').close()\nopen(__file__).close()\n"
         "os.makedirs(os.path.join(os.environ['XDG_CACHE_HOME'], 'demo'), exist_ok=True)\nDEFAULT = 3.0\n"
     )
-    found = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
-    assert [each.message for each in found if each.code == "KP205"] == []
+    findings = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    assert [finding.message for finding in findings if finding.code == "KP205"] == []

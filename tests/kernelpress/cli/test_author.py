@@ -19,11 +19,11 @@ TWICE = f"{PACKAGE}/twice.py"
 
 
 def run(*arguments: str, code: int = 0, **environment: str) -> str:
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, list(arguments), env={"COLUMNS": "400", **environment}, catch_exceptions=False
     )
-    assert done.exit_code == code, done.output
-    return done.output
+    assert result.exit_code == code, result.output
+    return result.stdout
 
 
 def break_twice(root):
@@ -85,16 +85,16 @@ def test_a_build_is_made_again_elsewhere_and_compared(make_kernel):
 
 def test_a_build_that_differs_elsewhere_is_refused(make_kernel):
     root = make_kernel()
-    made = build(load_spec(root))
+    kernel = build(load_spec(root))
     (root / TWICE).write_text((root / TWICE).read_text() + "# changed meanwhile\n")
     with pytest.raises(BuildError, match="comes out differently"):
-        reproduce(made)
+        reproduce(kernel)
 
 
 def test_check_speaks_json_and_githubs_language(make_kernel):
     root = make_kernel(**{TWICE: "import numpy\n"})
-    found = json.loads(run("check", str(root), "--output", "json", code=1))
-    assert "KP303" in [each["code"] for each in found]
+    findings = json.loads(run("check", str(root), "--output", "json", code=1))
+    assert "KP303" in [finding["code"] for finding in findings]
     assert "::error file=" in run("check", str(root), "--output", "github", code=1)
 
 
@@ -103,8 +103,8 @@ def test_check_says_that_the_build_is_of_other_sources(make_kernel):
     run("build", str(root))
     assert "KP108" not in run("check", str(root))
     break_twice(root)
-    said = run("check", str(root), code=1)
-    assert "KP108 built torch-cpu, torch-cuda, torch-universal of other sources than these" in said
+    output = run("check", str(root), code=1)
+    assert "KP108 built torch-cpu, torch-cuda, torch-universal of other sources than these" in output
     run("build", str(root))
     toml = (root / "build.toml").read_text()
     (root / "build.toml").write_text(toml.replace('"cuda"]', '"cuda", "xpu"]'))
@@ -129,15 +129,29 @@ def test_what_every_variant_shows_is_found_once_and_in_the_sources(make_kernel):
         }
     )
     run("build", str(root))
-    found = json.loads(run("check", str(root), "--output", "json", code=1))
-    assert [(each["code"], each["path"], each["line"]) for each in found] == [
+    findings = json.loads(run("check", str(root), "--output", "json", code=1))
+    assert [(finding["code"], finding["path"], finding["line"]) for finding in findings] == [
         ("KP202", str(root / PACKAGE / "__init__.py"), 3),
     ]
     (root / TWICE).write_text("def other(): ...\n\n\ndef twice(x): ...\n")
     run("build", str(root))
-    found = json.loads(run("check", str(root), "--output", "json", code=1))
-    assert ("KP208", str(root / TWICE), 4) in [(each["code"], each["path"], each["line"]) for each in found]
-    assert len(found) == 2
+    findings = json.loads(run("check", str(root), "--output", "json", code=1))
+    places = [(finding["code"], finding["path"], finding["line"]) for finding in findings]
+    assert ("KP208", str(root / TWICE), 4) in places
+    assert len(findings) == 2
+
+
+def test_a_side_effect_in_every_variant_is_found_once_in_the_sources(make_kernel):
+    effects = "import os, torch\nos.environ['DEMO'] = '1'\nopen('left', 'w').close()\n"
+    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{effects}DEFAULT = 3.0\n"})
+    run("build", str(root))
+    findings = json.loads(run("check", str(root), "--output", "json", code=1))
+    assert [
+        (finding["code"], finding["path"], finding["line"], finding["message"]) for finding in findings
+    ] == [
+        ("KP205", str(root / PACKAGE / "ops/common.py"), 2, "importing it changes environment variable DEMO"),
+        ("KP205", str(root / PACKAGE / "ops/common.py"), 3, "importing it writes the file left"),
+    ]
 
 
 def test_a_rule_is_explained():

@@ -30,6 +30,9 @@ def test_build_check_and_publish_work_from_the_kernels_directory(make_kernel, tm
     assert re.search(r"torch-universal +_demo_kernel_universal_[0-9a-f]{10} +7", built.stdout)
     checked = kernelpress("check", cwd=root)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stderr.startswith(
+        "loading torch-cpu, torch-cuda, torch-universal, each in a clean process"
+    )
     with running_hub(tmp_path / "hub") as hub:
         first = kernelpress("publish", cwd=root, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path))
         second = kernelpress("publish", "--endpoint", hub.endpoint, cwd=root, HF_HOME=str(tmp_path))
@@ -41,11 +44,11 @@ def test_build_check_and_publish_work_from_the_kernels_directory(make_kernel, tm
 def test_check_prints_findings_and_fails(make_kernel):
     root = make_kernel(**{"torch-ext/demo_kernel/twice.py": "import not_there\n"})
     kernelpress("build", str(root))
-    done = kernelpress("check", str(root))
-    assert done.returncode == 1
-    assert "torch-ext/demo_kernel/twice.py:1: KP201" in done.stdout
-    assert "torch-ext/demo_kernel/twice.py:1: KP303 not_there" in done.stdout
-    assert "2 errors" in done.stdout
+    process = kernelpress("check", str(root))
+    assert process.returncode == 1
+    assert "torch-ext/demo_kernel/twice.py:1: KP201" in process.stdout
+    assert "torch-ext/demo_kernel/twice.py:1: KP303 not_there" in process.stdout
+    assert "2 errors" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -61,12 +64,12 @@ def test_check_prints_findings_and_fails(make_kernel):
 )
 def test_bad_input_ends_in_one_message_and_no_traceback(make_kernel, changed, arguments, message):
     root = make_kernel(**changed)
-    done = kernelpress(*arguments, cwd=root)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr + done.stdout
+    process = kernelpress(*arguments, cwd=root)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert message in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert "Traceback" not in process.stderr + process.stdout
 
 
 def test_the_version_is_the_installed_one():
@@ -111,18 +114,18 @@ def test_a_token_made_on_the_command_line_is_what_the_hub_then_asks_for(make_ker
     token = kernelpress("token", "create", "me", "--root", str(tmp_path / "hub")).stdout.strip()
     with running_hub(tmp_path / "hub") as hub:
         without = kernelpress("publish", str(root), HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path))
-        given = kernelpress(
+        process = kernelpress(
             "publish", str(root), HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path), HF_TOKEN=token
         )
     assert without.returncode == 1
     assert "token" in without.stderr
-    assert given.returncode == 0, given.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_unbundling_to_a_directory_and_to_a_hub_at_once_is_wrong_usage(tmp_path):
-    done = kernelpress("unbundle", "k.tar", "--into", str(tmp_path / "new"), "--repo-id", "org/k")
-    assert done.returncode == 2
-    assert "--into unpacks to a directory" in done.stderr
+    process = kernelpress("unbundle", "k.tar", "--into", str(tmp_path / "new"), "--repo-id", "org/k")
+    assert process.returncode == 2
+    assert "--into unpacks to a directory" in process.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads processor time in /proc")

@@ -60,17 +60,17 @@ def test_a_kernel_with_a_specification_must_compile(make_kernel, stored, codes):
             f"torch-ext/{package}/specs.py": SPECS.format(stored=stored),
         }
     )
-    done = CliRunner().invoke(app, ["compile", str(root), "--output", "json"])
-    assert done.exit_code == len(codes), done.output
-    found = json.loads(done.output)
-    assert [finding["code"] for finding in found] == codes
-    assert all("copy (plain) for sm_80" in finding["message"] for finding in found)
+    result = CliRunner().invoke(app, ["compile", str(root), "--output", "json"])
+    assert result.exit_code == len(codes), result.output
+    findings = json.loads(result.output)
+    assert [finding["code"] for finding in findings] == codes
+    assert all("copy (plain) for sm_80" in finding["message"] for finding in findings)
 
 
 def test_a_package_without_specifications_has_nothing_to_compile(make_kernel):
-    done = CliRunner().invoke(app, ["compile", str(make_kernel())])
-    assert done.exit_code == 1
-    assert "nothing to compile: no module of the package has a COMPILE_SPECS" in str(done.exception)
+    result = CliRunner().invoke(app, ["compile", str(make_kernel())])
+    assert result.exit_code == 1
+    assert "nothing to compile: no module of the package has a COMPILE_SPECS" in str(result.exception)
 
 
 def test_a_kernel_that_spills_is_warned_of():

@@ -1,4 +1,4 @@
-"""What calling a package's operators with made-up arguments turns up: rules KP206 and KP207."""
+"""Findings from calling a package's operators with made-up arguments: rules KP206 and KP207."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMPLEMENTED = '@lib.impl("demo_kernel::scale", "CompositeExplicitAutograd")\n'
 
 
 def checked(root: Path, file: str, *changes: tuple[str, str], only: str = "torch-cpu") -> list[Finding]:
-    """What is found in one variant of the sample kernel after changes to one of its files."""
+    """The findings in one variant of the sample kernel after changes to one of its files."""
     path = root / "torch-ext" / "demo_kernel" / file
     text = path.read_text()
     for old, new in changes:
@@ -31,7 +31,7 @@ def checked(root: Path, file: str, *changes: tuple[str, str], only: str = "torch
 
 def test_an_operator_that_runs_another_builds_code_is_found(make_kernel):
     # Both builds load, and both register all operators: only a call shows whose code runs.
-    (found,) = checked(
+    (finding,) = checked(
         make_kernel(),
         "ops/scale.py",
         ("    return x * by", "    return torch._demo_scale(x, by)"),
@@ -41,15 +41,15 @@ def test_an_operator_that_runs_another_builds_code_is_found(make_kernel):
             'if not hasattr(torch, "_demo_scale"):\n    torch._demo_scale = _first\n\n\ndef scale(',
         ),
     )
-    assert (found.code, found.severity) == ("KP206", "error")
-    assert "calling operator 'scale'" in found.message
-    assert found.message.endswith("ops/scale.py")
+    assert (finding.code, finding.severity) == ("KP206", "error")
+    assert "calling operator 'scale'" in finding.message
+    assert finding.message.endswith("ops/scale.py")
 
 
 def test_an_operator_made_of_another_builds_function_is_found_though_nothing_can_call_it(make_kernel):
-    (found,) = [
-        each
-        for each in checked(
+    (finding,) = [
+        finding
+        for finding in checked(
             make_kernel(),
             "twice.py",
             (
@@ -63,21 +63,21 @@ def test_an_operator_made_of_another_builds_function_is_found_though_nothing_can
                 'operator("demo_kernel::twice", _own, mutates_args=())',
             ),
         )
-        if each.code == "KP206"
+        if finding.code == "KP206"
     ]
-    assert "operator 'twice' of" in found.message
-    assert "is a function of" in found.message
+    assert "operator 'twice' of" in finding.message
+    assert "is a function of" in finding.message
 
 
 def test_an_operator_that_fails_in_the_second_build_alone_is_found(make_kernel):
-    (found,) = checked(
+    (finding,) = checked(
         make_kernel(),
         "ops/scale.py",
         ("    return x * by", "    assert NUMBER == 1\n    return x * by"),
         ("NAMESPACE =", "NUMBER = torch._demo_builds = getattr(torch, '_demo_builds', 0) + 1\nNAMESPACE ="),
     )
-    assert found.code == "KP206"
-    assert "AssertionError" in found.message
+    assert finding.code == "KP206"
+    assert "AssertionError" in finding.message
 
 
 # The body of an operator, its fake implementation, and what is found: severity, text, and whether with the line.
@@ -145,19 +145,21 @@ def found_of_cases(tmp_path_factory) -> dict[str, list[Finding]]:
             f'import torch\n\n\n@torch.library.custom_op("demo_kernel::{name}", mutates_args=())\n'
             f"def op(x: torch.Tensor) -> torch.Tensor:\n    return {body}\n\n\n@op.register_fake\ndef _{fake}\n"
         )
-    found = [each for each in check(build(load_spec(root)).directory) if "torch-cpu" in str(each.path)]
-    assert {each.code for each in found} == {"KP207"}, found
-    return {name: [each for each in found if repr(name) in each.message] for name in CASES}
+    findings = [
+        finding for finding in check(build(load_spec(root)).directory) if "torch-cpu" in str(finding.path)
+    ]
+    assert {finding.code for finding in findings} == {"KP207"}, findings
+    return {name: [finding for finding in findings if repr(name) in finding.message] for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_fake_implementation_does_is_found_with_its_line(found_of_cases, name):
-    (found,) = found_of_cases[name]
+    (finding,) = found_of_cases[name]
     *_, severity, message, with_line = CASES[name]
-    assert found.severity == severity
-    assert message in found.message
+    assert finding.severity == severity
+    assert message in finding.message
     if with_line:
-        assert (found.path.name, found.line) == (f"{name}.py", 11)
+        assert (finding.path.name, finding.line) == (f"{name}.py", 11)
 
 
 def test_a_fake_implementation_with_sizes_that_only_data_tells_is_no_finding(make_kernel):
@@ -170,9 +172,9 @@ def test_a_fake_implementation_with_sizes_that_only_data_tells_is_no_finding(mak
 
 
 def test_an_operator_that_ends_the_process_when_called_is_no_failure_to_load(make_kernel):
-    found = checked(make_kernel(), "twice.py", ("return x * FACTOR", "import os; os._exit(9)"))
-    assert {(each.code, each.severity) for each in found} == {("KP207", "note")}
-    assert "status 9" in found[0].message
+    findings = checked(make_kernel(), "twice.py", ("return x * FACTOR", "import os; os._exit(9)"))
+    assert {(finding.code, finding.severity) for finding in findings} == {("KP207", "note")}
+    assert "status 9" in findings[0].message
 
 
 def test_operators_with_ranks_indices_options_and_names_are_run_all_the_same(make_kernel):

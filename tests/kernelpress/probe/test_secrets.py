@@ -52,25 +52,25 @@ def secrets(monkeypatch):
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_kernel_that_is_verified_finds_no_token(make_kernel, tmp_path, secrets, monkeypatch, private):
-    made = nosy(make_kernel())
+    kernel = nosy(make_kernel())
     token = create_token(tmp_path / "hub", "alice")
     monkeypatch.setenv("HF_TOKEN", token)
     with running_hub(tmp_path / "hub", trust=["org"]) as hub:
         api = client(hub.endpoint)
-        publish(made, "org/nosy", api, PublishOptions(private=private))
-        seen = verify(api, "org/nosy", list(branch_heads(api, "org/nosy").values()), 1)
-    assert seen.faults == ()
-    assert set(seen.loaded) == {"torch-cpu", "torch-universal"}
-    assert str(seen.called).startswith("_demo_kernel_")
+        publish(kernel, "org/nosy", api, PublishOptions(private=private))
+        verification = verify(api, "org/nosy", list(branch_heads(api, "org/nosy").values()), 1)
+    assert verification.faults == ()
+    assert set(verification.loaded) == {"torch-cpu", "torch-universal"}
+    assert str(verification.called).startswith("_demo_kernel_")
 
 
 def test_a_kernel_that_only_some_may_read_is_verified(make_kernel, tmp_path, secrets, monkeypatch):
-    made = nosy(make_kernel())
+    kernel = nosy(make_kernel())
     token = create_token(tmp_path / "hub", "alice")
     monkeypatch.setenv("HF_TOKEN", token)
     with running_hub(tmp_path / "hub", trust=["org"]) as hub:
         api = client(hub.endpoint)
-        publish(made, "org/gated", api)
+        publish(kernel, "org/gated", api)
         settings = f"{hub.endpoint}/api/kernels/org/gated/settings"
         headers = {"Authorization": f"Bearer {token}"}
         assert httpx2.put(settings, json={"gated": "auto"}, headers=headers).status_code == 200
@@ -78,8 +78,8 @@ def test_a_kernel_that_only_some_may_read_is_verified(make_kernel, tmp_path, sec
 
 
 def test_a_kernel_that_is_checked_finds_no_token(make_kernel, secrets):
-    found = check(nosy(make_kernel()).directory)
-    assert [each for each in found if "can read" in each.message] == []
+    findings = check(nosy(make_kernel()).directory)
+    assert [finding for finding in findings if "can read" in finding.message] == []
 
 
 def test_what_a_kernel_needs_is_let_through_and_secrets_are_not():

@@ -21,9 +21,9 @@ def test_an_exported_project_is_upstreams_and_builds_to_the_same_behaviour(make_
     sources = "".join(path.read_text() for path in out.rglob("*.py"))
     assert "kernelpress_own_namespace" not in sources
     assert sources.count("demo_kernel::") == 2, "the look-alikes, in a docstring and a label"
-    made = build(load_spec(out))
-    done = run_clean(USE, str(made.directory / "torch-cpu"))
-    assert done.stdout == "2.0 3.0 demo_kernel::twice\n", done.stderr
+    kernel = build(load_spec(out))
+    process = run_clean(USE, str(kernel.directory / "torch-cpu"))
+    assert process.stdout == "2.0 3.0 demo_kernel::twice\n", process.stderr
 
 
 def test_an_export_moves_no_line(make_kernel, tmp_path):

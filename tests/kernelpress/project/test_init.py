@@ -23,22 +23,23 @@ from sample_kernel import source_findings
 def test_a_new_project_builds_passes_its_checks_and_tests_and_publishes(tmp_path):
     root = scaffold("new-kernel", "org", tmp_path / "new-kernel")
     spec = load_spec(root)
-    made = build(spec)
+    kernel = build(spec)
     assert source_findings(root) == []
-    assert check(made.directory) == []
-    done = subprocess.run(
+    assert check(kernel.directory) == []
+    process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=root, capture_output=True,
         text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 passed" in done.stdout or "10 passed" in done.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "6 passed" in process.stdout or "10 passed" in process.stdout
     with running_hub(tmp_path / "hub") as server:
-        published = publish(made, None, hub(server.endpoint))
+        published = publish(kernel, None, hub(server.endpoint))
     assert [branch.changed for branch in published.branches] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("name", "organization"), [("New", "org"), ("a--b", "org"), ("new", "no/org"), ("n", "o")]
+    ("name", "organization"),
+    [("New", "org"), ("a--b", "org"), ("new", "no/org"), ("n", "o"), ("class", "org"), ("torch", "org")],
 )
 def test_a_name_that_the_hub_refuses_leaves_nothing_behind(tmp_path, name, organization):
     with pytest.raises(SpecError) as caught:
@@ -61,8 +62,8 @@ def test_the_workflow_is_sound_and_installs_kernelpress_from_where_it_is_told(tm
         [tools / "zizmor", "--quiet", "--offline", workflow],
         [tools / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", workflow],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
     steps = yaml.safe_load(workflow.read_text())["jobs"]["kernel"]["steps"]
     (install,) = [step["run"] for step in steps if step.get("name") == "Install"]
     assert not any("pip install" in step.get("run", "") for step in steps if step.get("name") != "Install")
@@ -77,13 +78,13 @@ def test_the_workflow_is_sound_and_installs_kernelpress_from_where_it_is_told(tm
     assert without.returncode != 0
     assert "set the variable KERNELPRESS" in without.stderr
     source = "kernelpress @ git+https://example.org/tools@0123abc"
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-e", "-c", install],
         capture_output=True,
         text=True,
         env={"PATH": path, "KERNELPRESS": source},
     )
-    assert done.stdout.splitlines() == ["install", "torch", "pytest", "numpy", source]
+    assert process.stdout.splitlines() == ["install", "torch", "pytest", "numpy", source]
 
 
 def test_every_template_is_installed_with_the_package():

@@ -19,7 +19,7 @@ def functions(root: Path) -> list[PublicName]:
 
 
 def test_public_functions_are_found_through_imports_with_signature_and_summary(make_kernel):
-    names = {each.name: each for each in functions(make_kernel())}
+    names = {member.name: member for member in functions(make_kernel())}
     assert list(names) == ["label", "scale", "twice"]
     assert names["twice"].signature == "twice(x: torch.Tensor) -> torch.Tensor"
     assert names["twice"].summary == "Twice ``x``."
@@ -27,30 +27,50 @@ def test_public_functions_are_found_through_imports_with_signature_and_summary(m
     assert names["scale"].signature == "scale(x, by: float=common.DEFAULT)"
 
 
+@pytest.mark.parametrize(
+    ("docstring", "summary"),
+    [
+        ("See :func:`twice`.", "See `twice`."),
+        ("Like :py:meth:`~torch.Tensor.mul` twice.", "Like `mul` twice."),
+        ("A :class:`tensor <torch.Tensor>` and :ref:`more`.", "A `tensor` and `more`."),
+        ("Of :math:`x^2`, no :obj:`!None`.", "Of `x^2`, no `None`."),
+        (
+            "By `the paper <https://example.org/a_b>`_ on it.",
+            "By [the paper](https://example.org/a_b) on it.",
+        ),
+        ("``x`` in `y`: ``a:b`` at 10:30.", "``x`` in `y`: ``a:b`` at 10:30."),
+    ],
+)
+def test_a_summary_is_markdown(make_kernel, docstring, summary):
+    text = f'def twice(x):\n    """{docstring}"""\n'
+    root = make_kernel(**{"torch-ext/demo_kernel/twice.py": text})
+    assert [function.summary for function in functions(root) if function.name == "twice"] == [summary]
+
+
 def test_a_name_that_is_no_function_stands_by_itself(make_kernel):
     text = "from .nowhere import lost\nSIZE = 3\n__all__ = ('SIZE', 'lost')\n"
-    found = functions(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))
-    assert [(each.name, each.signature) for each in found] == [("SIZE", ""), ("lost", "")]
+    members = functions(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))
+    assert [(member.name, member.signature) for member in members] == [("SIZE", ""), ("lost", "")]
 
 
 def test_names_that_are_put_into_all_or_assigned_are_described(make_kernel):
     text = (
         "from .twice import twice as double\nagain = double\n__all__ = ['double']\n__all__.append('again')\n"
     )
-    found = functions(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))
-    assert [str(each) for each in found] == ["double", "again"]
-    assert found[1].signature == "again(x: torch.Tensor) -> torch.Tensor"
+    members = functions(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text}))
+    assert [str(member) for member in members] == ["double", "again"]
+    assert members[1].signature == "again(x: torch.Tensor) -> torch.Tensor"
 
 
 def test_the_default_card_says_how_to_use_the_kernel_and_what_it_holds(make_kernel):
     root = make_kernel()
-    made = build(load_spec(root))
-    text = render_card(made, "org/demo-kernel")
+    kernel = build(load_spec(root))
+    text = render_card(kernel, "org/demo-kernel")
     assert text.startswith("---\nlibrary_name: kernels\nlicense: mit\ntags:\n  - kernels\n")
     assert 'get_kernel("org/demo-kernel", version=1)' in text
     assert "`twice(x: torch.Tensor) -> torch.Tensor`: Twice ``x``." in text
-    assert made.content_hash in text
-    assert all(variant.id in text for variant in made.variants)
+    assert kernel.content_hash in text
+    assert all(variant.id in text for variant in kernel.variants)
 
 
 def test_a_card_of_the_kernels_own_replaces_or_extends_the_default(make_kernel):

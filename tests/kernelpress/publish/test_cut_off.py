@@ -47,20 +47,20 @@ def contents(api: HfApi, repo: str, revision: str) -> dict[str, str]:
 
 
 def killed(root: Path, repo: str, server: RunningHub) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_THE_PROOF, str(root), repo, server.endpoint],
         env=os.environ, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert done.returncode == -9, done.stderr
+    assert process.returncode == -9, process.stderr
 
 
 def test_a_good_release_is_verified_by_the_next_run_and_once_only(make_kernel, api, repo, server):
     root = make_kernel()
     killed(root, repo, server)
-    done = release(make(root), repo, api)
-    assert not done.published.changed
-    assert done.seen is not None
-    assert done.seen.faults == ()
+    result = release(make(root), repo, api)
+    assert not result.published.changed
+    assert result.seen is not None
+    assert result.seen.faults == ()
     assert release(make(root), repo, api).seen is None
 
 
@@ -118,13 +118,13 @@ def test_restoring_leaves_alone_what_changes_in_that_very_moment(make_kernel, ap
     before, bad = commit("a", b"1"), commit("a", b"bad")
 
     def looked(api: HfApi, repo_id: str) -> dict[str, str]:
-        found = branch_heads(api, repo_id)
+        branches = branch_heads(api, repo_id)
         commit("b", b"another publisher")
-        return found
+        return branches
 
     monkeypatch.setattr(module, "branch_heads", looked)
-    said = module._put_back(PublishedBranch("main", bad, True, 1, 0, "", before), before, repo, api)
-    assert said == "main was changed by somebody else since and is left alone"
+    message = module._put_back(PublishedBranch("main", bad, True, 1, 0, "", before), before, repo, api)
+    assert message == "main was changed by somebody else since and is left alone"
     assert "b" in contents(api, repo, "main")
 
 

@@ -58,14 +58,14 @@ def proxy(endpoint: str, fault: Fault) -> Iterator[str]:
                 number = count[0]
                 count[0] += 1
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
-            what = fault(number, self.command, self.path)
-            if isinstance(what, int):
-                self.send_response(what)
+            damage = fault(number, self.command, self.path)
+            if isinstance(damage, int):
+                self.send_response(damage)
                 self.send_header("Retry-After", "0")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            if what == "cut before":
+            if damage == "cut before":
                 self.close_connection = True
                 return
             onward = http.client.HTTPConnection(str(address.hostname), address.port, timeout=30)
@@ -73,7 +73,7 @@ def proxy(endpoint: str, fault: Fault) -> Iterator[str]:
             answer = onward.getresponse()
             data = answer.read()
             onward.close()
-            if what == "cut after":
+            if damage == "cut after":
                 self.close_connection = True
                 return
             self.send_response(answer.status)
@@ -97,9 +97,9 @@ def proxy(endpoint: str, fault: Fault) -> Iterator[str]:
         listening.server_close()
 
 
-@pytest.mark.parametrize("what", ["cut before", "cut after", 503, 429, 500])
-def test_a_fault_at_any_one_request_of_a_publish_is_survived_with_one_commit(make_kernel, server, what):
-    made = build(load_spec(make_kernel()))
+@pytest.mark.parametrize("damage", ["cut before", "cut after", 503, 429, 500])
+def test_a_fault_at_any_one_request_of_a_publish_is_survived_with_one_commit(make_kernel, server, damage):
+    kernel = build(load_spec(make_kernel()))
     straight = client(server.endpoint)
     paths: list[str] = []
 
@@ -107,39 +107,39 @@ def test_a_fault_at_any_one_request_of_a_publish_is_survived_with_one_commit(mak
         paths.append(path)
         return ""
 
-    name = str(what).replace(" ", "-")
+    name = str(damage).replace(" ", "-")
     with proxy(server.endpoint, watch) as endpoint:
-        publish(made, f"org/watched-{name}", client(endpoint))
+        publish(kernel, f"org/watched-{name}", client(endpoint))
     # Those that write too: of a second publish to one repository there would be none.
     assert any("/commit/" in path for path in paths)
     # Not the very first: a Hub that was never reached is an address to check.
-    for spoiled in range(1, len(paths), 2 if what == "cut before" else 1):
+    for spoiled in range(1, len(paths), 2 if damage == "cut before" else 1):
         repo = f"org/fault-{name}-{spoiled}"
         with proxy(
-            server.endpoint, lambda number, method, path, at=spoiled: what if number == at else ""
+            server.endpoint, lambda number, method, path, at=spoiled: damage if number == at else ""
         ) as endpoint:
-            done = publish(made, repo, client(endpoint))
-        assert [branch.changed for branch in done.branches] == [True, True]
-        assert plan(made, repo, straight).unchanged
+            published = publish(kernel, repo, client(endpoint))
+        assert [branch.changed for branch in published.branches] == [True, True]
+        assert plan(kernel, repo, straight).unchanged
         assert branch_heads(straight, repo).keys() == {"main", "v1"}
         history = straight.list_repo_commits(repo, repo_type="kernel", revision="v1")
-        assert [each.title for each in history][1:] == ["initial commit"]
+        assert [commit.title for commit in history][1:] == ["initial commit"]
 
 
 def test_a_hub_that_only_answers_503_ends_in_one_message(make_kernel, server):
-    made = build(load_spec(make_kernel()))
+    kernel = build(load_spec(make_kernel()))
     with (
         proxy(server.endpoint, lambda number, method, path: 503) as endpoint,
         pytest.raises(PublishError, match="the Hub answers 503"),
     ):
-        publish(made, "org/never", client(endpoint))
+        publish(kernel, "org/never", client(endpoint))
 
 
 def test_a_hub_killed_at_any_request_of_a_publish_comes_back_whole_and_the_next_publish_finishes(
     make_kernel, tmp_path
 ):
-    made = build(load_spec(make_kernel()))
-    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
+    kernel = build(load_spec(make_kernel()))
+    expected = {f"build/{variant.name}/{file.path}" for variant in kernel.variants for file in variant.files}
     for at in (4, 7, 10):
         root, repo = tmp_path / f"hub-{at}", "org/killed"
         with running_hub(root) as running:
@@ -151,7 +151,7 @@ def test_a_hub_killed_at_any_request_of_a_publish_comes_back_whole_and_the_next_
 
             with proxy(running.endpoint, kill) as endpoint:
                 try:
-                    publish(made, repo, client(endpoint))
+                    publish(kernel, repo, client(endpoint))
                 except PublishError as error:
                     assert "does not answer" in error.message or "answers 5" in error.message  # noqa: PT017
         assert fsck(root).faults == ()
@@ -159,7 +159,7 @@ def test_a_hub_killed_at_any_request_of_a_publish_comes_back_whole_and_the_next_
             api = client(again.endpoint)
             if api.repo_exists(repo, repo_type="kernel"):
                 for branch in branch_heads(api, repo):
-                    held = {path for path in tree(api, repo, branch) if path.startswith("build/")}
-                    assert held in (set(), wanted)
-            publish(made, repo, api)
-            assert plan(made, repo, api).unchanged
+                    paths = {path for path in tree(api, repo, branch) if path.startswith("build/")}
+                    assert paths in (set(), expected)
+            publish(kernel, repo, api)
+            assert plan(kernel, repo, api).unchanged

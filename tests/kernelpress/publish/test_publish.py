@@ -26,20 +26,20 @@ print(kernel.__name__, kernel.twice(torch.ones(1)).item())
 
 
 def test_the_unmodified_loader_fetches_and_runs_what_was_published(make_kernel, api, repo, server, run_clean):
-    made = make(make_kernel())
-    done = publish(made, repo, api)
-    assert [branch.name for branch in done.branches] == ["v1", "main"]
+    kernel = make(make_kernel())
+    published = publish(kernel, repo, api)
+    assert [branch.name for branch in published.branches] == ["v1", "main"]
     loaded = run_clean(LOAD, repo, "1", HF_ENDPOINT=server.endpoint)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout == f"{made.variants[0].id} 2.0\n"
+    assert loaded.stdout == f"{kernel.variants[0].id} 2.0\n"
 
 
 def test_both_branches_hold_the_card_and_the_build_and_nothing_else(make_kernel, api, repo):
-    made = make(make_kernel())
-    publish(made, repo, api)
-    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
+    kernel = make(make_kernel())
+    publish(kernel, repo, api)
+    expected = {f"build/{variant.name}/{file.path}" for variant in kernel.variants for file in variant.files}
     for branch in ("v1", "main"):
-        assert files(api, repo, branch) - {".gitattributes"} == {*wanted, "README.md"}
+        assert files(api, repo, branch) - {".gitattributes"} == {*expected, "README.md"}
 
 
 def test_each_branch_gets_one_commit(make_kernel, api, repo):
@@ -81,12 +81,12 @@ def test_a_changed_source_is_published_with_its_metadata(make_kernel, api, repo,
     root = make_kernel()
     publish(make(root), repo, api)
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
-    made = make(root)
-    publish(made, repo, api)
+    kernel = make(root)
+    publish(kernel, repo, api)
     for branch in ("v1", "main"):
         where = tmp_path / "got"
         assert "FACTOR = 20" in content(api, repo, "build/torch-cpu/twice.py", branch, where)
-        assert made.variants[0].id in content(api, repo, "build/torch-cpu/metadata.json", branch, where)
+        assert kernel.variants[0].id in content(api, repo, "build/torch-cpu/metadata.json", branch, where)
 
 
 def test_files_gone_from_the_build_go_from_the_branch_and_others_stay(make_kernel, api, repo):
@@ -102,9 +102,9 @@ def test_files_gone_from_the_build_go_from_the_branch_and_others_stay(make_kerne
     edit(root, "build.toml", ', "cuda"', "")
     publish(make(root), repo, api)
     for branch in ("v1", "main"):
-        there = files(api, repo, branch)
-        assert "notes.md" in there
-        assert not [path for path in there if "extra.py" in path or "torch-cuda" in path or "stray" in path]
+        paths = files(api, repo, branch)
+        assert "notes.md" in paths
+        assert not [path for path in paths if "extra.py" in path or "torch-cuda" in path or "stray" in path]
 
 
 def test_main_follows_the_newest_version_and_is_never_downgraded(make_kernel, api, repo, tmp_path):
@@ -114,10 +114,10 @@ def test_main_follows_the_newest_version_and_is_never_downgraded(make_kernel, ap
     publish(make(new), repo, api)
     before = heads(api, repo)
     edit(old, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 20")
-    done = publish(make(old), repo, api)
+    published = publish(make(old), repo, api)
     after = heads(api, repo)
-    assert [branch.name for branch in done.branches] == ["v1"]
-    assert done.newer == 2
+    assert [branch.name for branch in published.branches] == ["v1"]
+    assert published.newer == 2
     assert (after["main"], after["v2"]) == (before["main"], before["v2"])
     assert after["v1"] != before["v1"]
     assert '"version": 2' in content(api, repo, "build/torch-cpu/metadata.json", "main", tmp_path)
@@ -164,11 +164,11 @@ def test_a_dirty_tree_is_said_in_the_card(make_kernel, api, repo, tmp_path):
 
 
 def test_a_private_repository_is_made_on_request(make_kernel, tmp_path):
-    made = make(make_kernel())
+    kernel = make(make_kernel())
     with running_hub(tmp_path / "hub", trust=["org"]) as running:
         token = create_token(running.root, "me")
-        publish(made, None, HfApi(endpoint=running.endpoint, token=token), PublishOptions(private=True))
-        stranger = plan(made, "org/demo-kernel", HfApi(endpoint=running.endpoint, token=False))
+        publish(kernel, None, HfApi(endpoint=running.endpoint, token=token), PublishOptions(private=True))
+        stranger = plan(kernel, "org/demo-kernel", HfApi(endpoint=running.endpoint, token=False))
         assert stranger.creates
         assert any("cannot see org/demo-kernel without a token" in note for note in stranger.notes)
 
@@ -177,13 +177,13 @@ def test_a_private_repository_is_made_on_request(make_kernel, tmp_path):
     ("token", "part"), [("hf_wrong", "refuses the token"), (False, "token"), ("read", "may not write")]
 )
 def test_a_token_that_may_not_write_is_refused_and_nothing_is_made(make_kernel, tmp_path, token, part):
-    made = make(make_kernel())
+    kernel = make(make_kernel())
     with running_hub(tmp_path / "hub", trust=["org"]) as running:
         good = HfApi(endpoint=running.endpoint, token=create_token(running.root, "me"))
         if token == "read":
             token = create_token(running.root, "reader", "read")
         with pytest.raises(PublishError, match=part):
-            publish(made, None, HfApi(endpoint=running.endpoint, token=token))
+            publish(kernel, None, HfApi(endpoint=running.endpoint, token=token))
         assert not good.repo_exists("org/demo-kernel", repo_type="kernel")
 
 
@@ -230,8 +230,8 @@ def test_a_published_version_is_not_replaced_from_a_dirty_tree_unless_forced(mak
     with pytest.raises(RefusedError, match=r"v1 is published and the sources differ.*--force"):
         publish(make(root), repo, api)
     assert heads(api, repo) == before
-    done = publish(make(root), repo, api, PublishOptions(force=True))
-    assert any("the sources differ" in each for each in done.overridden)
+    published = publish(make(root), repo, api, PublishOptions(force=True))
+    assert any("the sources differ" in objection for objection in published.overridden)
     assert heads(api, repo) != before
 
 
@@ -251,8 +251,8 @@ def test_a_break_of_the_api_within_a_version_is_refused_and_named(make_kernel, a
 
 
 def test_a_dry_run_of_a_repository_that_is_not_there_plans_all_of_it(make_kernel, api, repo):
-    made = make(make_kernel())
-    todo = plan(made, repo, api)
+    kernel = make(make_kernel())
+    todo = plan(kernel, repo, api)
     assert todo.creates
     added = {change.path for change in todo.branches[0].changes if change.kind == "added"}
     assert "build/torch-cpu/twice.py" in added

@@ -37,30 +37,30 @@ class Watched(HfApi):
 
 
 def test_a_reader_of_a_new_version_never_sees_another_tree(make_kernel, server, repo):
-    made = make(make_kernel())
-    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
+    kernel = make(make_kernel())
+    expected = {f"build/{variant.name}/{file.path}" for variant in kernel.variants for file in variant.files}
     api = Watched(endpoint=server.endpoint)
-    seen = []
+    trees = []
 
     def look(step: str) -> None:
         if "v1" in heads(api, repo):
-            seen.append(wanted <= files(api, repo, "v1"))
+            trees.append(expected <= files(api, repo, "v1"))
 
     api.before_step = look
-    publish(made, repo, api)
+    publish(kernel, repo, api)
     look("end")
-    assert seen
-    assert all(seen)
+    assert trees
+    assert all(trees)
 
 
-def interfering(api: Watched, what: Callable[[str], None]) -> None:
+def interfering(api: Watched, interfere: Callable[[str], None]) -> None:
     """Let somebody else act once, just before the next step."""
-    left = [1]
+    interruptions = [1]
 
     def act(step: str) -> None:
-        if left:
-            left.pop()
-            what(step)
+        if interruptions:
+            interruptions.pop()
+            interfere(step)
 
     api.before_step = act
 
@@ -76,10 +76,10 @@ def test_a_note_that_somebody_adds_meanwhile_is_kept(make_kernel, server, repo, 
         api,
         lambda step: other.create_commit(repo, note, commit_message="x", repo_type="kernel", revision=branch),
     )
-    said: list[str] = []
-    done = publish(make(root), repo, api, say=said.append)
-    assert done.changed
-    assert "meanwhile" in said[0]
+    messages: list[str] = []
+    published = publish(make(root), repo, api, say=messages.append)
+    assert published.changed
+    assert "meanwhile" in messages[0]
     assert "note.md" in files(other, repo, branch)
     assert plan(make(root), repo, other).unchanged
 
@@ -113,8 +113,8 @@ def test_a_version_branch_made_by_somebody_else_meanwhile_is_built_upon(make_ker
 
 
 def test_publishing_again_finishes_what_was_interrupted_at_any_step(make_kernel, server, tmp_path):
-    made = make(make_kernel())
-    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
+    kernel = make(make_kernel())
+    expected = {f"build/{variant.name}/{file.path}" for variant in kernel.variants for file in variant.files}
     for stop_at in range(2):
         repo = f"org/interrupted-{stop_at}"
         api, steps = Watched(endpoint=server.endpoint), itertools.count()
@@ -125,12 +125,12 @@ def test_publishing_again_finishes_what_was_interrupted_at_any_step(make_kernel,
 
         api.before_step = stop
         with pytest.raises(KeyboardInterrupt):
-            publish(made, repo, api)
+            publish(kernel, repo, api)
         for branch in heads(api, repo).keys() & {"v1"}:
-            assert wanted <= files(api, repo, branch)
-        publish(made, repo, client(server.endpoint))
+            assert expected <= files(api, repo, branch)
+        publish(kernel, repo, client(server.endpoint))
         assert heads(api, repo).keys() == {"main", "v1"}
-        assert all(wanted <= files(api, repo, branch) for branch in ("main", "v1"))
+        assert all(expected <= files(api, repo, branch) for branch in ("main", "v1"))
 
 
 def test_publishers_at_once_never_mix_their_trees(make_kernel, api, repo, server, tmp_path):
@@ -171,10 +171,10 @@ class Failing(HfApi):
         kind = self.plan.pop(0) if self.plan else ""
         if kind == "before":
             raise httpx2.ReadTimeout("cut off")
-        made = super().create_commit(*args, **kwargs)
+        commit = super().create_commit(*args, **kwargs)
         if kind == "after":
             raise httpx2.RemoteProtocolError("cut off")
-        return made
+        return commit
 
 
 @pytest.mark.parametrize("kind", ["before", "after"])
@@ -183,6 +183,6 @@ def test_a_connection_cut_in_a_commit_is_tried_again_and_commits_once(make_kerne
     api.create_repo(repo, repo_type="kernel")
     before = commits(api, repo, "main")
     api.plan = [kind]
-    done = publish(make(make_kernel()), repo, api)
-    assert [(branch.name, branch.changed) for branch in done.branches] == [("v1", True), ("main", True)]
+    published = publish(make(make_kernel()), repo, api)
+    assert [(branch.name, branch.changed) for branch in published.branches] == [("v1", True), ("main", True)]
     assert commits(api, repo, "main") == commits(api, repo, "v1") == before + 1

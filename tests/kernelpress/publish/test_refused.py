@@ -1,4 +1,4 @@
-"""What publishing refuses or cannot see, in one message each and never a traceback."""
+"""Inputs that publishing refuses or cannot see: each ends in one message and never in a traceback."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_stranger_plans_a_first_release_and_cannot_publish_it(make_kernel, tmp
 
 @pytest.fixture(scope="module")
 def portal() -> Iterator[str]:
-    """What a network without a login answers to everything: a page, with status 200."""
+    """A server that answers everything like a network without a login: by a page, with status 200."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -119,12 +119,12 @@ def portal() -> Iterator[str]:
 @pytest.mark.parametrize("command", [("publish",), ("info", "org/name"), ("api", "--against", "org/name@v1")])
 def test_a_login_page_in_place_of_the_hub_is_said(make_kernel, portal, command):
     project = () if command[0] == "info" else (str(make_kernel()),)
-    done = kernelpress(command[0], *project, *command[1:], HF_ENDPOINT=portal)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    process = kernelpress(command[0], *project, *command[1:], HF_ENDPOINT=portal)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert "Traceback" not in process.stderr
     if command[0] != "api":
-        assert "is no Hub: it sends something else than JSON" in done.stderr
+        assert "is no Hub: it sends something else than JSON" in process.stderr
 
 
 @pytest.mark.parametrize("digest", [None, {}, {"algorithm": "sha256"}])
@@ -143,9 +143,9 @@ def test_metadata_that_cannot_be_read_is_said_when_a_version_is_yanked(api, repo
     api.create_repo(repo, repo_type="kernel")
     _add(api, repo, metadata=metadata)
     api.create_branch(repo, branch="v1", repo_type="kernel")
-    done = kernelpress("yank", repo, "v1", "--reason", "wrong", "--endpoint", api.endpoint)
-    assert done.returncode == 1
-    assert f"build/torch-cpu/metadata.json of {repo} is no JSON object" in done.stderr
+    process = kernelpress("yank", repo, "v1", "--reason", "wrong", "--endpoint", api.endpoint)
+    assert process.returncode == 1
+    assert f"build/torch-cpu/metadata.json of {repo} is no JSON object" in process.stderr
 
 
 def _add(api: HfApi, repo: str, metadata: bytes) -> None:

@@ -38,8 +38,8 @@ pytestmark = pytest.mark.usefixtures("no_settings_of_the_developers_own")
 
 def processor_time() -> float:
     """Seconds of this process and those that it waited for: whatever else the machine does is left out."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def contents(api: HfApi, repo: str, revision: str) -> dict[str, str]:
@@ -61,14 +61,30 @@ print(get_kernel(sys.argv[1], **eval(sys.argv[2])).twice(torch.ones(1)).item())
 
 
 def test_a_release_is_used_as_a_consumer_would_within_ten_seconds(make_kernel, api, repo):
-    made = make(make_kernel())
+    kernel = make(make_kernel())
     start = processor_time()
-    done = release(made, repo, api)
+    result = release(kernel, repo, api)
     assert processor_time() - start < 10
-    assert done.seen is not None
-    assert set(done.seen.loaded) == {"torch-cpu", "torch-universal"}
-    assert done.seen.skipped == ("torch-cuda",)
-    assert str(done.seen.called).startswith("_demo_kernel_cpu_")
+    assert result.seen is not None
+    assert set(result.seen.loaded) == {"torch-cpu", "torch-universal"}
+    assert result.seen.skipped == ("torch-cuda",)
+    assert str(result.seen.called).startswith("_demo_kernel_cpu_")
+
+
+def test_a_release_for_other_hardware_is_verified_as_far_as_this_machine_can(make_kernel, api, repo):
+    root = make_kernel()
+    edit(root, "build.toml", '"cpu", "cuda"', '"rocm", "metal"')
+    verification = release(make(root), repo, api).seen
+    assert verification is not None
+    assert (verification.loaded, verification.skipped) == ((), ("torch-metal", "torch-rocm"))
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_without_torch_nothing_is_published(make_kernel, api, repo):
+    build = make(make_kernel())
+    with pytest.raises(PublishError, match=r"lacks torch.*nothing was published.*`pip install torch`"):
+        release(build, repo, api)
+    assert not api.repo_exists(repo, repo_type="kernel")
 
 
 BROKEN_ON_THE_HUB_ONLY = 'import os\nif "LOCAL" not in os.environ:\n    raise RuntimeError("broken here")\n'
@@ -98,12 +114,12 @@ def test_a_first_release_that_does_not_load_leaves_no_version(make_kernel, api, 
 def test_a_consumer_sees_a_file_that_is_not_what_the_digest_says(make_kernel, api, repo):
     publish(make(make_kernel()), repo, api)
     bad = [CommitOperationAdd("build/torch-cpu/twice.py", b"import os\n")]
-    made = api.create_commit(repo, bad, commit_message="x", repo_type="kernel", revision="v1")
-    seen = verify(api, repo, [made.oid], 1)
-    assert len(seen.faults) == 1
-    assert "torch-cpu" in seen.faults[0]
-    assert "twice.py" in seen.faults[0]
-    assert seen.loaded == ()
+    commit = api.create_commit(repo, bad, commit_message="x", repo_type="kernel", revision="v1")
+    verification = verify(api, repo, [commit.oid], 1)
+    assert len(verification.faults) == 1
+    assert "torch-cpu" in verification.faults[0]
+    assert "twice.py" in verification.faults[0]
+    assert verification.loaded == ()
 
 
 def test_exit_codes_tell_published_nothing_to_do_and_refused_apart(make_kernel, server, repo):
@@ -129,9 +145,9 @@ def test_exit_codes_tell_published_nothing_to_do_and_refused_apart(make_kernel, 
 def test_a_publisher_killed_at_any_moment_leaves_no_mixed_tree_and_is_finished_by_the_next(
     make_kernel, api, server
 ):
-    made = make(make_kernel())
-    wanted = {f"build/{variant.name}/{file.path}" for variant in made.variants for file in variant.files}
-    root = made.spec.root
+    kernel = make(make_kernel())
+    expected = {f"build/{variant.name}/{file.path}" for variant in kernel.variants for file in variant.files}
+    root = kernel.spec.root
     script = (
         "import sys; from pathlib import Path; from kernelpress.publish.publish import hub, publish; "
         "from kernelpress.spec.load import load_spec; from kernelpress.builder.build import build\n"
@@ -151,10 +167,10 @@ def test_a_publisher_killed_at_any_moment_leaves_no_mixed_tree_and_is_finished_b
         process.wait()
         if api.repo_exists(repo, repo_type="kernel"):
             for branch in branch_heads(api, repo):
-                held = {path for path in contents(api, repo, branch) if path.startswith("build/")}
-                assert held in (set(), wanted)
-        publish(made, repo, api)
-        assert plan(made, repo, api).unchanged
+                paths = {path for path in contents(api, repo, branch) if path.startswith("build/")}
+                assert paths in (set(), expected)
+        publish(kernel, repo, api)
+        assert plan(kernel, repo, api).unchanged
         assert branch_heads(api, repo).keys() == {"main", "v1"}
 
 
@@ -163,11 +179,11 @@ def test_info_lists_versions_with_their_sources_and_variants(make_kernel, api, r
     publish(make(root), repo, api)
     edit(root, "build.toml", "version = 1", "version = 2")
     publish(make(root), repo, api)
-    found = info(api, repo)
-    assert [each.version for each in found.versions] == [1, 2]
-    assert found.main_version == 2
-    assert found.versions[0].variants == ("torch-cpu", "torch-cuda", "torch-universal")
-    assert not found.versions[0].signed
+    repository = info(api, repo)
+    assert [version.version for version in repository.versions] == [1, 2]
+    assert repository.main_version == 2
+    assert repository.versions[0].variants == ("torch-cpu", "torch-cuda", "torch-universal")
+    assert not repository.versions[0].signed
 
 
 def test_a_rollback_is_a_commit_with_the_files_of_before(make_kernel, api, repo):
@@ -181,7 +197,7 @@ def test_a_rollback_is_a_commit_with_the_files_of_before(make_kernel, api, repo)
     branch, commit = rollback(api, repo, first["v1"])
     assert branch == "v1"
     assert contents(api, repo, "v1") == before
-    history = [each.commit_id for each in api.list_repo_commits(repo, repo_type="kernel", revision="v1")]
+    history = [commit.commit_id for commit in api.list_repo_commits(repo, repo_type="kernel", revision="v1")]
     assert history[:2] == [commit, newest]
     assert rollback(api, repo, first["v1"]) == ("v1", commit)
 
@@ -218,9 +234,9 @@ def test_readers_of_a_yanked_version_are_told_why_and_locked_ones_are_not(
     reason = 'wrong for "bf16" \\ é; use v2'
     changed = yank(api, repo, 1, f"{reason}\n")
     assert changed.keys() == {"v1", "main"}
-    asked = run_clean(LOAD, repo, "dict(version=1)", HF_ENDPOINT=server.endpoint)
-    assert asked.stdout == "2.0\n"
-    assert f"UserWarning: {repo} v1 was yanked by its publisher: {reason}" in asked.stderr
+    process = run_clean(LOAD, repo, "dict(version=1)", HF_ENDPOINT=server.endpoint)
+    assert process.stdout == "2.0\n"
+    assert f"UserWarning: {repo} v1 was yanked by its publisher: {reason}" in process.stderr
     kept = run_clean(LOAD, repo, f"dict(revision='{locked}')", HF_ENDPOINT=server.endpoint)
     assert kept.stdout == "2.0\n", kept.stderr
     assert "yanked" not in kept.stderr
@@ -231,7 +247,7 @@ def test_readers_of_a_yanked_version_are_told_why_and_locked_ones_are_not(
         publish(make(root), repo, api)
     edit(root, "build.toml", "version = 1", "version = 2")
     publish(make(root), repo, api)
-    assert [each.yanked is None for each in info(api, repo).versions] == [False, True]
+    assert [version.yanked is None for version in info(api, repo).versions] == [False, True]
     assert "kernel-yanked.toml" not in contents(api, repo, "main")
 
 
@@ -283,12 +299,12 @@ def test_a_bundle_loads_without_a_hub_and_fills_another_one(make_kernel, api, re
 
 
 def test_a_branch_that_only_looks_like_a_version_is_none(make_kernel, api, repo):
-    made = make(make_kernel())
-    publish(made, repo, api)
+    kernel = make(make_kernel())
+    publish(kernel, repo, api)
     for name in ("v01", "v1x", "v\u0661", "v" + "9" * 90):
         api.create_branch(repo, branch=name, repo_type="kernel")
-    assert [each.version for each in info(api, repo).versions] == [1]
-    assert plan(made, repo, api).unchanged
+    assert [version.version for version in info(api, repo).versions] == [1]
+    assert plan(kernel, repo, api).unchanged
 
 
 def test_an_archive_of_older_versions_leaves_main_where_it_is(make_kernel, api, repo, tmp_path):
@@ -300,16 +316,16 @@ def test_an_archive_of_older_versions_leaves_main_where_it_is(make_kernel, api, 
     edit(root, "build.toml", "version = 1", "version = 2")
     publish(make(root), target, api)
     before = branch_heads(api, target)
-    seen = []
+    revisions = []
     real = api.create_commit
 
     def watched(*arguments, **options):
-        seen.append(options["revision"])
+        revisions.append(options["revision"])
         return real(*arguments, **options)
 
     api.create_commit = watched
     assert upload(archive, api, target).keys() == {"v1"}
-    assert "main" not in seen
+    assert "main" not in revisions
     assert branch_heads(api, target) == {**before, "v1": branch_heads(api, target)["v1"]}
     assert contents(api, target, "v1") == contents(api, repo, "v1")
     assert upload(archive, api, target) == {}
@@ -369,9 +385,9 @@ def test_a_bundle_whose_manifest_is_none_is_refused(text, tmp_path):
 def test_without_an_identity_nothing_is_signed(make_kernel, monkeypatch):
     for name in ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
-    made = make(make_kernel())
-    assert sign(made) == ()
-    assert not list(made.directory.rglob(f"*{SIGNATURE}"))
+    kernel = make(make_kernel())
+    assert sign(kernel) == ()
+    assert not list(kernel.directory.rglob(f"*{SIGNATURE}"))
 
 
 def test_an_identity_that_cannot_be_had_fails_in_one_message(make_kernel, monkeypatch):
@@ -386,14 +402,14 @@ def test_a_signature_is_uploaded_kept_out_of_the_digest_and_kept_by_who_cannot_s
     make_kernel, api, repo, tmp_path
 ):
     root = make_kernel()
-    made = make(root)
-    for variant in made.variants:
-        (made.directory / variant.name / SIGNATURE).write_text("{}")
-    publish(made, repo, api)
+    kernel = make(root)
+    for variant in kernel.variants:
+        (kernel.directory / variant.name / SIGNATURE).write_text("{}")
+    publish(kernel, repo, api)
     assert info(api, repo).versions[0].signed
-    seen = verify(api, repo, [branch_heads(api, repo)["v1"]], 1)
-    assert seen.faults == ()
-    assert "torch-cpu" in seen.signed
+    verification = verify(api, repo, [branch_heads(api, repo)["v1"]], 1)
+    assert verification.faults == ()
+    assert "torch-cpu" in verification.signed
     assert plan(make(root), repo, api).unchanged
     edit(root, f"{PACKAGE}/twice.py", "FACTOR = 2", "FACTOR = 3")
     publish(make(root), repo, api)
@@ -401,8 +417,8 @@ def test_a_signature_is_uploaded_kept_out_of_the_digest_and_kept_by_who_cannot_s
 
 
 def test_the_loaders_verifier_tells_missing_and_broken_bundles_apart(make_kernel):
-    made = make(make_kernel())
-    variant = made.directory / "torch-cpu"
+    kernel = make(make_kernel())
+    variant = kernel.directory / "torch-cpu"
     assert isinstance(verify_variant(variant), VerificationResult.SignatureBundleMissing)
     (variant / SIGNATURE).write_text("{not a bundle")
     assert isinstance(verify_variant(variant), VerificationResult.SignatureBundleInvalid)

@@ -37,7 +37,7 @@ def run_job(
         "GITHUB_STEP_SUMMARY": str(summary),
         **values,
     }
-    done = subprocess.CompletedProcess("", 0, "", "")
+    process = subprocess.CompletedProcess("", 0, "", "")
     output = ""
     for step in job["steps"]:
         if "run" not in step or step["name"] == "Install":
@@ -45,14 +45,14 @@ def run_job(
         environment.setdefault("TAG", "")
         script = tmp_path / "step.sh"
         script.write_text(step["run"])
-        done = subprocess.run(
+        process = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)],
             cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
-        output += done.stdout + done.stderr
-        if done.returncode:
+        output += process.stdout + process.stderr
+        if process.returncode:
             break
-    return subprocess.CompletedProcess("", done.returncode, output, summary.read_text())
+    return subprocess.CompletedProcess("", process.returncode, output, summary.read_text())
 
 
 def test_the_jobs_steps_plan_publish_and_do_nothing_the_second_time(make_kernel, workflow, tmp_path):
@@ -65,11 +65,11 @@ def test_the_jobs_steps_plan_publish_and_do_nothing_the_second_time(make_kernel,
         assert planned.returncode == 0, planned.stdout
         assert "would be created" in planned.stderr
         assert not api.repo_exists("org/demo-kernel", repo_type="kernel")
-        done = run_job(workflow["jobs"]["publish"], root, tmp_path, **values, HF_TOKEN=token)
-        assert done.returncode == 0, done.stdout
-        assert re.search(r"v1 +published", done.stderr)
-        assert "verified" in done.stderr
-        assert token not in done.stdout + done.stderr
+        process = run_job(workflow["jobs"]["publish"], root, tmp_path, **values, HF_TOKEN=token)
+        assert process.returncode == 0, process.stdout
+        assert re.search(r"v1 +published", process.stderr)
+        assert "verified" in process.stderr
+        assert token not in process.stdout + process.stderr
         again = run_job(workflow["jobs"]["publish"], root, tmp_path, **values, HF_TOKEN=token)
         assert again.returncode == 0, again.stdout
         assert "nothing to commit" in again.stderr
@@ -117,11 +117,11 @@ def test_a_tag_of_another_version_fails_before_anything_is_installed(
     assert names.index("Tag") < names.index("Install")
     assert workflow["jobs"]["publish"]["needs"] == "plan"
     job = {"steps": [steps[names.index("Tag")]]}
-    done = run_job(job, make_kernel(), tmp_path, DIRECTORY=".", TAG=tag)
-    assert (done.returncode == 0) == passes, done.stdout
+    process = run_job(job, make_kernel(), tmp_path, DIRECTORY=".", TAG=tag)
+    assert (process.returncode == 0) == passes, process.stdout
     if not passes:
         assert (
-            done.stdout
+            process.stdout
             == f"::error file=build.toml::tag {tag} is not for version 1: tag v1, or raise `version`\n"
         )
 

@@ -9,10 +9,14 @@ from dulwich import porcelain
 from kernelpress.builder.build import build
 from kernelpress.errors import SourceError
 from kernelpress.source.read import read_source
-from kernelpress.spec.load import load_spec
+from kernelpress.spec.load import KernelOptions, load_spec
 from sample_kernel import source_findings
 
 PACKAGE = "torch-ext/demo_kernel"
+OPS = (
+    "import torch\nfrom . import _demo\n_NAME: str = '_demo'\nops = torch.ops._demo\n\n\n"
+    "def add_op_namespace_prefix(op_name: str):\n    return f'{_NAME}::{op_name}'\n"
+)
 
 
 def read(root: Path):
@@ -43,12 +47,38 @@ def test_only_what_ships_is_read_and_in_order(make_kernel):
             f"{PACKAGE}/notes.txt": "",
             f"{PACKAGE}/twice.pyc": "",
             f"{PACKAGE}/twice.pyi": "",
-            f"{PACKAGE}/_ops.py": "import torch\n",
+            f"{PACKAGE}/_ops.py": OPS,
         }
     )
     assert paths(root) == [
         "__init__.py", "ops/__init__.py", "ops/common.py", "ops/scale.py", "twice.py", "twice.pyi"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("_ops.py", "import torch\n"),
+        ("_ops.py", "import torch\n\n\ndef rms_norm(x):\n    return x\n"),
+        ("_ops.py", f"{OPS}\n\ndef rms_norm(x):\n    return x\n"),
+        (
+            "_ops.py",
+            f"{OPS}\n\n@torch.library.custom_op('a::b', mutates_args=())\ndef _b(x: int) -> int: ...\n",
+        ),
+        ("_ops.py", f"{OPS}EPSILON = 1e-6\n"),
+        ("_ops/__init__.py", ""),
+        ("_ops/norm.py", ""),
+    ],
+)
+@pytest.mark.parametrize("inside_a_project", [False, True])
+def test_a_module_that_the_build_would_replace_is_refused(make_kernel, path, text, inside_a_project):
+    root = make_kernel(**{f"{PACKAGE}/{path}": text})
+    options = KernelOptions(root)
+    if inside_a_project:
+        options = KernelOptions(root, root / PACKAGE, "demo_kernel", license="MIT")
+    with pytest.raises(SourceError, match="rename this one") as caught:
+        read_source(options.load())
+    assert caught.value.path == root / PACKAGE / path
 
 
 def test_other_suffixes_ship_when_the_spec_names_them(make_kernel):
@@ -117,14 +147,14 @@ def test_syntax_nested_too_deeply_is_refused_in_one_message(make_kernel, text, p
     root = make_kernel(**{f"{PACKAGE}/twice.py": text})
     with pytest.raises(SourceError, match=part):
         read(root)
-    (found,) = source_findings(root)
-    assert (found.code, found.path.name) == ("KP002", "twice.py")
+    (finding,) = source_findings(root)
+    assert (finding.code, finding.path.name) == ("KP002", "twice.py")
 
 
 def test_syntax_nested_as_deeply_as_allowed_builds(make_kernel):
     deep = "(" * 191 + "torch.ops.demo_kernel.twice" + ")(x)" * 191
     root = make_kernel(**{f"{PACKAGE}/more.py": f"import torch\ndef f(x):\n    return {deep}\n"})
-    assert [each.severity for each in source_findings(root)] == []
+    assert [finding.severity for finding in source_findings(root)] == []
     build(load_spec(root))
 
 
@@ -193,6 +223,8 @@ def test_a_repository_without_a_commit_has_no_git_state(make_kernel):
         (f"{PACKAGE}/twice.py", None, True),
         ("build.toml", "# \n", True),
         ("CARD.md", "# new\n", True),
+        ("pyproject.toml", "[tool.kernelpress]\nuniversal = true\n", True),
+        ("pyproject.toml", "[project]\n", False),
         ("README.md", "# new\n", False),
         (f"{PACKAGE}/notes.txt", "x\n", False),
         ("tests/test_x.py", "x = 1\n", False),
@@ -239,14 +271,14 @@ def test_a_name_that_is_no_text_is_said(make_kernel):
 def test_a_partial_clone_is_a_repository_like_any_other(make_kernel, dirty):
     root = make_kernel()
     porcelain.init(str(root))
-    made = commit(root)
+    head = commit(root)
     with (root / ".git/config").open("a") as config:
         config.write("[extensions]\n\tpartialClone = origin\n[core]\n\trepositoryformatversion = 1\n")
     if dirty:
         (root / PACKAGE / "twice.py").write_text("")
     git = read(root).git
     assert git is not None
-    assert (git.commit, git.dirty) == (made, dirty)
+    assert (git.commit, git.dirty) == (head, dirty)
 
 
 def test_a_repository_that_cannot_be_read_is_said(make_kernel):

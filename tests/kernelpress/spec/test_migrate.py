@@ -31,13 +31,13 @@ pyext = ["py", "json"]  # tiles
 """
 
 
-@pytest.mark.parametrize("text", [V4, V3])
+@pytest.mark.parametrize("text", [V4, V3, f"{V4}\n[kernel]  # none\n", f"{V3}\n[torch]\n\n[kernel]\n"])
 def test_an_older_edition_is_brought_up_to_date_with_its_comments(tmp_path, text):
     path = tmp_path / "build.toml"
     path.write_text(text)
     spec = migrate(tmp_path)
     assert spec is not None
-    assert (spec.version, spec.repo_id, [each.name for each in spec.backends]) == (
+    assert (spec.version, spec.repo_id, [backend.name for backend in spec.backends]) == (
         2, "org/demo-kernel", ["cpu", "cuda"]
     )  # fmt: skip
     after = path.read_text()
@@ -46,18 +46,32 @@ def test_an_older_edition_is_brought_up_to_date_with_its_comments(tmp_path, text
     assert "edition = 5" in after
     assert migrate(tmp_path) is None
     assert path.read_text() == after
-    assert [each.name for each in tmp_path.iterdir()] == ["build.toml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["build.toml"]
 
 
 @pytest.mark.parametrize(
     "text",
-    [V4, V3, V4.replace("version", "edition = 4\nversion"), V4.replace("version", "edition = 3\nversion")],
+    [
+        V4,
+        V3,
+        f"{V4}[kernel]\n",
+        f"{V3}[torch]\n[kernel]\n",
+        V4.replace("version", "edition = 4\nversion"),
+        V4.replace("version", "edition = 3\nversion"),
+    ],
 )
 def test_an_older_edition_is_read_as_what_migrating_makes_of_it(tmp_path, text):
     (tmp_path / "build.toml").write_text(text)
     read = load_spec(tmp_path)
     assert (tmp_path / "build.toml").read_text() == text
     assert read == migrate(tmp_path)
+
+
+def test_a_universal_kernel_with_a_bare_kernel_table_is_migrated(tmp_path):
+    (tmp_path / "build.toml").write_text(f"{V2}\n[kernel]\n")
+    spec = migrate(tmp_path, "MIT")
+    assert spec is not None
+    assert (spec.name, spec.pyext) == ("demo-kernel", ("py", "json"))
 
 
 def test_what_is_wrong_in_an_older_edition_is_named_with_its_own_line(tmp_path):
@@ -71,7 +85,7 @@ def test_a_universal_kernel_gets_its_name_backends_and_licence(tmp_path):
     spec = migrate(tmp_path, "apache-2.0")
     assert spec is not None
     assert (spec.name, spec.version, spec.license) == ("demo-kernel", 1, "Apache-2.0")
-    assert [each.name for each in spec.backends] == ["cpu", "cuda", "rocm", "xpu"]
+    assert [backend.name for backend in spec.backends] == ["cpu", "cuda", "rocm", "xpu"]
     assert spec.pyext == ("py", "json")
     assert load_spec(tmp_path) == spec
 
@@ -96,7 +110,7 @@ def test_what_cannot_be_migrated_stays_as_it_was(tmp_path, text, message):
     with pytest.raises(SpecError, match=message):
         migrate(tmp_path)
     assert path.read_text() == text
-    assert [each.name for each in tmp_path.iterdir()] == ["build.toml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["build.toml"]
 
 
 @pytest.mark.parametrize("text", ["general = 3\n", "torch = 3\n[general]\n", "torch-noarch = 3\n[general]\n"])

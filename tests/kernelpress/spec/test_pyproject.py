@@ -63,8 +63,8 @@ def make_project(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def files(made: Build) -> dict[str, str]:
-    return {file.path: file.data.decode() for file in made.variants[0].files}
+def files(kernel: Build) -> dict[str, str]:
+    return {file.path: file.data.decode() for file in kernel.variants[0].files}
 
 
 LOAD = (
@@ -76,10 +76,10 @@ LOAD = (
 
 @pytest.mark.parametrize("variant", ["torch-cpu", "torch-universal"])
 def test_a_package_inside_a_project_loads_without_the_project(make_project, run_clean, variant):
-    made = build(load_spec(make_project()))
-    assert (made.spec.name, made.spec.license) == ("frame-fast", "BSD-3-Clause")
-    done = run_clean(LOAD, str(made.directory / variant))
-    assert done.stdout == "[2, 2, 2, 1, 0] ([2, 2, 2, 1, 0], 2)\n[]\n", done.stderr
+    kernel = build(load_spec(make_project()))
+    assert (kernel.spec.name, kernel.spec.license) == ("frame-fast", "BSD-3-Clause")
+    process = run_clean(LOAD, str(kernel.directory / variant))
+    assert process.stdout == "[2, 2, 2, 1, 0] ([2, 2, 2, 1, 0], 2)\n[]\n", process.stderr
 
 
 def test_vendored_modules_bring_what_they_import_and_nothing_else(make_project):
@@ -100,7 +100,7 @@ def test_no_line_of_a_rewritten_file_moves(make_project):
 
 
 def test_the_whole_name_works_where_nothing_is_vendored(make_project, run_clean):
-    made = build(
+    kernel = build(
         load_spec(
             make_project(
                 **{
@@ -112,16 +112,16 @@ def test_the_whole_name_works_where_nothing_is_vendored(make_project, run_clean)
         )
     )
     load = "import sys; from pathlib import Path; from kernels import get_local_kernel as g\n"
-    done = run_clean(f"{load}print(g(Path(sys.argv[1])).X)", str(made.directory / "torch-cpu"))
-    assert done.stdout == "7\n", done.stderr
+    process = run_clean(f"{load}print(g(Path(sys.argv[1])).X)", str(kernel.directory / "torch-cpu"))
+    assert process.stdout == "7\n", process.stderr
 
 
 def test_modules_that_do_not_ship_are_all_named_with_their_lines(make_project):
     root = make_project(**{"pyproject.toml": PYPROJECT.replace('["frame/tools/shape.py"]', "[]")})
     with pytest.raises(FindingsError) as caught:
         build(load_spec(root))
-    found = [(each.code, each.path.name, each.line) for each in caught.value.findings]
-    assert found == [
+    findings = [(finding.code, finding.path.name, finding.line) for finding in caught.value.findings]
+    assert findings == [
         ("KP302", "__init__.py", 8), ("KP302", "core.py", 4), ("KP302", "core.py", 5),
         ("KP302", "core.py", 8), ("KP302", "core.py", 15),
     ]  # fmt: skip
@@ -130,7 +130,7 @@ def test_modules_that_do_not_ship_are_all_named_with_their_lines(make_project):
 
 def test_options_describe_a_package_as_the_table_does(make_project, tmp_path):
     described = build(load_spec(make_project()))
-    given = build(
+    kernel = build(
         load_project(
             tmp_path,
             source_dir=tmp_path / "project/src/frame/nn/fast",
@@ -139,8 +139,8 @@ def test_options_describe_a_package_as_the_table_does(make_project, tmp_path):
             include=["frame/tools/shape.py"],
         )
     )
-    assert given.directory == tmp_path / "build"
-    assert given.tree_hash == described.tree_hash
+    assert kernel.directory == tmp_path / "build"
+    assert kernel.tree_hash == described.tree_hash
 
 
 @pytest.mark.parametrize(
@@ -192,18 +192,18 @@ def test_a_kernel_in_upstreams_convention_builds_unchanged(make_kernel, run_clea
         "def _twice(x: torch.Tensor) -> torch.Tensor:\n    return 2 * x\n\n\n"
         "def twice(x):\n    '''Twice.'''\n    return ops.twice(x)\n"
     )
-    made = build(load_spec(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text})))
-    assert files(made)["__init__.py"] == text
+    kernel = build(load_spec(make_kernel(**{"torch-ext/demo_kernel/__init__.py": text})))
+    assert files(kernel)["__init__.py"] == text
     load = (
         "import sys, torch; from pathlib import Path; from kernels import get_local_kernel\n"
         "print(get_local_kernel(Path(sys.argv[1])).twice(torch.ones(1)).item())\n"
     )
-    done = run_clean(load, str(made.directory / "torch-cpu"))
-    assert done.stdout == "2.0\n", done.stderr
+    process = run_clean(load, str(kernel.directory / "torch-cpu"))
+    assert process.stdout == "2.0\n", process.stderr
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ("[tool.kernelpress]\nsource-dir = 3", "`source-dir` in [tool.kernelpress] must be a string, not 3"),
         ("[tool.kernelpress]\npackage = ['a']", "`package` in [tool.kernelpress] must be a string"),
@@ -217,7 +217,7 @@ def test_a_kernel_in_upstreams_convention_builds_unchanged(make_kernel, run_clea
         ("project = 3", "`project` must be a table"),
     ],
 )
-def test_what_is_of_the_wrong_kind_is_said_with_its_name(tmp_path, table, said):
+def test_what_is_of_the_wrong_kind_is_said_with_its_name(tmp_path, table, message):
     (tmp_path / "pyproject.toml").write_text(table)
-    with pytest.raises(SpecError, match=re.escape(said)):
+    with pytest.raises(SpecError, match=re.escape(message)):
         load_project(tmp_path, package="frame" if "source-dir" in table else None)

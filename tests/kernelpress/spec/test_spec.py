@@ -37,7 +37,7 @@ def test_a_plain_file_is_read(tmp_path):
         1,
         "MIT",
     )
-    assert [each.name for each in spec.backends] == ["cpu", "cuda"]
+    assert [backend.name for backend in spec.backends] == ["cpu", "cuda"]
     assert spec.repo_id == "org/demo-kernel"
     assert spec.pyext == ("py", "pyi")
     assert spec.package_dir == tmp_path / "torch-ext" / "demo_kernel"
@@ -57,8 +57,8 @@ def test_dependencies_and_architectures_go_to_their_backends(tmp_path):
 def test_other_kernels_are_named_by_version_or_revision(tmp_path):
     depends = 'kernel-depends = [{ repo-id = "a/b", version = 2 }, { repo-id = "a/c", revision = "main" }]\n'
     spec = load(tmp_path, GOOD.replace("[general]\n", f"[general]\n{depends}"))
-    found = {each.repo_id: (each.version, each.revision) for each in spec.backends[0].kernel_depends}
-    assert found == {"a/b": (2, None), "a/c": (None, "main")}
+    dependencies = {dep.repo_id: (dep.version, dep.revision) for dep in spec.backends[0].kernel_depends}
+    assert dependencies == {"a/b": (2, None), "a/c": (None, "main")}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,10 @@ def test_other_kernels_are_named_by_version_or_revision(tmp_path):
         ("demo-kernel", "Demo_Kernel", 2, "no kernel name"),
         ("demo-kernel", "d", 2, "no kernel name"),
         ("demo-kernel", "demo-", 2, "no kernel name"),
+        ('"demo-kernel"', '"class"', 2, "class is a word of Python's"),
+        ('"demo-kernel"', '"torch"', 2, "torch is a module that kernels import"),
+        ('"demo-kernel"', '"tvm-ffi"', 2, "tvm_ffi is a module that kernels import"),
+        ('"demo-kernel"', '"random"', 2, "random is a module that kernels import"),
         ('"MIT"', '"My own"', 5, "no SPDX licence"),
         ('["cpu", "cuda"]', "[]", 6, "empty"),
         ('["cpu", "cuda"]', '["cpu", "gpu"]', 6, "unknown backend 'gpu'"),
@@ -108,6 +112,28 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, old, new, line, part):
     assert part in caught.value.message
     assert caught.value.line == line
     assert caught.value.path == tmp_path / "build.toml"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{GOOD}\n[kernel]\n",
+        f"kernel = {{}}\n{GOOD}",
+        f"{GOOD}cuda_capabilities = []\nrocm_archs = []\n",
+        GOOD.replace("[general.hub]", "[general.xpu]\n\n[general.hub]"),
+        GOOD.replace("[general.hub]", "[general.cuda]\nminver = '12.0'\n\n[general.hub]"),
+        GOOD.replace("version = 1", "version = 1\npython-depends = []\nkernel-depends = []"),
+    ],
+    ids=["kernel", "inline", "archs", "other-backend", "cuda-version", "no-dependencies"],
+)
+def test_tables_and_lists_that_ask_for_nothing_change_nothing(tmp_path, text):
+    assert load(tmp_path, text) == load(tmp_path, GOOD)
+
+
+@pytest.mark.parametrize("table", ['[kernel.a]\nbackend = "cuda"\n', "[kernel]\na = 3\n", "[tvm-ffi]\n"])
+def test_a_table_of_compiled_sources_is_refused_with_its_line(tmp_path, table):
+    with pytest.raises(SpecError, match=r"build\.toml:1[23]: .*compiled sources"):
+        load(tmp_path, f"{GOOD}{table}")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -160,7 +186,7 @@ def test_any_file_is_either_read_or_refused_with_its_path(tmp_path_factory, gene
     else:
         where = spec.root / "build.toml"
         assert spec.version >= 0
-        assert {each.name for each in spec.backends} <= set(BACKENDS)
+        assert {backend.name for backend in spec.backends} <= set(BACKENDS)
     assert where == directory / "build.toml"
 
 

@@ -107,23 +107,23 @@ def _between(name: str, old: griffe.Object, new: griffe.Object) -> Iterator[ApiC
     elif old.kind is not new.kind:
         yield ApiChange("breaks", name, f"was {_a(old)} and is now {_a(new)}", *place)
     elif isinstance(old, griffe.Function) and isinstance(new, griffe.Function):
-        for what in (*labels(old, new), *overloads(old, new), *signature(old, new)):
-            yield ApiChange("breaks", name, what, *place)
-        known = {parameter.name for parameter in old.parameters}
+        for difference in (*labels(old, new), *overloads(old, new), *signature(old, new)):
+            yield ApiChange("breaks", name, difference, *place)
+        names = {parameter.name for parameter in old.parameters}
         for parameter in new.parameters:
-            if parameter.name not in known and not parameter.required:
+            if parameter.name not in names and not parameter.required:
                 yield ApiChange("adds", name, f"optional parameter {parameter.name!r} added", *place)
     elif isinstance(old, griffe.Class) and isinstance(new, griffe.Class):
         yield from _members(name, old, new)
     elif isinstance(old, griffe.Attribute) and isinstance(new, griffe.Attribute):
-        for what in labels(old, new):
-            yield ApiChange("breaks", name, what, *place)
+        for difference in labels(old, new):
+            yield ApiChange("breaks", name, difference, *place)
         if old.annotation is not None and str(old.annotation) != str(new.annotation):
             yield ApiChange("breaks", name, f"type changed from {old.annotation} to {new.annotation}", *place)
 
 
-def _a(what: griffe.Object) -> str:
-    return f"{'an' if what.kind.value.startswith('a') else 'a'} {what.kind.value}"
+def _a(member: griffe.Object) -> str:
+    return f"{'an' if member.kind.value.startswith('a') else 'a'} {member.kind.value}"
 
 
 def _members(name: str, old: griffe.Class, new: griffe.Class) -> Iterator[ApiChange]:

@@ -74,9 +74,9 @@ def signature(old: griffe.Function, new: griffe.Function) -> Iterator[str]:
             yield f"parameter {name!r} is now required"
         elif not parameter.required and (was := _default(old, parameter)) != (now := _default(new, after)):
             yield f"default of {name!r} changed from {was} to {now}"
-    known = {parameter.name for parameter in old.parameters}
+    names = {parameter.name for parameter in old.parameters}
     for parameter in new.parameters:
-        if parameter.name not in known and parameter.required and parameter.kind not in variadic:
+        if parameter.name not in names and parameter.required and parameter.kind not in variadic:
             yield f"required parameter {parameter.name!r} added"
     if old.returns is not None and str(old.returns) != str(new.returns):
         yield f"return annotation changed from {old.returns} to {new.returns or 'none'}"

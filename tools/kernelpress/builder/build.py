@@ -1,4 +1,4 @@
-"""Builds a kernel: one tree for each backend and one for all of them, written whole or not at all."""
+"""Builds a kernel: a tree for each backend, and one for all where the sources run anywhere; whole or not at all."""
 
 from __future__ import annotations
 
@@ -81,13 +81,17 @@ def _variants(spec: Spec, source: Source, rewritten: Rewritten, digest: str) -> 
         namespace = f"_{spec.python_name}_{backend.name}_{digest}"
         files = _package(rewritten, namespace)
         yield _variant(name, namespace, files, spec, backend, backend.python_depends, source.git)
+    if not spec.has_universal:
+        return
     # The loader's parser knows no backend of this name, though it loads such a variant everywhere.
     stand_in = next((backend for backend in spec.backends if backend.name == "cpu"), spec.backends[0])
+    # Packages that one backend of several needs must not keep the others from loading it.
+    python_depends = stand_in.python_depends if len(spec.backends) == 1 else ()
     stand_in = BackendSpec(stand_in.name, (), stand_in.kernel_depends, None)
     namespace = f"_{spec.python_name}_{UNIVERSAL}_{digest}"
     # Nested, because that is the only form that older loaders find, and they read this variant alone.
     files = {f"{spec.python_name}/{path}": data for path, data in _package(rewritten, namespace).items()}
-    yield _variant(VARIANT_PREFIX + UNIVERSAL, namespace, files, spec, stand_in, (), source.git)
+    yield _variant(VARIANT_PREFIX + UNIVERSAL, namespace, files, spec, stand_in, python_depends, source.git)
 
 
 def _package(rewritten: Rewritten, namespace: str) -> dict[str, bytes]:

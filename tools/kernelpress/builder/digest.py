@@ -30,6 +30,7 @@ def content_hash(spec: Spec, rewritten: Rewritten) -> str:
         ],
         "upstream": spec.upstream,
         "source": spec.source,
+        "universal": spec.has_universal,
         "ops-module": OPS_TEMPLATE,
     }
     parts = [to_json(described)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from kernelpress.builder.build import prepare
@@ -13,25 +14,26 @@ from kernelpress.findings.model import Finding, FindingsError
 from kernelpress.spec.load import KernelOptions
 
 
-def check_kernel(options: KernelOptions) -> list[Finding]:
-    """RuleCheck a kernel's sources and the variants in ``build/`` by every rule.
+def check_kernel(options: KernelOptions, say: Callable[[str], None] = lambda text: None) -> list[Finding]:
+    """Examine a kernel's sources and the variants in ``build/`` by every rule.
 
     A directory that holds nothing but a build is examined too, as far as that goes.
 
     Args:
         options: The kernel.
+        say: Called with a line before what takes a while.
 
     Raises:
         CheckError: The sources are sound, and there is no build.
     """
     directory = options.directory / "build"
     if not options.describes():
-        return check(directory)
+        return check(directory, say)
     findings, kernel = check_sources(options)
     # Sources that cannot be built may leave no build behind; then the findings in them are the answer.
     if not directory.is_dir() and any(finding.severity == "error" for finding in findings):
         return findings
-    built = check(directory)
+    built = check(directory, say)
     if kernel is None:
         return [*findings, *built]
     stale = differing_variants(kernel, directory)

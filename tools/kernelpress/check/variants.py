@@ -15,7 +15,7 @@ from kernels._rust import Digest, DigestAlgorithm, DigestValidationError, Metada
 from kernelpress.conventions import METADATA, VARIANT_PREFIX
 from kernelpress.errors import CheckError
 from kernelpress.findings.model import Finding, Severity
-from kernelpress.probe.probe import Probed, probe
+from kernelpress.probe.probe import EnvironmentFault, Probed, probe
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,15 @@ def probe_rule(code: str) -> Callable[[Callable[[Subject, Probed], Iterable[Find
     return enter
 
 
-def check(build_dir: Path) -> list[Finding]:
-    """RuleCheck every variant of a build by every rule.
+def check(build_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[Finding]:
+    """Examine every variant of a build by every rule.
 
     Each variant is also loaded by the ``kernels`` loader in a process of its own, offline and with nothing
     of the project on its path.
 
     Args:
         build_dir: The directory that holds the variants.
+        say: Called with a line before the variants are loaded, which takes a while.
 
     Returns:
         What was found, in order of variants and rules; a build without errors can be published.
@@ -81,15 +82,17 @@ def check(build_dir: Path) -> list[Finding]:
     directories = sorted(path for path in build_dir.glob(f"{VARIANT_PREFIX}*") if path.is_dir())
     if not directories:
         raise CheckError("there is no build here; run `kernelpress build` first", path=build_dir)
-    return [
+    subjects, findings = _subjects(directories, say)
+    return findings + [
         replace(finding, code=code)
-        for subject in _subjects(directories)
+        for subject in subjects
         for code, examine in RULE_CHECKS.items()
         for finding in examine(subject)
     ]
 
 
-def _subjects(directories: list[Path]) -> list[Subject]:
+def _subjects(directories: list[Path], say: Callable[[str], None]) -> tuple[list[Subject], list[Finding]]:
+    """The variants with what loading them showed; where none can be loaded, a finding that says so once."""
     metadata: dict[Path, Metadata] = {}
     unreadable: dict[Path, str] = {}
     for directory in directories:
@@ -97,11 +100,17 @@ def _subjects(directories: list[Path]) -> list[Subject]:
             metadata[directory] = Metadata.read_from_file(directory / METADATA)
         except (OSError, ValueError) as error:
             unreadable[directory] = str(error)
-    probed = dict(zip(metadata, probe(list(metadata)) if metadata else (), strict=True))
-    return [
+    probed: dict[Path, Probed] = {}
+    findings = []
+    try:
+        probed = dict(zip(metadata, probe(list(metadata), say) if metadata else (), strict=True))
+    except EnvironmentFault as fault:
+        findings = [Finding("KP201", "error", directories[0].parent, None, fault.reason, fault.fix)]
+    subjects = [
         Subject(directory, metadata.get(directory), probed.get(directory), unreadable.get(directory, ""))
         for directory in directories
     ]
+    return subjects, findings
 
 
 @rule("KP101")
@@ -209,8 +218,11 @@ def loads_without_triton(subject: Subject, probed: Probed) -> Iterator[Finding]:
 
 @probe_rule("KP205")
 def changes_nothing(subject: Subject, probed: Probed) -> Iterator[Finding]:
-    for effect in probed.effects:
-        yield subject.find(f"importing it {effect}", "move that into a function that the caller calls")
+    for effect, file, line in probed.effects:
+        path = _init_and_all(subject.directory)[0] if file is None else file
+        yield subject.find(
+            f"importing it {effect}", "move that into a function that the caller calls", path, line
+        )
 
 
 @probe_rule("KP206")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kernelpress.cli import localhub, publish, versions
-from kernelpress.cli.options import Directory, License, console, kernel_options
+from kernelpress.cli.options import Directory, License, console, kernel_options, say
 from kernelpress.errors import KernelpressError
 from kernelpress.findings.format import Form
 
@@ -94,7 +94,7 @@ def check(
     from kernelpress.check.kernel import check_kernel
     from kernelpress.findings.format import render, summary
 
-    findings = check_kernel(options)
+    findings = check_kernel(options, say)
     out = console()
     if output != "text" or findings:
         out.print(render(findings, output), soft_wrap=True, markup=output == "text")
@@ -214,6 +214,7 @@ def init(
     out.print(
         f"next: cd {escape(str(project))} && kernelpress build && kernelpress check && python -m pytest"
     )
+    out.print("check and the tests need: pip install torch numpy pytest")
 
 
 for part in (publish, versions, localhub):

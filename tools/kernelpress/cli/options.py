@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,11 @@ Private = Annotated[bool, typer.Option("--private", help="Make a new repository 
 def console() -> Console:
     """Standard output, without colours guessed from what is printed."""
     return Console(highlight=False)
+
+
+def say(text: str) -> None:
+    """Print a line about what is under way; standard output is for the result alone."""
+    print(text, file=sys.stderr)
 
 
 def kernel_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kernelpress.cli.options import NOTHING_TO_DO, Directory, Endpoint, OutputJson, Private, console
+from kernelpress.cli.options import NOTHING_TO_DO, Directory, Endpoint, OutputJson, Private, console, say
 
 if TYPE_CHECKING:
     from kernelpress.publish.plan import BranchPlan, Plan
@@ -55,7 +54,7 @@ def publish(
     kernel = build(load_spec(directory))
     signed = sign(kernel)
     options = PublishOptions(private=private, force=force, create_pr=create_pr)
-    result = release(kernel, repo_id, hub(endpoint), options, say=_say)
+    result = release(kernel, repo_id, hub(endpoint), options, say=say)
     if output_json:
         print(json.dumps(asdict(result) | {"signed": signed}, indent=2))
     else:
@@ -181,20 +180,18 @@ def _print_release(release: Release, signed: tuple[str, ...]) -> None:
         for note in published.notes:
             out.print(f"note   {escape(note)}", soft_wrap=True)
         out.print("signed " + (", ".join(signed) or "no: this environment offers no identity to sign with"))
-    seen = release.seen
-    if seen is not None:
-        called = f", called {seen.called}" if seen.called else ", no operator took made-up arguments"
-        out.print(
-            f"[green]verified[/] in {seen.seconds:.1f} s: digests hold, loaded {', '.join(seen.loaded)}{called}",
-            soft_wrap=True,
+    verification = release.seen
+    if verification is not None:
+        called = (
+            f", called {verification.called}"
+            if verification.called
+            else ", no operator took made-up arguments"
         )
-        if seen.skipped:
+        loaded = f", loaded {', '.join(verification.loaded)}{called}" if verification.loaded else ""
+        out.print(f"[green]verified[/] in {verification.seconds:.1f} s: digests hold{loaded}", soft_wrap=True)
+        if verification.skipped:
             out.print(
-                f"       not loaded, for want of the hardware: {', '.join(seen.skipped)}", soft_wrap=True
+                f"       not loaded, for want of the hardware: {', '.join(verification.skipped)}",
+                soft_wrap=True,
             )
     out.print(escape(published.url), soft_wrap=True)
-
-
-def _say(text: str) -> None:
-    # Standard output is for the result alone.
-    print(text, file=sys.stderr)

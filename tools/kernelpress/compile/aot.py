@@ -194,12 +194,12 @@ def findings(results: Sequence[Compiled], package: Path) -> list[Finding]:
     """Rule KP401: an error for each compilation that fails or does not fit, a warning for each that spills."""
     unfit = []
     for result in results:
-        what = f"{result.kernel} ({result.label}) for {result.target}"
+        compilation = f"{result.kernel} ({result.label}) for {result.target}"
         if result.error is not None:
             fix = "mend the kernel, or its specification"
-            unfit.append(Finding("KP401", "error", package, None, f"{what}: {result.error}", fix))
+            unfit.append(Finding("KP401", "error", package, None, f"{compilation}: {result.error}", fix))
         elif result.spilled:
             fix = "use smaller blocks or more warps"
-            message = f"{what} spills {result.spilled} bytes a thread"
+            message = f"{compilation} spills {result.spilled} bytes a thread"
             unfit.append(Finding("KP401", "warning", package, None, message, fix))
     return sorted(unfit, key=lambda finding: finding.message)

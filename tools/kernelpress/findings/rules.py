@@ -121,8 +121,9 @@ _ALL = (
         "error",
         "each variant loads in a clean process",
         "Each variant is loaded by the `kernels` loader in a process of its own that has nothing of the project on "
-        "its path, no network, no tokens and an empty home. What fails there fails for every user.",
-        "Mend the source line that the message names, then build again.",
+        "its path, no network, no tokens and an empty home. What fails there fails for every user. That needs PyTorch; "
+        "an environment without it is named once.",
+        "Mend the source line that the message names, then build again; or install PyTorch.",
     ),
     Rule(
         "KP202",
@@ -155,7 +156,8 @@ _ALL = (
         "Whoever loads a kernel does not expect that it sets environment variables, changes settings of Python, of "
         "PyTorch or of its compilers, seeds random numbers, replaces functions of PyTorch, writes files outside of the "
         "usual caches, starts processes or threads, opens connections or prints. What the modules do that a kernel "
-        "imports is left out, as far as importing them without the kernel does the same; and a warning is no output.",
+        "imports is left out, as far as importing them without the kernel does the same; and a warning is no output. "
+        "Where something is found, the kernel is loaded once more, statement by statement, to name the line.",
         "Move it into a function that the caller calls, or do without it.",
     ),
     Rule(

@@ -53,6 +53,12 @@ def child_environment(environment: Mapping[str, str], *, network: bool) -> dict[
     }
 
 
+def lacks_torch() -> bool:
+    """True if the processes that load kernels find no PyTorch."""
+    code = "import sys; from importlib.util import find_spec; sys.exit(find_spec('torch') is None)"
+    return subprocess.run([sys.executable, "-I", "-c", code], check=False).returncode != 0
+
+
 def run_isolated(
     module: ModuleType,
     arguments: Sequence[str],

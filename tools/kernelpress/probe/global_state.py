@@ -130,9 +130,12 @@ def _configurations() -> Iterator[tuple[str, str]]:
 
     for module in list(sys.modules.values()):
         if isinstance(module, ConfigModule) and hasattr(module, "_is_default"):
-            for name in module._config:
-                if not module._is_default(name):
-                    yield f"{module.__name__}.{name}", repr(module._config[name].user_override)
+            for name, entry in module._config.items():
+                # What was overridden for a while, as torch.compile does, holds its default and counts as overridden.
+                if not module._is_default(name) and (value := repr(getattr(module, name))) != repr(
+                    entry.default
+                ):
+                    yield f"{module.__name__}.{name}", value
 
 
 def _attributes() -> Iterator[tuple[str, Any]]:

@@ -20,8 +20,8 @@ def run_job(job: dict[str, Any]) -> None:
     """Do one job in this process, and write its report.
 
     A job of the kind ``"load"`` loads the variant and its twin and calls the operators if it shall, ``"load without
-    triton"`` loads it where Triton cannot be imported, and ``"import modules"`` imports modules without the kernel, to
-    learn what operators they bring and what else they do.
+    triton"`` loads it where Triton cannot be imported, ``"locate effects"`` finds the lines of its side effects, and
+    ``"import modules"`` imports modules without the kernel, to learn what operators they bring and what else they do.
     """
     report = folder_of(job) / "report.json"
     ops = _all_ops()
@@ -32,10 +32,12 @@ def run_job(job: dict[str, Any]) -> None:
                     importlib.import_module(name)
                 except Exception:  # noqa: BLE001 - not every module can be imported by itself
                     continue
-        write(report, {"ops": sorted(_all_ops() - ops), "effects": effects.observed})
+        write(report, {"ops": sorted(_all_ops() - ops), "effects": _effects(effects, "")})
     elif job["kind"] == "load without triton":
         sys.meta_path.insert(0, _NoTriton())
         write(report, _load(Path(job["variant"])))
+    elif job["kind"] == "locate effects":
+        write(report, _load(Path(job["variant"]), locate=True))
     else:
         _load_and_call(job, ops, report)
 
@@ -76,7 +78,15 @@ def _all_ops() -> set[str]:
     return set(torch._C._dispatch_get_all_op_names())
 
 
-def _load(variant: Path) -> dict[str, Any]:
+def _effects(effects: SideEffects, own: str) -> list[tuple[str, str | None, int | None]]:
+    """Side effects with their files and lines where these are known; paths of the kernel's own files are relative."""
+    return [
+        (effect.replace(own, "") if own else effect, *effects.places.get(effect, (None, None)))
+        for effect in effects.observed
+    ]
+
+
+def _load(variant: Path, *, locate: bool = False) -> dict[str, Any]:
     from kernels import get_local_kernel  # type: ignore[import-untyped]
 
     answer: dict[str, Any] = {
@@ -84,7 +94,7 @@ def _load(variant: Path) -> dict[str, Any]:
         "malformed": None,
     }  # fmt: skip
     try:
-        with SideEffects(f"{variant}{os.sep}") as effects:
+        with SideEffects(f"{variant}{os.sep}", locate=locate) as effects:
             module = get_local_kernel(variant)
     except BaseException as error:  # noqa: BLE001 - whatever the kernel's code raises is the answer
         frames = traceback.extract_tb(error.__traceback__)
@@ -95,7 +105,7 @@ def _load(variant: Path) -> dict[str, Any]:
             places = [(str(error.filename), error.lineno)]
         file, line = places[-1] if places else (None, None)
         return answer | {"error": f"{type(error).__name__}: {error}", "file": file, "line": line}
-    answer["effects"] = effects.observed
+    answer["effects"] = _effects(effects, f"{variant}{os.sep}")
     public = getattr(module, "__all__", None)
     answer["malformed"] = None if public is None else _malformed(public)
     if public is None or answer["malformed"] is not None:

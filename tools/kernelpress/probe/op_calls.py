@@ -172,8 +172,8 @@ def examine(overload: Any, own: str, words: list[str]) -> dict[str, Any]:
             return answer | {"differs": ""}
         # Arguments that make no sense may be taken all the same, and then the two need not agree; so others are
         # tried for as long as there is time.
-        promised, given = (", ".join(map(str, call.results)) or "nothing" for call in (fake, real))
-        answer["differs"] = f"{promised} against {given} for ({', '.join(map(repr, arguments))})"
+        promised, actual = (", ".join(map(str, call.results)) or "nothing" for call in (fake, real))
+        answer["differs"] = f"{promised} against {actual} for ({', '.join(map(repr, arguments))})"
     return answer
 
 
@@ -238,12 +238,12 @@ def _check_results(overload: Any, returned: Any) -> None:
     import torch
 
     promised = [str(result.type) for result in overload._schema.returns]
-    given = [returned] if len(promised) == 1 else list(returned or ())
-    if len(given) != len(promised) or any(
+    results = [returned] if len(promised) == 1 else list(returned or ())
+    if len(results) != len(promised) or any(
         kind == "Tensor" and not isinstance(value, torch.Tensor)
-        for kind, value in zip(promised, given, strict=True)
+        for kind, value in zip(promised, results, strict=True)
     ):
-        kinds = ", ".join(type(value).__name__ for value in given) or "nothing"
+        kinds = ", ".join(type(value).__name__ for value in results) or "nothing"
         raise _ResultError(f"returns {kinds}, and the schema says {', '.join(promised) or 'nothing'}")
 
 
@@ -278,12 +278,12 @@ def _results(returned: Any) -> list[_Result]:
     ]
 
 
-def _agree(promised: list[_Result], given: list[_Result]) -> bool:
-    return len(promised) == len(given) and all(
+def _agree(promised: list[_Result], returned: list[_Result]) -> bool:
+    return len(promised) == len(returned) and all(
         one.kind == other.kind
         and len(one.sizes) == len(other.sizes)
         and all(size in (None, actual) for size, actual in zip(one.sizes, other.sizes, strict=True))
-        for one, other in zip(promised, given, strict=True)
+        for one, other in zip(promised, returned, strict=True)
     )
 
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kernelpress.errors import CheckError
 from kernelpress.probe import worker
-from kernelpress.probe.environment import child_environment, run_isolated
+from kernelpress.probe.environment import child_environment, lacks_torch, run_isolated
+from kernelpress.spec.validate import python_dependencies
+
+
+class EnvironmentFault(CheckError):
+    """Kernels cannot be loaded in this environment: the ``reason``, and the ``fix``."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        self.reason, self.fix = reason, fix
+        super().__init__(f"{reason}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,13 @@ class Probed:
     """The facts that loading a variant showed.
 
     ``error`` says why it failed, with the ``file`` and ``line`` of the variant where there is one, and
-    ``unmet`` the declared dependencies this machine has not. ``public`` is ``__all__``, or ``malformed`` what that is
-    instead of a list of names, ``absent`` those of its names that cannot be had, ``undocumented`` those without a
-    docstring (name, file and line), ``foreign_ops`` operators that came into being outside ``namespace``,
-    ``untraceable`` those in it without an implementation for fake tensors, ``calls`` the outcome of calling each of the
-    others (in the first of the variants that hold the same code), ``effects`` the side effects of importing it,
-    ``without_triton`` why it fails where there is none, and ``twin_error`` what goes wrong beside another build of it
-    in one process.
+    ``unmet`` the dependencies, declared by it or by another variant, for want of which it fails. ``public`` is
+    ``__all__``, or ``malformed`` what that is instead of a list of names, ``absent`` those of its names that cannot be
+    had, ``undocumented`` those without a docstring (name, file and line), ``foreign_ops`` operators that came into
+    being outside ``namespace``, ``untraceable`` those in it without an implementation for fake tensors, ``calls`` the
+    outcome of calling each of the others (in the first of the variants that hold the same code), ``effects`` the side
+    effects of importing it (with file and line), ``without_triton`` why it fails where there is none, and
+    ``twin_error`` what goes wrong beside another build of it in one process.
     """
 
     namespace: str
@@ -58,17 +68,26 @@ class Probed:
     undocumented: tuple[tuple[str, str | None, int | None], ...] = ()
     untraceable: tuple[str, ...] = ()
     calls: tuple[OperatorCall, ...] = ()
-    effects: tuple[str, ...] = ()
+    effects: tuple[tuple[str, str | None, int | None], ...] = ()
     without_triton: str | None = None
     twin_error: str | None = None
 
 
-def probe(variants: Sequence[Path]) -> list[Probed]:
+def probe(variants: Sequence[Path], say: Callable[[str], None] = lambda text: None) -> list[Probed]:
     """Load variants with the ``kernels`` loader, each in a process that sees nothing of this one's state.
 
     Args:
         variants: Directories with metadata that the loader can parse.
+        say: Called with a line before they are loaded, which takes a while.
+
+    Raises:
+        EnvironmentFault: No variant can be loaded here, whatever it holds.
     """
+    if lacks_torch():
+        reason = "this environment lacks torch, so no variant was loaded"
+        raise EnvironmentFault(reason, "install it with `pip install torch`, then check again")
+    names = ", ".join(variant.name for variant in variants)
+    say(f"loading {names}, each in a clean process, and calling the operators")
     from kernels._rust import Metadata  # type: ignore[import-untyped]
 
     metadata = [Metadata.read_from_file(variant / "metadata.json") for variant in variants]
@@ -92,8 +111,9 @@ def probe(variants: Sequence[Path]) -> list[Probed]:
             )
             called.add(code)
         answers = _run(Path(scratch), jobs)
+    declared = sorted({name for fields in metadata for name in fields.python_depends})
     return [
-        _probed(fields.id, fields.python_depends, answer)
+        _probed(fields.id, fields.python_depends, declared, answer)
         for fields, answer in zip(metadata, answers, strict=True)
     ]
 
@@ -106,11 +126,14 @@ def _run(scratch: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     listed.write_text(json.dumps(jobs), "utf-8")
     answers = run_isolated(worker, [str(listed), str(report)], report=report, environment=environment)
     if isinstance(answers, str):
-        return [{"crashed": f"the process that loads kernels {answers}"}] * len(jobs)
+        raise EnvironmentFault(
+            f"the process that loads kernels {answers}",
+            "mend this environment, in which torch and kernels must load",
+        )
     return list(answers)
 
 
-def _probed(id: str, depends: list[str], answer: dict[str, Any]) -> Probed:
+def _probed(id: str, depends: list[str], declared: list[str], answer: dict[str, Any]) -> Probed:
     if "crashed" in answer:
         return Probed(id, error=answer["crashed"])
     own = [op for op in answer["ops"] if op.partition("::")[0] == id]
@@ -119,7 +142,7 @@ def _probed(id: str, depends: list[str], answer: dict[str, Any]) -> Probed:
         error=answer["error"],
         file=answer["file"],
         line=answer["line"],
-        unmet=_unmet(depends),
+        unmet=_unmet(depends) or _named(declared, answer["error"]),
         public=None if answer["public"] is None else tuple(answer["public"]),
         malformed=answer["malformed"],
         absent=tuple(answer["absent"]),
@@ -127,7 +150,7 @@ def _probed(id: str, depends: list[str], answer: dict[str, Any]) -> Probed:
         undocumented=tuple((name, file, line) for name, file, line in answer["undocumented"]),
         untraceable=tuple(op for op in answer["untraceable"] if op in own),
         calls=_calls(answer, own),
-        effects=tuple(answer["effects"]),
+        effects=tuple((effect, file, line) for effect, file, line in answer["effects"]),
         without_triton=answer["without_triton"],
         twin_error=_twin_error(answer, id) if answer["error"] is None else None,
     )
@@ -183,13 +206,24 @@ def _code(variant: Path, id: str) -> bytes:
 
 def _unmet(depends: list[str]) -> tuple[str, ...]:
     """Dependencies for want of which the loader refuses a variant here, rightly."""
-    listed = json.loads((importlib.resources.files("kernels") / "python_depends.json").read_text("utf-8"))
-    unmet = []
-    for name in depends:
-        packages = listed["general"].get(name, {}).get("python")
-        if packages is None or any(
-            "import" in package and importlib.util.find_spec(package["import"]) is None
-            for package in packages
-        ):
-            unmet.append(name)
-    return tuple(unmet)
+    general = python_dependencies()["general"]
+    return tuple(
+        name
+        for name in depends
+        if name not in general
+        or any(importlib.util.find_spec(module) is None for module in _modules(general[name]))
+    )
+
+
+def _named(declared: list[str], error: str | None) -> tuple[str, ...]:
+    """Dependencies of any variant whose absence an error of loading one is about."""
+    listed = python_dependencies()
+    packages = dict(listed["general"])
+    for backend in listed["backends"].values():
+        packages |= backend
+    missing = re.search(r"No module named '(\w+)", error or "")
+    return tuple(name for name in declared if missing and missing[1] in _modules(packages.get(name, {})))
+
+
+def _modules(dependency: dict[str, Any]) -> list[str]:
+    return [package["import"] for package in dependency.get("python", ()) if "import" in package]

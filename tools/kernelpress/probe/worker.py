@@ -56,9 +56,27 @@ def main(jobs_file: str, report: str = "") -> None:
         answer["without_triton"] = without_triton.get("crashed") or without_triton["error"]
         # What the modules do that a kernel imports is not for its author to mend.
         imports = results.get("\n".join(answer["modules"]), {})
-        for key in ("ops", "effects"):
-            answer[key] = [item for item in answer[key] if item not in imports.get(key, ())]
+        answer["ops"] = [op for op in answer["ops"] if op not in imports.get("ops", ())]
+        others = {effect for effect, *_ in imports.get("effects", ())}
+        answer["effects"] = [entry for entry in answer["effects"] if entry[0] not in others]
+    _locate_effects(loaded)
     loading.write(Path(report), answers)
+
+
+def _locate_effects(loaded: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Fill in the files and lines of side effects that only loading the kernel statement by statement shows."""
+    unplaced = [
+        (job | {"kind": "locate effects"}, answer)
+        for job, answer in loaded
+        if any(file is None for _, file, _ in answer["effects"])
+    ]
+    results = _run_all([job for job, _ in unplaced])
+    for (_, answer), result in zip(unplaced, results, strict=True):
+        places = {effect: place for effect, *place in result.get("effects", ())}
+        answer["effects"] = [
+            entry if entry[1] is not None else [entry[0], *places.get(entry[0], (None, None))]
+            for entry in answer["effects"]
+        ]
 
 
 def _run_all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:

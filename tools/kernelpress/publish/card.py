@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import dedent
@@ -17,6 +18,8 @@ from kernelpress.errors import SourceError
 
 _DEFAULT = "card.md"
 _LAYERS = "layers"
+_ROLE = re.compile(r":[a-zA-Z][\w+-]*(?::[\w+-]+)*:`([^`]+)`")
+_LINK = re.compile(r"(?<!`)`([^`<>]+?)\s*<([a-z]+://[^`<>\s]+)>`__?")
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,24 @@ def describe(files: Mapping[str, bytes]) -> tuple[list[PublicName], list[PublicN
 def _describe(name: str, member: griffe.Object | None) -> PublicName:
     if not isinstance(member, griffe.Function | griffe.Class):
         return PublicName(name, "", "")
-    summary = member.docstring.value.partition("\n")[0] if member.docstring else ""
+    summary = _markdown(member.docstring.value.partition("\n")[0]) if member.docstring else ""
     if isinstance(member, griffe.Class):
         return PublicName(name, f"class {name}", summary)
     function = ast.parse(dedent(member.source)).body[0]
     assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
     returns = f" -> {ast.unparse(function.returns)}" if function.returns is not None else ""
     return PublicName(name, f"{name}({ast.unparse(function.args)}){returns}", summary)
+
+
+def _markdown(text: str) -> str:
+    """A line of reStructuredText for readers of Markdown: its roles as code, and its links as theirs."""
+    text = _ROLE.sub(lambda role: f"`{_shown(role[1])}`", text)
+    return _LINK.sub(r"[\1](\2)", text)
+
+
+def _shown(target: str) -> str:
+    """The text that Sphinx shows for a role: its title, or its target, of which ``~`` leaves the last part."""
+    title = re.fullmatch(r"(.+?)\s*<[^<>]+>", target)
+    if title is not None:
+        return title[1]
+    return target.rpartition(".")[2] if target.startswith("~") else target.lstrip("!")

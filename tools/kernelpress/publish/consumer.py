@@ -86,6 +86,16 @@ def _load_all(repo_id: str, version: int, folder: Path, result: dict[str, Any]) 
         usable.add("rocm" if torch.version.hip else "cuda")
     if torch.xpu.is_available():
         usable.add("xpu")
+    variants = {
+        path: json.loads((path / "metadata.json").read_text("utf-8"))
+        for path in sorted((folder / "build").iterdir())
+    }
+    result["signed"] = [path.name for path in variants if (path / "metadata.json.sigstore").is_file()]
+    backends = {metadata["backend"]["type"] for metadata in variants.values()}
+    if not backends & usable and not (folder / "build" / "torch-universal").is_dir():
+        # The loader refuses this machine, rightly.
+        result["skipped"] = [path.name for path in variants]
+        return
     try:
         # The publisher's own code: nobody has to be asked whether to trust it.
         chosen = get_kernel(repo_id, version=version, trust_remote_code=True)
@@ -93,10 +103,7 @@ def _load_all(repo_id: str, version: int, folder: Path, result: dict[str, Any]) 
         result["faults"].append(f"get_kernel fails: {type(error).__name__}: {error}")
         return
     loaded = {chosen.__name__.partition(".")[0]}
-    for variant in sorted((folder / "build").iterdir()):
-        metadata = json.loads((variant / "metadata.json").read_text("utf-8"))
-        if (variant / "metadata.json.sigstore").is_file():
-            result["signed"].append(variant.name)
+    for variant, metadata in variants.items():
         if metadata["backend"]["type"] not in usable:
             result["skipped"].append(variant.name)
             continue

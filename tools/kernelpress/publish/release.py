@@ -12,9 +12,10 @@ from kernelpress.conventions import MAIN, REPO_TYPE
 from kernelpress.errors import PublishError
 from kernelpress.hub.client import MovedError, checked_repo_id, explained
 from kernelpress.hub.repository import branch_heads, restore
+from kernelpress.probe.environment import lacks_torch
 from kernelpress.publish.journal import Journal
 from kernelpress.publish.publish import DEFAULTS, Published, PublishedBranch, PublishOptions, publish
-from kernelpress.publish.verify import Seen, verify
+from kernelpress.publish.verify import Verification, verify
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Release:
     """The outcome of publishing and verifying; ``seen`` is ``None`` where these commits were verified before."""
 
     published: Published
-    seen: Seen | None
+    seen: Verification | None
 
 
 def release(
@@ -38,10 +39,16 @@ def release(
     A release of an earlier run that was killed before it had verified is verified now, and taken back if it fails.
 
     Raises:
-        PublishError: Publishing failed; or verifying did, and then every branch that was changed has its
-            former content back, unless the message says otherwise.
+        PublishError: This environment cannot verify a release, and nothing was published. Or publishing failed; or
+            verifying did, and then every branch that was changed has its former content back, unless the message says
+            otherwise.
     """
     repo_id = checked_repo_id(repo_id or build.spec.repo_id)
+    if not options.create_pr and lacks_torch():
+        raise PublishError(
+            "this environment lacks torch, without which a release cannot be verified, so nothing was published; "
+            "install it with `pip install torch`, then publish again"
+        )
     journal = Journal.of(api.endpoint, repo_id, build.content_hash)
     published = publish(build, repo_id, api, options, say=say, before_change=journal.changing)
     if published.pull_request is not None:
@@ -51,8 +58,8 @@ def release(
     if not published.changed and journal.has_verified(commits):
         return Release(published, None)
     say(f"{'published' if published.changed else 'not known to be verified'}; fetching it as a consumer")
-    seen = verify(api, repo_id, commits, build.spec.version)
-    if seen.faults:
+    verification = verify(api, repo_id, commits, build.spec.version)
+    if verification.faults:
         before = journal.before | {
             branch.name: branch.before for branch in published.branches if branch.changed
         }
@@ -64,10 +71,10 @@ def release(
         journal.settled()
         raise PublishError(
             f"a consumer cannot use what {'was published' if restored else f'{repo_id} holds'}: "
-            f"{'; '.join(seen.faults)}. {'; '.join(restored) or _left(own, repo_id)}"
+            f"{'; '.join(verification.faults)}. {'; '.join(restored) or _left(own, repo_id)}"
         )
     journal.verified(commits)
-    return Release(published, seen)
+    return Release(published, verification)
 
 
 def _left(own: PublishedBranch, repo_id: str) -> str:

@@ -20,7 +20,7 @@ _TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
-class Seen:
+class Verification:
     """The consumer's report.
 
     ``faults`` is empty if all is well. ``loaded`` are the variants that this machine could load, ``skipped``
@@ -36,7 +36,7 @@ class Seen:
     seconds: float = 0.0
 
 
-def verify(api: HfApi, repo_id: str, commits: Sequence[str], version: int) -> Seen:
+def verify(api: HfApi, repo_id: str, commits: Sequence[str], version: int) -> Verification:
     """Download revisions into an empty cache, check every digest, load what can be loaded, call an operator.
 
     Two processes do it: one that has the token, and downloads; and one without, which runs the kernel's code. The
@@ -71,4 +71,4 @@ def verify(api: HfApi, repo_id: str, commits: Sequence[str], version: int) -> Se
             offline = {} if result["public"] else {"HF_HUB_OFFLINE": "1"}
             result = consume("load", result["folders"], **offline)
     lists = {name: tuple(result.get(name, ())) for name in ("faults", "loaded", "skipped", "signed")}
-    return Seen(**lists, called=result.get("called"), seconds=round(time.monotonic() - start, 2))
+    return Verification(**lists, called=result.get("called"), seconds=round(time.monotonic() - start, 2))

@@ -252,7 +252,8 @@ class _ImportVisitor(ScopedVisitor):
             if own:
                 # A variable is given the new name wherever it gets its value.
                 self.own_by_name(node, text, name if alone else None)
-            elif found.does == "import":
+            elif found.does == "import" and text:
+                # Without a name it is the package itself, by a level.
                 self.note(self.outside, text, node)
         elif literal is not None and not text.startswith(("{", "%")):
             if own and "." in text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import stat
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from kernelpress.source.git import GitState, git_state
 from kernelpress.source.module_map import VENDOR, ModuleMap
 from kernelpress.source.vendor import vendor
 from kernelpress.spec.model import Spec
+from kernelpress.spec.pyproject import PYPROJECT, describes_kernel
 from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused, read_file
 
 # Written into every variant by the build, so a source of that name would be lost without a word.
 _RESERVED = (METADATA, SIGNATURE)
-_HELPER = b"add_op_namespace_prefix"
+_HELPER = "add_op_namespace_prefix"
+_OPS_PACKAGE = OPS_MODULE.removesuffix(".py") + "/"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def read_source(spec: Spec) -> Source:
     """Read every file of the kernel package that ships.
 
     Caches, bytecode, hidden files and whatever has none of the spec's suffixes stay behind. So does an
-    ``_ops.py`` of the package's own: the build generates one for each variant.
+    ``_ops.py`` that was generated, or stands in for one: the build generates one for each variant.
 
     Raises:
         SourceError: The package is missing or is no package, holds a file that is not valid Python or
@@ -60,10 +63,12 @@ def read_source(spec: Spec) -> Source:
                 "the build writes a file of this name itself; rename this one", path=paths[name]
             )
     own = {name: read_file(path, name) for name, path in paths.items()}
-    if spec.source_dir is not None and OPS_MODULE in own and _HELPER not in own[OPS_MODULE].data:
-        raise SourceError(
-            "the build writes a module of this name itself; rename this one", path=paths[OPS_MODULE]
-        )
+    for name, file in own.items():
+        if name.startswith(_OPS_PACKAGE) or (name == OPS_MODULE and not _is_generated(file.tree)):
+            raise SourceError(
+                f"the build writes a module of this name itself, with `ops` and `{_HELPER}` alone; rename this one",
+                path=paths[name],
+            )
     module_map, vendored = vendor(
         spec.include, spec.package_name, (spec.import_root, spec.root.absolute()), own.values()
     )
@@ -80,6 +85,24 @@ def read_source(spec: Spec) -> Source:
         git=git_state(spec.import_root if spec.source_dir else spec.root, inputs, (package, suffixes)),
         module_map=module_map,
     )
+
+
+def _is_generated(ops_module: ast.Module) -> bool:
+    """True if an ``_ops.py`` holds what a build generates, or a stand-in for it, so that nothing is lost with it."""
+    helpers = 0
+    for node in ops_module.body:
+        match node:
+            case ast.FunctionDef(name=name) if name == _HELPER:
+                helpers += 1
+            case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)) if (
+                name == "ops" or name.startswith("_")
+            ):
+                pass
+            case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant()):
+                pass
+            case _:
+                return False
+    return helpers == 1
 
 
 def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -129,7 +152,8 @@ def _hidden(name: str) -> bool:
 
 def _other_inputs(root: Path) -> list[Path]:
     """The kernel's inputs other than the package."""
-    return [path for name in ("build.toml", "CARD.md") if (path := root / name).is_file()]
+    names = ["build.toml", "CARD.md", *([PYPROJECT] if describes_kernel(root) else [])]
+    return [path for name in names if (path := root / name).is_file()]
 
 
 def _card(root: Path) -> str | None:

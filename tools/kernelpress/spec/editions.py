@@ -55,7 +55,8 @@ def upgrade(before: str, path: Path, license: str | None = None) -> str | None:
 
 def _framework(document: tomlkit.TOMLDocument, path: Path) -> None:
     for compiled in ("kernel", "tvm-ffi"):
-        if compiled in document:
+        # A bare [kernel] lists no sources; upstream's own noarch kernels have it.
+        if compiled in document and (compiled != "kernel" or document[compiled] != {}):
             raise SpecError(
                 f"[{compiled}] describes compiled sources; migrate it with kernel-builder", path=path
             )

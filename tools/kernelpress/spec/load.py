@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from kernelpress.errors import SpecError
 from kernelpress.spec.document import read_document
 from kernelpress.spec.editions import upgrade
 from kernelpress.spec.model import EDITION, Spec
-from kernelpress.spec.pyproject import PYPROJECT, describes_kernel, load_project
+from kernelpress.spec.pyproject import PYPROJECT, asks_for_universal, describes_kernel, load_project
 from kernelpress.spec.upstream import with_kernel_dependencies
 from kernelpress.spec.validate import validate
 
@@ -84,10 +84,12 @@ def load_spec(directory: Path) -> Spec:
         ) from None
     upgraded = _upgraded(path, text, document)
     if upgraded is None:
-        return with_kernel_dependencies(validate(path, text, document), path)
-    with tempfile.TemporaryDirectory(prefix="kernelpress-spec-") as folder:
-        Path(folder, path.name).write_text(upgraded, "utf-8")
-        return with_kernel_dependencies(validate(path, text, tomli.loads(upgraded)), path, Path(folder))
+        spec = with_kernel_dependencies(validate(path, text, document), path)
+    else:
+        with tempfile.TemporaryDirectory(prefix="kernelpress-spec-") as folder:
+            Path(folder, path.name).write_text(upgraded, "utf-8")
+            spec = with_kernel_dependencies(validate(path, text, tomli.loads(upgraded)), path, Path(folder))
+    return replace(spec, universal=asks_for_universal(directory))
 
 
 def _upgraded(path: Path, text: str, document: dict[str, Any]) -> str | None:

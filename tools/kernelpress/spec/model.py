@@ -8,6 +8,7 @@ from pathlib import Path
 
 EDITION = 5
 BACKENDS = ("cann", "cpu", "cuda", "metal", "neuron", "rocm", "tpu", "xpu")
+_GPUS = {"cuda", "rocm", "xpu"}
 DEFAULT_PYEXT = ("py", "pyi")
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -39,7 +40,7 @@ class Spec:
     ``python_depends`` holds for every variant; each ``BackendSpec`` has its own on top. ``kernel_depends``
     of a backend already includes the general ones. Of a package elsewhere than under ``torch-ext``,
     ``source_dir`` is the directory, ``package`` its dotted name and ``include`` lists files and directories
-    of the project that ship with it.
+    of the project that ship with it. ``universal`` asks for ``torch-universal`` whatever the backends.
     """
 
     root: Path
@@ -55,6 +56,16 @@ class Spec:
     source_dir: Path | None = None
     package: str | None = None
     include: tuple[str, ...] = ()
+    universal: bool = False
+
+    @property
+    def has_universal(self) -> bool:
+        """True if ``torch-universal``, which loaders take on any machine, is built.
+
+        Unless it is asked for, that needs sources which run on any machine: on a CPU, or on every GPU.
+        """
+        names = {backend.name for backend in self.backends}
+        return self.universal or "cpu" in names or names >= _GPUS
 
     @property
     def python_name(self) -> str:
@@ -63,7 +74,7 @@ class Spec:
 
     @property
     def package_dir(self) -> Path:
-        """Where the kernel package stands."""
+        """The directory of the kernel package."""
         return self.source_dir or self.root / "torch-ext" / self.python_name
 
     @property

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from email.parser import HeaderParser
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ _OWN_KINDS: dict[str, type] = {
     "include": list,
     "repo-id": str,
     "pyext": list,
+    "universal": bool,
 }
+_KIND_NAMES = {str: "a string", list: "a list of strings", bool: "true or false"}
 _OWN = tuple(_OWN_KINDS)
 _GENERAL = (
     "name",
@@ -68,16 +71,7 @@ def load_project(
         SpecError: Something needed is said nowhere, or is wrong; with file and line where there is one.
     """
     path, text, table, project = _pyproject(directory)
-    for key in table:
-        if key not in (*_OWN, *_GENERAL):
-            raise SpecError(
-                f"unknown key `{key}` in [tool.kernelpress]; known are {', '.join(sorted((*_OWN, *_GENERAL)))}",
-                path=path,
-            )
-    for key, kind in _OWN_KINDS.items():
-        if key in table and not _is(table[key], kind):
-            what = "a list of strings" if kind is list else "a string"
-            raise SpecError(f"`{key}` in [tool.kernelpress] must be {what}, not {table[key]!r}", path=path)
+    _check_keys(table, path)
     if source_dir is None and "source-dir" in table:
         source_dir = directory / table["source-dir"]
     package = package or table.get("package")
@@ -88,7 +82,7 @@ def load_project(
             path=path,
         )
     parts = tuple(package.split("."))
-    if not all(part.isidentifier() for part in parts):
+    if not all(part.isidentifier() and not iskeyword(part) for part in parts):
         raise SpecError(
             f"{package!r} is no dotted name of a package; write it as Python imports it", path=path
         )
@@ -118,7 +112,21 @@ def load_project(
         source_dir=source_dir.absolute(),
         package=package,
         include=(*table.get("include", ()), *include),
+        universal=table.get("universal", False),
     )
+
+
+def asks_for_universal(directory: Path) -> bool:
+    """True if ``[tool.kernelpress]`` has ``universal = true``; beside a build.toml too, whose form upstream decides.
+
+    Raises:
+        SpecError: The table has another key that is unknown, or of the wrong kind.
+    """
+    if not describes_kernel(directory):
+        return False
+    path, _, table, _ = _pyproject(directory)
+    _check_keys(table, path)
+    return bool(table.get("universal", False))
 
 
 def describes_kernel(directory: Path) -> bool:
@@ -127,6 +135,20 @@ def describes_kernel(directory: Path) -> bool:
         return "kernelpress" in tomli.loads((directory / PYPROJECT).read_text("utf-8")).get("tool", {})
     except (OSError, ValueError, RecursionError):
         return False
+
+
+def _check_keys(table: dict[str, Any], path: Path) -> None:
+    for key in table:
+        if key not in (*_OWN, *_GENERAL):
+            raise SpecError(
+                f"unknown key `{key}` in [tool.kernelpress]; known are {', '.join(sorted((*_OWN, *_GENERAL)))}",
+                path=path,
+            )
+    for key, kind in _OWN_KINDS.items():
+        if key in table and not _is(table[key], kind):
+            raise SpecError(
+                f"`{key}` in [tool.kernelpress] must be {_KIND_NAMES[kind]}, not {table[key]!r}", path=path
+            )
 
 
 def _is(value: object, kind: type) -> bool:

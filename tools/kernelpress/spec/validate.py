@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
+import sys
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -58,6 +60,15 @@ def python_dependencies() -> dict[str, Any]:
     return dependencies
 
 
+def _imported_names() -> set[str]:
+    """Top-level modules that a kernel, its tests or the loader import, so that none may be called like them."""
+    listed = python_dependencies()
+    dependencies = (listed["general"], *listed["backends"].values())
+    packages = [package for group in dependencies for item in group.values() for package in item["python"]]
+    names = {package["import"] for package in packages if "import" in package}
+    return {"torch", "triton", "kernels"} | names | sys.stdlib_module_names
+
+
 def _line_of(text: str, keys: tuple[str, ...]) -> int | None:
     """The line of a key or table, or of the nearest table around it."""
     table: tuple[str, ...] = ()
@@ -92,7 +103,7 @@ class _Validator:
     def spec(self) -> Spec:
         self.compiled()
         self.edition()
-        self.known(self.document, ("general", "torch-noarch"))
+        self.known(self.document, ("general", "torch-noarch", "kernel"))
         for table in ("general", "torch-noarch"):
             if not isinstance(self.document.get(table), dict):
                 raise self.error(f"there is no [{table}] table; add one", table)
@@ -125,11 +136,16 @@ class _Validator:
         for table, value in self.document.items():
             # Once, [torch] held what [torch-noarch] holds today.
             sources = isinstance(value, dict) and bool(value.get("src"))
-            if table in ("tvm-ffi", "kernel") or (table == "torch" and (sources or self.is_todays())):
+            if (
+                table == "tvm-ffi"
+                or (table == "kernel" and value != {})
+                or (table == "torch" and (sources or self.is_todays()))
+            ):
                 raise self.error(
                     f"[{table}] describes compiled sources, which need kernel-builder; "
                     "kernelpress builds Python and Triton packages: use [torch-noarch]",
                     table,
+                    *(list(value)[:1] if table == "kernel" and isinstance(value, dict) else ()),
                 )
 
     def is_todays(self) -> bool:
@@ -174,6 +190,16 @@ class _Validator:
             raise self.error(
                 f"{name!r} is no kernel name: lowercase letters, digits and dashes, a letter first, "
                 "no dash at the end, at least two characters (such as 'my-kernel')",
+                "general",
+                "name",
+            )
+        module = name.replace("-", "_")
+        if keyword.iskeyword(module) or module in _imported_names():
+            reason = (
+                "is a word of Python's" if keyword.iskeyword(module) else "is a module that kernels import"
+            )
+            raise self.error(
+                f"{name!r} is no kernel name, as {module} {reason}; name it otherwise (such as '{name}-kernel')",
                 "general",
                 "name",
             )
@@ -268,6 +294,8 @@ class _Validator:
             if key not in table:
                 continue
             self.typed(table[key], list, "torch-noarch", key)
+            if not table[key]:
+                continue
             if backend not in backends:
                 raise self.error(
                     f"`{key}` is given, but {backend} is not among the backends", "torch-noarch", key

@@ -1,1 +1,1 @@
-"""What can be done with versions that are on a Hub."""
+"""Operations on versions that are on a Hub: list, bundle, yank, redirect and roll back."""

@@ -59,15 +59,17 @@ def redirect(api: HfApi, repo_id: str, to: str) -> dict[str, str]:
     if repo_id == to:
         raise PublishError(f"{repo_id} cannot redirect to itself")
     with explained(api, to):
-        there = branch_heads(api, to)
-        onward = read_status(api, to, there[MAIN], tree(api, to, there[MAIN]))[1] if MAIN in there else None
+        targets = branch_heads(api, to)
+        onward = (
+            read_status(api, to, targets[MAIN], tree(api, to, targets[MAIN]))[1] if MAIN in targets else None
+        )
     if onward is not None:
         # Nobody follows a second one, and two that name each other lead nowhere.
         raise RefusedError(f"{to} itself redirects to {onward}; name where readers shall end up")
     commits: dict[str, str] = {}
     with explained(api, repo_id):
         branches = [MAIN, *(f"v{version}" for version in versions_of(branch_heads(api, repo_id)))]
-        missing = [branch for branch in branches if branch not in there]
+        missing = [branch for branch in branches if branch not in targets]
         if missing:
             raise RefusedError(
                 f"{to} has no {', '.join(missing)}, so readers of {repo_id} would find nothing"
