@@ -101,9 +101,9 @@ def _keys(x: torch.Tensor, part: _Part) -> torch.Tensor:
 
 
 def _queries(x: torch.Tensor, part: _Part, block: _Block, kv_heads: int) -> torch.Tensor:
-    """The block's rows ``[Hkv, G * rows, D]``: the queries that share a key head follow each other."""
+    """The block's rows ``[Hkv, G * rows, D]``, contiguous: the queries that share a key head follow each other."""
     rows = x[part.batch, part.q][block.first : block.last].unflatten(1, (kv_heads, -1))[:, part.heads]
-    return rows.to(operand_dtype(x.dtype)).permute(1, 2, 0, 3).flatten(1, 2)
+    return rows.to(operand_dtype(x.dtype)).permute(1, 2, 0, 3).flatten(1, 2).contiguous()
 
 
 def _put_queries(x: torch.Tensor, part: _Part, block: _Block, kv_heads: int, rows: torch.Tensor) -> None:
