@@ -90,3 +90,46 @@ def test_a_weight_of_any_layout_is_laid_out_for_onednn(
     assert weights.dense == [True] * len(got)
     product = x.double() @ right.double()
     assert_close(got, [product, product + 1, product + low.double() @ low_right.double()], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("queries", "heads"), [(1, 4), (339, 1), (339, 4)])
+def test_a_query_of_one_key_gets_no_gradient_at_all(
+    kernel, dtype: torch.dtype, queries: int, heads: int
+) -> None:
+    """Its probability is 1 whatever the score: dQ and dK are 0, and dV is the sum of the gradients that arrive."""
+    q, do = (torch.randn(1, queries, heads, 64).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, 1, 1, 64).to(dtype).requires_grad_() for _ in range(2))
+    dq, dk, dv = torch.autograd.grad(kernel.flash_attn_func(q.requires_grad_(), k, v), (q, k, v), do)
+    assert not dq.any()
+    assert not dk.any()
+    exact = do.double().sum((1, 2))
+    rounding = (exact.to(dtype).double() - exact).abs().max()
+    # What is left of a sum in float32.
+    summed = 1e-12 if dtype == torch.float64 else 1e-5 * exact.abs().max()
+    assert (dv.double().view_as(exact) - exact).abs().max() <= rounding + summed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_first_query_of_a_causal_sequence_gets_no_gradient_either(kernel, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 33, heads, 64).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    out = kernel.flash_attn_func(q, k, v, causal=True)
+    (dq,) = torch.autograd.grad(out, q, torch.randn_like(out))
+    assert not dq[:, 0].any()
+    assert dq[:, 1].any()
+
+
+def test_gradients_of_keys_are_summed_over_blocks_in_float32(kernel, submodule) -> None:
+    """Rounded to bfloat16 a block, they were 1.8 times as far off as one rounding."""
+    q, do = torch.randn(2, 1, 2048, 1, 64).bfloat16()
+    k, v = torch.randn(2, 1, 256, 1, 64).bfloat16()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    _, *gradients = torch.autograd.grad(kernel.flash_attn_func(*inputs), inputs, do)
+    exact_inputs = [x.detach()[0].double().requires_grad_() for x in inputs]
+    window = submodule("ops.attention.window").Window(-1, -1)
+    exact, _ = submodule("ops.attention.reference").attention(*exact_inputs, 0.125, window)
+    _, *exact_gradients = torch.autograd.grad(exact, exact_inputs, do[0].double())
+    for got, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        rounding = (exact_gradient.bfloat16().double() - exact_gradient).norm()
+        # The probabilities are rounded before the product, too.
+        assert (got[0].double() - exact_gradient).norm() < 1.55 * rounding
