@@ -209,7 +209,7 @@ def _attend(
             f"{name}: s_aux: expected {[q.shape[-2]]} (the heads of q) on {q.device}, got {list(s_aux.shape)} on "
             f"{s_aux.device}"
         )
-    dispatch.refuse_tangents(name, q, k, v, s_aux)
+    dispatch.refuse_transforms(name, q, k, v, s_aux)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     window = Window(max(-1, window_size[0]), 0 if causal else max(-1, window_size[1]))
     is_one = v is k
