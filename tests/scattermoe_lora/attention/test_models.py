@@ -100,6 +100,69 @@ def test_packed_sequences_have_the_loss_and_gradients_of_unpacked(
     assert_close(packed, results(m, "eager", input_ids=ids, labels=labels, position_ids=positions), 1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", ["gemma4 shared KV", "gemma4 K=V", "qwen3", "qwen2 moe", "llama"])
+def test_packed_sequences_do_not_see_each_other_where_an_empty_cache_is_filled(
+    attention, said, name: str, cache: str | None, rows: int
+) -> None:
+    """As a plain loop calls a model; transformers makes a mask of the positions only if there is no cache."""
+    m, ids = model(CONFIGS[name]()), tokens(rows, sum(LENGTHS))
+    # Such that the first row's sequences begin elsewhere than the second's.
+    positions = torch.stack(
+        [torch.cat([torch.arange(n) for n in LENGTHS[:: 1 - 2 * row]]) for row in range(rows)]
+    )
+    m.set_attn_implementation("eager")
+    expected = m(input_ids=ids, position_ids=positions, use_cache=False).logits
+    m.set_attn_implementation(FLASH)
+    filled = StaticCache(m.config, max_cache_len=20) if cache else None
+    got = m(input_ids=ids, position_ids=positions, past_key_values=filled)
+    assert got.past_key_values.get_seq_length() == ids.shape[1]
+    assert_close([got.logits], [expected], 1e-4)
+    assert all(line.endswith(": the kernel") for line in said())
+    if rows == 1:
+        # transformers' own wrapper of a flash kernel.
+        m.set_attn_implementation("org/scattermoe-lora", allow_all_kernels=True)
+        assert_close([m(input_ids=ids, position_ids=positions).logits], [expected], 1e-4)
+
+
+def test_a_plain_loop_over_packed_sequences_has_the_gradients_of_eager_without_a_cache(attention) -> None:
+    m, ids = model(CONFIGS["gemma4 dense"]()), tokens(1, sum(LENGTHS))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    m.zero_grad()
+    loss = m(**inputs).loss
+    loss.backward()
+    got = [loss.detach(), *(p.grad.clone() for p in m.parameters() if p.grad is not None)]
+    assert_close(got, results(m, "eager", **inputs), 1e-3)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_positions_are_those_of_the_keys_only_where_the_cache_was_empty(attention, first: int) -> None:
+    """Positions that do not start again, and a cache with keys in it, divide nothing."""
+    m, ids = model(CONFIGS["llama"]()), tokens(2, 12)
+    outputs = []
+    for implementation in ("eager", FLASH):
+        m.set_attn_implementation(implementation)
+        cache = m(
+            input_ids=ids[:, :6], position_ids=torch.arange(first, 6 + first).expand(2, -1)
+        ).past_key_values
+        again = torch.tensor([[0, 1, 2, 0, 1, 2]])
+        outputs.append(m(input_ids=ids[:, 6:], position_ids=again, past_key_values=cache).logits)
+    assert_close(outputs[1:], outputs[:1], 1e-4)
+
+
+def test_what_the_kernel_does_not_run_is_divided_by_positions_too(attention, said) -> None:
+    m, ids = model(CONFIGS["llama"]()), tokens(2, sum(LENGTHS))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    expected = m(input_ids=ids, position_ids=positions, use_cache=False).logits
+    m.train()
+    for layer in m.model.layers:
+        layer.self_attn.attention_dropout = 1e-9
+    assert_close([m(input_ids=ids, position_ids=positions).logits], [expected], 1e-4)
+    assert said()[-1].endswith("transformers' sdpa, because of dropout 1e-09")
+
+
 def test_lengths_handed_over_by_a_collator_are_taken(attention, said) -> None:
     m, ids = model(CONFIGS["llama"]()), tokens(1, sum(LENGTHS))
     boundaries = torch.tensor([0, 5, 6, 13], dtype=torch.int32)

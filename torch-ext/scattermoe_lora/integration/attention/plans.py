@@ -10,6 +10,7 @@ import torch
 from ...ops.attention.sequences import Sequences, packed_sequences, padded_sequences
 
 _PLAN = "_scattermoe_plan"
+_DIVIDED = "_scattermoe_divided"
 # A plan's header in each element: the sequence's number below, these bits and the window's left end above.
 _NUMBER_BITS = 30
 _CAUSAL, _BOTH_WAYS, _HEADER, _LEFT_BIT = 1, 2, 4, 3
@@ -134,6 +135,43 @@ def with_model_sequences(plan: Plan, arguments: Mapping[str, Any]) -> Plan:
     (cu_query, max_query), (cu_key, max_key) = (_lengths(arguments, side) for side in "qk")
     sequences = Sequences(None, None, cu_query, cu_key, max_query, max_key)
     return plan._replace(sequences=sequences, packed=True, deferred=False)
+
+
+def with_restarting_positions(
+    plan: Plan, segments: torch.Tensor | None, position_ids: torch.Tensor | None, shape: tuple[int, int, int]
+) -> tuple[Plan, torch.Tensor | None]:
+    """``plan`` and ``segments``, divided where the positions of a causal layer without padding start again.
+
+    transformers' masks say so only if there is no cache (some models' never); its wrapper of FlashAttention reads the
+    positions as here, of a batch of one: a sequence begins at each position that is the smallest. Earlier keys have no
+    positions here, so that nothing is divided unless the cache was empty.
+
+    Args:
+        position_ids: ``[B or 1, S]``; what has another shape is no position of a token, and is left alone.
+        shape: B, Sq and Sk.
+    """
+    batch, queries, keys = shape
+    if position_ids is None or position_ids.shape not in ((batch, queries), (1, queries)):
+        return plan, segments
+    deferred = plan.deferred and plan.packed
+    unread = plan.sequences is None and plan.deferred == deferred == torch.compiler.is_compiling()
+    if not plan.causal or not unread or queries != keys or queries == 1:
+        return plan, segments
+    # Looked at once for all layers that have the same mask: the answer waits for the device.
+    known = getattr(segments, _DIVIDED, None)
+    if known is not None and known[0] is position_ids:
+        return known[1]
+    starts = position_ids[:, 1:] == position_ids.amin(1, keepdim=True)
+    numbers = torch.nn.functional.pad(starts.cumsum(1), (1, 0)).int().expand(batch, -1) + 1
+    if deferred:
+        # Each side's restarts make a new number; both count from 1.
+        return plan, numbers if segments is None else numbers + segments - 1
+    divided = plan, segments
+    if bool(starts.any()):
+        divided = make_plan(numbers, queries, True, plan.window, packed=True, padded=False), numbers
+    if segments is not None:
+        setattr(segments, _DIVIDED, (position_ids, divided))
+    return divided
 
 
 def _lengths(arguments: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
