@@ -96,8 +96,8 @@ def visible(case: Case, device: str) -> torch.Tensor:
     """``[1, 1, S, S]``, True where a query sees a key."""
     tokens = torch.arange(case.length * case.sequences, device=device)
     q, k = tokens[:, None], tokens[None]
-    seen = (k <= q) & (q // case.length == k // case.length)
-    return (seen & (k > q - case.window) if case.window else seen)[None, None]
+    allowed = (k <= q) & (q // case.length == k // case.length)
+    return (allowed & (k > q - case.window) if case.window else allowed)[None, None]
 
 
 def ours(kernel: Any, case: Case, device: str) -> Attention:
@@ -152,14 +152,14 @@ def eager(case: Case, device: str) -> Attention:
 def flex(case: Case, device: str) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
+    def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
         inside = (k <= q) & (q // case.length == k // case.length)
         return inside & (k > q - case.window) if case.window else inside
 
     # Else what is compiled for a second length is compiled for any, and after a few cases nothing is compiled at all.
     torch.compiler.reset()
     tokens = case.length * case.sequences
-    mask = create_block_mask(seen, None, None, tokens, tokens, device=device, _compile=True)
+    mask = create_block_mask(allowed, None, None, tokens, tokens, device=device, _compile=True)
     return partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
 
 
@@ -219,9 +219,9 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with without_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
-    events.sort(key=lambda each: each.start_ns())
-    return max(itertools.accumulate((each.nbytes() for each in events), initial=0))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
@@ -251,13 +251,13 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
                 out = attention(*inputs)
                 return [out, *torch.autograd.grad(out, inputs, grad)]
 
-            got = [each.detach().float().cpu() for each in step()]
+            got = [tensor.detach().float().cpu() for tensor in step()]
             finish()
             peak = peak_bytes(step, device)
         # Whatever an implementation refuses a case with, the others are to be measured.
         except Exception as error:  # noqa: BLE001 - Triton's errors are of no common kind
-            said = str(error).strip() or "no reason given"
-            rows[name] = {"not": f"{type(error).__name__}: {said.splitlines()[0][:90]}"}
+            message = str(error).strip() or "no reason given"
+            rows[name] = {"not": f"{type(error).__name__}: {message.splitlines()[0][:90]}"}
             continue
         if expected is None:
             expected = got

@@ -158,9 +158,9 @@ def with_restarting_positions(
     if not plan.causal or not unread or queries != keys or queries == 1:
         return plan, segments
     # Looked at once for all layers that have the same mask: the answer waits for the device.
-    known = getattr(segments, _DIVIDED, None)
-    if known is not None and known[0] is position_ids:
-        return known[1]
+    earlier = getattr(segments, _DIVIDED, None)
+    if earlier is not None and earlier[0] is position_ids:
+        return earlier[1]
     starts = position_ids[:, 1:] == position_ids.amin(1, keepdim=True)
     numbers = torch.nn.functional.pad(starts.cumsum(1), (1, 0)).int().expand(batch, -1) + 1
     if deferred:
@@ -197,13 +197,13 @@ def dense(plan: Plan, segments: torch.Tensor, queries: int) -> torch.Tensor:
     k = torch.arange(keys, device=segments.device)
     q = torch.arange(keys - queries, keys, device=segments.device)[:, None]
     left, right = plan.window
-    seen = (segments > 0)[:, None, None, :].expand(-1, 1, queries, -1)
+    visible = (segments > 0)[:, None, None, :].expand(-1, 1, queries, -1)
     if plan.packed:
-        seen = seen & (segments[:, None, keys - queries :, None] == segments[:, None, None, :])
+        visible = visible & (segments[:, None, keys - queries :, None] == segments[:, None, None, :])
     if plan.causal:
-        seen = seen & (k <= q)
+        visible = visible & (k <= q)
     if left >= 0:
-        seen = seen & (k >= q - left)
+        visible = visible & (k >= q - left)
     if right >= 0:
-        seen = seen & (k <= q + right)
-    return seen
+        visible = visible & (k <= q + right)
+    return visible

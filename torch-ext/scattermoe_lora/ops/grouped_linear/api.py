@@ -55,9 +55,9 @@ def grouped_linear(
     return y.view(tokens, top_k, weight.shape[1])
 
 
-def _expect(name: str, what: str, expected: object, got: object) -> None:
+def _expect(name: str, quality: str, expected: object, got: object) -> None:
     if expected != got:
-        raise ValueError(f"grouped_linear: {name}: expected {what} {expected}, got {got}")
+        raise ValueError(f"grouped_linear: {name}: expected {quality} {expected}, got {got}")
 
 
 def _check(
