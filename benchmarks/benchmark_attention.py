@@ -53,8 +53,8 @@ class _Layer:
             torch.arange(tokens - queries, tokens, device=self.device)[:, None],
             torch.arange(tokens, device=self.device),
         )
-        seen = (columns <= rows) & (columns // self.length == rows // self.length)
-        self.mask = seen & (columns > rows - self.window) if self.window else seen
+        visible = (columns <= rows) & (columns // self.length == rows // self.length)
+        self.mask = visible & (columns > rows - self.window) if self.window else visible
 
     def forward(self) -> torch.Tensor:
         """The kernel's attention, ``[1, S, H, D]``."""

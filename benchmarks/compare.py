@@ -69,8 +69,8 @@ def run_child(
     if process.returncode == -signal.SIGKILL or "OutOfMemoryError" in process.stderr:
         return None
     if process.returncode and unpacked is not None:
-        said = process.stderr.strip().splitlines()
-        raise peers.PeerError(said[-1] if said else f"exit status {process.returncode}")
+        error_lines = process.stderr.strip().splitlines()
+        raise peers.PeerError(error_lines[-1] if error_lines else f"exit status {process.returncode}")
     if process.returncode:
         raise RowError(f"{implementation} failed on {shape} ({process.returncode}):\n{process.stderr}")
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
@@ -79,16 +79,16 @@ def run_child(
 
 def prepare_peers(implementations: Sequence[str], wheels: Path | None, scratch: Path) -> dict[str, Path]:
     """Folders in which the peers among ``implementations`` were prepared; says which cannot be, and how they could."""
-    asked = [name for name in implementations if name in peers.PEERS]
+    peer_names = [name for name in implementations if name in peers.PEERS]
     ready: dict[str, Path] = {}
     missing = []
-    for name in asked:
+    for name in peer_names:
         try:
-            found = peers.find_wheels(name, wheels)
-            if found is None:
+            wheel_paths = peers.find_wheels(name, wheels)
+            if wheel_paths is None:
                 missing.append(name)
             else:
-                ready[name] = peers.prepare(name, found, scratch)
+                ready[name] = peers.prepare(name, wheel_paths, scratch)
         except peers.PeerError as error:
             print(f"{name}: left out: {error}", flush=True)
     if missing:
@@ -169,12 +169,12 @@ def print_ratios(rows: Mapping[str, Any]) -> None:
     if any(name in peers.PEERS for name in everyone):
         against.append(("the best of all", everyone))
     ours = rows["scattermoe"]
-    for what, names in against:
+    for rivals, names in against:
         if names:
             best = min(names, key=lambda name: rows[name]["ms"])
             memory = ours["peak_bytes_above_weights"] / rows[best]["peak_bytes_above_weights"]
             speed = rows[best]["ms"] / ours["ms"]
-            print(f"{'':<12}{speed:>8.2f}x {what} ({best}), with {memory:.0%} of its memory", flush=True)
+            print(f"{'':<12}{speed:>8.2f}x {rivals} ({best}), with {memory:.0%} of its memory", flush=True)
 
 
 def main() -> None:
@@ -200,12 +200,12 @@ def main() -> None:
     implementations = DEFAULT_IMPLEMENTATIONS[arguments.device]
     if arguments.implementations:
         implementations = tuple(arguments.implementations.split(","))
-    for option, names, known in (
+    for option, names, choices in (
         ("shapes", shapes, tuple(SHAPES)),
         ("implementations", implementations, IMPLEMENTATIONS),
     ):
-        if unknown := set(names) - set(known):
-            parser.error(f"--{option}: {', '.join(sorted(unknown))}: none of {', '.join(known)}")
+        if unknown := set(names) - set(choices):
+            parser.error(f"--{option}: {', '.join(sorted(unknown))}: none of {', '.join(choices)}")
     require(arguments.device)
     if arguments.wheels and not arguments.wheels.is_dir():
         parser.error(f"--wheels: {arguments.wheels} is no folder")

@@ -1,8 +1,9 @@
 """Attention of Gemma 4's layers, forward and backward: ours against SDPA and eager mode, and on a GPU all there is.
 
-8 query heads over 4 key heads, the global layers' head_dim of 512 and the sliding layers' of 256. All implementations
-of a case run in turns in one process, on the same tensors. Prints a table of medians; ``--output`` also writes the
-figures as JSON, with the date, the device, the versions and the commit they belong to.
+8 query heads over 4 key heads, the global layers' head_dim of 512 and the sliding layers' of 256; and other models'
+heads, 1, 2, 8 or all of them on a key head. All implementations of a case run in turns in one process, on the same
+tensors. Prints a table of medians; ``--output`` also writes the figures as JSON, with the date, the device, the
+versions and the commit they belong to.
 
     python benchmarks/compare_attention.py [--device cuda] [--cases global-2k,...] [--output FILE]
 """
@@ -38,18 +39,21 @@ from measuring import (
     write,
 )
 
-HEADS, KEY_HEADS = 8, 4
-
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: ``sequences`` of ``length`` tokens, packed into one row; a query sees ``window`` keys, 0 for all."""
+    """One layer: ``sequences`` of ``length`` tokens, packed into one row; a query sees ``window`` keys, 0 for all.
+
+    ``heads`` of queries read ``key_heads``.
+    """
 
     length: int
     head_dim: int
     dtype: str
     window: int = 0
     sequences: int = 1
+    heads: int = 8
+    key_heads: int = 4
 
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees."""
@@ -58,20 +62,26 @@ class Case:
 
     def flops(self) -> int:
         """Of the matrix products, forward (2) and backward (5, the scores once more among them)."""
-        return 7 * 2 * HEADS * self.head_dim * self.pairs()
+        return 7 * 2 * self.heads * self.head_dim * self.pairs()
 
 
+# Query heads to a key head: OLMoE, Gemma 4, gpt-oss; and all on one.
+RATIOS = (1, 2, 8, 16)
 CASES = {
     "cpu": {
         "global-1k": Case(1024, 512, "float32"),
         "global-1k-bf16": Case(1024, 512, "bfloat16"),
         "sliding-2k": Case(2048, 256, "float32", window=512),
         "packed-4x256": Case(256, 512, "float32", sequences=4),
+        **{f"ratio-{ratio}": Case(512, 128, "float32", heads=16, key_heads=16 // ratio) for ratio in RATIOS},
     },
     "cuda": {
         **{f"global-{n}k": Case(n * 1024, 512, "bfloat16") for n in (2, 4, 8, 16, 32, 64)},
         **{f"sliding-{n}k": Case(n * 1024, 256, "bfloat16", window=1024) for n in (2, 4, 8, 16, 32, 64)},
         **{f"packed-8x{n}k": Case(n * 1024, 512, "bfloat16", sequences=8) for n in (1, 2, 4, 8)},
+        **{
+            f"ratio-{ratio}": Case(4096, 128, "bfloat16", heads=16, key_heads=16 // ratio) for ratio in RATIOS
+        },
     },
 }
 # Rounding makes less of a difference than this.
@@ -86,8 +96,8 @@ def visible(case: Case, device: str) -> torch.Tensor:
     """``[1, 1, S, S]``, True where a query sees a key."""
     tokens = torch.arange(case.length * case.sequences, device=device)
     q, k = tokens[:, None], tokens[None]
-    seen = (k <= q) & (q // case.length == k // case.length)
-    return (seen & (k > q - case.window) if case.window else seen)[None, None]
+    allowed = (k <= q) & (q // case.length == k // case.length)
+    return (allowed & (k > q - case.window) if case.window else allowed)[None, None]
 
 
 def ours(kernel: Any, case: Case, device: str) -> Attention:
@@ -105,16 +115,17 @@ def ours(kernel: Any, case: Case, device: str) -> Attention:
     return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def repeated(x: torch.Tensor) -> torch.Tensor:
-    return x.repeat_interleave(HEADS // KEY_HEADS, dim=1)
+def repeated(x: torch.Tensor, case: Case) -> torch.Tensor:
+    return x.repeat_interleave(case.heads // case.key_heads, dim=1)
 
 
 def sdpa(case: Case, device: str) -> Attention:
     """As transformers calls it: K and V repeated, and a dense mask where "causal" does not say it all."""
     if case.window == 0 and case.sequences == 1:
-        return lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True)
-    mask = visible(case, device)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), mask)
+        options: dict[str, Any] = {"is_causal": True}
+    else:
+        options = {"attn_mask": visible(case, device)}
+    return lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k, case), repeated(v, case), **options)
 
 
 def with_backend(backend: Any, attention: Attention) -> Attention:
@@ -131,9 +142,9 @@ def eager(case: Case, device: str) -> Attention:
     mask = visible(case, device)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        scores = (q @ repeated(k).mT) * case.head_dim**-0.5
+        scores = (q @ repeated(k, case).mT) * case.head_dim**-0.5
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ repeated(v)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ repeated(v, case)
 
     return run
 
@@ -141,14 +152,14 @@ def eager(case: Case, device: str) -> Attention:
 def flex(case: Case, device: str) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
+    def allowed(b: Any, h: Any, q: Any, k: Any) -> Any:
         inside = (k <= q) & (q // case.length == k // case.length)
         return inside & (k > q - case.window) if case.window else inside
 
     # Else what is compiled for a second length is compiled for any, and after a few cases nothing is compiled at all.
     torch.compiler.reset()
     tokens = case.length * case.sequences
-    mask = create_block_mask(seen, None, None, tokens, tokens, device=device, _compile=True)
+    mask = create_block_mask(allowed, None, None, tokens, tokens, device=device, _compile=True)
     return partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
 
 
@@ -208,9 +219,9 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with without_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
-    events.sort(key=lambda each: each.start_ns())
-    return max(itertools.accumulate((each.nbytes() for each in events), initial=0))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
@@ -222,8 +233,8 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
         shape = (1, tokens, heads, case.head_dim)
         return torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2)
 
-    inputs = [random(heads).requires_grad_() for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
-    grad = random(HEADS)
+    inputs = [random(heads).requires_grad_() for heads in (case.heads, case.key_heads, case.key_heads)]
+    grad = random(case.heads)
 
     def finish() -> None:
         if device == "cuda":
@@ -240,13 +251,13 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
                 out = attention(*inputs)
                 return [out, *torch.autograd.grad(out, inputs, grad)]
 
-            got = [each.detach().float().cpu() for each in step()]
+            got = [tensor.detach().float().cpu() for tensor in step()]
             finish()
             peak = peak_bytes(step, device)
         # Whatever an implementation refuses a case with, the others are to be measured.
         except Exception as error:  # noqa: BLE001 - Triton's errors are of no common kind
-            said = str(error).strip() or "no reason given"
-            rows[name] = {"not": f"{type(error).__name__}: {said.splitlines()[0][:90]}"}
+            message = str(error).strip() or "no reason given"
+            rows[name] = {"not": f"{type(error).__name__}: {message.splitlines()[0][:90]}"}
             continue
         if expected is None:
             expected = got

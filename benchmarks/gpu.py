@@ -121,7 +121,7 @@ def run(step: Step, log: Path, minutes: float) -> int | None:
     """Runs a step with its output in ``log``; its exit status, or None where it took longer than ``minutes``."""
     # A minute to end by itself, or what it can be given of one.
     own = max(minutes - 1, minutes / 2)
-    command = [each.replace("{minutes}", f"{own:.1f}") for each in step.command]
+    command = [argument.replace("{minutes}", f"{own:.1f}") for argument in step.command]
     paths = [str(REPOSITORY / "tools"), str(REPOSITORY / "torch-ext"), os.environ.get("PYTHONPATH", "")]
     # A process that is killed leaves what it put into a temporary folder; this one goes with the step.
     with TemporaryDirectory(prefix=f"{step.name}-") as scratch, log.open("wb") as output:
@@ -172,8 +172,8 @@ def run_all(todo: Sequence[Step], folder: Path, minutes: float) -> Iterator[Outc
     deadline = time.monotonic() + 60 * minutes
     passed = set()
     for step in todo:
-        left = (deadline - time.monotonic()) / 60
-        limit = min(step.minutes, left)
+        minutes_left = (deadline - time.monotonic()) / 60
+        limit = min(step.minutes, minutes_left)
         log = folder / f"{step.name}.log"
         if step.missing:
             yield Outcome(step.name, "skipped", step.missing)
@@ -202,8 +202,8 @@ def report(outcomes: Iterator[Outcome], folder: Path) -> int:
         told.append(outcome)
         print(f"{outcome.name}: {outcome.word}, {outcome.detail}", flush=True)
         if outcome.word == "failed":
-            said = (folder / f"{outcome.name}.log").read_text("utf-8", "replace").splitlines()
-            print("\n".join(f"    {line}" for line in said[-20:]), flush=True)
+            output = (folder / f"{outcome.name}.log").read_text("utf-8", "replace").splitlines()
+            print("\n".join(f"    {line}" for line in output[-20:]), flush=True)
     print(f"\n{'step':<16}{'':<10}")
     for outcome in told:
         print(f"{outcome.name:<16}{outcome.word:<10}{outcome.detail}")
@@ -219,8 +219,8 @@ def gpu_name(needed: Sequence[str]) -> str:
     finished = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     name = finished.stdout.strip()
     if not name:
-        said = (finished.stderr.strip().splitlines() or ["torch finds none"])[-1]
-        sys.exit(f"error: no GPU for {sys.executable}: {said}")
+        output = (finished.stderr.strip().splitlines() or ["torch finds none"])[-1]
+        sys.exit(f"error: no GPU for {sys.executable}: {output}")
     return name
 
 

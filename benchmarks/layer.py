@@ -79,7 +79,9 @@ class Layer:
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """The tensors that get a gradient, by name."""
-        factors = {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+        factors = {
+            name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad
+        }
         return {"x": self.x, "weights": self.weights, **factors}
 
     def forget(self) -> None:
@@ -122,9 +124,10 @@ def differences(shape: Shape, install: Callable[[], str], device: str) -> tuple[
     with torch.device(device):
         layer = Layer(shape, implementation)
     layer.copy_from(reference)
-    found = layer.results()
+    outputs = layer.results()
     errors = {
-        name: float((found[name].to(value) - value).norm() / value.norm()) for name, value in expected.items()
+        name: float((outputs[name].to(value) - value).norm() / value.norm())
+        for name, value in expected.items()
     }
     return implementation, errors
 

@@ -86,13 +86,13 @@ PEERS = {
 
 def how_to_get(names: Sequence[str]) -> str:
     """The command that downloads what the rows ``names`` need."""
-    requirements = " ".join(each for name in names for each in PEERS[name].requirements)
+    requirements = " ".join(requirement for name in names for requirement in PEERS[name].requirements)
     return f"pip download --no-deps --only-binary=:all: --dest wheels {requirements}"
 
 
 def find_wheels(name: str, folder: Path | None) -> tuple[Path, ...] | None:
     """The wheels of a row in ``folder``, of any version; None where one is missing."""
-    found = []
+    matches = []
     for requirement in PEERS[name].requirements:
         project = requirement.partition("==")[0]
         wheels = sorted(folder.glob(f"{project}-*.whl")) if folder else []
@@ -100,8 +100,8 @@ def find_wheels(name: str, folder: Path | None) -> tuple[Path, ...] | None:
             return None
         if len(wheels) > 1:
             raise PeerError(f"{folder} holds {len(wheels)} wheels of {project}; leave one")
-        found.extend(wheels)
-    return tuple(found)
+        matches.extend(wheels)
+    return tuple(matches)
 
 
 def prepare(name: str, wheels: Sequence[Path], scratch: Path) -> Path:
@@ -124,7 +124,7 @@ def prepare(name: str, wheels: Sequence[Path], scratch: Path) -> Path:
 
 def versions(unpacked: Path) -> list[str]:
     """Names and versions of the wheels in a folder that :func:`prepare` made."""
-    return sorted(each.stem for each in unpacked.glob("*.dist-info"))
+    return sorted(path.stem for path in unpacked.glob("*.dist-info"))
 
 
 def install(name: str, unpacked: Path) -> str:

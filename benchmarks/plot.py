@@ -27,8 +27,8 @@ def draw(grown: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
         for row, (measure, scale, label) in enumerate(PANELS):
             axis = axes[row][column]
             for implementation, rows in implementations.items():
-                sizes = [each[dimension] for each in rows]
-                axis.loglog(sizes, [scale * each[measure] for each in rows], marker="o", label=implementation)
+                sizes = [row[dimension] for row in rows]
+                axis.loglog(sizes, [scale * row[measure] for row in rows], marker="o", label=implementation)
             axis.set(xlabel=dimension, ylabel=label, xticks=sizes, xticklabels=[str(size) for size in sizes])
             axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axis.yaxis.set_major_formatter("{x:g}")

@@ -204,10 +204,10 @@ def tune_all(
     begin = time.monotonic()
     until = begin + 60 * minutes
     results = [Tuned(kernel, rule, None, dict(rule.launch), None) for kernel, rule in rules]
-    for done, i in enumerate(sorted(range(len(rules)), key=lambda i: rules[i][1].bytes)):
+    for count, i in enumerate(sorted(range(len(rules)), key=lambda i: rules[i][1].bytes)):
         if time.monotonic() >= until:
             print(
-                f"{len(rules) - done} of {len(rules)} rules keep their launches: the time is up", flush=True
+                f"{len(rules) - count} of {len(rules)} rules keep their launches: the time is up", flush=True
             )
             break
         kernel, rule = rules[i]

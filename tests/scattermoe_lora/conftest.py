@@ -60,7 +60,9 @@ def attention(kernel: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, submodule: Callable[[str], ModuleType]) -> Callable[[], list[str]]:
+def log_lines(
+    caplog: pytest.LogCaptureFixture, submodule: Callable[[str], ModuleType]
+) -> Callable[[], list[str]]:
     """``said()``: which attention ran where, by the lines of the log."""
     logger = submodule("integration.attention.backends").__name__
     caplog.set_level(logging.INFO, logger)

@@ -123,10 +123,12 @@ def test_the_empty_rest_of_a_static_cache_is_not_seen(attention, submodule) -> N
         assert_close([got[PADDING.flip(1) > 0]], [exact[PADDING.flip(1) > 0]], 1e-5)
 
 
-def test_dropout_alone_is_no_matter_for_eager(attention, said) -> None:
+def test_dropout_alone_is_no_matter_for_eager(attention, log_lines) -> None:
     q, k, v = states(5, 5)
     attend(llama(), q, k, v, None, dropout=0.5, output_attentions=False)
-    assert said() == ["attention of LlamaAttention, head_dim 16: transformers' sdpa, because of dropout 0.5"]
+    assert log_lines() == [
+        "attention of LlamaAttention, head_dim 16: transformers' sdpa, because of dropout 0.5"
+    ]
 
 
 def test_lengths_of_packed_sequences_need_no_longest(attention) -> None:

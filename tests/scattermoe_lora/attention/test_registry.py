@@ -20,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def test_the_log_says_each_thing_once(attention, said) -> None:
+def test_the_log_says_each_thing_once(attention, log_lines) -> None:
     m, ids = model(gemma4(layers=4)), tokens(2, 13)
     for _ in range(3):
         m(input_ids=ids)
-    assert said() == [
+    assert log_lines() == [
         "attention of Gemma4TextAttention (sliding_attention), head_dim 16: the kernel",
         "attention of Gemma4TextAttention (full_attention), head_dim 32: the kernel",
     ]
@@ -167,7 +167,7 @@ def stand_in(kernel) -> Iterator[StandIn]:
 
 
 @pytest.mark.parametrize("inputs", ["plain", "padded", "packed"])
-def test_hybrid_takes_the_other_attention_up_to_256(stand_in: StandIn, said, inputs: str) -> None:
+def test_hybrid_takes_the_other_attention_up_to_256(stand_in: StandIn, log_lines, inputs: str) -> None:
     ids = tokens(2, 13)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -177,7 +177,7 @@ def test_hybrid_takes_the_other_attention_up_to_256(stand_in: StandIn, said, inp
     m = model(gemma4(layers=4, global_head_dim=512))
     assert_trains_as_eager(m, input_ids=ids, labels=labels, **given)
     assert stand_in.head_dims == [16, 16]
-    assert said() == [
+    assert log_lines() == [
         "attention of Gemma4TextAttention (sliding_attention), head_dim 16: stand_in",
         "attention of Gemma4TextAttention (full_attention), head_dim 512: the kernel",
     ]

@@ -77,14 +77,14 @@ def image_inputs() -> dict[str, Any]:
 
 @pytest.mark.parametrize("bidirectional", ["vision", None])
 def test_a_model_with_images_has_the_loss_and_gradients_of_eager(
-    attention, said, bidirectional: str | None
+    attention, log_lines, bidirectional: str | None
 ) -> None:
     m, inputs = multimodal(bidirectional), image_inputs()
     assert_trains_as_eager(
         m, **inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 60, -100)
     )
     sliding = "attention of Gemma4TextAttention (sliding_attention), head_dim 16: "
-    assert set(said()) == {
+    assert set(log_lines()) == {
         "attention of Gemma4VisionAttention, head_dim 16: the kernel",
         "attention of Gemma4TextAttention (full_attention), head_dim 32: the kernel",
         sliding + "transformers' sdpa, because of spans that see themselves whole"
@@ -123,10 +123,10 @@ def test_a_mask_of_spans_serves_queries_of_another_dtype(attention, submodule) -
     assert_close([got], [exact], 1e-5)
 
 
-def test_text_alone_runs_in_the_kernel_in_a_model_for_images(attention, said) -> None:
+def test_text_alone_runs_in_the_kernel_in_a_model_for_images(attention, log_lines) -> None:
     m, ids = multimodal(), tokens(2, 13) % 50 + 1
     assert_trains_as_eager(m, input_ids=ids, labels=ids, mm_token_type_ids=torch.zeros_like(ids))
-    assert all(line.endswith(": the kernel") for line in said())
+    assert all(line.endswith(": the kernel") for line in log_lines())
 
 
 def test_a_tower_with_an_attention_of_its_own_has_the_mask_of_eager(attention) -> None:
@@ -167,7 +167,7 @@ def test_an_encoder_with_a_decoder_has_the_logits_and_tokens_of_eager(attention,
     assert torch.equal(*outputs(m, lambda: m.generate(**inputs, **generate)))
 
 
-def test_a_vision_tower_that_packs_its_images_has_the_features_of_eager(attention, said) -> None:
+def test_a_vision_tower_that_packs_its_images_has_the_features_of_eager(attention, log_lines) -> None:
     config = Qwen2VLVisionConfig(
         depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2
     )
@@ -175,13 +175,13 @@ def test_a_vision_tower_that_packs_its_images_has_the_features_of_eager(attentio
     pixels, grid = torch.rand(40, 3 * 2 * 4 * 4), torch.tensor([[1, 4, 4], [1, 6, 4]])
     got, exact = outputs(tower, lambda: tower(pixels, grid_thw=grid).last_hidden_state)
     assert_close([got], [exact], 1e-4)
-    assert said() == ["attention of VisionAttention, head_dim 16: the kernel"]
+    assert log_lines() == ["attention of VisionAttention, head_dim 16: the kernel"]
     # The second image is another one if it sees the first.
     alone = tower(pixels[16:], grid_thw=grid[1:]).last_hidden_state
     assert_close([got[16:]], [alone], 1e-4)
 
 
-def test_attention_in_chunks_runs_in_transformers_under_a_name_without_flash(kernel, said) -> None:
+def test_attention_in_chunks_runs_in_transformers_under_a_name_without_flash(kernel, log_lines) -> None:
     # Under a name with "flash" in it, transformers refuses texts longer than a chunk.
     kernel.register_attention("scattermoe")
     config = Llama4TextConfig(**SMALL, num_local_experts=2, attention_chunk_size=4, intermediate_size_mlp=32)
@@ -192,10 +192,10 @@ def test_attention_in_chunks_runs_in_transformers_under_a_name_without_flash(ker
     finally:
         kernel.unregister_attention()
     assert_close([got], [exact], 1e-4)
-    assert all("transformers' sdpa, because of " in line for line in said())
+    assert all("transformers' sdpa, because of " in line for line in log_lines())
 
 
-def test_attention_weights_come_from_eager(attention, said) -> None:
+def test_attention_weights_come_from_eager(attention, log_lines) -> None:
     m, ids = model(CONFIGS["llama"]()).eval(), tokens(2, 13)
     weights = []
     for implementation in (FLASH, "eager"):
@@ -203,7 +203,7 @@ def test_attention_weights_come_from_eager(attention, said) -> None:
         weights.append(m(ids, output_attentions=True, use_cache=False).attentions)
     assert len(weights[0]) == 2
     assert_close(*weights, 1e-5)
-    assert said() == [
+    assert log_lines() == [
         "attention of LlamaAttention, head_dim 16: transformers' eager, because of output_attentions"
     ]
 
@@ -211,7 +211,7 @@ def test_attention_weights_come_from_eager(attention, said) -> None:
 # What the kernel does not do
 
 
-def test_dropout_runs_in_transformers_and_the_log_says_so(attention, said) -> None:
+def test_dropout_runs_in_transformers_and_the_log_says_so(attention, log_lines) -> None:
     m, ids = model(gemma4(attention_dropout=0.5)).train(), tokens(2, 13)
     losses = []
     for implementation in (FLASH, "sdpa"):
@@ -219,18 +219,18 @@ def test_dropout_runs_in_transformers_and_the_log_says_so(attention, said) -> No
         torch.manual_seed(1)
         losses.append(m(input_ids=ids, labels=ids, use_cache=False).loss)
     torch.testing.assert_close(*losses)
-    assert len(said()) == 2
-    assert all(line.endswith("transformers' sdpa, because of dropout 0.5") for line in said())
+    assert len(log_lines()) == 2
+    assert all(line.endswith("transformers' sdpa, because of dropout 0.5") for line in log_lines())
 
 
-def test_a_dense_mask_runs_in_transformers(attention, said) -> None:
+def test_a_dense_mask_runs_in_transformers(attention, log_lines) -> None:
     m, ids = model(CONFIGS["llama"]()), tokens(2, 13)
     mask = (torch.rand(2, 1, 13, 13) < 0.5) | torch.eye(13, dtype=torch.bool)
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     for attention_mask in (mask, additive):
         got = results(m, FLASH, input_ids=ids, labels=ids, attention_mask=attention_mask)
         assert_close(got, results(m, "eager", input_ids=ids, labels=ids, attention_mask=additive), 1e-3)
-    assert said() == [
+    assert log_lines() == [
         "attention of LlamaAttention, head_dim 16: transformers' sdpa, because of a mask of its own"
     ]
 
@@ -240,7 +240,7 @@ def test_a_dense_mask_runs_in_transformers(attention, said) -> None:
     [(12, "head_dim, of which the kernel takes multiples of 8 from 16 to 512"), (520, "head_dim")],
 )
 def test_a_head_size_outside_the_kernels_runs_in_transformers(
-    attention, said, head_dim: int, reason: str
+    attention, log_lines, head_dim: int, reason: str
 ) -> None:
     ids = tokens(2, 13)
     mask = torch.ones_like(ids)
@@ -250,11 +250,11 @@ def test_a_head_size_outside_the_kernels_runs_in_transformers(
         assert_trains_as_eager(
             m, input_ids=ids, labels=labels_of(ids, attention_mask), attention_mask=attention_mask
         )
-    (line,) = said()
+    (line,) = log_lines()
     assert f"transformers' sdpa, because of {reason}" in line
 
 
-def test_sinks_run_in_the_kernel_under_a_name_that_transformers_leaves_alone(kernel, said) -> None:
+def test_sinks_run_in_the_kernel_under_a_name_that_transformers_leaves_alone(kernel, log_lines) -> None:
     # Under a name with "flash" in it, transformers would take one of the packages that gpt-oss names.
     kernel.register_attention("scattermoe")
     config = GptOssConfig(
@@ -269,7 +269,7 @@ def test_sinks_run_in_the_kernel_under_a_name_that_transformers_leaves_alone(ker
         assert_trains_as_eager(m, "scattermoe", input_ids=ids, labels=ids)
     finally:
         kernel.unregister_attention()
-    assert all(line.endswith(": the kernel") for line in said())
+    assert all(line.endswith(": the kernel") for line in log_lines())
 
 
 def test_continuous_batching_is_refused(attention) -> None:

@@ -50,6 +50,22 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_eager(
     assert [run[3] is None for run in runs] == [False] * len(m.model.layers) + [True] * len(m.model.layers)
 
 
+def test_a_compiled_model_reads_positions_where_an_empty_cache_is_filled(attention) -> None:
+    m = model(CONFIGS["gemma4 dense"]())
+    torch._dynamo.reset()
+    m.set_attn_implementation(FLASH)
+    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+    ids = tokens(2, sum(LENGTHS))
+    one = torch.arange(sum(LENGTHS))
+    for row in (torch.cat([torch.arange(n) for n in LENGTHS]), one):
+        positions = torch.stack([row, one])
+        got = compiled(input_ids=ids, position_ids=positions).logits
+        m.set_attn_implementation("eager")
+        expected = m(input_ids=ids, position_ids=positions, use_cache=False).logits
+        m.set_attn_implementation(FLASH)
+        assert_close([got], [expected], 1e-4)
+
+
 def test_a_compiled_model_takes_the_lengths_that_it_is_given(attention) -> None:
     """As DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives them."""
     m = model(CONFIGS["gemma4 dense"]())

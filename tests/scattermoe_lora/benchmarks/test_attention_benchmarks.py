@@ -73,9 +73,13 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("compare_attention")
 
 
-@pytest.mark.parametrize(("window", "sequences"), [(0, 1), (5, 1), (0, 3), (5, 3)])
-def test_the_comparison_compares_the_same_thing(kernel, compare, window: int, sequences: int) -> None:
-    case = compare.Case(20, 32, "float32", window, sequences)
+@pytest.mark.parametrize(
+    ("window", "sequences", "key_heads"), [(0, 1, 4), (5, 1, 4), (0, 3, 4), (5, 3, 4), (0, 1, 8), (5, 1, 1)]
+)
+def test_the_comparison_compares_the_same_thing(
+    kernel, compare, window: int, sequences: int, key_heads: int
+) -> None:
+    case = compare.Case(20, 32, "float32", window, sequences, key_heads=key_heads)
     rows = compare.measure(kernel, case, "cpu", 0.0)
     assert list(rows) == ["scattermoe", "sdpa", "eager"]
     for row in rows.values():
@@ -146,6 +150,13 @@ def test_an_unknown_case_is_refused_before_anything_is_measured(compare, monkeyp
     with pytest.raises(SystemExit):
         compare.main()
     assert "--cases: tiny: none of global-1k, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_ratio_of_heads_that_models_have_is_compared(compare, device: str) -> None:
+    cases = [case for case in compare.CASES[device].values() if not case.window and case.sequences == 1]
+    assert {case.heads // case.key_heads for case in cases} >= {1, 2, 8}
+    assert any(case.key_heads == 1 for case in cases)
 
 
 def test_seen_pairs_are_those_of_a_causal_window(compare) -> None:

@@ -49,6 +49,9 @@ CASES = {
     "softcap in a window": Case((34,), (34,), causal=True, window=(12, 0), softcap=5.0),
     "head of 256": Case((35,), (35,), heads=2, kv_heads=1, head_dim=256, causal=True, window=(17, 0)),
     "head of 512": Case((19,), (19,), heads=2, kv_heads=1, head_dim=512, causal=True),
+    "head of 20": Case((21,), (21,), heads=4, kv_heads=2, head_dim=20, causal=True, window=(9, 0)),
+    "head of 1": Case((13,), (13,), head_dim=1, softcap=2.0),
+    "packed heads of 13": Case((5, 1, 33), (5, 1, 33), head_dim=13, causal=True),
     "head of 320": Case((17,), (33,), heads=1, kv_heads=1, head_dim=320, causal=True),
     "packed": Case((5, 1, 33, 12), (5, 1, 33, 12), heads=4, kv_heads=2, causal=True),
     "packed in a window": Case((20, 3, 41), (20, 3, 41), causal=True, window=(8, 8), head_dim=40),
@@ -143,7 +146,7 @@ def test_every_dtype_is_summed_in_float32(kernel, expected, name, dtype) -> None
     check(kernel, expected, CASES[name], dtype)
 
 
-@pytest.mark.parametrize("name", ["softcap in a window", "packed", "head of 512"])
+@pytest.mark.parametrize("name", ["softcap in a window", "packed", "head of 512", "head of 20"])
 def test_values_that_are_the_keys_get_the_sum_of_both_gradients(kernel, expected, name) -> None:
     check(kernel, expected, CASES[name], EXACT, shared=True)
 

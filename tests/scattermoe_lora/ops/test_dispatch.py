@@ -75,6 +75,41 @@ def test_a_tangent_is_refused_and_never_dropped(kernel: Any, name: str) -> None:
             CALLS[name](kernel, forward_ad.make_dual(x, tangent))
 
 
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "hessian": lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.vmap(f, randomness="same")(x[None]).sum())(
+        x
+    ),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(f), randomness="same")(x[None]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", CALLS)
+def test_transforms_of_torch_func_are_refused_by_name(kernel: Any, name: str, transform: str) -> None:
+    x = torch.randn(1, 3, 4, 16)
+    with pytest.raises(NotImplementedError, match=f"{name.split()[0]}: torch.func.grad"):
+        TRANSFORMS[transform](lambda x: CALLS[name](kernel, x).sum(), x)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives_are_refused_by_name_and_first_ones_with_a_graph_are_not(
+    kernel: Any, name: str
+) -> None:
+    x = torch.randn(1, 3, 4, 16).requires_grad_()
+
+    def gradient(**options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        return torch.autograd.grad(CALLS[name](kernel, x).sin().sum(), x, **options)[0]
+
+    with_graph = gradient(create_graph=True)
+    assert torch.equal(with_graph, gradient())
+    with pytest.raises(NotImplementedError, match=f"{name.split()[0]}: second derivatives"):
+        with_graph.square().sum().backward()
+
+
 SWITCHES = {
     "pass": "ieee",
     'torch.set_float32_matmul_precision("high")': "tf32",

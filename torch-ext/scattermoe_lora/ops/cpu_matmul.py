@@ -53,6 +53,15 @@ def multiplies_bfloat16() -> bool:
     return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def onednn_layout(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` ``[n, k]``, copied where neither it nor its transpose is contiguous.
+
+    oneDNN has code for these two layouts, and for any other (a head's columns of ``[rows, heads * n]``) only a
+    reference loop that takes a thousand times as long. The operator makes the other operand contiguous by itself.
+    """
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
 def _widened(x: torch.Tensor, rows: int) -> torch.Tensor | None:
     """``x`` with the rows behind it in its buffer, ``rows`` in all; None where the buffer ends before."""
     if x.shape[0] == rows:
@@ -74,7 +83,7 @@ def _onednn(
     x: torch.Tensor, right: torch.Tensor, rows: int, sizes: list[int], add: torch.Tensor | None = None
 ) -> Iterator[torch.Tensor]:
     """``x @ right`` (plus ``add``), a piece at a time and without the surplus behind ``rows``."""
-    operator, weight = torch.ops.mkldnn._linear_pointwise, right.t()
+    operator, weight = torch.ops.mkldnn._linear_pointwise, onednn_layout(right.t())
     for i, piece in enumerate(_cut(x, sizes)):
         if add is None:
             result = operator(piece, weight, None, "none", [], "")
@@ -84,7 +93,7 @@ def _onednn(
 
 
 def matmul(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``x @ right`` into ``out``: ``x`` ``[m, k]``, ``right`` ``[k, n]``, it or its transpose contiguous."""
+    """``x @ right`` into ``out``: ``[m, k]`` and ``[k, n]``; fastest where ``right`` or its transpose is contiguous."""
     rows = x.shape[0]
     wide = _widened(x, rounded(rows)) if _serves(x.dtype, rows * right.numel()) else None
     if wide is None:

@@ -43,10 +43,12 @@ def undisturbed(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def refuse_tangents(name: str, *tensors: torch.Tensor | None) -> None:
-    """Raises NotImplementedError where a tensor carries a tangent, as in ``torch.func.jvp``.
+def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raises NotImplementedError for derivatives that only ``torch.func`` and dual tensors ask for.
 
-    torch drops them at an operator that has a rule for the backward alone, and the derivative would come out as zero.
+    Where a tensor carries a tangent, as in ``torch.func.jvp``: torch drops them at an operator that has a rule for the
+    backward alone, and the derivative would come out as zero. And where one needs a gradient within a transform
+    (``torch.func.grad``, or ``vmap`` over it), for which such an operator has no rule.
     """
     if torch.compiler.is_compiling():
         return
@@ -56,3 +58,32 @@ def refuse_tangents(name: str, *tensors: torch.Tensor | None) -> None:
                 f"{name}: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported; use backward, "
                 "or transformers' eager mode in a model"
             )
+    if not (torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()):
+        return
+    if any(tensor is not None and _needs_gradient(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            f"{name}: torch.func.grad, and the other transforms of torch.func over what needs a gradient, are not "
+            "supported; use torch.autograd.grad or backward, or transformers' eager mode in a model"
+        )
+
+
+def _needs_gradient(tensor: torch.Tensor) -> bool:
+    """True if ``tensor``, or the one inside where transforms have wrapped it, needs a gradient."""
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def refuse_second_derivative(name: str, backward: torch.library.CustomOpDef) -> None:
+    """Lets a derivative of the operator ``backward``, which computes the gradients of ``name``, be refused by name.
+
+    Gradients with a graph (``create_graph=True``) can be had; a derivative of them raises NotImplementedError.
+    """
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError(
+            f"{name}: second derivatives (a gradient's gradient) are not supported; use transformers' eager mode in a "
+            "model"
+        )
+
+    backward.register_autograd(refuse)

@@ -223,13 +223,18 @@ def transformers_own(
 
 
 def _eager(module: Any) -> Any:
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise NotImplementedError(
-            f"scattermoe attention: {type(module).__name__} needs an eager attention, and its module has no "
-            'eager_attention_forward; use attn_implementation="eager" for this model'
-        )
-    return function
+    """The eager attention beside the module's class, or beside the first of its bases that has one.
+
+    The class itself may have been made elsewhere: by ``apply_to``, by FSDP2, by a user.
+    """
+    for base in type(module).__mro__:
+        function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise NotImplementedError(
+        f"scattermoe attention: {type(module).__name__} needs an eager attention, and no module that defines it or a "
+        'base of it has an eager_attention_forward; use attn_implementation="eager" for this model'
+    )
 
 
 def _log_once(call: Call, where: str, reason: str | None) -> None:

@@ -8,7 +8,15 @@ import torch
 
 from . import backends as paths
 from . import masks as masks
-from .plans import Plan, plan_of, reshaped_back, segments_of, window_of, with_model_sequences
+from .plans import (
+    Plan,
+    plan_of,
+    reshaped_back,
+    segments_of,
+    window_of,
+    with_model_sequences,
+    with_restarting_positions,
+)
 
 
 def attention_forward(
@@ -42,7 +50,8 @@ def attention_forward(
         is_causal: None for ``module.is_causal``.
         hybrid: As in :func:`register_attention`.
         **kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` of packed sequences, both or none, and where they are known
-            ``max_length_q`` and ``max_length_k``; whatever else the model passes.
+            ``max_length_q`` and ``max_length_k``; ``position_ids`` ``[B or 1, S]``, whose restarts divide a causal
+            layer's sequences where the mask does not and the keys are the queries' own; what else the model passes.
 
     Returns:
         ``[B, Sq, Hq, D]``, and the attention weights where eager mode ran, else None.
@@ -85,6 +94,10 @@ def attention_forward(
             call = call._replace(key=key, value=key if shared else value[:, :, :keys])
     if plan.sequences is None and kwargs.get("cu_seq_lens_q") is not None:
         plan, segments = with_model_sequences(plan, kwargs), None
+    else:
+        plan, segments = with_restarting_positions(
+            plan, segments, kwargs.get("position_ids"), (query.shape[0], query.shape[2], key.shape[2])
+        )
 
     reason = paths.obstacle(call, plan)
     if reason is not None:

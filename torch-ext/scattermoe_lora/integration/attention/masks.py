@@ -114,9 +114,9 @@ def _segments(
         return pattern
     windowed = pattern.left >= 0 or pattern.right >= 0
     # The number of keys up to the last query's own.
-    seen = q_offset + queries - kv_offset
-    keys = seen if pattern.causal else kv_length
-    if (pattern.causal and not queries <= seen <= kv_length) or (windowed and seen != keys):
+    keys_through = q_offset + queries - kv_offset
+    keys = keys_through if pattern.causal else kv_length
+    if (pattern.causal and not queries <= keys_through <= kv_length) or (windowed and keys_through != keys):
         return "queries and keys that do not end at the same token"
     valid = None if attention_mask is None else _valid_keys(attention_mask, kv_offset, kv_offset + keys)
     packed, padded = pattern.ids is not None, valid is not None
@@ -285,5 +285,5 @@ def supports(config: Any, flag: str) -> bool:
 
 def _beside(kind: type, model: type) -> bool:
     """True if a model's class is defined in the module of its config, or in one next to it."""
-    here, there = (owner.__module__.rpartition(".") for owner in (kind, model))
-    return here == there or (here[0] == there[0] != "")
+    config_parts, model_parts = (owner.__module__.rpartition(".") for owner in (kind, model))
+    return config_parts == model_parts or (config_parts[0] == model_parts[0] != "")

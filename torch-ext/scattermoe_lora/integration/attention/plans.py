@@ -10,6 +10,7 @@ import torch
 from ...ops.attention.sequences import Sequences, packed_sequences, padded_sequences
 
 _PLAN = "_scattermoe_plan"
+_DIVIDED = "_scattermoe_divided"
 # A plan's header in each element: the sequence's number below, these bits and the window's left end above.
 _NUMBER_BITS = 30
 _CAUSAL, _BOTH_WAYS, _HEADER, _LEFT_BIT = 1, 2, 4, 3
@@ -136,6 +137,43 @@ def with_model_sequences(plan: Plan, arguments: Mapping[str, Any]) -> Plan:
     return plan._replace(sequences=sequences, packed=True, deferred=False)
 
 
+def with_restarting_positions(
+    plan: Plan, segments: torch.Tensor | None, position_ids: torch.Tensor | None, shape: tuple[int, int, int]
+) -> tuple[Plan, torch.Tensor | None]:
+    """``plan`` and ``segments``, divided where the positions of a causal layer without padding start again.
+
+    transformers' masks say so only if there is no cache (some models' never); its wrapper of FlashAttention reads the
+    positions as here, of a batch of one: a sequence begins at each position that is the smallest. Earlier keys have no
+    positions here, so that nothing is divided unless the cache was empty.
+
+    Args:
+        position_ids: ``[B or 1, S]``; what has another shape is no position of a token, and is left alone.
+        shape: B, Sq and Sk.
+    """
+    batch, queries, keys = shape
+    if position_ids is None or position_ids.shape not in ((batch, queries), (1, queries)):
+        return plan, segments
+    deferred = plan.deferred and plan.packed
+    unread = plan.sequences is None and plan.deferred == deferred == torch.compiler.is_compiling()
+    if not plan.causal or not unread or queries != keys or queries == 1:
+        return plan, segments
+    # Looked at once for all layers that have the same mask: the answer waits for the device.
+    earlier = getattr(segments, _DIVIDED, None)
+    if earlier is not None and earlier[0] is position_ids:
+        return earlier[1]
+    starts = position_ids[:, 1:] == position_ids.amin(1, keepdim=True)
+    numbers = torch.nn.functional.pad(starts.cumsum(1), (1, 0)).int().expand(batch, -1) + 1
+    if deferred:
+        # Each side's restarts make a new number; both count from 1.
+        return plan, numbers if segments is None else numbers + segments - 1
+    divided = plan, segments
+    if bool(starts.any()):
+        divided = make_plan(numbers, queries, True, plan.window, packed=True, padded=False), numbers
+    if segments is not None:
+        setattr(segments, _DIVIDED, (position_ids, divided))
+    return divided
+
+
 def _lengths(arguments: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
     """First tokens of the sequences, and the longest's length, which waits for the device where nobody says it."""
     cu, longest = arguments[f"cu_seq_lens_{side}"].int(), arguments.get(f"max_length_{side}")
@@ -159,13 +197,13 @@ def dense(plan: Plan, segments: torch.Tensor, queries: int) -> torch.Tensor:
     k = torch.arange(keys, device=segments.device)
     q = torch.arange(keys - queries, keys, device=segments.device)[:, None]
     left, right = plan.window
-    seen = (segments > 0)[:, None, None, :].expand(-1, 1, queries, -1)
+    visible = (segments > 0)[:, None, None, :].expand(-1, 1, queries, -1)
     if plan.packed:
-        seen = seen & (segments[:, None, keys - queries :, None] == segments[:, None, None, :])
+        visible = visible & (segments[:, None, keys - queries :, None] == segments[:, None, None, :])
     if plan.causal:
-        seen = seen & (k <= q)
+        visible = visible & (k <= q)
     if left >= 0:
-        seen = seen & (k >= q - left)
+        visible = visible & (k >= q - left)
     if right >= 0:
-        seen = seen & (k <= q + right)
-    return seen
+        visible = visible & (k <= q + right)
+    return visible

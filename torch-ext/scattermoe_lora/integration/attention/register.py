@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...ops.attention.api import flash_attn_func, flash_attn_varlen_func
+from .. import copied_configs
+from ..wrapping import unwrap, wrap
 from . import backends as paths
 from . import masks as masks
 from .forward import attention_forward
@@ -50,6 +52,7 @@ def register_attention(name: str = "scattermoe_flash", hybrid: str | None = None
     AttentionInterface.register(name, current)
     AttentionMaskInterface.register(name, masks.mask)
     _answer_for_flash_functions()
+    copied_configs.follow("set_attn_implementation")
 
 
 def unregister_attention() -> None:
@@ -68,24 +71,9 @@ def unregister_attention() -> None:
     _registered.clear()
     paths.forget()
     if _replaced is not None:
-        _unlink(flash_utils, _replaced)
+        unwrap(flash_utils, "_lazy_imports", _replaced)
+        copied_configs.unfollow("set_attn_implementation")
         _replaced = None
-
-
-def _unlink(flash_utils: Any, ours: Any) -> None:
-    """Takes our function out of the chain of those that builds put around transformers' own.
-
-    A wrapper that is not a build's stays around ours, which passes everything on once no name is registered.
-    """
-    outer = flash_utils._lazy_imports
-    if outer is ours:
-        flash_utils._lazy_imports = ours.scattermoe_inner[0]
-        return
-    while hasattr(outer, "scattermoe_inner"):
-        if outer.scattermoe_inner[0] is ours:
-            outer.scattermoe_inner[0] = ours.scattermoe_inner[0]
-            return
-        outer = outer.scattermoe_inner[0]
 
 
 def _check_hybrid(name: str, hybrid: str) -> None:
@@ -115,15 +103,18 @@ def _answer_for_flash_functions() -> None:
         return
     from transformers import modeling_flash_attention_utils as flash_utils
 
-    # A list, so that another build, which came before and leaves first, can take itself out of the chain.
-    inner: list[Callable[..., Any]] = [flash_utils._lazy_imports]
+    def make(inner: list[Callable[..., Any]]) -> Callable[..., Any]:
+        def lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+            if implementation not in _registered:
+                return inner[0](implementation, *args, **kwargs)
+            return (
+                flash_attn_func,
+                flash_attn_varlen_func,
+                None,
+                flash_utils._pad_input,
+                flash_utils._unpad_input,
+            )
 
-    @functools.wraps(inner[0])
-    def lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        if implementation not in _registered:
-            return inner[0](implementation, *args, **kwargs)
-        return flash_attn_func, flash_attn_varlen_func, None, flash_utils._pad_input, flash_utils._unpad_input
+        return lazy_imports
 
-    _replaced = lazy_imports
-    _replaced.scattermoe_inner = inner
-    flash_utils._lazy_imports = lazy_imports
+    _replaced = wrap(flash_utils, "_lazy_imports", make)

@@ -71,6 +71,6 @@ def _check_factors(weights: Weights, name: str, a: torch.Tensor, b: torch.Tensor
         _expect(f"lora[{name!r}][{i}]", "device of the weights,", weights.up.device, factor.device)
 
 
-def _expect(name: str, what: str, expected: object, got: object) -> None:
+def _expect(name: str, quality: str, expected: object, got: object) -> None:
     if expected != got:
-        raise ValueError(f"experts_forward: {name}: expected {what} {expected}, got {got}")
+        raise ValueError(f"experts_forward: {name}: expected {quality} {expected}, got {got}")

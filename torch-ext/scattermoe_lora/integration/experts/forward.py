@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...ops.dispatch import refuse_tangents
+from ...ops.dispatch import refuse_transforms
 from ...ops.experts.arguments import Operands
 from ...ops.experts.op import experts_forward as fused_experts
 from ...ops.grouped_linear.op import grouped_linear_forward
@@ -39,7 +39,7 @@ def experts_forward(
 
     Raises:
         NotImplementedError: The module has not the parameters that its layout flags promise, or the kernels do not
-            compute in their dtype; forward-mode differentiation.
+            compute in their dtype; forward-mode differentiation, ``torch.func.grad`` and second derivatives.
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
     """
     experts: Any = module
@@ -47,7 +47,7 @@ def experts_forward(
     lora = lora or handed_factors(experts)
     check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
     factors = (factor for pair in lora.values() for factor in pair)
-    refuse_tangents("experts_forward", hidden_states, top_k_weights, *weights[1:], *factors)
+    refuse_transforms("experts_forward", hidden_states, top_k_weights, *weights[1:], *factors)
     a1, b1 = _contiguous(lora.get(weights.up_name))
     a2, b2 = _contiguous(lora.get("down_proj"))
     up, down = weights.up, weights.down

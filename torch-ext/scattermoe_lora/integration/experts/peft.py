@@ -7,13 +7,13 @@ implementation, the wrapper adds its factors to the call's ``lora`` argument and
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
+from ..wrapping import unwrap, wrap
 from .checks import DTYPES
 from .expert_parallel import check_split, handed, is_split, own_part
 
@@ -33,47 +33,45 @@ def hook(names: Collection[str]) -> None:
         return
     if _hooked is not None:
         return
-    # A list, so that another build, which hooked in before and leaves first, can take itself out of the chain.
-    inner: list[Callable[..., torch.Tensor]] = [ParamWrapper.forward]
 
-    @functools.wraps(inner[0])
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged or not _runs_here(self, names):
-            return inner[0](self, x, *args, **kwargs)
-        # Once: of a quantized weight behind a parametrization, each reading computes the whole.
-        parameter, experts = self.get_param(), self.get_base_layer()
-        obstacle = _obstacle(self)
-        if obstacle is not None:
-            _warn_once(obstacle)
-            return inner[0](self, x, *args, **kwargs)
-        if parameter.dtype not in DTYPES:
-            raise NotImplementedError(
-                f"scattermoe: LoRA on {self.parameter_name}: expected a weight of one of "
-                f"{', '.join(map(str, DTYPES))}, got {parameter.dtype}"
-            )
-        self._check_forward_args(x, *args, **kwargs)
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "scattermoe: LoRA on experts takes one set of adapters for all samples of a batch"
-            )
-        index = args[0] if args else kwargs.get("top_k_index")
-        split = is_split(experts, parameter)
-        if split:
-            check_split(experts, self.parameter_name, parameter)
-        only = None if split else _few_experts(index, self.num_experts)
-        factors = active_factors(self, parameter.dtype, only)
-        lora = kwargs.pop("lora", {})
-        if factors is not None:
-            lora = {**lora, self.parameter_name: own_part(factors, parameter) if split else factors}
-        del parameter  # What was computed does not stay while the experts run.
-        if split and self.base_layer is experts:
-            with handed(experts, lora):
-                return experts(x, *args, **kwargs)
-        return self.base_layer(x, *args, **kwargs, **({"lora": lora} if lora else {}))
+    def make(inner: list[Callable[..., torch.Tensor]]) -> Callable[..., torch.Tensor]:
+        def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.disable_adapters or self.merged or not _runs_here(self, names):
+                return inner[0](self, x, *args, **kwargs)
+            # Once: of a quantized weight behind a parametrization, each reading computes the whole.
+            parameter, experts = self.get_param(), self.get_base_layer()
+            obstacle = _obstacle(self)
+            if obstacle is not None:
+                _warn_once(obstacle)
+                return inner[0](self, x, *args, **kwargs)
+            if parameter.dtype not in DTYPES:
+                raise NotImplementedError(
+                    f"scattermoe: LoRA on {self.parameter_name}: expected a weight of one of "
+                    f"{', '.join(map(str, DTYPES))}, got {parameter.dtype}"
+                )
+            self._check_forward_args(x, *args, **kwargs)
+            if kwargs.pop("adapter_names", None) is not None:
+                raise ValueError(
+                    "scattermoe: LoRA on experts takes one set of adapters for all samples of a batch"
+                )
+            index = args[0] if args else kwargs.get("top_k_index")
+            split = is_split(experts, parameter)
+            if split:
+                check_split(experts, self.parameter_name, parameter)
+            only = None if split else _few_experts(index, self.num_experts)
+            factors = active_factors(self, parameter.dtype, only)
+            lora = kwargs.pop("lora", {})
+            if factors is not None:
+                lora = {**lora, self.parameter_name: own_part(factors, parameter) if split else factors}
+            del parameter  # What was computed does not stay while the experts run.
+            if split and self.base_layer is experts:
+                with handed(experts, lora):
+                    return experts(x, *args, **kwargs)
+            return self.base_layer(x, *args, **kwargs, **({"lora": lora} if lora else {}))
 
-    _hooked = forward
-    _hooked.scattermoe_inner = inner
-    ParamWrapper.forward = forward
+        return forward
+
+    _hooked = wrap(ParamWrapper, "forward", make)
 
 
 def unhook() -> None:
@@ -83,17 +81,7 @@ def unhook() -> None:
         return
     from peft.tuners.lora.layer import ParamWrapper
 
-    if ParamWrapper.forward is _hooked:
-        ParamWrapper.forward = _hooked.scattermoe_inner[0]
-    else:
-        # Another build hooked in after this one. A wrapper that is not a build's stays around ours, which passes
-        # everything on from now on because no name is registered any more.
-        outer = ParamWrapper.forward
-        while hasattr(outer, "scattermoe_inner"):
-            if outer.scattermoe_inner[0] is _hooked:
-                outer.scattermoe_inner[0] = _hooked.scattermoe_inner[0]
-                break
-            outer = outer.scattermoe_inner[0]
+    unwrap(ParamWrapper, "forward", _hooked)
     _hooked = None
     _warned.clear()
 

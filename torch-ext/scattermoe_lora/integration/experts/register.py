@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from . import peft
+from .. import copied_configs
+from . import choice, peft
 from .forward import experts_forward
 from .module import mark_constants
 
@@ -12,7 +13,8 @@ _registered: set[str] = set()
 def register(name: str = "scattermoe") -> None:
     """Make ``experts_implementation=name`` available to transformers' models, with PEFT's expert LoRA fused into it.
 
-    Nothing changes for models that use another experts implementation. Calling it again does nothing.
+    Nothing changes for models that use another experts implementation. A model whose experts do not ask for one
+    (Llama 4) warns when it is given this one. Calling it again does nothing.
 
     Args:
         name: The name in transformers' ``ExpertsInterface``.
@@ -32,12 +34,17 @@ def register(name: str = "scattermoe") -> None:
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     _registered.add(name)
     peft.hook(_registered)
+    choice.watch(_registered)
+    copied_configs.follow("set_experts_implementation")
     mark_constants()
 
 
 def unregister() -> None:
     """Undo every :func:`register`: transformers and PEFT are as they were. Calling it again does nothing."""
     peft.unhook()
+    if _registered:
+        choice.unwatch()
+        copied_configs.unfollow("set_experts_implementation")
     while _registered:
         _remove(_registered.pop())
 

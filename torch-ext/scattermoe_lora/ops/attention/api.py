@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .. import dispatch
 from .op import attention_forward
@@ -21,7 +25,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | torch.Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -36,15 +40,15 @@ def flash_attn_func(
     ``v is k``, it is read once.
 
     Args:
-        q: ``[B, Sq, Hq, D]``, D a multiple of 8 from 16 to 512; float64 (CPU alone), float32, bfloat16 or float16,
-            summed in float32.
+        q: ``[B, Sq, Hq, D]``, D up to 512 (padded where it is no multiple of 8 or less than 16); float64 (CPU alone),
+            float32, bfloat16 or float16, summed in float32.
         k, v: ``[B, Sk, Hkv, D]``, dtype and device of ``q``; Hkv divides Hq, and query head h reads key head
             ``h // (Hq / Hkv)``.
         dropout_p: Must be 0.
         softmax_scale: Factor of the scores; None: ``D ** -0.5``.
         causal: Query i sees the keys up to ``i + Sk - Sq``: the last query sees all.
-        window_size: ``(left, right)``: query i sees keys ``i + Sk - Sq - left`` to ``i + Sk - Sq + right``, both
-            included; -1: no bound. ``causal`` makes ``right`` 0.
+        window_size: ``(left, right)``, or a tensor of both: query i sees keys ``i + Sk - Sq - left`` to
+            ``i + Sk - Sq + right``, both included; -1: no bound. ``causal`` makes ``right`` 0.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0: they stay.
         alibi_slopes: Must be None.
         deterministic: Taken for the signature's sake: the gradients always are.
@@ -56,7 +60,8 @@ def flash_attn_func(
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
-        NotImplementedError: Dropout, ALiBi, returned probabilities, forward-mode differentiation.
+        NotImplementedError: Dropout, ALiBi, returned probabilities; forward-mode differentiation, ``torch.func.grad``
+            and second derivatives.
     """
     name = "flash_attn_func"
     _refuse(name, dropout_p, alibi_slopes, return_attn_probs)
@@ -79,7 +84,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | torch.Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -171,10 +176,8 @@ def _check(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: s
     if q.dtype not in _DTYPES:
         raise ValueError(f"{name}: q: expected float64, float32, bfloat16 or float16, got {q.dtype}")
     heads, head_dim = q.shape[-2:]
-    if head_dim % 8 or not 16 <= head_dim <= _MOST_HEAD_DIM:
-        raise ValueError(
-            f"{name}: q: expected a head size that is a multiple of 8 from 16 to {_MOST_HEAD_DIM}, got {head_dim}"
-        )
+    if not 1 <= head_dim <= _MOST_HEAD_DIM:
+        raise ValueError(f"{name}: q: expected a head size from 1 to {_MOST_HEAD_DIM}, got {head_dim}")
     if k.shape[-1] != head_dim:
         raise ValueError(f"{name}: k: expected head size of q, {head_dim}, got {k.shape[-1]}")
     if v.shape != k.shape:
@@ -196,24 +199,23 @@ def _attend(
     max_seqlen_k: int,
     softmax_scale: float | None,
     causal: bool,
-    window_size: tuple[int, int],
+    window_size: Sequence[int] | torch.Tensor,
     softcap: float,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
     if not isinstance(softcap, (int, float)) or not softcap >= 0:
         raise ValueError(f"{name}: softcap: expected 0 (none) or more, got {softcap}")
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"{name}: window_size: expected (left, right), -1 for no bound, got {window_size}")
+    window = _window(name, window_size, causal)
     if s_aux is not None and (s_aux.shape != q.shape[-2:-1] or s_aux.device != q.device):
         raise ValueError(
             f"{name}: s_aux: expected {[q.shape[-2]]} (the heads of q) on {q.device}, got {list(s_aux.shape)} on "
             f"{s_aux.device}"
         )
-    dispatch.refuse_tangents(name, q, k, v, s_aux)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    window = Window(max(-1, window_size[0]), 0 if causal else max(-1, window_size[1]))
+    dispatch.refuse_transforms(name, q, k, v, s_aux)
+    head_dim = q.shape[-1]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     is_one = v is k
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_readable(x) for x in (q, k, v))
     out, lse = attention_forward(
         q,
         k,
@@ -226,7 +228,28 @@ def _attend(
         *window,
         0.0 if softcap == math.inf else float(softcap),
     )
+    out = out[..., :head_dim]
     return out if s_aux is None else _with_sink(out, lse, s_aux)
+
+
+def _window(name: str, window_size: Any, causal: bool) -> Window:
+    """The window of a call, which may come as a tensor or as a pair of them."""
+    try:
+        left, right = (operator.index(bound) for bound in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: window_size: expected (left, right), -1 for no bound, got {window_size}"
+        ) from None
+    return Window(max(-1, left), 0 if causal else max(-1, right))
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as the kernels read it: each head contiguous, padded with zeros to a multiple of 8 and to 16 at least."""
+    head_dim = x.shape[-1]
+    missing = max(16, head_dim + -head_dim % 8) - head_dim
+    if missing:
+        return F.pad(x, (0, missing))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:

@@ -101,9 +101,9 @@ def _keys(x: torch.Tensor, part: _Part) -> torch.Tensor:
 
 
 def _queries(x: torch.Tensor, part: _Part, block: _Block, kv_heads: int) -> torch.Tensor:
-    """The block's rows ``[Hkv, G * rows, D]``: the queries that share a key head follow each other."""
+    """The block's rows ``[Hkv, G * rows, D]``, contiguous: the queries that share a key head follow each other."""
     rows = x[part.batch, part.q][block.first : block.last].unflatten(1, (kv_heads, -1))[:, part.heads]
-    return rows.to(operand_dtype(x.dtype)).permute(1, 2, 0, 3).flatten(1, 2)
+    return rows.to(operand_dtype(x.dtype)).permute(1, 2, 0, 3).flatten(1, 2).contiguous()
 
 
 def _put_queries(x: torch.Tensor, part: _Part, block: _Block, kv_heads: int, rows: torch.Tensor) -> None:
@@ -185,7 +185,7 @@ def backward(
     dq, dk = (torch.zeros(x.shape, dtype=x.dtype) for x in operands[:2])
     dv = torch.zeros((0,) if operands.v is None else operands.v.shape, dtype=dk.dtype)
     if operands.q.dim() == 3:
-        grad_out, out = grad_out.unsqueeze(0), out.unsqueeze(0)
+        grad_out = grad_out.unsqueeze(0)
     operands = _batched(operands)
     q, k, v, *_ = operands
     heads, kv_heads = q.shape[2], k.shape[2]
@@ -199,22 +199,26 @@ def backward(
         v_part = k_part if v is None else _keys(v, part)
         dk_part = torch.zeros(k_part.shape, dtype=lse.dtype)
         dv_part = dk_part if v is None else torch.zeros_like(dk_part)
-        for block in _blocks(part, window):
+        blocks = list(_blocks(part, window))
+        # Of one block the product is the sum; of several, rounding each to bfloat16 would show in the sum.
+        matmul_to_sum = matmul_transposed if len(blocks) == 1 else exact_matmul_transposed
+        for block in blocks:
             keys = slice(block.begin, block.end)
-            q_block, do, o = (_queries(x, part, block, kv_heads) for x in (q, grad_out, out))
+            q_block, do = (_queries(x, part, block, kv_heads) for x in (q, grad_out))
             scores, tanh = _scores(q_block, k_part[:, keys], part, block, settings, window)
             p = scores.softmax(dim=-1)
-            dv_part[:, keys] += matmul_transposed(p.to(do.dtype).mT, do.mT)
-            delta = torch.linalg.vecdot(do.to(lse.dtype), o.to(lse.dtype))
+            dv_part[:, keys] += matmul_to_sum(p.to(do.dtype).mT, do.mT)
+            # <do, out>, summed from the numbers that it is subtracted from: of a single key exactly nothing is left.
+            ds = exact_matmul_transposed(do, v_part[:, keys]).mul_(p)
+            delta = ds.sum(dim=-1, keepdim=True)
             if grad_lses is not None:
                 at = grad_lses[part.batch, part.heads, :, part.q]
-                delta -= at[..., block.first : block.last].flatten(1)
-            ds = exact_matmul_transposed(do, v_part[:, keys])
-            ds = ds.sub_(delta.unsqueeze(-1)).mul_(p).mul_(settings.scale)
+                delta -= at[..., block.first : block.last].flatten(1).unsqueeze(-1)
+            ds = ds.addcmul_(p, delta, value=-1).mul_(settings.scale)
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1))
             ds = ds.to(do.dtype)
-            dk_part[:, keys] += matmul_transposed(ds.mT, q_block.mT)
+            dk_part[:, keys] += matmul_to_sum(ds.mT, q_block.mT)
             _put_queries(dqs, part, block, kv_heads, matmul_transposed(ds, k_part[:, keys].mT))
         dks[part.batch, part.k, part.heads] = dk_part.transpose(0, 1)
         if dvs is not None:

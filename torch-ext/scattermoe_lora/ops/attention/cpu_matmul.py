@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..cpu_matmul import has_onednn, multiplies_bfloat16
+from ..cpu_matmul import has_onednn, multiplies_bfloat16, onednn_layout
 
 # Multiplications from which oneDNN's set-up is worth its while in float32.
 _LARGE = 1 << 20
@@ -31,14 +31,14 @@ def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Args:
         a: ``[H, m, k]``.
-        b: ``[H, n, k]``, each matrix contiguous or transposed.
+        b: ``[H, n, k]``; fastest where each matrix or its transpose is contiguous.
     """
     sizes = (a.shape[1], b.shape[1], b.shape[2])
     # oneDNN generates code for every shape it meets, half a megabyte each: lengths that recur are worth it.
     is_regular = math.prod(sizes) >= _LARGE and not any(size % REGULAR for size in sizes)
     if a.dtype == torch.float32 and is_regular and has_onednn():
         by_head = [
-            torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+            torch.ops.mkldnn._linear_pointwise(x, onednn_layout(y), None, "none", [], "")
             for x, y in zip(a.unbind(), b.unbind(), strict=True)
         ]
         return torch.stack(by_head) if len(by_head) > 1 else by_head[0].unsqueeze(0)

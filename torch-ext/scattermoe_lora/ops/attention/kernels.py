@@ -112,12 +112,12 @@ def capped(s, scale, softcap, SOFTCAP: tl.constexpr):
 def sees(query, key, queries, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """True where a query sees a key, for two index tensors that broadcast."""
     distance = key - query - (keys - queries)
-    seen = (key < keys) & (query < queries)
+    visible = (key < keys) & (query < queries)
     if LEFT:
-        seen = seen & (distance >= -left)
+        visible = visible & (distance >= -left)
     if RIGHT:
-        seen = seen & (distance <= right)
-    return seen
+        visible = visible & (distance <= right)
+    return visible
 
 
 @triton.jit
@@ -210,8 +210,8 @@ def attention_forward_kernel(
                 )
             s, _ = capped(s, scale, softcap, SOFTCAP)
             if MASK:
-                seen = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
-                s = tl.where(seen, s, float("-inf"))
+                visible = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
+                s = tl.where(visible, s, float("-inf"))
             highest = tl.maximum(top, tl.max(s, axis=1))
             # A row that has seen nothing yet would subtract -inf from -inf.
             base = tl.where(highest == float("-inf"), 0.0, highest) if MASK else highest

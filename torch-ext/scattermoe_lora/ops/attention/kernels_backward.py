@@ -118,8 +118,8 @@ def attention_dkdv_kernel(
                 lse = tl.load(lse_base + query, mask=query < queries, other=0.0) * 1.4426950408889634
                 p = tl.exp2(s - lse[None, :])
                 if MASK:
-                    seen = sees(query[None, :], key[:, None], queries, keys, left, right, LEFT, RIGHT)
-                    p = tl.where(seen, p, 0.0)
+                    visible = sees(query[None, :], key[:, None], queries, keys, left, right, LEFT, RIGHT)
+                    p = tl.where(visible, p, 0.0)
                 if WANT_V or CHUNK == WIDTH:
                     do = rows_of(do_base, query, stride_dos, queries, 0, HEAD_DIM, WIDTH, MASK)
                 if WANT_V:
@@ -270,8 +270,8 @@ def attention_dq_kernel(
             s, slope = capped(s, scale, softcap, SOFTCAP)
             p = tl.exp2(s - lse[:, None])
             if MASK:
-                seen = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
-                p = tl.where(seen, p, 0.0)
+                visible = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
+                p = tl.where(visible, p, 0.0)
             ds = p * (dp - delta[:, None]) * (slope * scale)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_rows(dq_ptr + at, query, heads * HEAD_DIM, queries, dq, HEAD_DIM, WIDTH)

@@ -110,3 +110,4 @@ def _backward(
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
+dispatch.refuse_second_derivative("flash_attn_func", attention_backward)

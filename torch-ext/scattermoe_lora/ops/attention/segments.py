@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import dispatch
 from ..operator import flattened
 from .op import attention_backward, attention_forward
 from .sequences import Sequences, packed_sequences, padded_sequences, select_tokens
@@ -173,3 +174,4 @@ def _backward(
 
 
 segments_forward.register_autograd(_backward, setup_context=_setup_context)
+dispatch.refuse_second_derivative("scattermoe attention", segments_backward)

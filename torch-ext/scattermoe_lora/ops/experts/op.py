@@ -105,3 +105,4 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, *_: Any) -> tuple[torch.T
 
 
 experts_forward.register_autograd(_backward, setup_context=_setup_context)
+dispatch.refuse_second_derivative("experts_forward", experts_backward)

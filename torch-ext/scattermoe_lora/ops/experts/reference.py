@@ -44,5 +44,5 @@ def experts(
     )
     hidden = activation.apply(gate, h)
     out = grouped_linear(hidden, down_proj, expert_index, down_lora_a, down_lora_b, down_bias)
-    here = (expert_index < down_proj.shape[0]).unsqueeze(-1)
-    return (out * (routing_weights.unsqueeze(-1) * here)).sum(dim=1)
+    is_local = (expert_index < down_proj.shape[0]).unsqueeze(-1)
+    return (out * (routing_weights.unsqueeze(-1) * is_local)).sum(dim=1)

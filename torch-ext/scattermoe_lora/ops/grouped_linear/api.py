@@ -38,10 +38,10 @@ def grouped_linear(
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
-        NotImplementedError: Forward-mode differentiation.
+        NotImplementedError: Forward-mode differentiation, ``torch.func.grad`` and second derivatives.
     """
     _check(x, weight, expert_index, lora_a, lora_b, bias)
-    dispatch.refuse_tangents("grouped_linear", x, weight, lora_a, lora_b, bias)
+    dispatch.refuse_transforms("grouped_linear", x, weight, lora_a, lora_b, bias)
     tokens, top_k = expert_index.shape
     if lora_a is not None and lora_b is not None:
         lora_a = lora_a.to(x.dtype).contiguous()
@@ -55,9 +55,9 @@ def grouped_linear(
     return y.view(tokens, top_k, weight.shape[1])
 
 
-def _expect(name: str, what: str, expected: object, got: object) -> None:
+def _expect(name: str, quality: str, expected: object, got: object) -> None:
     if expected != got:
-        raise ValueError(f"grouped_linear: {name}: expected {what} {expected}, got {got}")
+        raise ValueError(f"grouped_linear: {name}: expected {quality} {expected}, got {got}")
 
 
 def _check(

@@ -23,11 +23,11 @@ def find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr
     end = tl.where(segment == num_experts, pairs, end)
     tiles = tl.where(segment <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
     tiles_through = tl.cumsum(tiles, axis=0)
-    found = tl.sum(((tiles_through <= pid_m) & (segment <= num_experts)).to(tl.int32), axis=0)
-    is_found = segment == found
+    group = tl.sum(((tiles_through <= pid_m) & (segment <= num_experts)).to(tl.int32), axis=0)
+    is_found = segment == group
     first_tile = tl.sum(tl.where(is_found, tiles_through - tiles, 0), axis=0)
     row = tl.sum(tl.where(is_found, start, 0), axis=0) + (pid_m - first_tile) * BLOCK_M
-    return found, row, tl.sum(tl.where(is_found, end, 0), axis=0)
+    return group, row, tl.sum(tl.where(is_found, end, 0), axis=0)
 
 
 @triton.jit

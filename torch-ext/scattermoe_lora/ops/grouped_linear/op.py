@@ -100,3 +100,4 @@ def _backward(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[torch.Tensor |
 
 
 grouped_linear_forward.register_autograd(_backward, setup_context=_setup_context)
+dispatch.refuse_second_derivative("grouped_linear", grouped_linear_backward)

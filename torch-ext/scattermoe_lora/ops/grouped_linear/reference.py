@@ -26,7 +26,7 @@ def grouped_linear(
         ``[T, K, N_out]``.
     """
     num_experts = weight.shape[0]
-    here = expert_index < num_experts
+    is_local = expert_index < num_experts
     expert = expert_index.clamp(max=num_experts - 1)
     effective = weight if lora_a is None or lora_b is None else weight + lora_b @ lora_a
     if x.dim() == 2:
@@ -34,4 +34,4 @@ def grouped_linear(
     y = torch.einsum("tki,tkoi->tko", x, effective[expert])
     if bias is not None:
         y = y + bias[expert]
-    return y * here.unsqueeze(-1)
+    return y * is_local.unsqueeze(-1)

@@ -41,10 +41,10 @@ def rms_norm_rotary(
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
-        NotImplementedError: float64 on a GPU; forward-mode differentiation.
+        NotImplementedError: float64 on a GPU; forward-mode differentiation, ``torch.func.grad`` and second derivatives.
     """
     _check(x, weight, cos, sin)
-    dispatch.refuse_tangents("rms_norm_rotary", x, weight, cos, sin)
+    dispatch.refuse_transforms("rms_norm_rotary", x, weight, cos, sin)
     return norm_rotary_forward(x, weight, cos, sin, eps)
 
 

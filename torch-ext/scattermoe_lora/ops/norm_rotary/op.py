@@ -76,3 +76,4 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 norm_rotary_forward.register_autograd(_backward, setup_context=_setup_context)
+dispatch.refuse_second_derivative("rms_norm_rotary", norm_rotary_backward)
