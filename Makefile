@@ -4,7 +4,7 @@ VENV := .venv
 CONSUMER := .venv-consumer
 BIN := $(VENV)/bin
 
-.PHONY: setup publish test fuzz lint bench bench-hub compile gpu clean
+.PHONY: setup publish test test-clients fuzz lint bench bench-hub compile gpu clean
 
 setup: $(VENV)/.ready $(CONSUMER)/.ready
 
@@ -33,6 +33,10 @@ lint: $(VENV)/.ready
 # with the longest tests come first as it is.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The Hub client's own tests, downloaded, against the embedded Hub: tests/clients has the lists of what they leave out.
+test-clients: $(VENV)/.ready
+	$(BIN)/python tests/clients/run.py
 
 # Property tests on examples that no run has seen before; a failure prints how to repeat it.
 fuzz: setup
