@@ -99,7 +99,11 @@ class LargeFiles:
         # A link, so that two uploads of the same content cannot be in each other's way.
         aside = path.with_name(f"{Path(received.name).name}.new")
         os.link(received.name, aside)
-        os.replace(aside, path)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink()
+            raise
         for folder in path.parents[:3]:
             sync(folder)
 

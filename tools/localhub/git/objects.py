@@ -120,8 +120,12 @@ def sync(path: Path) -> None:
 def replace_durably(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a file so that a crash leaves its old content or its new one; one writer at a time."""
     aside = path.with_name(f"{path.name}.new")
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-    sync(aside)
-    os.replace(aside, path)
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+        sync(aside)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync(path.parent)

@@ -115,6 +115,10 @@ async def put_part(request: Request) -> Response:
             digest.update(chunk)
             await run_in_threadpool(os.pwrite, descriptor, chunk, start + received)
             received += len(chunk)
+    except OSError:
+        # A disk that is full stays so if what was started stays on it.
+        target.git.large.parts(file).unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
     if received != length:
