@@ -53,13 +53,14 @@ def serve(
             raise HubError(f"{name!r} cannot be the name of an organization (--trust)")
     with locked(root), _listening(host, port) as listener:
         address, bound_port = listener.getsockname()[:2]
-        if open_writes and not ipaddress.ip_address(address).is_loopback:
+        loopback = ipaddress.ip_address(address).is_loopback
+        if open_writes and not loopback:
             raise HubError(
                 f"--open lets everybody write who can reach {address}; use it on 127.0.0.1 only, and tokens elsewhere"
             )
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         config = uvicorn.Config(
-            create_app(root, trust=organizations, open_writes=open_writes, host=host),
+            create_app(root, trust=organizations, open_writes=open_writes, host=host, loopback=loopback),
             access_log=verbose,
             log_level="info" if verbose else "warning",
             log_config=None,

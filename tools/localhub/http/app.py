@@ -34,12 +34,18 @@ from . import (
     trees,
 )
 from .context import Hub, repository_gone
+from .csrf import takes_challenge
 from .messages import AsciiJSONResponse, problem_response
 from .problems import Problem, as_problem
 
 
 def create_app(
-    root: Path, *, trust: Iterable[str] = (), open_writes: bool = False, host: str | None = None
+    root: Path,
+    *,
+    trust: Iterable[str] = (),
+    open_writes: bool = False,
+    host: str | None = None,
+    loopback: bool = False,
 ) -> Starlette:
     """Build the application that serves the Hub at ``root``.
 
@@ -49,6 +55,7 @@ def create_app(
         open_writes: Accept writes without a token as long as none was created; only for a server that
             nobody but its own machine can reach.
         host: The name or address that the server was told to listen on, if it is no loopback address.
+        loopback: True if the server listens on a loopback address.
 
     Raises:
         HubError: The directory cannot be used.
@@ -83,7 +90,7 @@ def create_app(
         },
     )
     app.router.redirect_slashes = False
-    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes, host)
+    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes, host, loopback)
     return app
 
 
@@ -109,7 +116,12 @@ def _health(request: Request) -> Response:
 
 async def _on_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem | StorageError)
-    return problem_response(as_problem(error))
+    problem = as_problem(error)
+    response = problem_response(problem)
+    if problem.status == 401 and problem.code == "RepoNotFound" and takes_challenge(request):
+        # Makes git ask for a user name and password; the token goes in as the password.
+        response.headers["WWW-Authenticate"] = 'Basic realm="kernelpress Hub"'
+    return response
 
 
 async def _on_unknown(request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ from ..git.repository import DEFAULT_BRANCH, Repository
 from ..names import KINDS, RepoId, RepoKind, repo_id
 from ..store import Settings, Store
 from ..tokens import Token, Tokens
-from .csrf import cross_site_reason
+from .csrf import cross_site_reason, names_another_host
 from .messages import problem_response, segment
 from .problems import Problem
 
@@ -33,9 +33,11 @@ class Caller:
 
     Args:
         token: The token it came with, or None.
+        bearer: True if the token came as such, False if as a password, which a browser sends by itself.
     """
 
     token: Token | None
+    bearer: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Hub:
         trust: Organizations shown as trusted kernel publishers.
         open_writes: Take writes without a token as long as none was created (a developer's own Hub).
         host: The name or address that it was told to listen on, if known; loopback addresses need not be.
+        loopback: True if it listens on a loopback address.
         secret: Signs addresses that carry their own permission; another one after every start.
     """
 
@@ -75,29 +78,36 @@ class Hub:
     trust: frozenset[str]
     open_writes: bool
     host: str | None = None
+    loopback: bool = False
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     def caller(self, request: Request) -> Caller:
         """Identify who calls.
 
         Raises:
-            Problem: 401 when credentials are sent that this Hub does not know.
+            Problem: 401 when credentials are sent that this Hub does not know; 403 for a page whose own name was made
+                to lead to this machine.
         """
         header = request.headers.get("authorization")
-        if header is None:
-            return Caller(None)
-        secret = _secret(header)
+        scheme, secret = ("", None) if header is None else _credentials(header)
         token = None if secret is None else self.tokens.find(secret)
-        if token is None:
+        if header is not None and token is None:
             raise Problem(401, "Invalid credentials in Authorization header")
-        return Caller(token)
+        bearer = scheme == "bearer"
+        if self.loopback and not bearer and names_another_host(request, self.host):
+            raise Problem(
+                403,
+                "this Hub is for its own machine and answers no other sites' pages: the Host header names another "
+                "machine; open it as localhost, or send a token",
+            )
+        return Caller(token, bearer)
 
     def require_write(self, request: Request, caller: Caller, namespace: str) -> None:
         """Let only those pass who may change things in a namespace.
 
         Raises:
-            Problem: 401 without a token where one is needed, 403 when it only allows reading, or when there is none
-                and the request comes from a page of another site.
+            Problem: 401 without a token where one is needed; 403 when it only allows reading or came as a password,
+                or when there is none and the request comes from a page of another site.
         """
         token = caller.token
         if token is None:
@@ -112,6 +122,12 @@ class Hub:
                 raise Problem(
                     403, f"this Hub takes no writes of other sites' pages without a token: {reason}"
                 )
+        elif not caller.bearer:
+            raise Problem(
+                403,
+                "this Hub takes writes with 'Authorization: Bearer TOKEN' only: "
+                "a password is sent by browsers also for other sites' pages",
+            )
         elif token.scope != "write":
             raise Problem(403, f"the token of {token.name!r} only allows reading; use one with scope 'write'")
         elif not token.covers(namespace):
@@ -213,8 +229,6 @@ class Hub:
                 401,
                 f"{repo.kind} repository {repo} does not exist, or needs a token to be seen",
                 code="RepoNotFound",
-                # Makes git ask for a user name and password; the token goes in as the password.
-                headers={"WWW-Authenticate": 'Basic realm="kernelpress Hub"'},
             )
         return Problem(404, f"{repo.kind} repository {repo} not found", code="RepoNotFound")
 
@@ -271,14 +285,13 @@ def _under_its_new_name(request: Request, repo: RepoId) -> str:
     return "/".join(parts) + f"?{query}" * bool(query)
 
 
-def _secret(header: str) -> str | None:
-    """The secret in an Authorization header: the bearer token, or the password that git sends in its place."""
+def _credentials(header: str) -> tuple[str, str | None]:
+    """Scheme and secret of an Authorization header: the bearer token, or the password that git sends in its place."""
     scheme, _, value = header.partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
-        except ValueError:
-            return None
-    return None
+    scheme = scheme.lower()
+    if scheme == "bearer":
+        return scheme, value.strip()
+    if scheme == "basic":
+        with suppress(ValueError):
+            return scheme, base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
+    return scheme, None
