@@ -24,14 +24,15 @@ from dulwich.errors import NotGitRepository
 from dulwich.repo import Repo
 
 from .errors import Conflict, HubError
+from .git import attributes
 from .git.lfs_objects import LargeFiles
 from .git.objects import ObjectCache, replace_durably, sync
 from .git.repository import DEFAULT_BRANCH, Repository, write_initial_commit
 from .names import KINDS, RepoId, RepoKind, is_name
 
 _SETTINGS = "hub.json"
-# The Hub starts every repository with this file. Ours marks nothing: all files are plain git blobs here.
-_INITIAL_FILES = {".gitattributes": b"# This Hub keeps every file in git itself.\n"}
+# The Hub starts every repository with this file. Ours marks nothing yet.
+_INITIAL_FILES = {attributes.FILE: b"# Each large file has a line here; all others are in git itself.\n"}
 
 
 @dataclass(frozen=True)

@@ -118,15 +118,17 @@ class LargeFiles:
             InvalidInput: A part is missing or the content is another.
         """
         path = self.parts(file)
-        if not path.exists():
-            if self.has(file):
-                return
-            raise InvalidInput("no part of this file has arrived; upload it again")
-        with path.open("rb") as source:
-            try:
+        try:
+            with path.open("rb") as source:
                 self.keep(source, sha256_of(source), file)
-            finally:
-                path.unlink(missing_ok=True)
+        except (FileNotFoundError, InvalidInput) as error:
+            # Somebody else may have completed the same file, and taken the parts with it.
+            if not self.has(file):
+                if isinstance(error, InvalidInput):
+                    raise
+                raise InvalidInput("no part of this file has arrived; upload it again") from None
+        finally:
+            path.unlink(missing_ok=True)
 
     def read(self, file: LargeFile, start: int, stop: int) -> Iterator[bytes]:
         """Bytes ``start`` to ``stop`` (exclusive) of a file that is here, in pieces."""

@@ -88,6 +88,11 @@ class ObjectBatch:
             self._staged[oid] = path
         return oid
 
+    def get(self, oid: str) -> ShaFile | None:
+        """The object ``oid`` if it is staged here."""
+        path = self._staged.get(oid)
+        return None if path is None else ShaFile.from_path(path)
+
     def publish(self) -> None:
         """Make all staged objects part of the repository; they are on stable storage when this returns."""
         for path in self._staged.values():

@@ -73,6 +73,11 @@ class TreeEditor:
         mode = old.mode if isinstance(old, TreeEntry) and old.is_file else stat.S_IFREG | 0o644
         folder[name] = TreeEntry(mode, blob)
 
+    def file(self, name: str) -> str | None:
+        """Id of the blob of a plain file at the top, or None."""
+        entry = self._root.get(name)
+        return entry.oid if isinstance(entry, TreeEntry) and entry.is_file else None
+
     def delete_file(self, path: str) -> None:
         """Remove a file.
 

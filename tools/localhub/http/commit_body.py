@@ -105,7 +105,7 @@ def _operation(
             if value.get("algo", "sha256") != "sha256":
                 raise bad_request(f"{printable(path)!r}: this Hub knows sha256 only")
             content = large(path, string(value, "oid")).pointer
-    return AddFile(path, stage(content))
+    return AddFile(path, stage(content), large=key == "lfsFile")
 
 
 def _content(path: str, value: Body) -> bytes:

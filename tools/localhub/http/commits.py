@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..git.lfs_objects import LargeFile
+from ..git.reader import PathInfo
 from ..git.refs import BRANCHES
 from ..git.repository import DEFAULT_BRANCH, Repository
 from ..names import file_path, printable
@@ -43,17 +44,23 @@ def preupload(request: Request, body: Body) -> Response:
         size = item.get("size")
         if not isinstance(size, int) or size < 0:
             raise bad_request('"size" must be a whole number of bytes')
-        entry = git.entry(commit, path)
+        info = git.path_info(commit, path)
         answers.append(
             {
                 "path": path,
                 "uploadMode": "regular" if size <= MAX_FILE_BYTES else "lfs",
                 "shouldIgnore": gitignore.ignores(path),
-                # Lets the client leave out what has not changed.
-                "oid": entry.oid if entry is not None and entry.is_file else None,
+                "oid": None if info is None else _content_id(info),
             }
         )
     return AsciiJSONResponse({"files": answers})
+
+
+def _content_id(info: PathInfo) -> str | None:
+    """What the client compares a file's content with, to leave out what has not changed."""
+    if not info.entry.is_file:
+        return None
+    return info.entry.oid if info.large is None else info.large.sha256
 
 
 async def commit(request: Request) -> Response:

@@ -15,9 +15,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..git import attributes
 from ..git.objects import replace_durably
 from ..git.refs import PULLS
 from ..git.repository import DEFAULT_BRANCH, AddFile, DeleteFile, Operation, Repository
+from ..git.tree_editor import TreeEntry
 from .context import API_REPO, Target, hub_of
 from .messages import (
     AsciiJSONResponse,
@@ -218,13 +220,25 @@ def _merge_operations(
         entry = theirs.get(path)
         if entry == base.get(path) or entry == ours.get(path):
             continue
+        if path == attributes.FILE and _own_lines(git, entry) == _own_lines(git, base.get(path)):
+            # The lines of large files come with the files.
+            continue
         if ours.get(path) != base.get(path):
             conflicts.append(path)
         elif entry is None:
             operations.append(DeleteFile(path))
         else:
-            operations.append(AddFile(path, entry.oid))
+            large = entry.is_file and git.large_file(entry.oid) is not None
+            operations.append(AddFile(path, entry.oid, large))
     return operations, conflicts
+
+
+def _own_lines(git: Repository, entry: TreeEntry | None) -> str:
+    """What people wrote into ``.gitattributes``."""
+    text = (
+        git.read(entry.oid).decode("utf-8", "surrogateescape") if entry is not None and entry.is_file else ""
+    )
+    return attributes.with_patterns(text, attributes.patterns(text), set())
 
 
 _BASE = API_REPO + "/discussions"
