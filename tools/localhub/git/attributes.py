@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 FILE = ".gitattributes"
+MAX_BYTES = 1 << 20
 _ATTRIBUTES = " filter=lfs diff=lfs merge=lfs -text"
 # What a pattern of gitattributes(5) gives a meaning to.
 _SPECIAL = re.compile(r"[*?\[\\]")

@@ -16,7 +16,7 @@ from ..errors import InvalidInput
 from .objects import sync
 
 MAX_POINTER = 200
-_CHUNK = 1 << 20
+_CHUNK = 256 << 10
 # dulwich.lfs reads more than git-lfs does: digests that are none, sizes like "1_0", lines in any order or twice.
 _POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize ([0-9]{1,15})\n?"

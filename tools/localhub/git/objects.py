@@ -6,11 +6,16 @@ import os
 import shutil
 import tempfile
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from dulwich.objects import ShaFile
+
+_CHUNK = 256 << 10
 
 
 class ObjectCache:
@@ -111,6 +116,39 @@ class ObjectBatch:
 
     def _final_path(self, oid: str) -> Path:
         return self._objects / oid[:2] / oid[2:]
+
+
+def loose_blob_size(path: Path) -> int | None:
+    """Size in bytes of the blob in a loose object's file; None if there is no such file, or no blob in it."""
+    try:
+        with path.open("rb") as file:
+            header = zlib.decompressobj().decompress(file.read(128), 64)
+    except FileNotFoundError:
+        return None
+    kind, _, rest = header.partition(b" ")
+    return int(rest.partition(b"\0")[0]) if kind == b"blob" else None
+
+
+def read_loose_blob(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes ``start`` to ``stop`` (exclusive) of the blob in a loose object's file, in pieces."""
+    position = 0
+    with path.open("rb") as file:
+        pieces = _decompress(file)
+        # The content follows a header that ends with the first zero byte.
+        for piece in chain([next(pieces).partition(b"\0")[2]], pieces):
+            part = piece[max(0, start - position) : stop - position]
+            position += len(piece)
+            if part:
+                yield part
+            if position >= stop:
+                return
+
+
+def _decompress(file: IO[bytes]) -> Iterator[bytes]:
+    unzip = zlib.decompressobj()
+    while data := unzip.unconsumed_tail or file.read(_CHUNK):
+        yield unzip.decompress(data, _CHUNK)
+    yield unzip.flush()
 
 
 def sync(path: Path) -> None:

@@ -272,7 +272,7 @@ class Repository(Reader):
 
     def _attributes(self, oid: str, batch: ObjectBatch | None = None) -> str:
         staged = None if batch is None else batch.get(oid)
-        data = self.read(oid) if staged is None else staged.as_raw_string()
+        data = self.head(oid, attributes.MAX_BYTES) if staged is None else staged.as_raw_string()
         return data.decode("utf-8", "surrogateescape")
 
     # Internals

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .context import hub_of
-from .messages import AsciiJSONResponse, Body, string, with_json
+from .messages import MAX_QUESTION_BYTES, AsciiJSONResponse, Body, string, with_json
 
 _MAX_BLOCK = 64 << 10
 _BLOCK = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -52,10 +52,13 @@ def metadata_fault(card: str) -> str | None:
     return None
 
 
-@with_json
-def validate_yaml(request: Request, body: Body) -> Response:
+def identify(request: Request) -> None:
     # Anybody may ask, as on the Hugging Face Hub: its client checks a card before there is a repository for it.
     hub_of(request).caller(request)
+
+
+@with_json(identify, MAX_QUESTION_BYTES)
+def validate_yaml(request: Request, body: Body) -> Response:
     fault = metadata_fault(string(body, "content"))
     errors = [] if fault is None else [{"message": fault}]
     return AsciiJSONResponse({"errors": errors, "warnings": []}, status_code=400 if errors else 200)

@@ -18,7 +18,7 @@ from ..git.refs import BRANCHES
 from ..git.repository import DEFAULT_BRANCH, Repository
 from ..names import file_path, printable
 from .commit_body import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
-from .context import API_REPO, hub_of
+from .context import API_REPO, hub_of, require_writable
 from .gitignore import MAX_BYTES, GitIgnore
 from .messages import AsciiJSONResponse, Body, endpoint, flag, segment, spooled_body, string, with_json
 from .problems import bad_request
@@ -27,7 +27,7 @@ from .pull_requests import described, pull_request_url, save
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@with_json
+@with_json(require_writable)
 def preupload(request: Request, body: Body) -> Response:
     _check_pull_request(request)
     git = hub_of(request).writable(request).git
@@ -66,7 +66,7 @@ def _content_id(info: PathInfo) -> str | None:
 async def commit(request: Request) -> Response:
     _check_pull_request(request)
     # Nothing is read from a caller who may not write.
-    await run_in_threadpool(hub_of(request).writable, request)
+    await run_in_threadpool(require_writable, request)
     with await spooled_body(request, MAX_BODY_BYTES) as body:
         return await run_in_threadpool(_commit, request, body)
 
@@ -128,9 +128,9 @@ def _gitignore(git: Repository, commit: str, body: Body) -> GitIgnore:
     text = body.get("gitIgnore")
     if not isinstance(text, str):
         entry = git.entry(commit, ".gitignore")
-        content = git.read(entry.oid) if entry is not None and entry.is_file else b""
         # One byte more is enough to see that it is too long.
-        text = content[: MAX_BYTES + 1].decode("utf-8", "replace")
+        content = git.head(entry.oid, MAX_BYTES + 1) if entry is not None and entry.is_file else b""
+        text = content.decode("utf-8", "replace")
     return GitIgnore(text)
 
 

@@ -102,8 +102,8 @@ class Hub:
             )
         return Caller(token, bearer)
 
-    def require_write(self, request: Request, caller: Caller, namespace: str) -> None:
-        """Let only those pass who may change things in a namespace.
+    def require_write(self, request: Request, caller: Caller, namespace: str | None) -> None:
+        """Let only those pass who may change things in a namespace, or in any if it is not known yet.
 
         Raises:
             Problem: 401 without a token where one is needed; 403 when it only allows reading or came as a password,
@@ -130,7 +130,7 @@ class Hub:
             )
         elif token.scope != "write":
             raise Problem(403, f"the token of {token.name!r} only allows reading; use one with scope 'write'")
-        elif not token.covers(namespace):
+        elif namespace is not None and not token.covers(namespace):
             raise Problem(403, f"the token of {token.name!r} is for other organizations than {namespace!r}")
 
     def readable(self, request: Request, *, content: bool = False) -> Target:
@@ -237,6 +237,34 @@ def hub_of(request: Request) -> Hub:
     """The Hub that a request was sent to."""
     hub: Hub = request.app.state.hub
     return hub
+
+
+def require_readable(request: Request) -> None:
+    """Let only those pass who may see the repository that the request's path names.
+
+    Raises:
+        Problem: As ``Hub.readable``.
+    """
+    hub_of(request).readable(request)
+
+
+def require_writable(request: Request) -> None:
+    """Let only those pass who may change the repository that the request's path names.
+
+    Raises:
+        Problem: As ``Hub.writable``.
+    """
+    hub_of(request).writable(request)
+
+
+def require_writer(request: Request) -> None:
+    """Let only those pass who may change something; which repository it is, the body says.
+
+    Raises:
+        Problem: As ``Hub.caller`` and ``Hub.require_write``.
+    """
+    hub = hub_of(request)
+    hub.require_write(request, hub.caller(request), None)
 
 
 def named_repo(request: Request) -> RepoId:

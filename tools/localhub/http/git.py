@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from .context import WEB_REPOS, hub_of
+from .context import WEB_REPOS, hub_of, require_readable
 from .messages import whole_body
 from .problems import Problem, bad_request, too_large
 
@@ -70,7 +70,7 @@ def _advertise(request: Request) -> Response:
 
 
 async def upload_pack(request: Request) -> Response:
-    await run_in_threadpool(hub_of(request).readable, request, content=True)
+    await run_in_threadpool(require_readable, request)
     body = await whole_body(request, _MAX_REQUEST)
     return await run_sync(_upload_pack_response, request, body, limiter=_threads)
 

@@ -18,8 +18,16 @@ from starlette.routing import Route
 
 from ..git.lfs_objects import LargeFile
 from ..names import RepoId
-from .context import API_REPO, WEB_REPOS, Hub, Target, hub_of, named_repo
-from .messages import AsciiJSONResponse, Body, body_chunks, endpoint, whole_body, with_json
+from .context import API_REPO, WEB_REPOS, Hub, Target, hub_of, named_repo, require_readable
+from .messages import (
+    MAX_QUESTION_BYTES,
+    AsciiJSONResponse,
+    Body,
+    body_chunks,
+    endpoint,
+    whole_body,
+    with_json,
+)
 from .problems import Problem, bad_request, too_large
 from .resolve import large_response
 
@@ -36,7 +44,7 @@ _XET = (
 )
 
 
-@with_json
+@with_json(require_readable, MAX_QUESTION_BYTES)
 def batch(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     operation = body.get("operation")
@@ -127,8 +135,8 @@ async def put_part(request: Request) -> Response:
 
 
 async def put_done(request: Request) -> Response:
-    await whole_body(request)
     target, file, _ = await run_in_threadpool(_permitted, request, "done")
+    await whole_body(request)
     await run_in_threadpool(target.git.large.keep_parts, file)
     return AsciiJSONResponse({"success": True})
 

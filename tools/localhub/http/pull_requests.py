@@ -20,7 +20,7 @@ from ..git.objects import replace_durably
 from ..git.refs import PULLS
 from ..git.repository import DEFAULT_BRANCH, AddFile, DeleteFile, Operation, Repository
 from ..git.tree_editor import TreeEntry
-from .context import API_REPO, Target, hub_of
+from .context import API_REPO, Target, hub_of, require_writable
 from .messages import (
     AsciiJSONResponse,
     Body,
@@ -153,7 +153,7 @@ def pull_details(request: Request) -> Response:
     return AsciiJSONResponse(_json(target, pull) | details)
 
 
-@with_json
+@with_json(require_writable)
 def merge(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     git = target.git
@@ -178,7 +178,7 @@ def merge(request: Request, body: Body) -> Response:
     return AsciiJSONResponse({"oid": merge_commit})
 
 
-@with_json
+@with_json(require_writable)
 def set_status(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     status = string(body, "status")
@@ -235,9 +235,8 @@ def _merge_operations(
 
 def _own_lines(git: Repository, entry: TreeEntry | None) -> str:
     """What people wrote into ``.gitattributes``."""
-    text = (
-        git.read(entry.oid).decode("utf-8", "surrogateescape") if entry is not None and entry.is_file else ""
-    )
+    data = git.head(entry.oid, attributes.MAX_BYTES) if entry is not None and entry.is_file else b""
+    text = data.decode("utf-8", "surrogateescape")
     return attributes.with_patterns(text, attributes.patterns(text), set())
 
 

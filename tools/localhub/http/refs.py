@@ -9,7 +9,7 @@ from starlette.routing import Route
 from ..git.refs import BRANCHES, PULLS, TAGS
 from ..git.repository import DEFAULT_BRANCH
 from ..names import ref_name
-from .context import API_REPO, hub_of
+from .context import API_REPO, hub_of, require_writable
 from .messages import AsciiJSONResponse, Body, flag, segment, string, with_json
 from .problems import bad_request
 
@@ -26,7 +26,7 @@ def list_refs(request: Request) -> Response:
     )
 
 
-@with_json
+@with_json(require_writable)
 def create_branch(request: Request, body: Body) -> Response:
     git = hub_of(request).writable(request).git
     name = ref_name(segment(request, "ref"), "branch")
@@ -39,7 +39,7 @@ def delete_branch(request: Request) -> Response:
     return AsciiJSONResponse({})
 
 
-@with_json
+@with_json(require_writable)
 def create_tag(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     name = ref_name(string(body, "tag"), "tag")

@@ -11,13 +11,13 @@ from starlette.routing import Route
 from ..errors import Conflict
 from ..git.reader import CommitInfo, PathInfo
 from ..names import KINDS, RepoId, RepoKind, printable, repo_id
-from .context import API_REPO, Caller, Target, hub_of, revision_of
+from .context import API_REPO, Caller, Target, hub_of, require_writable, require_writer, revision_of
 from .messages import AsciiJSONResponse, Body, endpoint, flag, iso_time, number, string, with_json
 from .problems import Problem, bad_request, conflict
 from .trees import lfs_json
 
 
-@with_json
+@with_json(require_writer)
 def create_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
@@ -38,7 +38,7 @@ def create_repo(request: Request, body: Body) -> Response:
     return AsciiJSONResponse({"url": url, "name": str(repo), "id": str(repo)})
 
 
-@with_json
+@with_json(require_writer)
 def delete_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
@@ -49,7 +49,7 @@ def delete_repo(request: Request, body: Body) -> Response:
     return AsciiJSONResponse({})
 
 
-@with_json
+@with_json(require_writer)
 def move_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
@@ -101,7 +101,7 @@ def repo_info(request: Request) -> Response:
     return AsciiJSONResponse(info)
 
 
-@with_json
+@with_json(require_writable)
 def update_settings(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     target = hub.writable(request)

@@ -14,8 +14,18 @@ from starlette.routing import Route
 from ..git.lfs_objects import LargeFile
 from ..git.reader import CommitInfo, PathInfo
 from ..names import file_path
-from .context import API_REPO, hub_of, revision_of
-from .messages import AsciiJSONResponse, flag, is_yes, iso_time, next_page, number, segment, whole_body
+from .context import API_REPO, hub_of, require_readable, revision_of
+from .messages import (
+    MAX_QUESTION_BYTES,
+    AsciiJSONResponse,
+    flag,
+    is_yes,
+    iso_time,
+    next_page,
+    number,
+    segment,
+    whole_body,
+)
 from .problems import bad_request
 
 TREE_PAGE = 1000
@@ -51,7 +61,8 @@ def folder_path(request: Request) -> str:
 
 
 async def paths_info(request: Request) -> Response:
-    body = await whole_body(request)
+    await run_in_threadpool(require_readable, request)
+    body = await whole_body(request, MAX_QUESTION_BYTES)
     try:
         form = parse_qs(
             body.decode("utf-8"), keep_blank_values=True, errors="strict", max_num_fields=_MAX_PATHS
