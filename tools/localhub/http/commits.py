@@ -20,7 +20,17 @@ from ..names import file_path, printable
 from .commit_body import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
 from .context import API_REPO, hub_of, require_writable
 from .gitignore import MAX_BYTES, GitIgnore
-from .messages import AsciiJSONResponse, Body, endpoint, flag, segment, spooled_body, string, with_json
+from .messages import (
+    AsciiJSONResponse,
+    Body,
+    check_parameters,
+    endpoint,
+    flag,
+    segment,
+    spooled_body,
+    string,
+    with_json,
+)
 from .problems import bad_request
 from .pull_requests import described, pull_request_url, save
 
@@ -112,6 +122,7 @@ def _branch(request: Request) -> str:
 
 
 def _check_pull_request(request: Request) -> None:
+    check_parameters(request, "create_pr")
     branch = _branch(request)
     if flag(request, "create_pr") and branch != DEFAULT_BRANCH:
         raise bad_request(f"pull requests are for {DEFAULT_BRANCH} only, not for {printable(branch)!r}")

@@ -168,6 +168,31 @@ def string(body: Body, key: str, default: str | None = None) -> str:
     return value
 
 
+def check_parameters(request: Request, *names: str) -> None:
+    """Refuse a query parameter that is none of ``names``: an answer that ignores what was asked is a wrong one.
+
+    Raises:
+        Problem: 400.
+    """
+    unknown = sorted(set(request.query_params) - set(names))
+    if unknown:
+        raise bad_request(
+            f"the embedded Hub does not implement these parameters: {printable(', '.join(unknown))}"
+        )
+
+
+def choice(request: Request, name: str, *values: str) -> str | None:
+    """A query parameter that is one of ``values``, or None.
+
+    Raises:
+        Problem: 400 for another value.
+    """
+    value = request.query_params.get(name)
+    if value is not None and value not in values:
+        raise bad_request(f"{name!r} must be one of {', '.join(values)}")
+    return value
+
+
 def flag(request: Request, name: str) -> bool:
     """True if a query parameter says yes."""
     return is_yes(request.query_params.get(name, ""))

@@ -24,6 +24,8 @@ from .context import API_REPO, Target, hub_of, require_writable
 from .messages import (
     AsciiJSONResponse,
     Body,
+    check_parameters,
+    choice,
     endpoint,
     iso_time,
     number,
@@ -117,10 +119,13 @@ def pull_request_url(request: Request, target: Target, number: int) -> str:
 
 def list_pulls(request: Request) -> Response:
     target = hub_of(request).readable(request)
+    check_parameters(request, "type", "status", "author", "p")
     query = request.query_params
-    pulls = [] if query.get("type") == "discussion" else list(load_all(target.git))
-    if query.get("status") in ("open", "closed"):
-        pulls = [pull for pull in pulls if (pull.status == "open") == (query["status"] == "open")]
+    kind = choice(request, "type", "all", "discussion", "pull_request")
+    status = choice(request, "status", "all", "open", "closed")
+    pulls = [] if kind == "discussion" else list(load_all(target.git))
+    if status in ("open", "closed"):
+        pulls = [pull for pull in pulls if (pull.status == "open") == (status == "open")]
     if "author" in query:
         pulls = [pull for pull in pulls if pull.author == query["author"]]
     start = number(request, "p", 0, lowest=0) * _PAGE
@@ -130,6 +135,8 @@ def list_pulls(request: Request) -> Response:
 
 def pull_details(request: Request) -> Response:
     target = hub_of(request).readable(request)
+    # The client asks for the difference and takes an answer without it.
+    check_parameters(request, "diff")
     pull = load_named(target.git, request)
     opened = iso_time(pull.created)
     comment = {

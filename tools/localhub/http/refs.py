@@ -10,12 +10,13 @@ from ..git.refs import BRANCHES, PULLS, TAGS
 from ..git.repository import DEFAULT_BRANCH
 from ..names import ref_name
 from .context import API_REPO, hub_of, require_writable
-from .messages import AsciiJSONResponse, Body, flag, segment, string, with_json
+from .messages import AsciiJSONResponse, Body, check_parameters, flag, segment, string, with_json
 from .problems import bad_request
 
 
 def list_refs(request: Request) -> Response:
     git = hub_of(request).readable(request).git
+    check_parameters(request, "include_prs")
     return AsciiJSONResponse(
         {
             "branches": _ref_list(git.branches(), BRANCHES),

@@ -12,9 +12,23 @@ from ..errors import Conflict
 from ..git.reader import CommitInfo, PathInfo
 from ..names import KINDS, RepoId, RepoKind, printable, repo_id
 from .context import API_REPO, Caller, Target, hub_of, require_writable, require_writer, revision_of
-from .messages import AsciiJSONResponse, Body, endpoint, flag, iso_time, number, string, with_json
+from .messages import (
+    AsciiJSONResponse,
+    Body,
+    check_parameters,
+    choice,
+    endpoint,
+    flag,
+    is_yes,
+    iso_time,
+    number,
+    string,
+    with_json,
+)
 from .problems import Problem, bad_request, conflict
 from .trees import lfs_json
+
+_ORDERS = ("lastModified", "createdAt", "downloads", "likes", "trendingScore")
 
 
 @with_json(require_writer)
@@ -76,29 +90,33 @@ def list_repos(request: Request) -> Response:
     kind = KINDS.get(request.path_params["kind"])
     if kind is None:
         raise Problem(404, "the embedded Hub lists kernels and models only")
+    check_parameters(
+        request, "search", "author", "gated", "sort", "direction", "limit", "full", "expand", "expand[]"
+    )
     query = request.query_params
     limit = number(request, "limit", 1000, lowest=0)
-    repos = hub.listed(caller, query.get("search", ""), query.get("author"), kind)
-    infos = [_info(target, commit) for target, commit in repos]
-    if query.get("sort") == "lastModified":
-        infos.sort(key=lambda info: str(info["lastModified"]), reverse=True)
-    return AsciiJSONResponse(infos[:limit])
+    order, gated = choice(request, "sort", *_ORDERS), choice(request, "gated", "true", "false")
+    choice(request, "direction", "-1")
+    repos = [
+        (target, commit)
+        for target, commit in hub.listed(caller, query.get("search", ""), query.get("author"), kind)
+        if gated is None or is_yes(gated) == (target.settings.gated is not None)
+    ]
+    infos = [(_info(target, commit), target, commit) for target, commit in repos]
+    if order is not None:
+        infos.sort(key=lambda item: str(item[0][order]), reverse=True)
+    full = flag(request, "full")
+    return AsciiJSONResponse(
+        [_expanded(request, info, target, commit.oid, full=full) for info, target, commit in infos[:limit]]
+    )
 
 
 def repo_info(request: Request) -> Response:
     target = hub_of(request).readable(request)
     commit = target.git.resolve(revision_of(request))
+    check_parameters(request, "blobs", "expand", "expand[]")
     info = _info(target, target.git.commit_info(commit))
-    query = request.query_params
-    files = target.git.files(commit)
-    if flag(request, "blobs"):
-        info["siblings"] = [_sibling(file) for file in target.git.describe(files.items())]
-    else:
-        info["siblings"] = [{"rfilename": path} for path in files]
-    properties = {*query.getlist("expand"), *query.getlist("expand[]")}
-    if properties:
-        info = {key: value for key, value in info.items() if key in properties | {"id", "_id"}}
-    return AsciiJSONResponse(info)
+    return AsciiJSONResponse(_expanded(request, info, target, commit, full=True))
 
 
 @with_json(require_writable)
@@ -154,6 +172,26 @@ def _private_in_body(body: Body) -> bool:
     return visibility == "private" or bool(private)
 
 
+def _expanded(
+    request: Request, info: dict[str, object], target: Target, commit: str, *, full: bool
+) -> dict[str, object]:
+    """What a request asks for of a repository's description: its ``expand``, or all with the files if ``full``."""
+    query = request.query_params
+    properties = {*query.getlist("expand"), *query.getlist("expand[]")}
+    unknown = sorted(properties - {*info, "siblings"})
+    if unknown:
+        raise bad_request(f"the embedded Hub does not keep these properties: {printable(', '.join(unknown))}")
+    if "siblings" in properties if properties else full:
+        files = target.git.files(commit)
+        if flag(request, "blobs"):
+            info["siblings"] = [_sibling(file) for file in target.git.describe(files.items())]
+        else:
+            info["siblings"] = [{"rfilename": path} for path in files]
+    if properties:
+        info = {key: value for key, value in info.items() if key in properties | {"id", "_id"}}
+    return info
+
+
 def _sibling(file: PathInfo) -> dict[str, object]:
     item: dict[str, object] = {"rfilename": file.path, "size": file.size, "blobId": file.entry.oid}
     if file.large is not None:
@@ -176,6 +214,7 @@ def _info(target: Target, commit: CommitInfo) -> dict[str, object]:
         "disabled": False,
         "downloads": 0,
         "likes": 0,
+        "trendingScore": 0,
         "tags": [],
     }
 
