@@ -123,7 +123,8 @@ def loose_blob_size(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             header = zlib.decompressobj().decompress(file.read(128), 64)
-    except FileNotFoundError:
+    # What cannot be read is said by whoever reads it all.
+    except (FileNotFoundError, zlib.error):
         return None
     kind, _, rest = header.partition(b" ")
     return int(rest.partition(b"\0")[0]) if kind == b"blob" else None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from dulwich.errors import NotGitRepository
+from dulwich.errors import NotGitRepository, ObjectFormatException
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.repo import Repo
 
-from ..errors import EntryNotFound
-from ..names import printable
+from ..errors import Damaged, EntryNotFound
+from ..names import MAX_DEPTH, printable
 from .lfs_objects import MAX_POINTER, LargeFile, LargeFiles, parse_pointer
 from .objects import ObjectCache, loose_blob_size, read_loose_blob
 from .tree_editor import TreeEntry
@@ -81,7 +82,8 @@ class Reader:
     def commit_info(self, oid: str) -> CommitInfo:
         """Describe the commit ``oid``, which must exist."""
         commit = self._load(oid)
-        assert isinstance(commit, Commit)
+        if not isinstance(commit, Commit):
+            raise Damaged(oid, "is no commit")
         title, _, description = commit.message.decode("utf-8", "replace").partition("\n")
         return CommitInfo(
             oid=oid,
@@ -140,7 +142,8 @@ class Reader:
         data = self._cache.get(key)
         if data is None:
             blob = self._object(oid)
-            assert isinstance(blob, Blob)
+            if not isinstance(blob, Blob):
+                raise Damaged(oid, "is no file")
             data = blob.data
             self._cache.put(key, data, len(data))
         return cast(bytes, data)
@@ -192,6 +195,8 @@ class Reader:
     # Internals
 
     def _walk(self, folder: TreeEntry, prefix: str, recursive: bool) -> Iterator[tuple[str, TreeEntry]]:
+        if prefix.count("/") > MAX_DEPTH:
+            raise Damaged(folder.oid, f"is more than {MAX_DEPTH} folders deep")
         for name, entry in self._tree(folder.oid).items():
             yield prefix + name, entry
             if recursive and entry.is_folder:
@@ -202,7 +207,7 @@ class Reader:
             return PathInfo(path, entry, None)
         try:
             size = self.size(entry.oid)
-        except KeyError:
+        except Damaged:
             # A submodule's commit lives in another repository.
             size = 0
         large = self.large_file(entry.oid, size)
@@ -214,12 +219,15 @@ class Reader:
         return oid
 
     def _tree(self, oid: str) -> Mapping[str, TreeEntry]:
-        return cast(Mapping[str, TreeEntry], self._load(oid))
+        tree = self._load(oid)
+        if not isinstance(tree, dict):
+            raise Damaged(oid, "is no folder")
+        return tree
 
     def _load_or_none(self, oid: str) -> object | None:
         try:
             return self._load(oid)
-        except KeyError:
+        except Damaged:
             return None
 
     def _load(self, oid: str) -> object:
@@ -229,12 +237,15 @@ class Reader:
         if value is None:
             value = obj = self._object(oid)
             if isinstance(obj, Tree):
-                value = {
-                    item.path.decode("utf-8", "surrogateescape"): TreeEntry(
-                        item.mode, item.sha.decode("ascii")
-                    )
-                    for item in obj.iteritems()
-                }
+                try:
+                    value = {
+                        item.path.decode("utf-8", "surrogateescape"): TreeEntry(
+                            item.mode, item.sha.decode("ascii")
+                        )
+                        for item in obj.iteritems()
+                    }
+                except (ObjectFormatException, ValueError) as error:
+                    raise Damaged(oid, "cannot be read") from error
             if isinstance(obj, Commit | Tree):
                 self._cache.put(key, value, 4 * obj.raw_length())
         return value
@@ -251,4 +262,6 @@ class Reader:
             if not self.path.exists():
                 # Deleted under a request that was reading it.
                 raise NotGitRepository(str(self.path)) from None
-            raise
+            raise Damaged(oid, "is missing") from None
+        except (ObjectFormatException, zlib.error, AssertionError, ValueError) as error:
+            raise Damaged(oid, "cannot be read") from error

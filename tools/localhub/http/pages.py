@@ -135,7 +135,8 @@ def tree(request: Request) -> Response:
     entries = []
     for info in target.git.describe(target.git.walk(target.git.resolve(revision), path, recursive=False)):
         verb = "tree" if info.entry.is_folder else "resolve"
-        href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quote(info.path)}"
+        quoted = quote(info.path.encode("utf-8", "surrogateescape"))
+        href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quoted}"
         name = info.path.rsplit("/", 1)[-1] + ("/" if info.entry.is_folder else "")
         entries.append({"name": name, "href": href, "size": info.size})
     return _page("tree", target, path=path, revision=revision, entries=entries)
