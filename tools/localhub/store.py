@@ -102,6 +102,9 @@ class Store:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch.mkdir(parents=True, exist_ok=True)
             self._repos.mkdir(exist_ok=True)
+            # Private repositories are private to other users of this machine, too.
+            for folder in (self._scratch, self._repos):
+                folder.chmod(0o700)
             _remove_stale_locks(self._repos)
             # Where repositories went that were moved. What each one was called travels with it, so this can be
             # made again, and a repository that is gone takes its former names with it.
@@ -134,7 +137,7 @@ class Store:
                 sync(Path(folder))
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                if path.exists():
+                if self._in_other_case(repo) is not None:
                     raise _exists(repo)
                 os.rename(new, path)
         for above in (path.parent, path.parent.parent, self._repos):
@@ -170,8 +173,8 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with git.exclusive(), self._lock:
-                if path.exists():
-                    raise _exists(new)
+                if self._in_other_case(new) not in (None, old) or path.exists():
+                    raise Conflict(f"A {new.kind} repository called {new} already exists")
                 # Written before the one rename that moves all: a former name that is the present one harms nobody.
                 settings = self.settings(old)
                 former = [name for name in settings.former if name not in (str(old), str(new))]
@@ -200,8 +203,17 @@ class Store:
 
     def moved(self, repo: RepoId) -> RepoId | None:
         """The present id of a repository that had this one once; None when there is none, or it is gone."""
-        new = self._moved.get(repo)
+        new = self._moved.get(repo) or self._in_other_case(repo)
         return new if new is not None and self.get(new) is not None else None
+
+    def _in_other_case(self, repo: RepoId) -> RepoId | None:
+        """The id of a repository that differs from this one in capitals only, which no two may."""
+        for folder in (self._repos / f"{repo.kind}s").glob("*"):
+            if folder.name.lower() == repo.namespace.lower():
+                for path in folder.glob("*.git"):
+                    if path.stem.lower() == repo.name.lower():
+                        return RepoId(repo.kind, folder.name, path.stem)
+        return None
 
     def settings(self, repo: RepoId) -> Settings:
         """Settings of an existing repository."""

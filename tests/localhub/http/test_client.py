@@ -154,7 +154,7 @@ def test_deleting_what_is_not_there_is_entry_not_found(api: HfApi, new_repo: New
     repo = new_repo()
     commit(api, repo, add("folder/a", b"a"))
     with pytest.raises(EntryNotFoundError, match="differentiate file and folder"):
-        commit(api, repo, CommitOperationDelete("folder", is_folder=False))
+        commit(api, repo, CommitOperationDelete("other", is_folder=False))
     with pytest.raises(EntryNotFoundError):
         commit(api, repo, CommitOperationDelete("folder/a", is_folder=True))
     with pytest.raises(BadRequestError, match="is a file there"):
@@ -162,6 +162,9 @@ def test_deleting_what_is_not_there_is_entry_not_found(api: HfApi, new_repo: New
     with pytest.raises(BadRequestError, match="a folder of this name exists"):
         commit(api, repo, add("folder", b"b"))
     assert files(api, repo) == {".gitattributes", "folder/a"}
+    # As on the Hugging Face Hub, whose client marks folders by a slash only where it is told that they are some.
+    commit(api, repo, CommitOperationDelete("folder", is_folder=False))
+    assert files(api, repo) == {".gitattributes"}
 
 
 def test_branches_and_tags_point_where_they_were_made(api: HfApi, new_repo: NewRepo) -> None:

@@ -71,7 +71,7 @@ class Refs:
         kind = _KINDS[base]
         for other in self.under(base):
             if other == name:
-                raise Conflict(f"{kind} {name!r} exists already")
+                raise Conflict(f"Reference {base}{name} already exists")
             # A ref is a file: "a" and "a/b" cannot both be.
             if other.startswith(name + "/") or name.startswith(other + "/"):
                 raise Conflict(f"{kind} {name!r} cannot exist beside {kind} {other!r}")
@@ -85,7 +85,7 @@ class Refs:
         self.check_new(base, name)
         ref = base + name
         if not self._change(ref, lambda name: self._git.refs.add_if_new(name, ObjectID(oid.encode()))):
-            raise Conflict(f"{_KINDS[base]} {name!r} exists already")
+            raise Conflict(f"Reference {ref} already exists")
         folder = (self._path / ref).parent
         while folder != self._path:
             sync(folder)

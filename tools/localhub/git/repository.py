@@ -145,7 +145,7 @@ class Repository(Reader):
             InvalidInput: It is the default branch.
         """
         if name == DEFAULT_BRANCH:
-            raise InvalidInput(f"the default branch {name!r} cannot be deleted")
+            raise InvalidInput(f"Cannot delete {BRANCHES}{name}: it is the default branch")
         self._delete_ref(BRANCHES + name, name)
 
     def delete_tag(self, name: str) -> None:
@@ -203,8 +203,9 @@ class Repository(Reader):
                     raise self._no_revision(branch)
                 if parent is not None and parent != head:
                     raise StaleParent(
-                        f"branch {branch!r} is at {head}, not at the given parent commit {parent}: "
-                        "a commit has happened since. Refresh and try again.",
+                        "The branch was updated since you opened this page. Please refresh and try again. "
+                        f"Branch {branch!r} is at {head}, not at the given parent commit {parent}: "
+                        "a commit has happened since.",
                     )
                 parents = [head] if merged is None else [head, merged]
                 new = self._build(parents, operations, batch, message, author)
@@ -258,10 +259,9 @@ class Repository(Reader):
             name = attributes.pattern(operation.path)
             if isinstance(operation, AddFile) and operation.large:
                 now.add(name)
-            elif isinstance(operation, DeleteFolder):
-                now = {other for other in now if not other.startswith(f"{name}/")}
             else:
-                now.discard(name)
+                # A file that is no large one any more, or everything below a folder that is gone.
+                now = {other for other in now if other != name and not other.startswith(f"{name}/")}
         if before or now:
             oid = editor.file(attributes.FILE)
             text = "" if oid is None else self._attributes(oid, batch)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dulwich.errors import NotGitRepository
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,9 +23,18 @@ from .csrf import cross_site_reason, names_another_host
 from .messages import problem_response, segment
 from .problems import Problem
 
+
+class _KindConvertor(StringConvertor):
+    """The types of repositories as addresses name them, so that no model's address is taken for another's."""
+
+    regex = "kernels|models|datasets|spaces"
+
+
+register_url_convertor("kind", _KindConvertor())
+
 # Where a repository is in the API; for people and for git it is below "/kernels" or, a model, at the top.
 API_REPO = "/api/{kind}/{namespace}/{name}"
-WEB_REPOS = ("/{kind}/{namespace}/{name}", "/{namespace}/{name}")
+WEB_REPOS = ("/{kind:kind}/{namespace}/{name}", "/{namespace}/{name}")
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class Hub:
         if target is None:
             raise self.missing(request, repo, caller)
         if content:
-            _require_admission(target)
+            require_admission(target)
         return target
 
     def writable(self, request: Request) -> Target:
@@ -169,17 +179,6 @@ class Hub:
             raise self.missing(request, repo, caller)
         self.require_write(request, caller, repo.namespace)
         return target
-
-    def trusted_target(self, repo: RepoId) -> Target:
-        """A repository for a request that has shown its permission otherwise.
-
-        Raises:
-            Problem: ``RepoNotFound``.
-        """
-        git = self.store.get(repo)
-        if git is None:
-            raise self.repo_not_found(repo, Caller(None))
-        return Target(repo, git, self.store.settings(repo), Caller(None))
 
     def visible_target(self, repo: RepoId, caller: Caller) -> Target | None:
         """A repository, or None if it does not exist or is private to others than the caller."""
@@ -216,21 +215,16 @@ class Hub:
         """The answer for a repository that is not where the request's path says: its new place, or ``RepoNotFound``."""
         moved = self.store.moved(repo)
         if moved is None or self.visible_target(moved, caller) is None:
-            return self.repo_not_found(repo, caller)
+            return self.repo_not_found(caller)
         # Relative, because the client follows no other redirect of a file; the same method and body are sent again.
         return Problem(
             307, f"{repo} is {moved} now", headers={"Location": _under_its_new_name(request, moved)}
         )
 
-    def repo_not_found(self, repo: RepoId, caller: Caller) -> Problem:
-        """The answer for a repository that is not there, or not for this caller."""
-        if caller.token is None and self.tokens.any_exist():
-            return Problem(
-                401,
-                f"{repo.kind} repository {repo} does not exist, or needs a token to be seen",
-                code="RepoNotFound",
-            )
-        return Problem(404, f"{repo.kind} repository {repo} not found", code="RepoNotFound")
+    def repo_not_found(self, caller: Caller) -> Problem:
+        """The answer for a repository that is not there, or not for this caller: the client says what to do."""
+        status = 401 if caller.token is None and self.tokens.any_exist() else 404
+        return Problem(status, "Repository not found", code="RepoNotFound")
 
 
 def hub_of(request: Request) -> Hub:
@@ -277,7 +271,11 @@ def named_repo(request: Request) -> RepoId:
     kind = KINDS.get(request.path_params.get("kind", "models"))
     if kind is None:
         raise Problem(404, "the embedded Hub serves kernel and model repositories only", code="RepoNotFound")
-    return repo_id(kind, segment(request, "namespace"), segment(request, "name"))
+    namespace, name = segment(request, "namespace"), segment(request, "name")
+    if namespace in KINDS:
+        # The address of a kernel or model without a namespace, of which there are none.
+        raise hub_of(request).repo_not_found(Caller(None))
+    return repo_id(kind, namespace, name)
 
 
 def revision_of(request: Request) -> str:
@@ -290,7 +288,12 @@ def repository_gone(request: Request) -> Response:
     return problem_response(hub_of(request).missing(request, named_repo(request), Caller(None)))
 
 
-def _require_admission(target: Target) -> None:
+def require_admission(target: Target) -> None:
+    """Let only those pass who may have the content of a gated repository.
+
+    Raises:
+        Problem: ``GatedRepo``.
+    """
     gated, caller = target.settings.gated, target.caller
     if gated is None or caller.belongs(target.id.namespace) or (gated == "auto" and caller.token):
         return

@@ -136,7 +136,7 @@ def _upload_pack(request: Request, source: IO[bytes], sink: IO[bytes], *, advert
             )
             handler.handle()
     except NotGitRepository:
-        raise hub_of(request).repo_not_found(target.id, target.caller) from None
+        raise hub_of(request).repo_not_found(target.caller) from None
     # The errors that dulwich raises for requests that no git client would send.
     except (GitProtocolError, HangupException, AssertionError, ValueError, LookupError, TypeError) as error:
         raise bad_request(f"not a valid git-upload-pack request: {error}") from error

@@ -43,13 +43,13 @@ def delete_branch(request: Request) -> Response:
 @with_json(require_writable)
 def create_tag(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
+    commit = target.git.resolve(segment(request, "ref"))
     name = ref_name(string(body, "tag"), "tag")
     message = string(body, "message", "")
     try:
         message.encode("utf-8")
     except UnicodeEncodeError:
         raise bad_request('"message" is not valid Unicode') from None
-    commit = target.git.resolve(segment(request, "ref"))
     target.git.create_tag(name, commit, message, target.caller.name)
     return AsciiJSONResponse({})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -59,7 +60,7 @@ def delete_repo(request: Request, body: Body) -> Response:
     repo = _repo_in_body(body, caller)
     hub.require_write(request, caller, repo.namespace)
     if not hub.store.delete(repo):
-        raise hub.repo_not_found(repo, caller)
+        raise hub.repo_not_found(caller)
     return AsciiJSONResponse({})
 
 
@@ -76,11 +77,11 @@ def move_repo(request: Request, body: Body) -> Response:
         ids.append(repo_id(kind, namespace, name))
     old, new = ids
     if hub.store.get(old) is None or not hub.visible(old, caller):
-        raise hub.repo_not_found(old, caller)
+        raise hub.repo_not_found(caller)
     for repo in ids:
         hub.require_write(request, caller, repo.namespace)
     if not hub.store.move(old, new):
-        raise hub.repo_not_found(old, caller)
+        raise hub.repo_not_found(caller)
     return AsciiJSONResponse({"url": f"{endpoint(request)}/{new.web_path}"})
 
 
@@ -219,6 +220,30 @@ def _info(target: Target, commit: CommitInfo) -> dict[str, object]:
     }
 
 
+def check_access(request: Request) -> Response:
+    hub_of(request).readable(request, content=True)
+    return AsciiJSONResponse({})
+
+
+def check_write_access(request: Request) -> Response:
+    hub_of(request).writable(request)
+    return AsciiJSONResponse({})
+
+
+def without_namespace(request: Request) -> Response:
+    """The answer for ids like ``gpt2``, which clients ask for to learn whether there is such a repository."""
+    if request.path_params.get("kind", "models") not in KINDS:
+        raise HTTPException(404)
+    hub = hub_of(request)
+    raise hub.repo_not_found(hub.caller(request))
+
+
+_VERBS = (
+    "auth-check", "branch", "commit", "commits", "discussions", "like", "paths-info", "preupload", "refs", "revision",
+    "settings", "tag", "tree",
+)  # fmt: skip
+_ANY_METHOD = ["GET", "POST", "PUT", "DELETE"]
+
 routes = [
     Route("/api/repos/create", create_repo, methods=["POST"]),
     Route("/api/repos/move", move_repo, methods=["POST"]),
@@ -227,4 +252,16 @@ routes = [
     Route(API_REPO, repo_info),
     Route(API_REPO + "/revision/{ref}", repo_info),
     Route(API_REPO + "/settings", update_settings, methods=["PUT"]),
+    Route(API_REPO + "/auth-check", check_access),
+    Route(API_REPO + "/auth-check/write", check_write_access),
+]
+
+# After all others, whose addresses these would hide.
+routes_without_namespace = [
+    Route("/api/{kind}/{name}", without_namespace),
+    *(
+        Route(f"/api/{{kind}}/{{name}}/{verb}/{{rest:path}}", without_namespace, methods=_ANY_METHOD)
+        for verb in _VERBS
+    ),
+    *(Route(f"/{{name}}/{verb}/{{rest:path}}", without_namespace) for verb in ("resolve", "raw")),
 ]
