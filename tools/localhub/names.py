@@ -120,6 +120,20 @@ def file_path(text: str) -> str:
     return text
 
 
+def new_file_path(text: str) -> str:
+    """Check the path of a file that is added, which every client has to be able to download.
+
+    Raises:
+        InvalidInput: As ``file_path``, or a part of it begins like a drive of Windows, which the client refuses.
+    """
+    if any(element[1:2] == ":" for element in file_path(text).split("/")):
+        raise InvalidInput(
+            f"invalid path {printable(text)!r}: a part of it begins like a drive of Windows, and clients refuse to "
+            "download the repository then"
+        )
+    return text
+
+
 def printable(text: str) -> str:
     """``text`` cut short and free of characters that break a log line, a header or a JSON body."""
     short = text if len(text) <= 200 else text[:200] + "..."
