@@ -60,7 +60,8 @@ def broken_hub(tmp_path: Path) -> Iterator[str]:
     def mistaken(request: Request) -> Response:
         raise KeyError("a mistake")
 
-    commit.app = request_response(mistaken)
+    # The routes are of the module, and other tests of this process make Hubs of them.
+    sound, commit.app = commit.app, request_response(mistaken)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -69,6 +70,7 @@ def broken_hub(tmp_path: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(10)
+    commit.app = sound
 
 
 @pytest.fixture

@@ -36,6 +36,13 @@ class EntryNotFound(StorageError):
     """No file or folder at this path."""
 
 
+class Damaged(StorageError):
+    """An object of a repository is missing, cannot be read or is another than is needed; ``fsck`` says more."""
+
+    def __init__(self, oid: str, reason: str) -> None:
+        super().__init__(f"this repository is damaged: object {oid} {reason}")
+
+
 class Conflict(StorageError):
     """The change clashes with what is stored."""
 

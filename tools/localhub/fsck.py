@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dulwich.errors import NotGitRepository
-from dulwich.objects import Blob, Commit, ObjectID, Tag, Tree
+from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.repo import Repo
 
 from .errors import HubError
 from .git.lfs_objects import MAX_POINTER, LargeFiles, parse_pointer, sha256_of
+from .names import MAX_DEPTH
 from .store import Settings
 from .tokens import Tokens
 
@@ -93,7 +95,7 @@ def examine(folder: Path) -> ReachableObjects:
         return ReachableObjects(frozenset(), frozenset(), (*faults, "it is no git repository"))
     large = LargeFiles(folder / "lfs")
     with git:
-        seen: set[bytes] = set()
+        seen: dict[bytes, type[ShaFile] | None] = {}
         digests: set[str] = set()
         refs = git.get_refs()
         for ref, oid in sorted(refs.items()):
@@ -104,14 +106,19 @@ def examine(folder: Path) -> ReachableObjects:
     return ReachableObjects(frozenset(seen), frozenset(digests), tuple(faults))
 
 
-def _walk(git: Repo, start: bytes, seen: set[bytes], digests: set[str], large: LargeFiles) -> Iterator[str]:
+def _walk(
+    git: Repo, start: bytes, seen: dict[bytes, type[ShaFile] | None], digests: set[str], large: LargeFiles
+) -> Iterator[str]:
     """Faults of everything that an object leads to and that is not in ``seen`` yet; fills ``seen`` and ``digests``."""
-    pending = [start]
+    # Each with what it has to be, if that is known, and how deep it is.
+    pending: list[tuple[bytes, type[ShaFile] | None, int]] = [(start, None, 0)]
     while pending:
-        oid = pending.pop()
+        oid, needed, depth = pending.pop()
         if oid in seen:
+            if needed is not None and seen[oid] not in (None, needed):
+                yield _is_another(oid, needed)
             continue
-        seen.add(oid)
+        seen[oid] = None
         name = oid.decode("ascii", "replace")
         try:
             obj = git.object_store[ObjectID(oid)]
@@ -126,12 +133,21 @@ def _walk(git: Repo, start: bytes, seen: set[bytes], digests: set[str], large: L
         except Exception as error:  # noqa: BLE001
             yield f"object {name} is damaged: {error}"
             continue
-        if isinstance(obj, Commit):
-            pending += [obj.tree, *obj.parents]
+        seen[oid] = type(obj)
+        if needed is not None and not isinstance(obj, needed):
+            yield _is_another(oid, needed)
+        elif isinstance(obj, Commit):
+            pending += [(obj.tree, Tree, 0), *((parent, Commit, 0) for parent in obj.parents)]
         elif isinstance(obj, Tree):
-            pending += [item.sha for item in obj.iteritems() if item.mode != _SUBMODULE]
+            if depth == MAX_DEPTH:
+                yield f"folder {name} is more than {MAX_DEPTH} folders deep"
+            for item in obj.iteritems():
+                if not _is_utf8(item.path):
+                    yield f"folder {name} holds a name that is not UTF-8: {item.path!r}"
+                if item.mode != _SUBMODULE:
+                    pending.append((item.sha, Tree if stat.S_ISDIR(item.mode) else Blob, depth + 1))
         elif isinstance(obj, Tag):
-            pending.append(obj.object[1])
+            pending.append((obj.object[1], obj.object[0], 0))
         elif isinstance(obj, Blob) and obj.raw_length() <= MAX_POINTER:
             file = parse_pointer(obj.data)
             if file is None:
@@ -140,3 +156,15 @@ def _walk(git: Repo, start: bytes, seen: set[bytes], digests: set[str], large: L
             size = large.size(file.sha256)
             if size is not None and size != file.size:
                 yield f"large file {file.sha256} has {size} bytes instead of {file.size}"
+
+
+def _is_another(oid: bytes, needed: type[ShaFile]) -> str:
+    return f"object {oid.decode('ascii', 'replace')} is no {needed.type_name.decode('ascii')}"
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -120,6 +120,19 @@ def file_path(text: str) -> str:
     return text
 
 
+def new_file_path(text: str) -> str:
+    """Check the path of a file that is added, which every client has to be able to download.
+
+    Raises:
+        InvalidInput: As ``file_path``, or it holds a colon: the client takes what is before it for an address's scheme.
+    """
+    if ":" in file_path(text):
+        raise InvalidInput(
+            f"invalid path {printable(text)!r}: it holds a colon, and no client could download it"
+        )
+    return text
+
+
 def printable(text: str) -> str:
     """``text`` cut short and free of characters that break a log line, a header or a JSON body."""
     short = text if len(text) <= 200 else text[:200] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import logging
@@ -14,12 +15,14 @@ from types import FrameType
 
 import uvicorn
 
+from .connections import ACCEPTED_AT_ONCE, Connection, allow_many_connections, log_exhaustion_once
 from .errors import HubError
 from .http.app import create_app
 from .names import is_name
 from .store import locked
 
 _STOP_SECONDS = 5
+_QUEUE = 1024
 
 
 def serve(
@@ -53,16 +56,21 @@ def serve(
             raise HubError(f"{name!r} cannot be the name of an organization (--trust)")
     with locked(root), _listening(host, port) as listener:
         address, bound_port = listener.getsockname()[:2]
-        if open_writes and not ipaddress.ip_address(address).is_loopback:
+        loopback = ipaddress.ip_address(address).is_loopback
+        if open_writes and not loopback:
             raise HubError(
                 f"--open lets everybody write who can reach {address}; use it on 127.0.0.1 only, and tokens elsewhere"
             )
+        allow_many_connections()
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         config = uvicorn.Config(
-            create_app(root, trust=organizations, open_writes=open_writes, host=host),
+            create_app(root, trust=organizations, open_writes=open_writes, host=host, loopback=loopback),
             access_log=verbose,
             log_level="info" if verbose else "warning",
             log_config=None,
+            http=Connection,
+            loop="asyncio",
+            backlog=ACCEPTED_AT_ONCE,
             lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=_STOP_SECONDS,
@@ -91,7 +99,11 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        log_exhaustion_once(asyncio.get_running_loop())
         await super().startup(sockets=sockets)
+        for listener in sockets or ():
+            # The kernel's queue; uvicorn has made it as short as what is accepted at once.
+            listener.listen(_QUEUE)
         if not self.should_exit:
             print(self._greeting, flush=True)
 
@@ -111,7 +123,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
-            listener.listen(1024)
+            listener.listen(_QUEUE)
         except OSError as error:
             advice = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
             raise HubError(f"cannot listen on {host}:{port}: {error.strerror}{advice}") from error

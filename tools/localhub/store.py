@@ -24,14 +24,15 @@ from dulwich.errors import NotGitRepository
 from dulwich.repo import Repo
 
 from .errors import Conflict, HubError
+from .git import attributes
 from .git.lfs_objects import LargeFiles
 from .git.objects import ObjectCache, replace_durably, sync
 from .git.repository import DEFAULT_BRANCH, Repository, write_initial_commit
 from .names import KINDS, RepoId, RepoKind, is_name
 
 _SETTINGS = "hub.json"
-# The Hub starts every repository with this file. Ours marks nothing: all files are plain git blobs here.
-_INITIAL_FILES = {".gitattributes": b"# This Hub keeps every file in git itself.\n"}
+# The Hub starts every repository with this file. Ours marks nothing yet.
+_INITIAL_FILES = {attributes.FILE: b"# Each large file has a line here; all others are in git itself.\n"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class Store:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch.mkdir(parents=True, exist_ok=True)
             self._repos.mkdir(exist_ok=True)
+            # Private repositories are private to other users of this machine, too.
+            for folder in (self._scratch, self._repos):
+                folder.chmod(0o700)
             _remove_stale_locks(self._repos)
             # Where repositories went that were moved. What each one was called travels with it, so this can be
             # made again, and a repository that is gone takes its former names with it.
@@ -133,7 +137,7 @@ class Store:
                 sync(Path(folder))
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                if path.exists():
+                if self._in_other_case(repo) is not None:
                     raise _exists(repo)
                 os.rename(new, path)
         for above in (path.parent, path.parent.parent, self._repos):
@@ -169,8 +173,8 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with git.exclusive(), self._lock:
-                if path.exists():
-                    raise _exists(new)
+                if self._in_other_case(new) not in (None, old) or path.exists():
+                    raise Conflict(f"A {new.kind} repository called {new} already exists")
                 # Written before the one rename that moves all: a former name that is the present one harms nobody.
                 settings = self.settings(old)
                 former = [name for name in settings.former if name not in (str(old), str(new))]
@@ -199,8 +203,17 @@ class Store:
 
     def moved(self, repo: RepoId) -> RepoId | None:
         """The present id of a repository that had this one once; None when there is none, or it is gone."""
-        new = self._moved.get(repo)
+        new = self._moved.get(repo) or self._in_other_case(repo)
         return new if new is not None and self.get(new) is not None else None
+
+    def _in_other_case(self, repo: RepoId) -> RepoId | None:
+        """The id of a repository that differs from this one in capitals only, which no two may."""
+        for folder in (self._repos / f"{repo.kind}s").glob("*"):
+            if folder.name.lower() == repo.namespace.lower():
+                for path in folder.glob("*.git"):
+                    if path.stem.lower() == repo.name.lower():
+                        return RepoId(repo.kind, folder.name, path.stem)
+        return None
 
     def settings(self, repo: RepoId) -> Settings:
         """Settings of an existing repository."""

@@ -138,6 +138,10 @@ class Tokens:
         """The token with this secret, if it is known."""
         return self._current().get(_digest(secret))
 
+    def all(self) -> list[Token]:
+        """Every token that is valid now."""
+        return list(self._current().values())
+
     def any_exist(self) -> bool:
         """True if any token was ever handed out for this root."""
         return bool(self._current()) or self._stamp is not None

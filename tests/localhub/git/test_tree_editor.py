@@ -51,7 +51,7 @@ def expected(model: dict[str, str], kind: str, path: str, blob: str) -> dict[str
     if kind == "put":
         parents = {path.rsplit("/", depth)[0] for depth in range(1, path.count("/") + 1)}
         return None if inside or parents & set(model) else {**model, path: blob}
-    gone = {path} & set(model) if kind == "delete_file" else inside
+    gone = (kind == "delete_file" and {path} & set(model)) or inside
     return {name: oid for name, oid in model.items() if name not in gone} if gone else None
 
 

@@ -43,3 +43,38 @@ def test_what_is_wrong_with_a_block_is_said(block: str, reason: str) -> None:
 )
 def test_an_ordinary_block_is_taken(block: str) -> None:
     assert metadata_fault(f"---\n{block}\n---\ntext") is None
+
+
+RESULT = "{task: {type: t}, dataset: {type: d, name: D}, metrics: [{type: m, value: 1}]}"
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ("foo", "must be an array"),
+        ("{name: m, results: []}", "must be an array"),
+        ("[foo]", 'needs a "name"'),
+        ("[{results: []}]", 'needs a "name"'),
+        ("[{name: m, results: foo}]", "lack something"),
+        ("[{name: m, results: [{task: {type: t}}]}]", "lack something"),
+        (f"[{{name: m, results: [{RESULT.replace('value: 1', 'x: 1')}]}}]", "lack something"),
+    ],
+)
+def test_a_model_index_that_cannot_be_read_back_is_refused(index: str, reason: str) -> None:
+    fault = metadata_fault(f"---\nmodel-index: {index}\n---\n")
+    assert fault is not None
+    assert reason in fault
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "[{name: m, results: []}]", f"[{{name: m, results: [{RESULT}]}}]", ""]
+)
+def test_a_model_index_that_is_whole_is_taken(index: str) -> None:
+    assert metadata_fault(f"---\nmodel-index: {index}\n---\n") is None
+
+
+def test_a_card_without_metadata_is_taken_with_a_warning(hub: RunningHub) -> None:
+    answer = httpx2.post(
+        f"{hub.endpoint}/api/validate-yaml", json={"content": "# Title", "repoType": "model"}
+    )
+    assert (answer.status_code, len(answer.json()["warnings"])) == (200, 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -15,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from localhub import RunningHub
+from localhub import RunningHub, create_token, running_hub
 
 NewRepo = Callable[..., str]
 AWKWARD = {
@@ -152,7 +154,7 @@ def test_deleting_what_is_not_there_is_entry_not_found(api: HfApi, new_repo: New
     repo = new_repo()
     commit(api, repo, add("folder/a", b"a"))
     with pytest.raises(EntryNotFoundError, match="differentiate file and folder"):
-        commit(api, repo, CommitOperationDelete("folder", is_folder=False))
+        commit(api, repo, CommitOperationDelete("other", is_folder=False))
     with pytest.raises(EntryNotFoundError):
         commit(api, repo, CommitOperationDelete("folder/a", is_folder=True))
     with pytest.raises(BadRequestError, match="is a file there"):
@@ -160,6 +162,9 @@ def test_deleting_what_is_not_there_is_entry_not_found(api: HfApi, new_repo: New
     with pytest.raises(BadRequestError, match="a folder of this name exists"):
         commit(api, repo, add("folder", b"b"))
     assert files(api, repo) == {".gitattributes", "folder/a"}
+    # As on the Hugging Face Hub, whose client marks folders by a slash only where it is told that they are some.
+    commit(api, repo, CommitOperationDelete("folder", is_folder=False))
+    assert files(api, repo) == {".gitattributes"}
 
 
 def test_branches_and_tags_point_where_they_were_made(api: HfApi, new_repo: NewRepo) -> None:
@@ -345,6 +350,64 @@ def test_listing_searches_names_and_owners(api: HfApi, hub: RunningHub) -> None:
     assert len(list(api.list_models(limit=1))) == 1
     kernels = httpx2.get(f"{hub.endpoint}/api/kernels", params={"search": "searchable"})
     assert kernels.json() == []
+
+
+def test_a_listing_does_what_it_is_asked_or_says_that_it_does_not(root: Path) -> None:
+    token = create_token(root, "alice")
+    with running_hub(root) as hub:
+        api = HfApi(endpoint=hub.endpoint, token=token)
+        for name in ("org/b", "org/a", "org/c"):
+            api.create_repo(name)
+        api.update_repo_settings("org/b", gated="auto")
+        # Commits have times in seconds: a change on the next one is later.
+        before = time.time()
+        while int(time.time()) == int(before):
+            time.sleep(0.05)
+        api.upload_file(path_or_fileobj=b"x", path_in_repo="f", repo_id="org/c")
+
+        def listed(**options: Any) -> list[str]:
+            return [info.id for info in api.list_models(**options)]
+
+        assert listed() == ["org/a", "org/b", "org/c"]
+        assert listed(gated=True) == ["org/b"]
+        assert listed(gated=False) == ["org/a", "org/c"]
+        assert listed(sort="last_modified")[0] == "org/c"
+        assert listed(sort="likes") == ["org/a", "org/b", "org/c"]
+        assert listed(limit=2, search="ORG", author="org") == ["org/a", "org/b"]
+        [info] = api.list_models(search="org/c", expand=["sha", "siblings"])
+        assert [file.rfilename for file in info.siblings or ()] == [".gitattributes", "f"]
+        assert (info.sha, info.author) == (api.model_info("org/c").sha, None)
+        [info] = api.list_models(search="org/c", full=True)
+        assert len(info.siblings or ()) == 2
+        assert next(iter(api.list_models())).siblings is None
+        for options in (
+            {"filter": "text-generation"}, {"num_parameters": "min:1B"}, {"pipeline_tag": "x"}, {"apps": "y"},
+            {"inference": "warm"}, {"cardData": True}, {"fetch_config": True}, {"expand": ["safetensors"]},
+        ):  # fmt: skip
+            with pytest.raises(BadRequestError, match=r"does not (implement|keep) these"):
+                listed(**options)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "", "/org/k", "/org/k/refs", "/org/k/tree/main", "/org/k/commits/main", "/org/k/discussions",
+    ],
+)  # fmt: skip
+def test_a_parameter_that_means_nothing_here_is_refused(hub: RunningHub, api: HfApi, path: str) -> None:
+    api.create_repo("org/k", repo_type="kernel", exist_ok=True)
+    assert httpx2.get(f"{hub.endpoint}/api/kernels{path}").status_code == 200
+    answer = httpx2.get(f"{hub.endpoint}/api/kernels{path}?colour=red")
+    assert (answer.status_code, "colour" in answer.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "query", ["?sort=size", "?direction=1", "?gated=maybe", "/org/k/discussions?status=x", "/org/k/discussions?type=x",
+              "/org/k/commits/main?expand=x"],
+)  # fmt: skip
+def test_a_value_that_means_nothing_here_is_refused(hub: RunningHub, api: HfApi, query: str) -> None:
+    api.create_repo("org/k", repo_type="kernel", exist_ok=True)
+    assert httpx2.get(f"{hub.endpoint}/api/kernels{query}").status_code == 400
 
 
 def test_a_deleted_repository_comes_back_empty(api: HfApi, new_repo: NewRepo) -> None:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
+import uvicorn
+from dulwich.protocol import Protocol, pkt_line
+from dulwich.repo import Repo
+from dulwich.server import UploadPackHandler
 from huggingface_hub import CommitOperationAdd, HfApi
 from localhub import RunningHub
+from localhub.http.app import create_app
+from localhub.http.git import without_repeats
+from localhub.names import RepoId
+from starlette.testclient import TestClient
 
 
 def git(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -103,3 +116,105 @@ def test_malformed_fetch_requests_are_4xx_or_empty(hub: RunningHub, repo: str, b
             f"{hub.endpoint}/kernels/{repo}/git-upload-pack", content=body, headers=headers, timeout=60
         )
         assert answer.status_code < 500
+
+
+def fetch_body(oid: str, repeats: int, capabilities: str = "side-band-64k thin-pack ofs-delta") -> bytes:
+    lines = [f"want {oid} {capabilities}\n", *[f"want {oid}\n"] * (repeats - 1)]
+    return b"".join(pkt_line(line.encode()) for line in lines) + b"0000" + pkt_line(b"done\n")
+
+
+def test_an_object_that_is_wanted_many_times_is_sent_like_one_that_is_wanted_once(
+    hub: RunningHub, api: HfApi, repo: str
+) -> None:
+    oid = str(api.kernel_info(repo).sha)
+    # What is named once costs what a fetch costs, so it is this that has to hold.
+    assert without_repeats(fetch_body(oid, 12_000)) == fetch_body(oid, 1)
+    haves = b"".join(pkt_line(f"have {number:040x}\n".encode()) for number in (1, 2, 1)) + b"0000"
+    assert without_repeats(haves) == haves[: 2 * 50] + b"0000"
+    url = f"{hub.endpoint}/kernels/{repo}/git-upload-pack"
+    once = httpx2.post(url, content=fetch_body(oid, 1))
+    often = httpx2.post(
+        url, content=gzip.compress(fetch_body(oid, 12_000)), headers={"Content-Encoding": "gzip"}, timeout=60
+    )
+    assert once.status_code == often.status_code == 200
+    assert len(once.content) == len(often.content) > 100
+
+
+def test_more_objects_than_any_git_names_at_once_are_refused(hub: RunningHub, repo: str) -> None:
+    for verb in ("want", "have", "shallow"):
+        body = b"".join(pkt_line(f"{verb} {number:040x}\n".encode()) for number in range((1 << 15) + 1))
+        answer = httpx2.post(f"{hub.endpoint}/kernels/{repo}/git-upload-pack", content=body, timeout=60)
+        assert answer.status_code == 413, verb
+
+
+def test_a_client_that_takes_no_thin_packs_is_served(
+    hub: RunningHub, api: HfApi, repo: str, tmp_path: Path
+) -> None:
+    oid = str(api.kernel_info(repo).sha)
+    body = fetch_body(oid, 1, "side-band-64k ofs-delta")
+    answer = httpx2.post(f"{hub.endpoint}/kernels/{repo}/git-upload-pack", content=body)
+    assert answer.status_code == 200
+    protocol = Protocol(io.BytesIO(answer.content).read, lambda data: None)
+    packets = [packet for packet in iter(protocol.read_pkt_line, None) if packet[:1] == b"\1"]
+    git("init", "--bare", str(tmp_path / "bare"))
+    unpacked = subprocess.run(
+        ["git", "unpack-objects", "--strict"],
+        cwd=tmp_path / "bare",
+        input=b"".join(packet[1:] for packet in packets),
+        capture_output=True,
+    )
+    assert unpacked.returncode == 0, unpacked.stderr
+    assert git("cat-file", "-t", oid, cwd=tmp_path / "bare").stdout == "commit\n"
+
+
+def test_fetches_that_take_long_keep_nobody_else_waiting(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = threading.Event()
+    handle = UploadPackHandler.handle
+    running: list[object] = []
+
+    def wait(handler: UploadPackHandler) -> None:
+        running.append(handler)
+        assert finish.wait(120)
+        handle(handler)
+
+    monkeypatch.setattr(UploadPackHandler, "handle", wait)
+    server = uvicorn.Server(uvicorn.Config(create_app(root, open_writes=True), port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    endpoint = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    api = HfApi(endpoint=endpoint, token=False)
+    api.create_repo("org/k", repo_type="kernel")
+    url = f"{endpoint}/kernels/org/k/info/refs?service=git-upload-pack"
+    with ThreadPoolExecutor(60) as pool:
+        # More than the threads that everything else has.
+        fetches = [pool.submit(httpx2.get, url, timeout=120) for _ in range(60)]
+        try:
+            assert api.kernel_info("org/k").id == "org/k"
+            assert len(running) <= 2
+        finally:
+            finish.set()
+        assert {fetch.result().status_code for fetch in fetches} == {200}
+    server.should_exit = True
+    thread.join(60)
+
+
+def test_the_advertisement_survives_branches_that_go_while_it_is_made(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = iter([True, True])
+    original = Repo.get_refs
+
+    def get_refs(repository: Repo) -> object:
+        if next(gone, False):
+            raise KeyError(b"refs/heads/gone")
+        return original(repository)
+
+    monkeypatch.setattr(Repo, "get_refs", get_refs)
+    app = create_app(root, open_writes=True)
+    app.state.hub.store.create(RepoId("kernel", "org", "k"), private=False, author="a")
+    with TestClient(app) as client:
+        answer = client.get("/kernels/org/k/info/refs?service=git-upload-pack")
+    assert answer.status_code == 200
+    assert b"refs/heads/main" in answer.content

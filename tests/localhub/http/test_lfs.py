@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import subprocess
@@ -10,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from localhub import RunningHub, fsck
+from localhub.errors import InvalidInput
+from localhub.git.lfs_objects import LargeFile, LargeFiles
 
 NewRepo = Callable[..., str]
 SIZE = (64 << 20) + 12345
@@ -157,3 +161,112 @@ def test_a_full_disk_is_said_and_leaves_everything_as_it_was(
     assert fsck(hub.root).faults == ()
     api.upload_file(path_or_fileobj=noise, path_in_repo="x", repo_id=repo, repo_type="kernel")
     assert httpx2.put(href, content=noise).status_code == 200
+
+
+def keep_large(hub: RunningHub, repo: str, data: bytes) -> str:
+    httpx2.put(announce(hub, repo, data)["href"], content=data).raise_for_status()
+    return hashlib.sha256(data).hexdigest()
+
+
+def change(hub: RunningHub, repo: str, *operations: tuple[str, dict[str, str]], query: str = "") -> str:
+    lines = [{"key": "header", "value": {"summary": "change"}}]
+    lines += [{"key": key, "value": value} for key, value in operations]  # type: ignore[dict-item]
+    body = "\n".join(json.dumps(line) for line in lines)
+    answer = httpx2.post(f"{hub.endpoint}/api/kernels/{repo}/commit/main{query}", content=body)
+    return str(answer.raise_for_status().json()["commitOid"])
+
+
+def large(path: str, sha256: str) -> tuple[str, dict[str, str]]:
+    return "lfsFile", {"path": path, "algo": "sha256", "oid": sha256}
+
+
+def marked_in_a_clone(hub: RunningHub, repo: str, folder: Path, *paths: str) -> set[str]:
+    """The paths that a clone gives to git-lfs."""
+    quiet = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_LFS_SKIP_SMUDGE": "1"}
+    subprocess.run(
+        ["git", "clone", "-q", f"{hub.endpoint}/kernels/{repo}", str(folder)], env=quiet, check=True
+    )
+    command = ["git", "check-attr", "-z", "filter", "--", *paths]
+    answer = subprocess.run(command, cwd=folder, env=quiet, capture_output=True, text=True, check=True)
+    fields = answer.stdout.split("\0")
+    return {path for path, value in zip(fields[::3], fields[2::3], strict=False) if value == "lfs"}
+
+
+def test_git_lfs_fetches_each_large_file_of_a_clone(
+    hub: RunningHub, new_repo: NewRepo, tmp_path: Path
+) -> None:
+    repo = new_repo()
+    sha256 = keep_large(hub, repo, b"large")
+    names = ("a.bin", "d/b [1].bin", "d/c.bin", "small")
+    change(
+        hub, repo, *(large(name, sha256) for name in names[:3]), ("file", {"path": "small", "content": "x"})
+    )
+    assert marked_in_a_clone(hub, repo, tmp_path / "1", *names) == set(names[:3])
+    # Whoever writes the file, from an older copy for example, takes no line away.
+    change(hub, repo, ("file", {"path": ".gitattributes", "content": "*.txt text\n"}))
+    assert marked_in_a_clone(hub, repo, tmp_path / "2", *names) == set(names[:3])
+    change(hub, repo, ("file", {"path": "a.bin", "content": "small now"}))
+    assert marked_in_a_clone(hub, repo, tmp_path / "3", *names) == set(names[1:3])
+    change(hub, repo, ("deletedFile", {"path": "d/b [1].bin"}), large("small", sha256))
+    assert marked_in_a_clone(hub, repo, tmp_path / "4", *names) == {"d/c.bin", "small"}
+    change(hub, repo, ("deletedFolder", {"path": "d/"}), ("deletedFile", {"path": "small"}))
+    assert marked_in_a_clone(hub, repo, tmp_path / "5", *names) == set()
+    assert (tmp_path / "5" / ".gitattributes").read_text() == "*.txt text\n"
+
+
+def test_pull_requests_with_large_files_do_not_conflict_by_their_lines(
+    hub: RunningHub, api: HfApi, new_repo: NewRepo, tmp_path: Path
+) -> None:
+    repo = new_repo()
+    sha256 = keep_large(hub, repo, b"large")
+    for name in ("a.bin", "b.bin"):
+        change(hub, repo, large(name, sha256), query="?create_pr=1")
+    for number in (1, 2):
+        assert (
+            httpx2.post(f"{hub.endpoint}/api/kernels/{repo}/discussions/{number}/merge", json={}).status_code
+            == 200
+        )
+    assert marked_in_a_clone(hub, repo, tmp_path / "clone", "a.bin", "b.bin", "c.bin") == {"a.bin", "b.bin"}
+
+
+def test_an_unchanged_large_file_is_not_committed_again(
+    hub: RunningHub, api: HfApi, new_repo: NewRepo, big: Path
+) -> None:
+    repo = new_repo()
+    for _ in range(3):
+        uploaded = upload(hub, repo, big, HF_HUB_DISABLE_XET="1")
+        assert uploaded.returncode == 0, uploaded.stderr
+    titles = [commit.title for commit in api.list_repo_commits(repo, repo_type="kernel")]
+    assert titles == ["big", "initial commit"]
+
+
+def test_of_two_uploads_in_parts_of_one_file_both_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LargeFiles(tmp_path / "lfs")
+    data = b"the same content"
+    file = LargeFile(hashlib.sha256(data).hexdigest(), len(data))
+    with pytest.raises(InvalidInput, match="no part"):
+        store.keep_parts(file)
+    store.parts(file).write_bytes(data)
+    store.keep_parts(file)
+    # The second one's parts: gone with the first, begun again, or taken while they are being read.
+    store.keep_parts(file)
+    store.parts(file).write_bytes(data[:3])
+    store.keep_parts(file)
+    assert not store.parts(file).exists()
+    store.parts(file).write_bytes(data)
+    keep = store.keep
+
+    def overtaken(*arguments: Any) -> None:
+        store.parts(file).unlink()
+        keep(*arguments)
+
+    monkeypatch.setattr(store, "keep", overtaken)
+    store.keep_parts(file)
+    assert store.path(file.sha256).read_bytes() == data
+    monkeypatch.undo()
+    other = LargeFile("0" * 64, 3)
+    store.parts(other).write_bytes(b"abc")
+    with pytest.raises(InvalidInput, match="not what was announced"):
+        store.keep_parts(other)

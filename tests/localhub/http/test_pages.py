@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,7 +15,12 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from hypothesis import given
 from hypothesis import strategies as st
 from localhub import RunningHub
+from localhub.http import pages
+from localhub.http.app import create_app
 from localhub.http.pages import render_card
+from localhub.names import RepoId
+from markupsafe import Markup
+from starlette.testclient import TestClient
 
 NewRepo = Callable[..., str]
 HOSTILE = (
@@ -97,6 +103,36 @@ def test_the_pages_show_versions_variants_card_commits_and_changes(
     oid = api.list_repo_commits(repo, repo_type="kernel")[0].commit_id
     assert "+new &lt;b&gt;" in page(hub, f"/kernels/{repo}/commit/{oid}")
     assert "__init__.py" in page(hub, f"/kernels/{repo}/tree/v2/build/torch-cpu")
+
+
+def test_a_card_is_rendered_once_and_a_long_one_never(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[int] = []
+
+    def render(text: str) -> Markup:
+        rendered.append(len(text))
+        return render_card(text)
+
+    monkeypatch.setattr(pages, "render_card", render)
+    app = create_app(root, open_writes=True)
+    client = TestClient(app)
+    app.state.hub.store.create(RepoId("kernel", "org", "k"), private=False, author="a")
+
+    def put(card: str) -> None:
+        header = {"key": "header", "value": {"summary": "card"}}
+        file = {"key": "file", "value": {"path": "README.md", "content": card}}
+        answer = client.post("/api/kernels/org/k/commit/main", content=f"{json.dumps(header)}\n{json.dumps(file)}",
+                             headers={"Host": "localhost"})  # fmt: skip
+        assert answer.status_code == 200
+
+    for card, shown in (("# One", "<h1>One</h1>"), ("# Two", "<h1>Two</h1>"), ("# One", "<h1>One</h1>")):
+        put(card)
+        for _ in range(3):
+            assert shown in client.get("/kernels/org/k").text
+    assert rendered == [5, 5]
+    put("[" * (128 << 10) + "]")
+    page = client.get("/kernels/org/k")
+    assert (page.status_code, rendered) == (200, [5, 5])
+    assert "longer than 128 KiB" in page.text
 
 
 def test_what_is_not_there_is_not_found(hub: RunningHub, new_repo: NewRepo) -> None:

@@ -85,7 +85,7 @@ def test_a_repository_moves_with_everything_in_it(hub: RunningHub, api: HfApi, n
     assert api.kernel_info(f"{repo}-moved").sha == oid
     assert api.kernel_info(repo).id == f"{repo}-moved"
     taken = new_repo()
-    with pytest.raises(HfHubHTTPError, match="already created"):
+    with pytest.raises(HfHubHTTPError, match="already exists"):
         api.move_repo(f"{repo}-moved", taken, repo_type="kernel")
     assert fsck(hub.root).faults == ()
 

@@ -53,11 +53,12 @@ def serve(
     open_writes: Annotated[
         bool, typer.Option("--open", help="Take writes without a token until one is made; on loopback only.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
     """Run a Hub of your own for the clients of the Hugging Face Hub."""
     import localhub
 
-    localhub.serve(root, host, port, trust or [], open_writes=open_writes)
+    localhub.serve(root, host, port, trust or [], open_writes=open_writes, verbose=verbose)
 
 
 @commands.command()

@@ -16,7 +16,7 @@ from ..errors import InvalidInput
 from .objects import sync
 
 MAX_POINTER = 200
-_CHUNK = 1 << 20
+_CHUNK = 256 << 10
 # dulwich.lfs reads more than git-lfs does: digests that are none, sizes like "1_0", lines in any order or twice.
 _POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize ([0-9]{1,15})\n?"
@@ -99,7 +99,11 @@ class LargeFiles:
         # A link, so that two uploads of the same content cannot be in each other's way.
         aside = path.with_name(f"{Path(received.name).name}.new")
         os.link(received.name, aside)
-        os.replace(aside, path)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink()
+            raise
         for folder in path.parents[:3]:
             sync(folder)
 
@@ -114,15 +118,17 @@ class LargeFiles:
             InvalidInput: A part is missing or the content is another.
         """
         path = self.parts(file)
-        if not path.exists():
-            if self.has(file):
-                return
-            raise InvalidInput("no part of this file has arrived; upload it again")
-        with path.open("rb") as source:
-            try:
+        try:
+            with path.open("rb") as source:
                 self.keep(source, sha256_of(source), file)
-            finally:
-                path.unlink(missing_ok=True)
+        except (FileNotFoundError, InvalidInput) as error:
+            # Somebody else may have completed the same file, and taken the parts with it.
+            if not self.has(file):
+                if isinstance(error, InvalidInput):
+                    raise
+                raise InvalidInput("no part of this file has arrived; upload it again") from None
+        finally:
+            path.unlink(missing_ok=True)
 
     def read(self, file: LargeFile, start: int, stop: int) -> Iterator[bytes]:
         """Bytes ``start`` to ``stop`` (exclusive) of a file that is here, in pieces."""

@@ -6,11 +6,16 @@ import os
 import shutil
 import tempfile
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from dulwich.objects import ShaFile
+
+_CHUNK = 256 << 10
 
 
 class ObjectCache:
@@ -88,6 +93,11 @@ class ObjectBatch:
             self._staged[oid] = path
         return oid
 
+    def get(self, oid: str) -> ShaFile | None:
+        """The object ``oid`` if it is staged here."""
+        path = self._staged.get(oid)
+        return None if path is None else ShaFile.from_path(path)
+
     def publish(self) -> None:
         """Make all staged objects part of the repository; they are on stable storage when this returns."""
         for path in self._staged.values():
@@ -108,6 +118,40 @@ class ObjectBatch:
         return self._objects / oid[:2] / oid[2:]
 
 
+def loose_blob_size(path: Path) -> int | None:
+    """Size in bytes of the blob in a loose object's file; None if there is no such file, or no blob in it."""
+    try:
+        with path.open("rb") as file:
+            header = zlib.decompressobj().decompress(file.read(128), 64)
+    # What cannot be read is said by whoever reads it all.
+    except (FileNotFoundError, zlib.error):
+        return None
+    kind, _, rest = header.partition(b" ")
+    return int(rest.partition(b"\0")[0]) if kind == b"blob" else None
+
+
+def read_loose_blob(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes ``start`` to ``stop`` (exclusive) of the blob in a loose object's file, in pieces."""
+    position = 0
+    with path.open("rb") as file:
+        pieces = _decompress(file)
+        # The content follows a header that ends with the first zero byte.
+        for piece in chain([next(pieces).partition(b"\0")[2]], pieces):
+            part = piece[max(0, start - position) : stop - position]
+            position += len(piece)
+            if part:
+                yield part
+            if position >= stop:
+                return
+
+
+def _decompress(file: IO[bytes]) -> Iterator[bytes]:
+    unzip = zlib.decompressobj()
+    while data := unzip.unconsumed_tail or file.read(_CHUNK):
+        yield unzip.decompress(data, _CHUNK)
+    yield unzip.flush()
+
+
 def sync(path: Path) -> None:
     """Flush a file or a directory to stable storage."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -120,8 +164,12 @@ def sync(path: Path) -> None:
 def replace_durably(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a file so that a crash leaves its old content or its new one; one writer at a time."""
     aside = path.with_name(f"{path.name}.new")
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-    sync(aside)
-    os.replace(aside, path)
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+        sync(aside)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync(path.parent)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from dulwich.errors import NotGitRepository
+from dulwich.errors import NotGitRepository, ObjectFormatException
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.repo import Repo
 
-from ..errors import EntryNotFound
-from ..names import printable
+from ..errors import Damaged, EntryNotFound
+from ..names import MAX_DEPTH, printable
 from .lfs_objects import MAX_POINTER, LargeFile, LargeFiles, parse_pointer
-from .objects import ObjectCache
+from .objects import ObjectCache, loose_blob_size, read_loose_blob
 from .tree_editor import TreeEntry
+
+# A blob above this size is sent piece by piece, and is not kept in the cache.
+_MAX_WHOLE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class Reader:
     def commit_info(self, oid: str) -> CommitInfo:
         """Describe the commit ``oid``, which must exist."""
         commit = self._load(oid)
-        assert isinstance(commit, Commit)
+        if not isinstance(commit, Commit):
+            raise Damaged(oid, "is no commit")
         title, _, description = commit.message.decode("utf-8", "replace").partition("\n")
         return CommitInfo(
             oid=oid,
@@ -137,18 +142,39 @@ class Reader:
         data = self._cache.get(key)
         if data is None:
             blob = self._object(oid)
-            assert isinstance(blob, Blob)
+            if not isinstance(blob, Blob):
+                raise Damaged(oid, "is no file")
             data = blob.data
             self._cache.put(key, data, len(data))
-            self._cache.put((self._identity, oid, "size"), len(data), 0)
         return cast(bytes, data)
+
+    def size(self, oid: str) -> int:
+        """Size in bytes of the blob ``oid``, which must exist."""
+        key = (self._identity, oid, "size")
+        size = cast("int | None", self._cache.get(key))
+        if size is None:
+            size = loose_blob_size(self._loose(oid))
+            if size is None:
+                size = len(self.read(oid))
+            self._cache.put(key, size, 0)
+        return size
+
+    def content(self, oid: str, start: int, stop: int) -> bytes | Iterator[bytes]:
+        """Bytes ``start`` to ``stop`` (exclusive) of the blob ``oid``; in pieces if it is large and in no pack."""
+        loose = self._loose(oid)
+        if self.size(oid) > _MAX_WHOLE and loose.exists():
+            return read_loose_blob(loose, start, stop)
+        return self.read(oid)[start:stop]
+
+    def head(self, oid: str, length: int) -> bytes:
+        """The first ``length`` bytes of the blob ``oid``, or all if it has fewer."""
+        content = self.content(oid, 0, length)
+        return content if isinstance(content, bytes) else b"".join(content)
 
     def large_file(self, oid: str, size: int | None = None) -> LargeFile | None:
         """The large file that the blob ``oid`` (of ``size`` bytes, where that is known) points to, if it does."""
-        if size is not None and size > MAX_POINTER:
-            return None
-        data = self.read(oid) if size != 0 else b""
-        file = parse_pointer(data) if len(data) <= MAX_POINTER else None
+        size = self.size(oid) if size is None else size
+        file = parse_pointer(self.read(oid)) if 0 < size <= MAX_POINTER else None
         # Text that looks like a pointer, and whose object nobody uploaded here, is just a file.
         return file if file is not None and self.large.has(file) else None
 
@@ -169,6 +195,8 @@ class Reader:
     # Internals
 
     def _walk(self, folder: TreeEntry, prefix: str, recursive: bool) -> Iterator[tuple[str, TreeEntry]]:
+        if prefix.count("/") > MAX_DEPTH:
+            raise Damaged(folder.oid, f"is more than {MAX_DEPTH} folders deep")
         for name, entry in self._tree(folder.oid).items():
             yield prefix + name, entry
             if recursive and entry.is_folder:
@@ -177,15 +205,11 @@ class Reader:
     def _path_info(self, path: str, entry: TreeEntry) -> PathInfo:
         if entry.is_folder:
             return PathInfo(path, entry, None)
-        key = (self._identity, entry.oid, "size")
-        size = cast("int | None", self._cache.get(key))
-        if size is None:
-            try:
-                size = len(self.read(entry.oid))
-            except KeyError:
-                # A submodule's commit lives in another repository.
-                size = 0
-            self._cache.put(key, size, 0)
+        try:
+            size = self.size(entry.oid)
+        except Damaged:
+            # A submodule's commit lives in another repository.
+            size = 0
         large = self.large_file(entry.oid, size)
         return PathInfo(path, entry, size if large is None else large.size, large)
 
@@ -195,12 +219,15 @@ class Reader:
         return oid
 
     def _tree(self, oid: str) -> Mapping[str, TreeEntry]:
-        return cast(Mapping[str, TreeEntry], self._load(oid))
+        tree = self._load(oid)
+        if not isinstance(tree, dict):
+            raise Damaged(oid, "is no folder")
+        return tree
 
     def _load_or_none(self, oid: str) -> object | None:
         try:
             return self._load(oid)
-        except KeyError:
+        except Damaged:
             return None
 
     def _load(self, oid: str) -> object:
@@ -210,15 +237,21 @@ class Reader:
         if value is None:
             value = obj = self._object(oid)
             if isinstance(obj, Tree):
-                value = {
-                    item.path.decode("utf-8", "surrogateescape"): TreeEntry(
-                        item.mode, item.sha.decode("ascii")
-                    )
-                    for item in obj.iteritems()
-                }
+                try:
+                    value = {
+                        item.path.decode("utf-8", "surrogateescape"): TreeEntry(
+                            item.mode, item.sha.decode("ascii")
+                        )
+                        for item in obj.iteritems()
+                    }
+                except (ObjectFormatException, ValueError) as error:
+                    raise Damaged(oid, "cannot be read") from error
             if isinstance(obj, Commit | Tree):
                 self._cache.put(key, value, 4 * obj.raw_length())
         return value
+
+    def _loose(self, oid: str) -> Path:
+        return self.path / "objects" / oid[:2] / oid[2:]
 
     def _object(self, oid: str) -> ShaFile:
         try:
@@ -229,4 +262,6 @@ class Reader:
             if not self.path.exists():
                 # Deleted under a request that was reading it.
                 raise NotGitRepository(str(self.path)) from None
-            raise
+            raise Damaged(oid, "is missing") from None
+        except (ObjectFormatException, zlib.error, AssertionError, ValueError) as error:
+            raise Damaged(oid, "cannot be read") from error

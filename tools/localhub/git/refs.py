@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from dulwich.file import FileLocked
@@ -52,20 +54,13 @@ class Refs:
         Raises:
             Conflict: Another process keeps the ref locked.
         """
-        name = Ref(ref.encode("utf-8"))
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                moved = self._git.refs.set_if_equals(name, ObjectID(old.encode()), ObjectID(new.encode()))
-                break
-            except FileLocked:
-                # No writer of ours: somebody runs git in the repository's directory.
-                if time.monotonic() > deadline:
-                    raise Conflict(f"another git process holds the lock of {ref}; try again") from None
-                time.sleep(0.02)
+        moved = self._change(
+            ref,
+            lambda name: self._git.refs.set_if_equals(name, ObjectID(old.encode()), ObjectID(new.encode())),
+        )
         if moved:
             sync((self._path / ref).parent)
-        return bool(moved)
+        return moved
 
     def check_new(self, base: str, name: str) -> None:
         """Make sure that ``name`` can be created below ``base``.
@@ -76,7 +71,7 @@ class Refs:
         kind = _KINDS[base]
         for other in self.under(base):
             if other == name:
-                raise Conflict(f"{kind} {name!r} exists already")
+                raise Conflict(f"Reference {base}{name} already exists")
             # A ref is a file: "a" and "a/b" cannot both be.
             if other.startswith(name + "/") or name.startswith(other + "/"):
                 raise Conflict(f"{kind} {name!r} cannot exist beside {kind} {other!r}")
@@ -85,22 +80,46 @@ class Refs:
         """Create a ref; the object it points to is on stable storage already.
 
         Raises:
-            Conflict: As ``check_new``.
+            Conflict: As ``check_new``, or another process keeps the ref locked.
         """
         self.check_new(base, name)
         ref = base + name
-        if not self._git.refs.add_if_new(Ref(ref.encode("utf-8")), ObjectID(oid.encode())):
-            raise Conflict(f"{_KINDS[base]} {name!r} exists already")
+        if not self._change(ref, lambda name: self._git.refs.add_if_new(name, ObjectID(oid.encode()))):
+            raise Conflict(f"Reference {ref} already exists")
         folder = (self._path / ref).parent
         while folder != self._path:
             sync(folder)
             folder = folder.parent
 
     def delete(self, ref: str) -> None:
-        """Remove a ref that exists."""
-        self._git.refs.remove_if_equals(Ref(ref.encode("utf-8")), None)
+        """Remove a ref that exists.
+
+        Raises:
+            Conflict: Another process keeps the ref locked.
+        """
+        self._change(ref, lambda name: self._git.refs.remove_if_equals(name, None))
         # The folder may have gone with its last ref; its parent's entry is what has to last then.
         folder = (self._path / ref).parent
         while not folder.exists():
             folder = folder.parent
         sync(folder)
+
+    def _change(self, ref: str, change: Callable[[Ref], bool]) -> bool:
+        """Run one of dulwich's operations, which lock the ref by a file; leave no lock behind, whatever happens."""
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                return bool(change(Ref(ref.encode("utf-8"))))
+            except FileLocked:
+                # No writer of ours: somebody runs git in the repository's directory.
+                if time.monotonic() > deadline:
+                    raise Conflict(f"another git process holds the lock of {ref}; try again") from None
+                time.sleep(0.02)
+            except OSError as error:
+                # dulwich gives up on its lock where writing out what is buffered fails, as on a full disk, and would
+                # remove it when its file is collected: at any time, and perhaps the next writer's lock. A lock of
+                # another process would have been FileLocked.
+                traceback.clear_frames(error.__traceback__)
+                for locked in (ref, "packed-refs"):
+                    (self._path / f"{locked}.lock").unlink(missing_ok=True)
+                raise

@@ -16,6 +16,7 @@ from dulwich.repo import Repo
 
 from ..errors import InvalidInput, RevisionNotFound, StaleParent
 from ..names import is_oid, printable
+from . import attributes
 from .objects import ObjectBatch, ObjectCache
 from .reader import Reader
 from .refs import BRANCHES, PULLS, TAGS, Refs
@@ -26,10 +27,11 @@ DEFAULT_BRANCH = "main"
 
 @dataclass(frozen=True)
 class AddFile:
-    """Write the staged blob ``oid`` at ``path``."""
+    """Write the staged blob ``oid`` at ``path``; ``large`` if it is the pointer to a large file."""
 
     path: str
     oid: str
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Repository(Reader):
             InvalidInput: It is the default branch.
         """
         if name == DEFAULT_BRANCH:
-            raise InvalidInput(f"the default branch {name!r} cannot be deleted")
+            raise InvalidInput(f"Cannot delete {BRANCHES}{name}: it is the default branch")
         self._delete_ref(BRANCHES + name, name)
 
     def delete_tag(self, name: str) -> None:
@@ -201,8 +203,9 @@ class Repository(Reader):
                     raise self._no_revision(branch)
                 if parent is not None and parent != head:
                     raise StaleParent(
-                        f"branch {branch!r} is at {head}, not at the given parent commit {parent}: "
-                        "a commit has happened since. Refresh and try again.",
+                        "The branch was updated since you opened this page. Please refresh and try again. "
+                        f"Branch {branch!r} is at {head}, not at the given parent commit {parent}: "
+                        "a commit has happened since.",
                     )
                 parents = [head] if merged is None else [head, merged]
                 new = self._build(parents, operations, batch, message, author)
@@ -232,15 +235,45 @@ class Repository(Reader):
         editor = TreeEditor(self._tree, self.commit_info(parents[0]).tree)
         for operation in operations:
             match operation:
-                case AddFile(path, oid):
+                case AddFile(path, oid, _):
                     editor.put(path, oid)
                 case DeleteFile(path):
                     editor.delete_file(path)
                 case DeleteFolder(path):
                     editor.delete_folder(path)
+        self._name_large_files(editor, parents[0], operations, batch)
         new = batch.add(_commit_object(editor.write(batch.add), parents, message, author))
         batch.publish()
         return new
+
+    def _name_large_files(
+        self, editor: TreeEditor, parent: str, operations: list[Operation], batch: ObjectBatch
+    ) -> None:
+        """Keep a line in ``.gitattributes`` for each large file, also where the caller writes that file."""
+        entry = self.entry(parent, attributes.FILE)
+        before = (
+            attributes.patterns(self._attributes(entry.oid)) if entry is not None and entry.is_file else set()
+        )
+        now = set(before)
+        for operation in operations:
+            name = attributes.pattern(operation.path)
+            if isinstance(operation, AddFile) and operation.large:
+                now.add(name)
+            else:
+                # A file that is no large one any more, or everything below a folder that is gone.
+                now = {other for other in now if other != name and not other.startswith(f"{name}/")}
+        if before or now:
+            oid = editor.file(attributes.FILE)
+            text = "" if oid is None else self._attributes(oid, batch)
+            new = attributes.with_patterns(text, before, now)
+            if new != text:
+                blob = Blob.from_string(new.encode("utf-8", "surrogateescape"))
+                editor.put(attributes.FILE, batch.add(blob))
+
+    def _attributes(self, oid: str, batch: ObjectBatch | None = None) -> str:
+        staged = None if batch is None else batch.get(oid)
+        data = self.head(oid, attributes.MAX_BYTES) if staged is None else staged.as_raw_string()
+        return data.decode("utf-8", "surrogateescape")
 
     # Internals
 

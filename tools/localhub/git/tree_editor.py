@@ -73,11 +73,16 @@ class TreeEditor:
         mode = old.mode if isinstance(old, TreeEntry) and old.is_file else stat.S_IFREG | 0o644
         folder[name] = TreeEntry(mode, blob)
 
+    def file(self, name: str) -> str | None:
+        """Id of the blob of a plain file at the top, or None."""
+        entry = self._root.get(name)
+        return entry.oid if isinstance(entry, TreeEntry) and entry.is_file else None
+
     def delete_file(self, path: str) -> None:
-        """Remove a file.
+        """Remove a file, or a folder with everything in it, as the Hugging Face Hub does.
 
         Raises:
-            EntryNotFound: There is no file of this name.
+            EntryNotFound: There is nothing of this name.
         """
         self._delete(path, is_folder=False)
 
@@ -95,13 +100,9 @@ class TreeEditor:
         for parent in parents:
             folder = None if folder is None else self._open(folder, parent)
         entry = None if folder is None else folder.get(name)
-        if (
-            folder is None
-            or entry is None
-            or _is_folder(entry) != is_folder
-            # An opened folder whose files are all gone.
-            or (isinstance(entry, dict) and not is_folder)
-        ):
+        # An opened folder whose files are all gone is none.
+        gone = isinstance(entry, dict) and not _is_folder(entry)
+        if folder is None or entry is None or gone or (is_folder and not _is_folder(entry)):
             # The client recognizes this wording and adds advice about trailing slashes.
             kind = "folder" if is_folder else "file"
             raise EntryNotFound(f"A {kind} with this name doesn't exist: {printable(path)}")

@@ -13,7 +13,6 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import HubError, StorageError
 from ..names import printable
@@ -34,12 +33,19 @@ from . import (
     trees,
 )
 from .context import Hub, repository_gone
+from .csrf import takes_challenge
 from .messages import AsciiJSONResponse, problem_response
+from .middleware import EncodedPaths, OneLength, RequestIds, request_id
 from .problems import Problem, as_problem
 
 
 def create_app(
-    root: Path, *, trust: Iterable[str] = (), open_writes: bool = False, host: str | None = None
+    root: Path,
+    *,
+    trust: Iterable[str] = (),
+    open_writes: bool = False,
+    host: str | None = None,
+    loopback: bool = False,
 ) -> Starlette:
     """Build the application that serves the Hub at ``root``.
 
@@ -49,6 +55,7 @@ def create_app(
         open_writes: Accept writes without a token as long as none was created; only for a server that
             nobody but its own machine can reach.
         host: The name or address that the server was told to listen on, if it is no loopback address.
+        loopback: True if the server listens on a loopback address.
 
     Raises:
         HubError: The directory cannot be used.
@@ -69,8 +76,12 @@ def create_app(
         pages,
     )
     app = Starlette(
-        routes=[Route("/healthz", _health), *(route for module in modules for route in module.routes)],
-        middleware=[Middleware(_EncodedPaths)],
+        routes=[
+            Route("/healthz", _health),
+            *(route for module in modules for route in module.routes),
+            *repos.routes_without_namespace,
+        ],
+        middleware=[Middleware(RequestIds), Middleware(OneLength), Middleware(EncodedPaths)],
         exception_handlers={
             Problem: _on_problem,
             StorageError: _on_problem,
@@ -83,24 +94,8 @@ def create_app(
         },
     )
     app.router.redirect_slashes = False
-    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes, host)
+    app.state.hub = Hub(Store(root), Tokens(root), frozenset(trust), open_writes, host, loopback)
     return app
-
-
-class _EncodedPaths:
-    """Route on the path as it was sent: a revision or folder may hold an encoded slash.
-
-    Servers decode the path before routing, and after that ``feature%2Fx/file`` cannot be told from
-    ``feature/x/file``. Handlers decode each segment themselves.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope = {**scope, "path": scope["raw_path"].decode("latin-1")}
-        await self._app(scope, receive, send)
 
 
 def _health(request: Request) -> Response:
@@ -109,7 +104,12 @@ def _health(request: Request) -> Response:
 
 async def _on_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem | StorageError)
-    return problem_response(as_problem(error))
+    problem = as_problem(error)
+    response = problem_response(problem)
+    if problem.status == 401 and problem.code == "RepoNotFound" and takes_challenge(request):
+        # Makes git ask for a user name and password; the token goes in as the password.
+        response.headers["WWW-Authenticate"] = 'Basic realm="kernelpress Hub"'
+    return response
 
 
 async def _on_unknown(request: Request, error: Exception) -> Response:
@@ -133,7 +133,10 @@ async def _on_unusable(request: Request, error: Exception) -> Response:
 
 async def _on_crash(request: Request, error: Exception) -> Response:
     # Starlette logs the traceback; the caller gets no part of it.
-    return problem_response(Problem(500, "the embedded Hub failed; its log says more"))
+    response = problem_response(Problem(500, "the embedded Hub failed; its log says more"))
+    # This answer goes past all middleware.
+    response.headers["X-Request-Id"] = request_id(request.headers)
+    return response
 
 
 async def _on_disk(request: Request, error: Exception) -> Response:

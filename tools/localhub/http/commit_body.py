@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..errors import StorageError
 from ..git.lfs_objects import LargeFile
 from ..git.repository import AddFile, DeleteFile, DeleteFolder, Operation
-from ..names import file_path, is_oid, printable
+from ..names import file_path, is_oid, new_file_path, printable
 from .messages import Body, string
 from .problems import Problem, as_problem, bad_request, too_large
 
@@ -93,7 +93,8 @@ def _operation(
         raise bad_request(f"unknown operation {printable(key)!r}")
     path = string(value, "path")
     # The client marks folders by a trailing slash.
-    path = file_path(path.rstrip("/") if key == "deletedFolder" else path)
+    check = new_file_path if key in ("file", "lfsFile") else file_path
+    path = check(path.rstrip("/") if key == "deletedFolder" else path)
     match key:
         case "deletedFile":
             return DeleteFile(path)
@@ -105,7 +106,7 @@ def _operation(
             if value.get("algo", "sha256") != "sha256":
                 raise bad_request(f"{printable(path)!r}: this Hub knows sha256 only")
             content = large(path, string(value, "oid")).pointer
-    return AddFile(path, stage(content))
+    return AddFile(path, stage(content), large=key == "lfsFile")
 
 
 def _content(path: str, value: Body) -> bytes:

@@ -13,20 +13,31 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..git.lfs_objects import LargeFile
+from ..git.reader import PathInfo
 from ..git.refs import BRANCHES
 from ..git.repository import DEFAULT_BRANCH, Repository
 from ..names import file_path, printable
 from .commit_body import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_LINE_BYTES, parse_commit
-from .context import API_REPO, hub_of
+from .context import API_REPO, hub_of, require_writable
 from .gitignore import MAX_BYTES, GitIgnore
-from .messages import AsciiJSONResponse, Body, endpoint, flag, segment, spooled_body, string, with_json
+from .messages import (
+    AsciiJSONResponse,
+    Body,
+    check_parameters,
+    endpoint,
+    flag,
+    segment,
+    spooled_body,
+    string,
+    with_json,
+)
 from .problems import bad_request
 from .pull_requests import described, pull_request_url, save
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@with_json
+@with_json(require_writable)
 def preupload(request: Request, body: Body) -> Response:
     _check_pull_request(request)
     git = hub_of(request).writable(request).git
@@ -43,23 +54,29 @@ def preupload(request: Request, body: Body) -> Response:
         size = item.get("size")
         if not isinstance(size, int) or size < 0:
             raise bad_request('"size" must be a whole number of bytes')
-        entry = git.entry(commit, path)
+        info = git.path_info(commit, path)
         answers.append(
             {
                 "path": path,
                 "uploadMode": "regular" if size <= MAX_FILE_BYTES else "lfs",
                 "shouldIgnore": gitignore.ignores(path),
-                # Lets the client leave out what has not changed.
-                "oid": entry.oid if entry is not None and entry.is_file else None,
+                "oid": None if info is None else _content_id(info),
             }
         )
     return AsciiJSONResponse({"files": answers})
 
 
+def _content_id(info: PathInfo) -> str | None:
+    """What the client compares a file's content with, to leave out what has not changed."""
+    if not info.entry.is_file:
+        return None
+    return info.entry.oid if info.large is None else info.large.sha256
+
+
 async def commit(request: Request) -> Response:
     _check_pull_request(request)
     # Nothing is read from a caller who may not write.
-    await run_in_threadpool(hub_of(request).writable, request)
+    await run_in_threadpool(require_writable, request)
     with await spooled_body(request, MAX_BODY_BYTES) as body:
         return await run_in_threadpool(_commit, request, body)
 
@@ -105,6 +122,7 @@ def _branch(request: Request) -> str:
 
 
 def _check_pull_request(request: Request) -> None:
+    check_parameters(request, "create_pr")
     branch = _branch(request)
     if flag(request, "create_pr") and branch != DEFAULT_BRANCH:
         raise bad_request(f"pull requests are for {DEFAULT_BRANCH} only, not for {printable(branch)!r}")
@@ -121,9 +139,9 @@ def _gitignore(git: Repository, commit: str, body: Body) -> GitIgnore:
     text = body.get("gitIgnore")
     if not isinstance(text, str):
         entry = git.entry(commit, ".gitignore")
-        content = git.read(entry.oid) if entry is not None and entry.is_file else b""
         # One byte more is enough to see that it is too long.
-        text = content[: MAX_BYTES + 1].decode("utf-8", "replace")
+        content = git.head(entry.oid, MAX_BYTES + 1) if entry is not None and entry.is_file else b""
+        text = content.decode("utf-8", "replace")
     return GitIgnore(text)
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dulwich.errors import NotGitRepository
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,13 +19,22 @@ from ..git.repository import DEFAULT_BRANCH, Repository
 from ..names import KINDS, RepoId, RepoKind, repo_id
 from ..store import Settings, Store
 from ..tokens import Token, Tokens
-from .csrf import cross_site_reason
+from .csrf import cross_site_reason, names_another_host
 from .messages import problem_response, segment
 from .problems import Problem
 
+
+class _KindConvertor(StringConvertor):
+    """The types of repositories as addresses name them, so that no model's address is taken for another's."""
+
+    regex = "kernels|models|datasets|spaces"
+
+
+register_url_convertor("kind", _KindConvertor())
+
 # Where a repository is in the API; for people and for git it is below "/kernels" or, a model, at the top.
 API_REPO = "/api/{kind}/{namespace}/{name}"
-WEB_REPOS = ("/{kind}/{namespace}/{name}", "/{namespace}/{name}")
+WEB_REPOS = ("/{kind:kind}/{namespace}/{name}", "/{namespace}/{name}")
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,11 @@ class Caller:
 
     Args:
         token: The token it came with, or None.
+        bearer: True if the token came as such, False if as a password, which a browser sends by itself.
     """
 
     token: Token | None
+    bearer: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +79,7 @@ class Hub:
         trust: Organizations shown as trusted kernel publishers.
         open_writes: Take writes without a token as long as none was created (a developer's own Hub).
         host: The name or address that it was told to listen on, if known; loopback addresses need not be.
+        loopback: True if it listens on a loopback address.
         secret: Signs addresses that carry their own permission; another one after every start.
     """
 
@@ -75,29 +88,36 @@ class Hub:
     trust: frozenset[str]
     open_writes: bool
     host: str | None = None
+    loopback: bool = False
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     def caller(self, request: Request) -> Caller:
         """Identify who calls.
 
         Raises:
-            Problem: 401 when credentials are sent that this Hub does not know.
+            Problem: 401 when credentials are sent that this Hub does not know; 403 for a page whose own name was made
+                to lead to this machine.
         """
         header = request.headers.get("authorization")
-        if header is None:
-            return Caller(None)
-        secret = _secret(header)
+        scheme, secret = ("", None) if header is None else _credentials(header)
         token = None if secret is None else self.tokens.find(secret)
-        if token is None:
+        if header is not None and token is None:
             raise Problem(401, "Invalid credentials in Authorization header")
-        return Caller(token)
+        bearer = scheme == "bearer"
+        if self.loopback and not bearer and names_another_host(request, self.host):
+            raise Problem(
+                403,
+                "this Hub is for its own machine and answers no other sites' pages: the Host header names another "
+                "machine; open it as localhost, or send a token",
+            )
+        return Caller(token, bearer)
 
-    def require_write(self, request: Request, caller: Caller, namespace: str) -> None:
-        """Let only those pass who may change things in a namespace.
+    def require_write(self, request: Request, caller: Caller, namespace: str | None) -> None:
+        """Let only those pass who may change things in a namespace, or in any if it is not known yet.
 
         Raises:
-            Problem: 401 without a token where one is needed, 403 when it only allows reading, or when there is none
-                and the request comes from a page of another site.
+            Problem: 401 without a token where one is needed; 403 when it only allows reading or came as a password,
+                or when there is none and the request comes from a page of another site.
         """
         token = caller.token
         if token is None:
@@ -112,9 +132,15 @@ class Hub:
                 raise Problem(
                     403, f"this Hub takes no writes of other sites' pages without a token: {reason}"
                 )
+        elif not caller.bearer:
+            raise Problem(
+                403,
+                "this Hub takes writes with 'Authorization: Bearer TOKEN' only: "
+                "a password is sent by browsers also for other sites' pages",
+            )
         elif token.scope != "write":
             raise Problem(403, f"the token of {token.name!r} only allows reading; use one with scope 'write'")
-        elif not token.covers(namespace):
+        elif namespace is not None and not token.covers(namespace):
             raise Problem(403, f"the token of {token.name!r} is for other organizations than {namespace!r}")
 
     def readable(self, request: Request, *, content: bool = False) -> Target:
@@ -138,7 +164,7 @@ class Hub:
         if target is None:
             raise self.missing(request, repo, caller)
         if content:
-            _require_admission(target)
+            require_admission(target)
         return target
 
     def writable(self, request: Request) -> Target:
@@ -153,17 +179,6 @@ class Hub:
             raise self.missing(request, repo, caller)
         self.require_write(request, caller, repo.namespace)
         return target
-
-    def trusted_target(self, repo: RepoId) -> Target:
-        """A repository for a request that has shown its permission otherwise.
-
-        Raises:
-            Problem: ``RepoNotFound``.
-        """
-        git = self.store.get(repo)
-        if git is None:
-            raise self.repo_not_found(repo, Caller(None))
-        return Target(repo, git, self.store.settings(repo), Caller(None))
 
     def visible_target(self, repo: RepoId, caller: Caller) -> Target | None:
         """A repository, or None if it does not exist or is private to others than the caller."""
@@ -200,29 +215,50 @@ class Hub:
         """The answer for a repository that is not where the request's path says: its new place, or ``RepoNotFound``."""
         moved = self.store.moved(repo)
         if moved is None or self.visible_target(moved, caller) is None:
-            return self.repo_not_found(repo, caller)
+            return self.repo_not_found(caller)
         # Relative, because the client follows no other redirect of a file; the same method and body are sent again.
         return Problem(
             307, f"{repo} is {moved} now", headers={"Location": _under_its_new_name(request, moved)}
         )
 
-    def repo_not_found(self, repo: RepoId, caller: Caller) -> Problem:
-        """The answer for a repository that is not there, or not for this caller."""
-        if caller.token is None and self.tokens.any_exist():
-            return Problem(
-                401,
-                f"{repo.kind} repository {repo} does not exist, or needs a token to be seen",
-                code="RepoNotFound",
-                # Makes git ask for a user name and password; the token goes in as the password.
-                headers={"WWW-Authenticate": 'Basic realm="kernelpress Hub"'},
-            )
-        return Problem(404, f"{repo.kind} repository {repo} not found", code="RepoNotFound")
+    def repo_not_found(self, caller: Caller) -> Problem:
+        """The answer for a repository that is not there, or not for this caller: the client says what to do."""
+        status = 401 if caller.token is None and self.tokens.any_exist() else 404
+        return Problem(status, "Repository not found", code="RepoNotFound")
 
 
 def hub_of(request: Request) -> Hub:
     """The Hub that a request was sent to."""
     hub: Hub = request.app.state.hub
     return hub
+
+
+def require_readable(request: Request) -> None:
+    """Let only those pass who may see the repository that the request's path names.
+
+    Raises:
+        Problem: As ``Hub.readable``.
+    """
+    hub_of(request).readable(request)
+
+
+def require_writable(request: Request) -> None:
+    """Let only those pass who may change the repository that the request's path names.
+
+    Raises:
+        Problem: As ``Hub.writable``.
+    """
+    hub_of(request).writable(request)
+
+
+def require_writer(request: Request) -> None:
+    """Let only those pass who may change something; which repository it is, the body says.
+
+    Raises:
+        Problem: As ``Hub.caller`` and ``Hub.require_write``.
+    """
+    hub = hub_of(request)
+    hub.require_write(request, hub.caller(request), None)
 
 
 def named_repo(request: Request) -> RepoId:
@@ -235,7 +271,11 @@ def named_repo(request: Request) -> RepoId:
     kind = KINDS.get(request.path_params.get("kind", "models"))
     if kind is None:
         raise Problem(404, "the embedded Hub serves kernel and model repositories only", code="RepoNotFound")
-    return repo_id(kind, segment(request, "namespace"), segment(request, "name"))
+    namespace, name = segment(request, "namespace"), segment(request, "name")
+    if namespace in KINDS:
+        # The address of a kernel or model without a namespace, of which there are none.
+        raise hub_of(request).repo_not_found(Caller(None))
+    return repo_id(kind, namespace, name)
 
 
 def revision_of(request: Request) -> str:
@@ -248,7 +288,12 @@ def repository_gone(request: Request) -> Response:
     return problem_response(hub_of(request).missing(request, named_repo(request), Caller(None)))
 
 
-def _require_admission(target: Target) -> None:
+def require_admission(target: Target) -> None:
+    """Let only those pass who may have the content of a gated repository.
+
+    Raises:
+        Problem: ``GatedRepo``.
+    """
     gated, caller = target.settings.gated, target.caller
     if gated is None or caller.belongs(target.id.namespace) or (gated == "auto" and caller.token):
         return
@@ -271,14 +316,13 @@ def _under_its_new_name(request: Request, repo: RepoId) -> str:
     return "/".join(parts) + f"?{query}" * bool(query)
 
 
-def _secret(header: str) -> str | None:
-    """The secret in an Authorization header: the bearer token, or the password that git sends in its place."""
+def _credentials(header: str) -> tuple[str, str | None]:
+    """Scheme and secret of an Authorization header: the bearer token, or the password that git sends in its place."""
     scheme, _, value = header.partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
-        except ValueError:
-            return None
-    return None
+    scheme = scheme.lower()
+    if scheme == "bearer":
+        return scheme, value.strip()
+    if scheme == "basic":
+        with suppress(ValueError):
+            return scheme, base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
+    return scheme, None

@@ -18,8 +18,26 @@ from starlette.routing import Route
 
 from ..git.lfs_objects import LargeFile
 from ..names import RepoId
-from .context import API_REPO, WEB_REPOS, Hub, Target, hub_of, named_repo
-from .messages import AsciiJSONResponse, Body, body_chunks, endpoint, whole_body, with_json
+from .context import (
+    API_REPO,
+    WEB_REPOS,
+    Caller,
+    Hub,
+    Target,
+    hub_of,
+    named_repo,
+    require_admission,
+    require_readable,
+)
+from .messages import (
+    MAX_QUESTION_BYTES,
+    AsciiJSONResponse,
+    Body,
+    body_chunks,
+    endpoint,
+    whole_body,
+    with_json,
+)
 from .problems import Problem, bad_request, too_large
 from .resolve import large_response
 
@@ -36,7 +54,7 @@ _XET = (
 )
 
 
-@with_json
+@with_json(require_readable, MAX_QUESTION_BYTES)
 def batch(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     operation = body.get("operation")
@@ -70,7 +88,7 @@ def _answer(
     """The batch API's answer for one file: an error, nothing to do, or the addresses to use."""
 
     def address(verb: str, part: int = 0) -> str:
-        return _address(request, hub, target.id, verb, file, part)
+        return _address(request, hub, target, verb, file, part)
 
     here = target.git.large.has(file)
     answer: dict[str, object] = {"oid": file.sha256, "size": file.size}
@@ -115,6 +133,10 @@ async def put_part(request: Request) -> Response:
             digest.update(chunk)
             await run_in_threadpool(os.pwrite, descriptor, chunk, start + received)
             received += len(chunk)
+    except OSError:
+        # A disk that is full stays so if what was started stays on it.
+        target.git.large.parts(file).unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
     if received != length:
@@ -123,8 +145,8 @@ async def put_part(request: Request) -> Response:
 
 
 async def put_done(request: Request) -> Response:
-    await whole_body(request)
     target, file, _ = await run_in_threadpool(_permitted, request, "done")
+    await whole_body(request)
     await run_in_threadpool(target.git.large.keep_parts, file)
     return AsciiJSONResponse({"success": True})
 
@@ -146,31 +168,50 @@ def xet_refused(request: Request) -> Response:
     raise bad_request(_XET)
 
 
-def _address(request: Request, hub: Hub, repo: RepoId, verb: str, file: LargeFile, part: int = 0) -> str:
+def _address(request: Request, hub: Hub, target: Target, verb: str, file: LargeFile, part: int = 0) -> str:
     until = int(time.time()) + _VALID_SECONDS
     claim = f"{verb}/{file.sha256}/{file.size}/{part}/{until}"
-    return f"{endpoint(request)}/lfs/{repo.kind}s/{repo}/{claim}/{_signature(hub, repo, claim)}"
+    signature = _signature(hub, target.id, claim, target.caller)
+    return f"{endpoint(request)}/lfs/{target.id.kind}s/{target.id}/{claim}/{signature}"
 
 
-def _signature(hub: Hub, repo: RepoId, claim: str) -> str:
-    return hmac.new(hub.secret, f"{repo.kind}/{repo}/{claim}".encode(), "sha256").hexdigest()
+def _signature(hub: Hub, repo: RepoId, claim: str, caller: Caller) -> str:
+    holder = "" if caller.token is None else caller.token.sha256
+    return hmac.new(hub.secret, f"{repo.kind}/{repo}/{claim}/{holder}".encode(), "sha256").hexdigest()
 
 
 def _permitted(request: Request, verb: str) -> tuple[Target, LargeFile, int]:
+    """What an address is for, if whom it was given to may still do that.
+
+    Raises:
+        Problem: 4xx for an address that is none, or was given to somebody who may not do this any more.
+    """
     hub, segments = hub_of(request), request.path_params
     repo = named_repo(request)
     claim = f"{verb}/{segments['oid']}/{segments['size']}/{segments['part']}/{segments['until']}"
+    callers = [Caller(None), *(Caller(token, bearer=True) for token in hub.tokens.all())]
+    sent = segments["signature"].encode("latin-1")
     # Nothing of the address is believed, not even that its numbers are some, until the signature holds.
-    if not hmac.compare_digest(
-        _signature(hub, repo, claim).encode(), segments["signature"].encode("latin-1")
-    ):
-        raise Problem(403, "this address was not given out by this Hub, or before its restart; ask again")
+    signed = [
+        caller
+        for caller in callers
+        if hmac.compare_digest(_signature(hub, repo, claim, caller).encode(), sent)
+    ]
+    if not signed:
+        raise Problem(403, "this address was not given out by this Hub, or its token is revoked; ask again")
     if int(segments["until"]) < time.time():
         raise Problem(403, "this address has expired; ask again")
     file = LargeFile(segments["oid"], int(segments["size"]))
     if file.size > MAX_LARGE_BYTES:
         raise too_large(f"larger than {MAX_LARGE_BYTES} bytes")
-    return hub.trusted_target(repo), file, int(segments["part"])
+    target = hub.visible_target(repo, signed[0])
+    if target is None:
+        raise hub.repo_not_found(signed[0])
+    if verb == "get":
+        require_admission(target)
+    else:
+        hub.require_write(request, signed[0], repo.namespace)
+    return target, file, int(segments["part"])
 
 
 _CLAIM = "/lfs/{kind}/{namespace}/{name}/%s/{oid}/{size}/{part}/{until}/{signature}"

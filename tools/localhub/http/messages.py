@@ -19,6 +19,8 @@ from ..names import printable
 from .problems import Problem, bad_request, too_large
 
 MAX_JSON_BYTES = 8 << 20
+# For bodies that anybody may send.
+MAX_QUESTION_BYTES = 1 << 20
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 Body = Mapping[str, object]
@@ -116,17 +118,28 @@ async def spooled_body(request: Request, limit: int) -> IO[bytes]:
     return file
 
 
-def with_json(handler: Callable[[Request, Body], Response]) -> Callable[[Request], Awaitable[Response]]:
+def with_json(
+    permit: Callable[[Request], object], limit: int = MAX_JSON_BYTES
+) -> Callable[[Callable[[Request, Body], Response]], Callable[[Request], Awaitable[Response]]]:
     """Make a route's endpoint of a blocking handler that takes the request and its body, a JSON object.
 
     An empty body is an empty object. A body that is something else is answered by 400, one that is too large by 413.
+
+    Args:
+        permit: Raises a problem for a caller who may not do this; nothing is read before.
+        limit: Bytes that a body may have.
     """
 
-    @wraps(handler)
-    async def endpoint_with_body(request: Request) -> Response:
-        return await run_in_threadpool(handler, request, _json_object(await whole_body(request)))
+    def decorate(handler: Callable[[Request, Body], Response]) -> Callable[[Request], Awaitable[Response]]:
+        @wraps(handler)
+        async def endpoint_with_body(request: Request) -> Response:
+            await run_in_threadpool(permit, request)
+            body = await whole_body(request, limit)
+            return await run_in_threadpool(handler, request, _json_object(body))
 
-    return endpoint_with_body
+        return endpoint_with_body
+
+    return decorate
 
 
 def _json_object(text: bytes) -> Body:
@@ -152,6 +165,31 @@ def string(body: Body, key: str, default: str | None = None) -> str:
         return default
     if not isinstance(value, str):
         raise bad_request(f'"{key}" must be a string')
+    return value
+
+
+def check_parameters(request: Request, *names: str) -> None:
+    """Refuse a query parameter that is none of ``names``: an answer that ignores what was asked is a wrong one.
+
+    Raises:
+        Problem: 400.
+    """
+    unknown = sorted(set(request.query_params) - set(names))
+    if unknown:
+        raise bad_request(
+            f"the embedded Hub does not implement these parameters: {printable(', '.join(unknown))}"
+        )
+
+
+def choice(request: Request, name: str, *values: str) -> str | None:
+    """A query parameter that is one of ``values``, or None.
+
+    Raises:
+        Problem: 400 for another value.
+    """
+    value = request.query_params.get(name)
+    if value is not None and value not in values:
+        raise bad_request(f"{name!r} must be one of {', '.join(values)}")
     return value
 
 

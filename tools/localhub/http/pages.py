@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from ..git.objects import ObjectCache
 from ..git.refs import PULLS
 from ..git.repository import DEFAULT_BRANCH, Repository
 from ..names import RESERVED_NAMESPACES
@@ -36,7 +38,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
-_MAX_CARD = 1 << 20
+# Markdown of nothing but brackets takes time by the square of its length.
+_MAX_CARD = 128 << 10
 _MAX_TEXT = 256 << 10
 _MAX_LINES = 5000
 _MAX_FILES = 200
@@ -52,6 +55,9 @@ _templates = jinja2.Environment(
     auto_reload=False,
     undefined=jinja2.StrictUndefined,
 )
+# By the blob that a card was made of: the same for everybody, and in every repository.
+_cards = ObjectCache(max_bytes=16 << 20)
+_rendering = threading.Lock()
 _templates.filters["day"] = lambda seconds: iso_time(seconds)[:10]
 
 
@@ -75,6 +81,25 @@ def render_card(text: str) -> Markup:
     return Markup(_markdown.render(_FRONT_MATTER.sub("", text, count=1)))
 
 
+def _card(git: Repository, commit: str) -> Markup | None:
+    """The rendered card of a commit; None if it has none."""
+    info = git.path_info(commit, "README.md")
+    if info is None or not info.entry.is_file:
+        return None
+    if info.large is not None or (info.size or 0) > _MAX_CARD:
+        return Markup("<p>The card is longer than {} KiB; it is shown among the files only.</p>").format(
+            _MAX_CARD >> 10
+        )
+    # One at a time, so that no card is rendered twice, and none keeps more than one thread busy.
+    with _rendering:
+        card = _cards.get(info.entry.oid)
+        if card is None:
+            card = render_card(git.read(info.entry.oid).decode("utf-8", "replace"))
+            _cards.put(info.entry.oid, card, len(card))
+    assert isinstance(card, Markup)
+    return card
+
+
 def style(request: Request) -> Response:
     return Response(_STYLE, media_type="text/css", headers={"Cache-Control": "max-age=3600"})
 
@@ -94,13 +119,12 @@ def repository(request: Request) -> Response:
     names = sorted((name for name in branches if re.fullmatch(r"v\d+", name)), key=lambda name: int(name[1:]))
     pairs = zip(names, ["", *names], strict=False)
     versions = [_version(git, name, branches[name], before) for name, before in pairs]
-    card = _text(git, git.resolve(DEFAULT_BRANCH), "README.md", _MAX_CARD)
     return _page(
         "repo",
         target,
         versions=versions[::-1],
         pulls=list(islice(load_all(git), _LISTED)),
-        card=None if card is None else render_card(card),
+        card=_card(git, git.resolve(DEFAULT_BRANCH)),
     )
 
 
@@ -111,7 +135,8 @@ def tree(request: Request) -> Response:
     entries = []
     for info in target.git.describe(target.git.walk(target.git.resolve(revision), path, recursive=False)):
         verb = "tree" if info.entry.is_folder else "resolve"
-        href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quote(info.path)}"
+        quoted = quote(info.path.encode("utf-8", "surrogateescape"))
+        href = f"/{target.id.web_path}/{verb}/{quote(revision, safe='')}/{quoted}"
         name = info.path.rsplit("/", 1)[-1] + ("/" if info.entry.is_folder else "")
         entries.append({"name": name, "href": href, "size": info.size})
     return _page("tree", target, path=path, revision=revision, entries=entries)
@@ -174,8 +199,10 @@ def _blobs(git: Repository, commit: str) -> dict[str, str]:
 def _lines(git: Repository, old: str | None, new: str | None) -> list[tuple[str, str]] | None:
     texts = []
     for oid in (old, new):
+        if oid is not None and git.size(oid) > _MAX_TEXT:
+            return None
         data = b"" if oid is None else git.read(oid)
-        if len(data) > _MAX_TEXT or b"\0" in data:
+        if b"\0" in data:
             return None
         texts.append(data.decode("utf-8", "replace").splitlines())
     if sum(map(len, texts)) > _MAX_LINES:

@@ -6,7 +6,15 @@ part of the protocol.
 
 from __future__ import annotations
 
-from ..errors import Conflict, EntryNotFound, InvalidInput, RevisionNotFound, StaleParent, StorageError
+from ..errors import (
+    Conflict,
+    Damaged,
+    EntryNotFound,
+    InvalidInput,
+    RevisionNotFound,
+    StaleParent,
+    StorageError,
+)
 
 
 class Problem(Exception):
@@ -57,6 +65,7 @@ _ANSWERS: dict[type[StorageError], tuple[int, str | None]] = {
     InvalidInput: (400, None),
     RevisionNotFound: (404, "RevisionNotFound"),
     EntryNotFound: (404, "EntryNotFound"),
+    Damaged: (404, "EntryNotFound"),
     Conflict: (409, None),
     StaleParent: (412, None),
 }

@@ -15,13 +15,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..git import attributes
 from ..git.objects import replace_durably
 from ..git.refs import PULLS
 from ..git.repository import DEFAULT_BRANCH, AddFile, DeleteFile, Operation, Repository
-from .context import API_REPO, Target, hub_of
+from ..git.tree_editor import TreeEntry
+from .context import API_REPO, Target, hub_of, require_writable
 from .messages import (
     AsciiJSONResponse,
     Body,
+    check_parameters,
+    choice,
     endpoint,
     iso_time,
     number,
@@ -115,10 +119,13 @@ def pull_request_url(request: Request, target: Target, number: int) -> str:
 
 def list_pulls(request: Request) -> Response:
     target = hub_of(request).readable(request)
+    check_parameters(request, "type", "status", "author", "p")
     query = request.query_params
-    pulls = [] if query.get("type") == "discussion" else list(load_all(target.git))
-    if query.get("status") in ("open", "closed"):
-        pulls = [pull for pull in pulls if (pull.status == "open") == (query["status"] == "open")]
+    kind = choice(request, "type", "all", "discussion", "pull_request")
+    status = choice(request, "status", "all", "open", "closed")
+    pulls = [] if kind == "discussion" else list(load_all(target.git))
+    if status in ("open", "closed"):
+        pulls = [pull for pull in pulls if (pull.status == "open") == (status == "open")]
     if "author" in query:
         pulls = [pull for pull in pulls if pull.author == query["author"]]
     start = number(request, "p", 0, lowest=0) * _PAGE
@@ -128,6 +135,8 @@ def list_pulls(request: Request) -> Response:
 
 def pull_details(request: Request) -> Response:
     target = hub_of(request).readable(request)
+    # The client asks for the difference and takes an answer without it.
+    check_parameters(request, "diff")
     pull = load_named(target.git, request)
     opened = iso_time(pull.created)
     comment = {
@@ -151,7 +160,7 @@ def pull_details(request: Request) -> Response:
     return AsciiJSONResponse(_json(target, pull) | details)
 
 
-@with_json
+@with_json(require_writable)
 def merge(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     git = target.git
@@ -176,7 +185,7 @@ def merge(request: Request, body: Body) -> Response:
     return AsciiJSONResponse({"oid": merge_commit})
 
 
-@with_json
+@with_json(require_writable)
 def set_status(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
     status = string(body, "status")
@@ -218,13 +227,24 @@ def _merge_operations(
         entry = theirs.get(path)
         if entry == base.get(path) or entry == ours.get(path):
             continue
+        if path == attributes.FILE and _own_lines(git, entry) == _own_lines(git, base.get(path)):
+            # The lines of large files come with the files.
+            continue
         if ours.get(path) != base.get(path):
             conflicts.append(path)
         elif entry is None:
             operations.append(DeleteFile(path))
         else:
-            operations.append(AddFile(path, entry.oid))
+            large = entry.is_file and git.large_file(entry.oid) is not None
+            operations.append(AddFile(path, entry.oid, large))
     return operations, conflicts
+
+
+def _own_lines(git: Repository, entry: TreeEntry | None) -> str:
+    """What people wrote into ``.gitattributes``."""
+    data = git.head(entry.oid, attributes.MAX_BYTES) if entry is not None and entry.is_file else b""
+    text = data.decode("utf-8", "surrogateescape")
+    return attributes.with_patterns(text, attributes.patterns(text), set())
 
 
 _BASE = API_REPO + "/discussions"

@@ -9,13 +9,14 @@ from starlette.routing import Route
 from ..git.refs import BRANCHES, PULLS, TAGS
 from ..git.repository import DEFAULT_BRANCH
 from ..names import ref_name
-from .context import API_REPO, hub_of
-from .messages import AsciiJSONResponse, Body, flag, segment, string, with_json
+from .context import API_REPO, hub_of, require_writable
+from .messages import AsciiJSONResponse, Body, check_parameters, flag, segment, string, with_json
 from .problems import bad_request
 
 
 def list_refs(request: Request) -> Response:
     git = hub_of(request).readable(request).git
+    check_parameters(request, "include_prs")
     return AsciiJSONResponse(
         {
             "branches": _ref_list(git.branches(), BRANCHES),
@@ -26,7 +27,7 @@ def list_refs(request: Request) -> Response:
     )
 
 
-@with_json
+@with_json(require_writable)
 def create_branch(request: Request, body: Body) -> Response:
     git = hub_of(request).writable(request).git
     name = ref_name(segment(request, "ref"), "branch")
@@ -39,16 +40,16 @@ def delete_branch(request: Request) -> Response:
     return AsciiJSONResponse({})
 
 
-@with_json
+@with_json(require_writable)
 def create_tag(request: Request, body: Body) -> Response:
     target = hub_of(request).writable(request)
+    commit = target.git.resolve(segment(request, "ref"))
     name = ref_name(string(body, "tag"), "tag")
     message = string(body, "message", "")
     try:
         message.encode("utf-8")
     except UnicodeEncodeError:
         raise bad_request('"message" is not valid Unicode') from None
-    commit = target.git.resolve(segment(request, "ref"))
     target.git.create_tag(name, commit, message, target.caller.name)
     return AsciiJSONResponse({})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -11,13 +12,27 @@ from starlette.routing import Route
 from ..errors import Conflict
 from ..git.reader import CommitInfo, PathInfo
 from ..names import KINDS, RepoId, RepoKind, printable, repo_id
-from .context import API_REPO, Caller, Target, hub_of, revision_of
-from .messages import AsciiJSONResponse, Body, endpoint, flag, iso_time, number, string, with_json
+from .context import API_REPO, Caller, Target, hub_of, require_writable, require_writer, revision_of
+from .messages import (
+    AsciiJSONResponse,
+    Body,
+    check_parameters,
+    choice,
+    endpoint,
+    flag,
+    is_yes,
+    iso_time,
+    number,
+    string,
+    with_json,
+)
 from .problems import Problem, bad_request, conflict
 from .trees import lfs_json
 
+_ORDERS = ("lastModified", "createdAt", "downloads", "likes", "trendingScore")
 
-@with_json
+
+@with_json(require_writer)
 def create_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
@@ -38,18 +53,18 @@ def create_repo(request: Request, body: Body) -> Response:
     return AsciiJSONResponse({"url": url, "name": str(repo), "id": str(repo)})
 
 
-@with_json
+@with_json(require_writer)
 def delete_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
     repo = _repo_in_body(body, caller)
     hub.require_write(request, caller, repo.namespace)
     if not hub.store.delete(repo):
-        raise hub.repo_not_found(repo, caller)
+        raise hub.repo_not_found(caller)
     return AsciiJSONResponse({})
 
 
-@with_json
+@with_json(require_writer)
 def move_repo(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     caller = hub.caller(request)
@@ -62,11 +77,11 @@ def move_repo(request: Request, body: Body) -> Response:
         ids.append(repo_id(kind, namespace, name))
     old, new = ids
     if hub.store.get(old) is None or not hub.visible(old, caller):
-        raise hub.repo_not_found(old, caller)
+        raise hub.repo_not_found(caller)
     for repo in ids:
         hub.require_write(request, caller, repo.namespace)
     if not hub.store.move(old, new):
-        raise hub.repo_not_found(old, caller)
+        raise hub.repo_not_found(caller)
     return AsciiJSONResponse({"url": f"{endpoint(request)}/{new.web_path}"})
 
 
@@ -76,32 +91,36 @@ def list_repos(request: Request) -> Response:
     kind = KINDS.get(request.path_params["kind"])
     if kind is None:
         raise Problem(404, "the embedded Hub lists kernels and models only")
+    check_parameters(
+        request, "search", "author", "gated", "sort", "direction", "limit", "full", "expand", "expand[]"
+    )
     query = request.query_params
     limit = number(request, "limit", 1000, lowest=0)
-    repos = hub.listed(caller, query.get("search", ""), query.get("author"), kind)
-    infos = [_info(target, commit) for target, commit in repos]
-    if query.get("sort") == "lastModified":
-        infos.sort(key=lambda info: str(info["lastModified"]), reverse=True)
-    return AsciiJSONResponse(infos[:limit])
+    order, gated = choice(request, "sort", *_ORDERS), choice(request, "gated", "true", "false")
+    choice(request, "direction", "-1")
+    repos = [
+        (target, commit)
+        for target, commit in hub.listed(caller, query.get("search", ""), query.get("author"), kind)
+        if gated is None or is_yes(gated) == (target.settings.gated is not None)
+    ]
+    infos = [(_info(target, commit), target, commit) for target, commit in repos]
+    if order is not None:
+        infos.sort(key=lambda item: str(item[0][order]), reverse=True)
+    full = flag(request, "full")
+    return AsciiJSONResponse(
+        [_expanded(request, info, target, commit.oid, full=full) for info, target, commit in infos[:limit]]
+    )
 
 
 def repo_info(request: Request) -> Response:
     target = hub_of(request).readable(request)
     commit = target.git.resolve(revision_of(request))
+    check_parameters(request, "blobs", "expand", "expand[]")
     info = _info(target, target.git.commit_info(commit))
-    query = request.query_params
-    files = target.git.files(commit)
-    if flag(request, "blobs"):
-        info["siblings"] = [_sibling(file) for file in target.git.describe(files.items())]
-    else:
-        info["siblings"] = [{"rfilename": path} for path in files]
-    properties = {*query.getlist("expand"), *query.getlist("expand[]")}
-    if properties:
-        info = {key: value for key, value in info.items() if key in properties | {"id", "_id"}}
-    return AsciiJSONResponse(info)
+    return AsciiJSONResponse(_expanded(request, info, target, commit, full=True))
 
 
-@with_json
+@with_json(require_writable)
 def update_settings(request: Request, body: Body) -> Response:
     hub = hub_of(request)
     target = hub.writable(request)
@@ -154,6 +173,26 @@ def _private_in_body(body: Body) -> bool:
     return visibility == "private" or bool(private)
 
 
+def _expanded(
+    request: Request, info: dict[str, object], target: Target, commit: str, *, full: bool
+) -> dict[str, object]:
+    """What a request asks for of a repository's description: its ``expand``, or all with the files if ``full``."""
+    query = request.query_params
+    properties = {*query.getlist("expand"), *query.getlist("expand[]")}
+    unknown = sorted(properties - {*info, "siblings"})
+    if unknown:
+        raise bad_request(f"the embedded Hub does not keep these properties: {printable(', '.join(unknown))}")
+    if "siblings" in properties if properties else full:
+        files = target.git.files(commit)
+        if flag(request, "blobs"):
+            info["siblings"] = [_sibling(file) for file in target.git.describe(files.items())]
+        else:
+            info["siblings"] = [{"rfilename": path} for path in files]
+    if properties:
+        info = {key: value for key, value in info.items() if key in properties | {"id", "_id"}}
+    return info
+
+
 def _sibling(file: PathInfo) -> dict[str, object]:
     item: dict[str, object] = {"rfilename": file.path, "size": file.size, "blobId": file.entry.oid}
     if file.large is not None:
@@ -176,9 +215,34 @@ def _info(target: Target, commit: CommitInfo) -> dict[str, object]:
         "disabled": False,
         "downloads": 0,
         "likes": 0,
+        "trendingScore": 0,
         "tags": [],
     }
 
+
+def check_access(request: Request) -> Response:
+    hub_of(request).readable(request, content=True)
+    return AsciiJSONResponse({})
+
+
+def check_write_access(request: Request) -> Response:
+    hub_of(request).writable(request)
+    return AsciiJSONResponse({})
+
+
+def without_namespace(request: Request) -> Response:
+    """The answer for ids like ``gpt2``, which clients ask for to learn whether there is such a repository."""
+    if request.path_params.get("kind", "models") not in KINDS:
+        raise HTTPException(404)
+    hub = hub_of(request)
+    raise hub.repo_not_found(hub.caller(request))
+
+
+_VERBS = (
+    "auth-check", "branch", "commit", "commits", "discussions", "like", "paths-info", "preupload", "refs", "revision",
+    "settings", "tag", "tree",
+)  # fmt: skip
+_ANY_METHOD = ["GET", "POST", "PUT", "DELETE"]
 
 routes = [
     Route("/api/repos/create", create_repo, methods=["POST"]),
@@ -188,4 +252,16 @@ routes = [
     Route(API_REPO, repo_info),
     Route(API_REPO + "/revision/{ref}", repo_info),
     Route(API_REPO + "/settings", update_settings, methods=["PUT"]),
+    Route(API_REPO + "/auth-check", check_access),
+    Route(API_REPO + "/auth-check/write", check_write_access),
+]
+
+# After all others, whose addresses these would hide.
+routes_without_namespace = [
+    Route("/api/{kind}/{name}", without_namespace),
+    *(
+        Route(f"/api/{{kind}}/{{name}}/{verb}/{{rest:path}}", without_namespace, methods=_ANY_METHOD)
+        for verb in _VERBS
+    ),
+    *(Route(f"/{{name}}/{verb}/{{rest:path}}", without_namespace) for verb in ("resolve", "raw")),
 ]

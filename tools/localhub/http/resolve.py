@@ -35,10 +35,9 @@ def resolve(request: Request) -> Response:
     large = git.large_file(oid)
     if large is not None:
         return large_response(request, git, large, headers)
-    data = git.read(oid)
     # Never a type that a browser would run: files here are untrusted input.
-    headers["Content-Type"] = _BINARY if b"\0" in data[:_SAMPLE] else _TEXT
-    return _response(request, oid, len(data), headers, lambda start, stop: data[start:stop])
+    headers["Content-Type"] = _BINARY if b"\0" in git.head(oid, _SAMPLE) else _TEXT
+    return _response(request, oid, git.size(oid), headers, lambda start, stop: git.content(oid, start, stop))
 
 
 def large_response(request: Request, git: Repository, file: LargeFile, headers: dict[str, str]) -> Response:

@@ -14,8 +14,20 @@ from starlette.routing import Route
 from ..git.lfs_objects import LargeFile
 from ..git.reader import CommitInfo, PathInfo
 from ..names import file_path
-from .context import API_REPO, hub_of, revision_of
-from .messages import AsciiJSONResponse, flag, is_yes, iso_time, next_page, number, segment, whole_body
+from .context import API_REPO, hub_of, require_readable, revision_of
+from .messages import (
+    MAX_QUESTION_BYTES,
+    AsciiJSONResponse,
+    check_parameters,
+    choice,
+    flag,
+    is_yes,
+    iso_time,
+    next_page,
+    number,
+    segment,
+    whole_body,
+)
 from .problems import bad_request
 
 TREE_PAGE = 1000
@@ -28,6 +40,7 @@ def list_tree(request: Request) -> Response:
     git = hub_of(request).readable(request).git
     commit = git.resolve(revision_of(request))
     path = folder_path(request)
+    check_parameters(request, "expand", "recursive", "cursor", "limit")
     expand = flag(request, "expand")
     largest = EXPANDED_TREE_PAGE if expand else TREE_PAGE
     start = number(request, "cursor", 0, lowest=0)
@@ -51,7 +64,8 @@ def folder_path(request: Request) -> str:
 
 
 async def paths_info(request: Request) -> Response:
-    body = await whole_body(request)
+    await run_in_threadpool(require_readable, request)
+    body = await whole_body(request, MAX_QUESTION_BYTES)
     try:
         form = parse_qs(
             body.decode("utf-8"), keep_blank_values=True, errors="strict", max_num_fields=_MAX_PATHS
@@ -74,11 +88,12 @@ def _paths_info(request: Request, form: dict[str, list[str]]) -> Response:
 def list_commits(request: Request) -> Response:
     git = hub_of(request).readable(request).git
     commit = git.resolve(revision_of(request))
+    check_parameters(request, "p", "limit", "expand", "expand[]")
     page = number(request, "p", 0, lowest=0)
     size = min(number(request, "limit", COMMITS_PAGE, lowest=1), COMMITS_PAGE)
     infos = list(islice(git.history(commit), page * size, (page + 1) * size + 1))
     headers = {} if len(infos) <= size else next_page(request, p=page + 1)
-    formatted = "formatted" in (request.query_params.get("expand[]"), request.query_params.get("expand"))
+    formatted = "formatted" in (choice(request, name, "formatted") for name in ("expand[]", "expand"))
     return AsciiJSONResponse([_commit_json(info, formatted) for info in infos[:size]], headers=headers)
 
 
