@@ -124,11 +124,12 @@ def new_file_path(text: str) -> str:
     """Check the path of a file that is added, which every client has to be able to download.
 
     Raises:
-        InvalidInput: As ``file_path``, or it holds a colon: the client takes what is before it for an address's scheme.
+        InvalidInput: As ``file_path``, or a part of it begins like a drive of Windows, which the client refuses.
     """
-    if ":" in file_path(text):
+    if any(element[1:2] == ":" for element in file_path(text).split("/")):
         raise InvalidInput(
-            f"invalid path {printable(text)!r}: it holds a colon, and no client could download it"
+            f"invalid path {printable(text)!r}: a part of it begins like a drive of Windows, and clients refuse to "
+            "download the repository then"
         )
     return text
 

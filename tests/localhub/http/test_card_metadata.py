@@ -45,6 +45,10 @@ def test_an_ordinary_block_is_taken(block: str) -> None:
     assert metadata_fault(f"---\n{block}\n---\ntext") is None
 
 
+def test_a_block_after_blank_lines_is_one() -> None:
+    assert "must be an array" in str(metadata_fault("\n\n---\nmodel-index: foo\n---\n"))
+
+
 RESULT = "{task: {type: t}, dataset: {type: d, name: D}, metrics: [{type: m, value: 1}]}"
 
 

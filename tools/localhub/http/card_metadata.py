@@ -16,7 +16,7 @@ from .context import hub_of
 from .messages import MAX_QUESTION_BYTES, AsciiJSONResponse, Body, string, with_json
 
 _MAX_BLOCK = 64 << 10
-_BLOCK = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -263,5 +263,6 @@ routes_without_namespace = [
         Route(f"/api/{{kind}}/{{name}}/{verb}/{{rest:path}}", without_namespace, methods=_ANY_METHOD)
         for verb in _VERBS
     ),
+    *(Route(f"/api/{{kind}}/{{name}}/{verb}", without_namespace, methods=_ANY_METHOD[1:]) for verb in _VERBS),
     *(Route(f"/{{name}}/{verb}/{{rest:path}}", without_namespace) for verb in ("resolve", "raw")),
 ]
