@@ -112,6 +112,10 @@ class _ImportVisitor(ScopedVisitor):
             # `from . import name` gives an attribute of the package where there is one, without importing the module
             # of that name; `import package.name as` always imports it first.
             first = f"from {self.relative(place)} import __name__ as {alias.asname}"
+            if self.module_map.module_at(self.path) == alias.name.rpartition(".")[0]:
+                # What a package's own `__init__` binds is the very attribute that is read then. (torch.compile cannot
+                # trace `__import__`, so it is not for every import.)
+                first = f'__import__({_TOP} + ".{".".join(place)}")'
             return f"{first}; from {self.relative(place[:-1])} import {place[-1]} as {alias.asname}"
         top = alias.name.partition(".")[0]
         if top == self.module_map.package:
