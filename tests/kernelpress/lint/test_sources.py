@@ -27,7 +27,7 @@ def found_in(make_kernel, text: str) -> list[Finding]:
         ("import torch\nimport numpy\n", "KP303", 2),
         ("if True:\n    x = 1\nfrom peft.tuners import x\n", "KP303", 3),
         ("match 1:\n    case 1:\n        pass\ntry:\n    pass\nexcept* OSError:\n    pass\n", "KP301", 6),
-        ('import torch\nns = "x"\ntorch.library.define(f"{ns}::a", "()")\n', "KP304", 3),
+        ('import torch\nns = "x".upper()\ntorch.library.define(f"{ns}::a", "()")\n', "KP304", 3),
         ("def f(n):\n    return n.name() == 'demo_kernel::twice'\n", "KP304", 2),
         ("def f(n):\n    return str(n) in ('a', 'demo_kernel.twice.default')\n", "KP304", 2),
         ("def f(n):\n    return n.startswith('demo_kernel::')\n", "KP304", 2),

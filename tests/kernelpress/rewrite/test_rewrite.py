@@ -25,6 +25,13 @@ from rewriting import DEFINES, HERE, rewrite_or_raise, rewritten
         ('import torch\ntorch.library.custom_op("demo::{}".format(name), f)', '"NEW::{}".format'),
         ('import torch\nOP = "demo::one"\ntorch.library.custom_op(OP, f)', 'OP = "NEW::one"'),
         ('from torch.library import Library\nlib = Library("demo", "DEF")', 'Library("NEW", "DEF")'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op(f"{NS}::one", f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op(NS + "::one", f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op("%s::%s" % (NS, name), f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op("{}::one".format(NS), f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op("{0}::{n}".format(NS, n=1), f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\nP = NS + "::"\ntorch.library.custom_op(P + name, f)', 'NS = "NEW"'),
+        ('import torch\nP = "demo" "::"\nQ = f"{P}{name}"\ntorch.library.custom_op(Q, f)', 'P = "NEW" "::"'),
         ('import torch\nNS: str = "demo"\nL = torch.library.Library(NS, "FRAGMENT")', 'NS: str = "NEW"'),
     ],
 )
