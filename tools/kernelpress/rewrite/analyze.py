@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kernelpress.rewrite.op_references import find_op_references
-from kernelpress.rewrite.references import Mention, Problem, Reference
+from kernelpress.rewrite.references import Definition, Mention, Problem, Reference
 from kernelpress.rewrite.relative_imports import Imports, find_imports
 from kernelpress.rewrite.resolve import MOST_VARIABLES, Resolver
 from kernelpress.rewrite.unresolved import find_mentions
@@ -22,7 +22,7 @@ _FRAMES = 6
 
 @dataclass(frozen=True)
 class Analysis:
-    """One file: its references to operators, lines where ``torch.ops`` is handed on, problems, imports and mentions."""
+    """One file, and what is found in it; ``leaked_ops`` are lines where ``torch.ops`` is handed on."""
 
     file: SourceFile
     references: tuple[Reference, ...] = ()
@@ -30,6 +30,7 @@ class Analysis:
     problems: tuple[Problem, ...] = ()
     imports: Imports = field(default_factory=Imports)
     mentions: tuple[Mention, ...] = ()
+    definitions: tuple[Definition, ...] = ()
 
 
 def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis]:
@@ -48,6 +49,7 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
                 tuple(operators.problems.get(file.path, ())),
                 find_imports(modules[file.path], resolver, module_map),
                 find_mentions(file, references),
+                tuple(operators.definitions.get(file.path, ())),
             )
             if file.path in modules
             else Analysis(file)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
-from kernelpress.rewrite.references import Problem, Reference
+from kernelpress.rewrite.references import Definition, Problem, Reference
 from kernelpress.rewrite.resolve import Resolver
 from kernelpress.rewrite.torch_library import (
     LIBRARIES,
@@ -17,9 +17,9 @@ from kernelpress.rewrite.torch_library import (
     attaches,
     creates,
     dispatches,
-    implements,
     is_library,
     is_library_method,
+    library_kind,
     naming_argument,
     unpacks,
 )
@@ -58,6 +58,7 @@ class Wrapped:
     kind: Literal["operator", "namespace"]
     creates: bool
     strict: bool = True
+    exclusive: bool = False
 
 
 @dataclass
@@ -79,6 +80,7 @@ class OpReferences:
     references: dict[str, set[Reference]] = field(default_factory=dict)
     leaked_ops: dict[str, list[int]] = field(default_factory=dict)
     problems: dict[str, list[Problem]] = field(default_factory=dict)
+    definitions: dict[str, list[Definition]] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
@@ -214,20 +216,34 @@ class OpReferenceFinder(ScopedVisitor):
         if not wrapped:
             self.refuse_unresolved(asked, scope, _RUN_TIME_OPERATOR)
 
-    def namespace(self, asked: ast.expr, *, creates: bool) -> None:
+    def namespace(self, asked: ast.expr, *, creates: bool, exclusive: bool = False) -> None:
         """Note an expression whose value is a namespace."""
         node, scope = self.resolver.constant(asked, self.scope)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            self.reference(asked, node, scope, Reference(0, 0, node.value, None, creates))
+            self.reference(asked, node, scope, Reference(0, 0, node.value, None, creates, exclusive))
         elif not (
             any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node))
-            or self.wrapped(asked, node, scope, Wrapped("namespace", creates))
+            or self.wrapped(asked, node, scope, Wrapped("namespace", creates, exclusive=exclusive))
         ):
             self.refuse_unresolved(asked, scope, _RUN_TIME_NAMESPACE)
 
     def unqualified(self, asked: ast.expr) -> None:
         """Note the name of an operator that a ``Library`` takes, which may have a namespace."""
         self.literal_operator(asked, self.resolver.text_pieces(asked, self.scope), creates=False)
+
+    def definition(self, call: ast.Call, asked: ast.expr) -> None:
+        """Note the operator that a ``Library`` defines, where its namespace and its schema are written out."""
+        method, scope = self.resolver.constant(call.func, self.scope)
+        if not (isinstance(method, ast.Attribute) and method.attr == "define"):
+            return
+        library, scope = self.resolver.constant(method.value, scope)
+        name = naming_argument(library) if isinstance(library, ast.Call) else None
+        namespaces = self.resolver.text_pieces(name, scope) if name else []
+        schemas = self.resolver.text_pieces(asked, self.scope)
+        op = re.match(r"\w+(?:\.\w+)?", (_text(schemas[0][0]) or "").rpartition("::")[2]) if schemas else None
+        if op and len(namespaces) == 1 and (namespace := _text(namespaces[0][0])):
+            definition = Definition(call.lineno, namespace, op[0])
+            self.found.definitions.setdefault(self.module.file.path, []).append(definition)
 
     # Functions of the package around those of PyTorch ----------------------------------------------------------
 
@@ -263,7 +279,7 @@ class OpReferenceFinder(ScopedVisitor):
             elif use.kind == "operator":
                 self.operator(argument, creates=use.creates, strict=use.strict)
             else:
-                self.namespace(argument, creates=use.creates)
+                self.namespace(argument, creates=use.creates, exclusive=use.exclusive)
 
     # Where names stand ---------------------------------------------------------------------------------------
 
@@ -291,6 +307,7 @@ class OpReferenceFinder(ScopedVisitor):
         if method:
             if argument is not None:
                 self.unqualified(argument)
+                self.definition(call, argument)
         elif creates(called) or attaches(called):
             if argument is None and unpacks(call):
                 self.refuse(call, _RUN_TIME_OPERATOR)
@@ -302,7 +319,8 @@ class OpReferenceFinder(ScopedVisitor):
             if argument is None and unpacks(call):
                 self.refuse(call, _RUN_TIME_NAMESPACE)
             if argument is not None:
-                self.namespace(argument, creates=not implements(call))
+                kind = library_kind(call)
+                self.namespace(argument, creates=kind != "IMPL", exclusive=kind == "DEF")
         elif argument is not None and dispatches(called):
             self.operator(argument, creates=False, strict=False)
 
