@@ -91,12 +91,45 @@ def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
         "import importlib; importlib.import_module('torch').ops.demo.one",
         "class A:\n    from torch import ops; one = lambda self: self.ops.demo.one",
         'assert op.name() == "demo::one"',
+        'ours = op.namespace == "demo"',
+        'ours = op.name().split("::")[0] in ("demo", "other")',
+        'ours = op.name().startswith("demo")',
+        'match op.namespace:\n    case "demo": pass',
+        'eval("torch.ops.demo.one(x)")',
+        'exec(f"y = torch.ops.demo.one({x})")',
+        "exec(\"n = 'demo::one'\")",
     ],
 )
 def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_its_line(text):
     file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
     (found,) = rewrite([file], "demo", HERE).findings
     assert (found.code, found.severity, found.line) == ("KP304", "warning", 4 + text.count("\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'ours = __name__ == "kk.a"',
+        'ours = f.__module__ == "kk"',
+        'class C:\n    __module__ = "kk"',
+        'f.__module__ = "kk"',
+        'mock.patch("kk.a.v", 1)',
+        '@patch("kk.a.v")\ndef f(): ...',
+        'exec("import kk.a")',
+        'exec(f"from kk.a import {name}")',
+        'eval("kk.a.v")',
+        'operator.attrgetter("kk.a")',
+    ],
+)
+def test_a_module_named_in_text_is_a_warning_with_its_line(text):
+    (finding,) = rewrite([SourceFile("a.py", f"x = 1\n{text}\n".encode())], "kk", HERE).findings
+    line = 3 if text.startswith("class") else 2
+    assert (finding.code, finding.severity, finding.line) == ("KP305", "warning", line)
+
+
+def test_text_that_only_looks_like_a_module_of_the_project_is_no_warning():
+    text = 'if __name__ == "__main__": eval("kkk.a"), log("kk.a"), f.__name__ == "kk_a"\nexec("x = akk.a")\n'
+    assert rewrite([SourceFile("a.py", text.encode())], "kk", HERE).findings == ()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from kernelpress.rewrite.op_references import find_op_references
 from kernelpress.rewrite.references import Definition, Mention, Problem, Reference
 from kernelpress.rewrite.relative_imports import Imports, find_imports
 from kernelpress.rewrite.resolve import MOST_VARIABLES, Resolver
-from kernelpress.rewrite.unresolved import find_mentions
+from kernelpress.rewrite.unresolved import find_mentions, find_module_names
 from kernelpress.source.module_map import ModuleMap
 from kernelpress.syntax.source_file import SourceFile
 from kernelpress.syntax.text import MOST_NESTED
@@ -31,6 +31,7 @@ class Analysis:
     imports: Imports = field(default_factory=Imports)
     mentions: tuple[Mention, ...] = ()
     definitions: tuple[Definition, ...] = ()
+    module_names: tuple[int, ...] = ()
 
 
 def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis]:
@@ -38,6 +39,7 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
     resolver = Resolver(files, module_map)
     with _deep_recursion():
         operators = find_op_references(resolver)
+        own = {ref.namespace for refs in operators.references.values() for ref in refs if ref.creates}
         modules = {module.file.path: module for module in resolver.modules.values()}
         return [
             Analysis(
@@ -48,8 +50,9 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
                 tuple(operators.leaked_ops.get(file.path, ())),
                 tuple(operators.problems.get(file.path, ())),
                 find_imports(modules[file.path], resolver, module_map),
-                find_mentions(file, references),
+                find_mentions(file, references, own),
                 tuple(operators.definitions.get(file.path, ())),
+                find_module_names(file, module_map.tops),
             )
             if file.path in modules
             else Analysis(file)

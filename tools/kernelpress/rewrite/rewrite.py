@@ -181,6 +181,12 @@ def _findings(analysis: Analysis, path: Path, own: set[str]) -> Iterator[Finding
             "KP305", "error", path, line, "a module of the project is named in a way that cannot be followed",
             'import it by a statement, or by importlib.import_module("its.name") alone',
         )  # fmt: skip
+    for line in analysis.module_names:
+        yield Finding(
+            "KP305", "warning", path, line,
+            "a module of the project is named in text, which stays as it is; in the build the module has another name",
+            "start the name with {__name__}, or give the module itself",
+        )  # fmt: skip
     for line in analysis.imports.unread:
         yield Finding(
             "KP305", "warning", path, line, "a module is imported by a name that is only known when the code runs",
