@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kernelpress.rewrite.op_references import find_op_references
+from kernelpress.rewrite.other_uses import find_other_uses
 from kernelpress.rewrite.references import Definition, Mention, Problem, Reference
 from kernelpress.rewrite.relative_imports import Imports, find_imports
 from kernelpress.rewrite.resolve import MOST_VARIABLES, Resolver
@@ -40,6 +41,7 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
     with _deep_recursion():
         operators = find_op_references(resolver)
         own = {ref.namespace for refs in operators.references.values() for ref in refs if ref.creates}
+        other_uses = find_other_uses(resolver, operators, own)
         modules = {module.file.path: module for module in resolver.modules.values()}
         return [
             Analysis(
@@ -50,7 +52,7 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
                 tuple(operators.leaked_ops.get(file.path, ())),
                 tuple(operators.problems.get(file.path, ())),
                 find_imports(modules[file.path], resolver, module_map),
-                find_mentions(file, references, own),
+                (*find_mentions(file, references, own), *other_uses.get(file.path, ())),
                 tuple(operators.definitions.get(file.path, ())),
                 find_module_names(file, module_map.tops),
             )

@@ -81,6 +81,9 @@ class OpReferences:
     leaked_ops: dict[str, list[int]] = field(default_factory=dict)
     problems: dict[str, list[Problem]] = field(default_factory=dict)
     definitions: dict[str, list[Definition]] = field(default_factory=dict)
+    # Literals of whole namespaces that a variable holds, and expressions that are known to name an operator.
+    namespaces: set[int] = field(default_factory=set)
+    named: set[int] = field(default_factory=set)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
@@ -174,6 +177,9 @@ class OpReferenceFinder(ScopedVisitor):
     def reference(self, asked: ast.expr, literal: ast.expr, scope: Scope, reference: Reference) -> None:
         """Note a namespace that a literal begins with; ``asked`` is where this module needs it."""
         file = scope.module.file
+        self.found.named.update(map(id, ast.walk(asked)))
+        if asked is not literal and _text(literal) == reference.namespace:
+            self.found.namespaces.add(id(literal))
         start = file.text.literal(literal, reference.namespace)
         if start is not None:
             end = start + len(reference.namespace.encode("utf-8"))
