@@ -162,6 +162,28 @@ def test_a_declared_dependency_may_be_imported(make_kernel):
     assert source_findings(root) == []
 
 
+def test_only_what_may_be_declared_is_advised_to_be(make_kernel):
+    numpy, einops = found_in(make_kernel, "import numpy\nimport einops\n")
+    assert "python-depends" not in numpy.fix
+    assert einops.fix.endswith("or name its package in `python-depends`")
+
+
+@pytest.mark.parametrize(
+    ("imports", "codes"),
+    [
+        ("try:\n    from . import extra\nexcept ImportError:\n    extra = None\n", []),
+        ("try:\n    from .extra import x\nexcept ImportError:\n    x = None\n", []),
+        ("from . import extra\n", ["KP303"]),
+        ("try:\n    from .extra import x\nexcept ImportError:\n    from . import extra\n", []),
+        ("try:\n    from .extra import x\nexcept ImportError:\n    x = 1\nfrom . import extra\n", ["KP303"]),
+        ("def f():\n    from . import extra\n", ["KP303"]),
+    ],
+)
+def test_a_module_that_is_only_imported_where_that_may_fail_may_import_anything(make_kernel, imports, codes):
+    files = {f"{PACKAGE}/extra.py": "import numpy\nx = 1\n", f"{PACKAGE}/other.py": imports}
+    assert [finding.code for finding in source_findings(make_kernel(**files))] == codes
+
+
 def test_every_rule_is_explained_and_a_near_miss_is_helped():
     for code, rule in RULES.items():
         assert explain(code.lower()) is rule

@@ -14,7 +14,7 @@ from kernelpress.syntax.expressions import text_pieces
 from kernelpress.syntax.scopes import Module, ScopedVisitor
 
 # A variable that is assigned a name or the beginning of one.
-_ASSIGNED = re.compile(rb"(\w+)\s*(?::\s*\w+\s*)?=\s*\(?\s*[A-Za-z]*[\"']+\w+(?:::\w+)?[\"']")
+_ASSIGNED = re.compile(rb"(?<!\w)(\w+)\s*(?::\s*\w+\s*)?=\s*\(?\s*[A-Za-z]*[\"']+\w+(?:::\w+)?[\"']")
 _NAME = re.compile(r"(\w+)::\w+(?:\.\w+)?")
 _SHARED = (
     "this takes a namespace of operators for something else, which would get the name that the build gives it",
@@ -24,6 +24,8 @@ _SHARED = (
 
 def find_other_uses(resolver: Resolver, operators: OpReferences, own: set[str]) -> dict[str, list[Mention]]:
     """Find operators' names that are compared by a variable, by file; uses of a shared namespace become problems."""
+    if not own:
+        return {}
     words = {
         match[1]
         for module in resolver.modules.values()
@@ -34,7 +36,7 @@ def find_other_uses(resolver: Resolver, operators: OpReferences, own: set[str]) 
     count = 0
     while count != (count := len(words)):
         names = b"|".join(sorted(words))
-        renamed = re.compile(rb"(\w+)\s*=\s*[\w.]*\b(?:%s)\b|\b(?:%s)\s+as\s+(\w+)" % (names, names))
+        renamed = re.compile(rb"(?<!\w)(\w+)\s*=\s*[\w.]*\b(?:%s)\b|\b(?:%s)\s+as\s+(\w+)" % (names, names))
         for module in resolver.modules.values():
             words |= {match[1] or match[2] for match in renamed.finditer(module.file.data)}
     if words:
