@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,29 @@ def test_only_what_may_be_declared_is_advised_to_be(make_kernel):
 def test_a_module_that_is_only_imported_where_that_may_fail_may_import_anything(make_kernel, imports, codes):
     files = {f"{PACKAGE}/extra.py": "import numpy\nx = 1\n", f"{PACKAGE}/other.py": imports}
     assert [finding.code for finding in source_findings(make_kernel(**files))] == codes
+
+
+def test_the_arrows_of_a_circle_are_imports(make_kernel):
+    files = {
+        "a": "from . import d\nfrom . import b\n",
+        "b": "from . import c\n",
+        "c": "from . import a\n",
+        "d": "from . import a\nfrom . import c\n",
+    }
+    (finding,) = source_findings(
+        make_kernel(**{f"{PACKAGE}/{name}.py": text for name, text in files.items()})
+    )
+    assert finding.code == "KP307"
+    route = [name.rpartition(".")[2] for name in finding.message.partition(": ")[2].split(" -> ")]
+    assert route[0] == route[-1]
+    assert all(f"import {target}" in files[module] for module, target in pairwise(route))
+
+
+def test_a_circle_through_the_packages_own_init_is_no_finding(make_kernel):
+    files = {"sub/__init__": "Y = 1\nfrom .a import X\n", "sub/a": "from . import Y\nX = Y\n"}
+    assert (
+        source_findings(make_kernel(**{f"{PACKAGE}/{name}.py": text for name, text in files.items()})) == []
+    )
 
 
 def test_every_rule_is_explained_and_a_near_miss_is_helped():
