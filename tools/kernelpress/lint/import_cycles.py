@@ -26,7 +26,7 @@ def import_cycles(modules: Mapping[str, SourceFile]) -> Iterator[tuple[str, ...]
 
 def _shortest_cycle(start: str, graph: Mapping[str, Mapping[str, None]]) -> tuple[str, ...]:
     """Modules from one on, each of which imports the next, and the last one the first."""
-    routes = [(start,)]
+    routes: list[tuple[str, ...]] = [(start,)]
     seen = {start}
     for route in routes:
         for target in graph[route[-1]]:

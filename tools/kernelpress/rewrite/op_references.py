@@ -71,7 +71,7 @@ class Wrapper:
 
 @dataclass
 class OpReferences:
-    """What the files of a package hold of operators, by their paths in the kernel.
+    """References to operators in the files of a package, by their paths in the kernel.
 
     ``leaked_ops`` are lines where ``torch.ops`` itself is handed on, ``wrappers`` the package's functions that hand
     names on to PyTorch, and ``called`` those of them that it calls.
@@ -347,7 +347,7 @@ class OpReferenceFinder(ScopedVisitor):
         self.visit_Assign(node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        """What is compared with another value, such as ``None``, is not passed on."""
+        """A value that is compared with another, such as ``None``, is not passed on."""
         self.accounted.update(map(id, (node.left, *node.comparators)))
         self.generic_visit(node)
 

@@ -1,4 +1,4 @@
-"""What is found of operators in a file."""
+"""References to operators in a file, and places that cannot be followed."""
 
 from __future__ import annotations
 

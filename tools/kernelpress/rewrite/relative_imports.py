@@ -82,7 +82,7 @@ class _ImportVisitor(ScopedVisitor):
         where.append(Import(module, node.lineno, self.when[id(node)]))
 
     def relative(self, parts: tuple[str, ...]) -> str:
-        """How this file names a module of the kernel: always from the top, which holds for any two places."""
+        """The name by which this file imports a module: always from the top, which holds for any two places."""
         return "." * (self.depth + 1) + ".".join(parts)
 
     # import a.b.c as d ------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class _ImportVisitor(ScopedVisitor):
             self.edits.append(Edit(start, end, self.relative(place).encode("utf-8") + pad))
 
     def stays(self, node: ast.ImportFrom, place: tuple[str, ...]) -> bool:
-        """Whether a relative import names the same module in the kernel as it does in place."""
+        """True if a relative import names the same module in the kernel as it does in place."""
         if not node.level:
             return False
         folder = self.path.split("/")[:-1]

@@ -100,7 +100,7 @@ class Resolver:
         return self._names(binding, scope, known)
 
     def _members(self, fulls: Iterable[str], known: _Known | None) -> frozenset[str]:
-        """What full names stand for, those of the package looked up in its modules."""
+        """All that full names stand for, those of the package looked up in its modules."""
         known = {} if known is None else known
         members: set[str] = set()
         for full in fulls:
