@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def found_in(make_kernel, text: str) -> list[Finding]:
         ("import torch\nimport numpy\n", "KP303", 2),
         ("if True:\n    x = 1\nfrom peft.tuners import x\n", "KP303", 3),
         ("match 1:\n    case 1:\n        pass\ntry:\n    pass\nexcept* OSError:\n    pass\n", "KP301", 6),
-        ('import torch\nns = "x"\ntorch.library.define(f"{ns}::a", "()")\n', "KP304", 3),
+        ('import torch\nns = "x".upper()\ntorch.library.define(f"{ns}::a", "()")\n', "KP304", 3),
         ("def f(n):\n    return n.name() == 'demo_kernel::twice'\n", "KP304", 2),
         ("def f(n):\n    return str(n) in ('a', 'demo_kernel.twice.default')\n", "KP304", 2),
         ("def f(n):\n    return n.startswith('demo_kernel::')\n", "KP304", 2),
@@ -160,6 +161,51 @@ def test_a_declared_dependency_may_be_imported(make_kernel):
     text = (root / "build.toml").read_text()
     (root / "build.toml").write_text(text.replace("edition = 5", 'edition = 5\npython-depends = ["einops"]'))
     assert source_findings(root) == []
+
+
+def test_only_what_may_be_declared_is_advised_to_be(make_kernel):
+    numpy, einops = found_in(make_kernel, "import numpy\nimport einops\n")
+    assert "python-depends" not in numpy.fix
+    assert einops.fix.endswith("or name its package in `python-depends`")
+
+
+@pytest.mark.parametrize(
+    ("imports", "codes"),
+    [
+        ("try:\n    from . import extra\nexcept ImportError:\n    extra = None\n", []),
+        ("try:\n    from .extra import x\nexcept ImportError:\n    x = None\n", []),
+        ("from . import extra\n", ["KP303"]),
+        ("try:\n    from .extra import x\nexcept ImportError:\n    from . import extra\n", []),
+        ("try:\n    from .extra import x\nexcept ImportError:\n    x = 1\nfrom . import extra\n", ["KP303"]),
+        ("def f():\n    from . import extra\n", ["KP303"]),
+    ],
+)
+def test_a_module_that_is_only_imported_where_that_may_fail_may_import_anything(make_kernel, imports, codes):
+    files = {f"{PACKAGE}/extra.py": "import numpy\nx = 1\n", f"{PACKAGE}/other.py": imports}
+    assert [finding.code for finding in source_findings(make_kernel(**files))] == codes
+
+
+def test_the_arrows_of_a_circle_are_imports(make_kernel):
+    files = {
+        "a": "from . import d\nfrom . import b\n",
+        "b": "from . import c\n",
+        "c": "from . import a\n",
+        "d": "from . import a\nfrom . import c\n",
+    }
+    (finding,) = source_findings(
+        make_kernel(**{f"{PACKAGE}/{name}.py": text for name, text in files.items()})
+    )
+    assert finding.code == "KP307"
+    route = [name.rpartition(".")[2] for name in finding.message.partition(": ")[2].split(" -> ")]
+    assert route[0] == route[-1]
+    assert all(f"import {target}" in files[module] for module, target in pairwise(route))
+
+
+def test_a_circle_through_the_packages_own_init_is_no_finding(make_kernel):
+    files = {"sub/__init__": "Y = 1\nfrom .a import X\n", "sub/a": "from . import Y\nX = Y\n"}
+    assert (
+        source_findings(make_kernel(**{f"{PACKAGE}/{name}.py": text for name, text in files.items()})) == []
+    )
 
 
 def test_every_rule_is_explained_and_a_near_miss_is_helped():

@@ -1,4 +1,4 @@
-"""What the tests of the rewriter share."""
+"""Helpers that the tests of the rewriter share."""
 
 from __future__ import annotations
 

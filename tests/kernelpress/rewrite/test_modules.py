@@ -16,6 +16,8 @@ from rewriting import DEFINES, HERE, package
         ('FWD = "demo::one"', "import demo.names as n\nregister_fake(n.FWD)", 'FWD = "NEW::one"'),
         ('FWD = "demo::two"', "from .names import FWD\ncustom_op(FWD)", 'FWD = "NEW::two"'),
         ('NS = "demo"', "from .names import NS\nLibrary(NS, 'FRAGMENT')", 'NS = "NEW"'),
+        ('NS = "demo"', "from .names import NS\ncustom_op(f'{NS}::two')", 'NS = "NEW"'),
+        ('NS = "demo"', "from . import names\ncustom_op('%s::two' % names.NS)", 'NS = "NEW"'),
         ('NS = "demo"', "from .names import NS\ngetattr(torch.ops, NS)", 'NS = "NEW"'),
         ('N = "demo::one"', "from .names import N\nlib = Library('demo', 'IMPL')\nlib.impl(N, f)", 'N = "NEW::one"'),
         ('N = "one"', "from .names import N\nlib = Library('demo', 'IMPL')\nlib.impl(N, f)", 'N = "one"'),
@@ -104,3 +106,73 @@ def test_a_module_named_torch_in_the_package_is_not_pytorch():
     use = "from .torch import ops\nfrom . import torch as t\nops.demo.one, t.ops.demo.one\n"
     made = package(init=DEFINES, torch="class ops:\n    class demo:\n        one = 1", use=use)
     assert made["use.py"] == f"{use}\n"
+
+
+WRAPPER = """import torch
+def my_op(name, fn=None, /, *, kind="", **kwargs):
+    def decorate(fn):
+        op = torch.library.custom_op(name, fn, **kwargs)
+        op.register_fake(fn)
+        return op
+    return decorate if fn is None else decorate(fn)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "use"),
+    [
+        (WRAPPER, "from .wrap import my_op\n@my_op('spot::two', mutates_args=())\ndef f(x): ..."),
+        (WRAPPER, "from . import wrap as w\nop = w.my_op('spot::two', print, **options)"),
+        (WRAPPER, "from .wrap import my_op as m\nmine = m\nNAME = 'spot::two'\nmine(NAME)(print)"),
+        (WRAPPER, "from .wrap import my_op\ndef outer(*, n): return my_op(n, kind=1)\nouter(n='spot::two')"),
+        (WRAPPER, "from .wrap import *\n@my_op('spot::two')\ndef f(x): ...\nimport torch\n"
+         "torch.library.register_autograd(f, b)"),
+        ("from torch.library import Library\ndef fragment(kind, ns): return Library(ns, kind)",
+         "from .wrap import fragment\nfragment('FRAGMENT', ns='spot')"),
+        ("from torch.library import define\ndef add(ns, op, schema): define(f'{ns}::{op}', schema)",
+         "from .wrap import add\nNS = 'spot'\nadd(NS, 'two', '()')"),
+        ("from torch.library import register_fake\ndef fake(op): return register_fake(op)",
+         "from .wrap import fake\nimport torch\nfake('spot::one')(f); fake(torch.ops.spot.one)(f)"),
+    ],
+)  # fmt: skip
+def test_a_name_that_a_function_hands_on_is_followed_to_its_callers(wrapper, use):
+    made = package(init=DEFINES.replace("demo", "spot"), use=use, wrap=wrapper)
+    assert "spot" not in "".join(made.values())
+    assert made["wrap.py"] == f"{wrapper}\n"
+
+
+def test_a_function_that_hands_names_on_may_be_exported_lazily():
+    lazy = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .wrap import my_op\n"
+        "def __getattr__(name):\n    if name == 'my_op':\n        from .wrap import my_op\n        return my_op\n"
+    )
+    made = package(wrap=WRAPPER, init=lazy, use="from . import my_op\n@my_op('demo::two')\ndef f(x): ...")
+    assert "demo" not in "".join(made.values())
+
+
+def test_a_name_made_by_the_helper_may_be_given_to_a_function_that_hands_it_on():
+    use = (
+        "from .wrap import my_op\nfrom ._ops import add_op_namespace_prefix\n"
+        "@my_op(add_op_namespace_prefix('two'))\ndef f(x): ..."
+    )
+    assert package(wrap=WRAPPER, use=use)["use.py"] == f"{use}\n"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "my_op(names[0])",
+        "my_op(*names)",
+        "my_op()",
+        "list(map(my_op, ['demo::two']))",
+        "class C:\n    make = staticmethod(my_op)",
+        "import torch\nclass D:\n  def reg(self, name): torch.library.custom_op(name)\nD().reg('demo::two')",
+        "import torch, functools\n@functools.cache\ndef reg(name): torch.library.custom_op(name)\nreg('demo::two')",
+        "import torch\ndef reg(name):\n  name = name or 'demo::x'\n  torch.library.custom_op(name)\nreg('demo::two')",
+        "import torch\ndef reg(*name): torch.library.custom_op(name[0])\nreg('demo::two')",
+    ],
+)
+def test_a_name_that_reaches_a_function_in_a_way_that_cannot_be_followed_is_refused(use):
+    with pytest.raises(SourceError) as caught:
+        package(init=DEFINES, wrap=WRAPPER + "my_op('demo::three')", use=f"from .wrap import my_op\n{use}")
+    assert caught.value.path == HERE / "use.py"

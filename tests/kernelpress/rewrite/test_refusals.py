@@ -91,12 +91,48 @@ def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
         "import importlib; importlib.import_module('torch').ops.demo.one",
         "class A:\n    from torch import ops; one = lambda self: self.ops.demo.one",
         'assert op.name() == "demo::one"',
+        'ours = op.namespace == "demo"',
+        'ours = op.name().split("::")[0] in ("demo", "other")',
+        'ours = op.name().startswith("demo")',
+        'G = "demo::one"; ours = op.name() == G',
+        'G = "demo::one"; F = G; f = TABLE[F]',
+        'G = "demo::one"; ours = op.name() in ("aten::mm", G)',
+        'match op.namespace:\n    case "demo": pass',
+        'eval("torch.ops.demo.one(x)")',
+        'exec(f"y = torch.ops.demo.one({x})")',
+        "exec(\"n = 'demo::one'\")",
     ],
 )
 def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_its_line(text):
     file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
     (found,) = rewrite([file], "demo", HERE).findings
     assert (found.code, found.severity, found.line) == ("KP304", "warning", 4 + text.count("\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'ours = __name__ == "kk.a"',
+        'ours = f.__module__ == "kk"',
+        'class C:\n    __module__ = "kk"',
+        'f.__module__ = "kk"',
+        'mock.patch("kk.a.v", 1)',
+        '@patch("kk.a.v")\ndef f(): ...',
+        'exec("import kk.a")',
+        'exec(f"from kk.a import {name}")',
+        'eval("kk.a.v")',
+        'operator.attrgetter("kk.a")',
+    ],
+)
+def test_a_module_named_in_text_is_a_warning_with_its_line(text):
+    (finding,) = rewrite([SourceFile("a.py", f"x = 1\n{text}\n".encode())], "kk", HERE).findings
+    line = 3 if text.startswith("class") else 2
+    assert (finding.code, finding.severity, finding.line) == ("KP305", "warning", line)
+
+
+def test_text_that_only_looks_like_a_module_of_the_project_is_no_warning():
+    text = 'if __name__ == "__main__": eval("kkk.a"), log("kk.a"), f.__name__ == "kk_a"\nexec("x = akk.a")\n'
+    assert rewrite([SourceFile("a.py", text.encode())], "kk", HERE).findings == ()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +150,46 @@ def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_i
 def test_what_names_no_operator_of_the_package_or_is_renamed_is_no_warning(text):
     file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
     assert rewrite([file], "demo", HERE).findings == ()
+
+
+SHARED = "import torch\nNS = 'demo'\nLIB = torch.library.Library(NS, 'FRAGMENT')\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "log = logging.getLogger(NS)",
+        "path = Path.home() / NS / 'cache'",
+        "OTHER = NS\nos.environ.get(OTHER)",
+        "def f(): return f'{NS}: failed'",
+        "for x in [NS]: print(x)",
+        "setattr(module, NS + '_cache', 1)",
+    ],
+)
+def test_a_constant_of_a_namespace_that_is_used_for_something_else_is_refused_there(text):
+    with pytest.raises(SourceError, match="takes a namespace of operators for something else") as caught:
+        rewritten(f"{SHARED}{text}\n")
+    assert (caught.value.path, caught.value.line) == (HERE / "__init__.py", 4 + text.count("\n"))
+    files = [
+        SourceFile("names.py", SHARED.encode()),
+        SourceFile("use.py", f"from .names import *\n{text}".encode()),
+    ]
+    (finding,) = rewrite(files, "demo", HERE).findings
+    assert (finding.path.name, finding.line) == ("use.py", 2 + text.count("\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ours = op.namespace == NS",
+        "torch.library.custom_op(f'{NS}::two', g)",
+        "print(f'{NS}::two', NS + '::two')",
+        "OTHER = NS\ntorch.library.Library(OTHER, 'IMPL')\ngetattr(torch.ops, OTHER)",
+        "ours = op.name().startswith(NS)",
+    ],
+)
+def test_a_constant_of_a_namespace_may_be_used_as_one_again(text):
+    assert rewritten(f"{SHARED}{text}\n") == f"{SHARED}{text}\n".replace("'demo'", "'NEW'")
 
 
 def test_names_made_by_the_generated_helper_are_left_to_it():

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernelpress.rewrite.rewrite import rewrite
 from kernelpress.source.module_map import ModuleMap
@@ -58,7 +58,13 @@ FORMS = (
     "import importlib\nmatch OUT:\n    case _: got = importlib.import_module(name=('{top}.nn'\n '.fast.core')).X",
     "import sys, {top}.tools.up; got = '{top}.tools.up' in sys.modules and '{top}.nn.fast' not in sys.modules or 1",
     "import {top}.tools as t, importlib; got = (importlib.import_module('{top}.tools.up') if t else None).HIGH",
+    "import {top}.nn.fast.core as core; got = core.X",
+    "import {top}.nn.fast.later as later; got = later.MARK",
+    "import {top}.nn.fast.deep.leaf as leaf, {top}.nn.fast.core as core; got = leaf.MARK + core.X",
+    "import {top}.tools.up as tools, {top}.nn.fast.deep as deep; got = tools.HIGH + deep.MARK",
 )
+# Modules of the package that hold the forms.
+PLACES = ("deep/case.py", "deep/__init__.py", "__init__.py")
 WRAPS = (
     "{form}\n",
     "def f():\n    {inner}\n    return got\ngot = f()\n",
@@ -66,26 +72,34 @@ WRAPS = (
     "if True:\n    {inner}\n",
     "class C:\n    {inner}\n    kept = got\ngot = C.kept\n",
     "async def f():\n    {inner}\n    return got\nimport asyncio; got = asyncio.run(f())\n",
-    "with __import__('contextlib').nullcontext():\n    {inner}\ndone = 1\n",
+    "with __import__('contextlib').nullcontext():\n    {inner}\nran = 1\n",
+    "import {top}.nn.fast.core as core, {top}.nn.fast.deep.leaf as leaf\n"
+    "def f():\n    {inner}\n    return got, core.X, leaf.MARK\ngot = f()\n",
+    "def f():\n    global core, leaf, later\n    {inner}\n    return got\ngot = f()\n",
 )
 HEADS = st.sampled_from(
     ("", "\ufeff", "# coding: utf-8\n", "\x0c\n# ä\n", '"""ü"""; from __future__ import annotations\n')
 )
 
 
-def project(top: str, module: str) -> dict[str, str]:
-    return {
+def project(top: str, module: str, place: str) -> dict[str, str]:
+    """The files of a project, one of which goes on with the text of ``module``."""
+    files = {
         f"{top}/__init__.py": "",
         f"{top}/nn/__init__.py": "",
         f"{top}/nn/fast/__init__.py": "MARK = 'fast'\nlater = None\n",
         f"{top}/nn/fast/later.py": "MARK = 'later'\n",
         f"{top}/nn/fast/core.py": "X, Y = 'x', 'y'\n",
         f"{top}/nn/fast/deep/__init__.py": "MARK = 'deep'\n",
-        f"{top}/nn/fast/deep/case.py": module,
+        f"{top}/nn/fast/deep/leaf.py": "MARK = 'leaf'\n",
+        f"{top}/nn/fast/deep/case.py": "",
         f"{top}/tools/__init__.py": "",
         f"{top}/tools/shape.py": f"from {top}.tools import up\nWIDE = 'wide'\n",
         f"{top}/tools/up.py": "HIGH = 'high'\n",
     }
+    before = files[f"{top}/nn/fast/{place}"].splitlines()
+    # Names that the other forms bind or read are there first, on the line behind the docstring and the imports.
+    return files | {f"{top}/nn/fast/{place}": module.replace("OUT = []", "; ".join(["OUT = []", *before]))}
 
 
 def write(root: Path, files: dict[str, bytes]) -> None:
@@ -99,15 +113,30 @@ def forget(package: str) -> None:
         del sys.modules[name]
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=40,
+    # Shrinking takes minutes, and a failure names its form.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     pieces=st.lists(st.tuples(st.sampled_from(FORMS), st.sampled_from(WRAPS)), min_size=1, max_size=5),
     head=HEADS,
     newline=st.sampled_from(("\n", "\r\n", "\r")),
+    place=st.sampled_from(PLACES),
 )
-def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypatch, pieces, head, newline):
+def test_a_module_imports_the_same_in_place_and_in_the_kernel(
+    tmp_path, monkeypatch, pieces, head, newline, place
+):
+    if place == "__init__.py":
+        # Nothing is above it, and it is no attribute of the package around it before it is done with loading.
+        pieces = [
+            (form, wrap) for form, wrap in pieces if "from .." not in form and "got = {top}." not in form
+        ]
     # Names that are new to this process, but the same when hypothesis comes back to an example.
-    number = zlib.crc32(repr((pieces, head, newline)).encode())
+    number = zlib.crc32(repr((pieces, head, newline, place)).encode())
+    dotted = {"deep/case.py": ".deep.case", "deep/__init__.py": ".deep", "__init__.py": ""}[place]
     top, kernel, root = f"proj{number}", f"_kernel{number}", tmp_path / f"{number}"
     module = f"{head}OUT = []\n"
     for form, wrap in pieces:
@@ -116,7 +145,7 @@ def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypa
             wrap.replace("{form}", form).replace("{inner}", inner).replace("{top}", top) + "OUT.append(got)\n"
         )
     module = module.replace("\n", newline)
-    write(root / "place", {name: text.encode() for name, text in project(top, module).items()})
+    write(root / "place", {name: text.encode() for name, text in project(top, module, place).items()})
     package = root / "place" / top / "nn" / "fast"
     own = [
         SourceFile(path.relative_to(package).as_posix(), path.read_bytes(), path)
@@ -126,14 +155,14 @@ def test_a_module_imports_the_same_in_place_and_in_the_kernel(tmp_path, monkeypa
     result = rewrite([*own, *vendored], module_map, package)
     assert result.findings == ()
     write(root / "kernel" / kernel, {file.path: file.render("NEW") for file in result.files})
-    after = {file.path: file.render("NEW").decode() for file in result.files}["deep/case.py"]
+    after = {file.path: file.render("NEW").decode() for file in result.files}[place]
     assert after.count(newline) == module.count(newline)
     monkeypatch.syspath_prepend(str(root / "place"))
-    in_place = importlib.import_module(f"{top}.nn.fast.deep.case").OUT
+    in_place = importlib.import_module(f"{top}.nn.fast{dotted}").OUT
     sys.path.remove(str(root / "place"))
     forget(top)
     monkeypatch.syspath_prepend(str(root / "kernel"))
-    in_kernel = importlib.import_module(f"{kernel}.deep.case").OUT
+    in_kernel = importlib.import_module(f"{kernel}{dotted}").OUT
     forget(kernel)
     assert in_kernel == in_place
     assert not [name for name in sys.modules if name.partition(".")[0] == top]

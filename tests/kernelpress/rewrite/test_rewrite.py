@@ -25,6 +25,13 @@ from rewriting import DEFINES, HERE, rewrite_or_raise, rewritten
         ('import torch\ntorch.library.custom_op("demo::{}".format(name), f)', '"NEW::{}".format'),
         ('import torch\nOP = "demo::one"\ntorch.library.custom_op(OP, f)', 'OP = "NEW::one"'),
         ('from torch.library import Library\nlib = Library("demo", "DEF")', 'Library("NEW", "DEF")'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op(f"{NS}::one", f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op(NS + "::one", f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op("%s::%s" % (NS, name), f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op("{}::one".format(NS), f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\ntorch.library.custom_op("{0}::{n}".format(NS, n=1), f)', 'NS = "NEW"'),
+        ('import torch\nNS = "demo"\nP = NS + "::"\ntorch.library.custom_op(P + name, f)', 'NS = "NEW"'),
+        ('import torch\nP = "demo" "::"\nQ = f"{P}{name}"\ntorch.library.custom_op(Q, f)', 'P = "NEW" "::"'),
         ('import torch\nNS: str = "demo"\nL = torch.library.Library(NS, "FRAGMENT")', 'NS: str = "NEW"'),
     ],
 )
@@ -200,6 +207,41 @@ def test_two_namespaces_with_an_operator_of_one_name_are_refused():
     with pytest.raises(SourceError, match="defined in 'a' and in 'b'") as caught:
         rewritten('import torch.library as t\nt.define("a::one", "()")\nt.define("b::one", "()")\n')
     assert caught.value.line == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('A.define("one() -> ()")\nB.define("one() -> ()")', 5),
+        ('A.define("one.out(Tensor x) -> ()")\nB.define("one.out() -> ()")', 5),
+        ('S = "one() -> ()"\ndefine = B.define\ndefine(S)\nA.define(schema=S)', 7),
+        ('t.define("a::one", "()")\ndef f():\n    B.define("one() -> ()")', 6),
+    ],
+)
+def test_an_operator_that_libraries_of_two_namespaces_define_is_refused(text, line):
+    head = 'import torch.library as t\nA = t.Library("a", "FRAGMENT")\nB = t.Library("b", "FRAGMENT")\n'
+    with pytest.raises(SourceError, match=r"operator 'one.* is defined in '[ab]' and in '[ab]'") as caught:
+        rewritten(head + text)
+    assert caught.value.line == line
+
+
+def test_operators_of_other_names_or_overloads_may_stand_in_two_namespaces():
+    text = (
+        'import torch.library as t\nA = t.Library("a", "DEF")\nB = t.Library("b", "FRAGMENT")\n'
+        'A.define("one() -> ()")\nB.define("one.out() -> ()")\nA.define("two() -> ()")\n'
+        'A.impl("one", f)\nB.impl("one", f)\n'
+    )
+    assert rewritten(text) == text.replace('"a"', '"NEW"').replace('"b"', '"NEW"')
+
+
+@pytest.mark.parametrize("kind", ['"DEF"', 'kind="DEF"'])
+def test_two_libraries_that_open_namespaces_that_become_one_are_refused(kind):
+    text = f'import torch.library as t\nA = t.Library("a", "DEF")\nB = t.Library("b", {kind})\n'
+    with pytest.raises(SourceError, match=r"KP306 .* opens 'a' and another one 'b'.* \"FRAGMENT\"") as caught:
+        rewritten(text)
+    assert caught.value.line == 3
+    mended = text.replace(f'"b", {kind}', '"b", "FRAGMENT"')
+    assert rewritten(mended) == mended.replace('"a"', '"NEW"').replace('"b"', '"NEW"')
 
 
 @pytest.mark.parametrize(

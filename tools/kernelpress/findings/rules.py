@@ -246,8 +246,8 @@ _ALL = (
         "error",
         "operators of several namespaces differ in name",
         "All namespaces of the package become a single one in the build, so two operators of one name would "
-        "collide there.",
-        "Rename one of the operators.",
+        "collide there, and so would two libraries of kind DEF, of which PyTorch allows one for a namespace.",
+        'Rename one of the operators; make all libraries but one a "FRAGMENT".',
     ),
     Rule(
         "KP307",

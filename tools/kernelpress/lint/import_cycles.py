@@ -1,4 +1,4 @@
-"""Groups of modules that import each other while they are loaded."""
+"""Circles of modules that import each other while they are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kernelpress.syntax.source_file import SourceFile
 
 
 def import_cycles(modules: Mapping[str, SourceFile]) -> Iterator[tuple[str, ...]]:
-    """Each group of two or more modules every one of which imports all others, directly or through them.
+    """A circle of imports, each module importing the next, out of each group that imports one another.
 
     Args:
         modules: The files of a package by their modules' full names.
@@ -20,9 +20,22 @@ def import_cycles(modules: Mapping[str, SourceFile]) -> Iterator[tuple[str, ...]
     for module, others in reachable.items():
         if module in grouped or module not in others:
             continue
-        cycle = (module, *(other for other in others if other != module and module in reachable[other]))
-        grouped.update(cycle)
-        yield cycle
+        grouped.update(other for other in others if module in reachable[other])
+        yield _shortest_cycle(module, graph)
+
+
+def _shortest_cycle(start: str, graph: Mapping[str, Mapping[str, None]]) -> tuple[str, ...]:
+    """Modules from one on, each of which imports the next, and the last one the first."""
+    routes: list[tuple[str, ...]] = [(start,)]
+    seen = {start}
+    for route in routes:
+        for target in graph[route[-1]]:
+            if target == start:
+                return route
+            if target not in seen:
+                seen.add(target)
+                routes.append((*route, target))
+    raise AssertionError(f"{start} is in no circle")
 
 
 def _imported_when_loaded(module: str, modules: Mapping[str, SourceFile]) -> dict[str, None]:
@@ -33,8 +46,8 @@ def _imported_when_loaded(module: str, modules: Mapping[str, SourceFile]) -> dic
         submodules = [f"{source}.{name}" for name in names if f"{source}.{name}" in modules]
         # A package asked for its own modules need not be done with loading.
         targets |= dict.fromkeys(submodules or [source] if source in modules or submodules else [])
-    targets.pop(module, None)
-    return targets
+    # The packages around a module begin to load before it, whichever module is imported first.
+    return {target: None for target in targets if not f"{module}.".startswith(f"{target}.")}
 
 
 def _reachable(module: str, graph: Mapping[str, Mapping[str, None]]) -> dict[str, None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from kernelpress.findings.model import Finding, Severity
 from kernelpress.lint.import_cycles import import_cycles
@@ -14,7 +16,8 @@ from kernelpress.rewrite.rewrite import Rewritten
 from kernelpress.source.read import Source
 from kernelpress.spec.model import Spec
 from kernelpress.spec.validate import python_dependencies
-from kernelpress.syntax.imports import Import
+from kernelpress.syntax.execution import When
+from kernelpress.syntax.imports import Import, imported_modules
 from kernelpress.syntax.source_file import SourceFile
 
 OLDEST_PYTHON = (3, 10)
@@ -32,7 +35,7 @@ _PRIVATE: tuple[tuple[re.Pattern[bytes], str, Severity, str, str], ...] = (
 
 
 def lint(source: Source, rewritten: Rewritten, spec: Spec) -> list[Finding]:
-    """RuleCheck the sources of a kernel by every rule that needs no build.
+    """Check the sources of a kernel by every rule that needs no build.
 
     Args:
         source: The sources as they were read.
@@ -40,7 +43,7 @@ def lint(source: Source, rewritten: Rewritten, spec: Spec) -> list[Finding]:
         spec: The kernel.
     """
     return [
-        *_undeclared(rewritten.outside, spec),
+        *_undeclared(source, rewritten.outside, spec),
         *_newer_syntax(source.files),
         *_import_cycles(source),
         *_contents(source, spec.root / "CARD.md"),
@@ -64,29 +67,56 @@ def optional_packages(outside: Iterable[tuple[Path, Import]], spec: Spec) -> tup
 
 def _declared(spec: Spec) -> frozenset[str]:
     """Modules that a kernel may import when it is loaded."""
+    packages = _listed_packages()
+    declared = {*spec.python_depends, *(name for backend in spec.backends for name in backend.python_depends)}
+    modules = {module for name in declared for module in _modules(packages.get(name, {}))}
+    return _ALLOWED | modules
+
+
+def _listed_packages() -> dict[str, Any]:
+    """The packages that upstream allows a kernel to depend on, by name."""
     listed = python_dependencies()
     packages = dict(listed["general"])
     for backend in listed["backends"].values():
         packages |= backend
-    declared = {*spec.python_depends, *(name for backend in spec.backends for name in backend.python_depends)}
-    modules = {
-        package["import"]
-        for name in declared
-        for package in packages.get(name, {}).get("python", ())
-        if "import" in package
-    }
-    return _ALLOWED | modules
+    return packages
 
 
-def _undeclared(outside: Iterable[tuple[Path, Import]], spec: Spec) -> Iterator[Finding]:
+def _modules(package: Mapping[str, Any]) -> list[str]:
+    return [entry["import"] for entry in package.get("python", ()) if "import" in entry]
+
+
+def _undeclared(source: Source, outside: Iterable[tuple[Path, Import]], spec: Spec) -> Iterator[Finding]:
     allowed = _declared(spec)
-    for path, imported in outside:
-        top = imported.module.partition(".")[0]
-        if imported.when == "load" and top not in allowed:
+    undeclared = [
+        (path, imported.line, top)
+        for path, imported in outside
+        if imported.when == "load" and (top := imported.module.partition(".")[0]) not in allowed
+    ]
+    optional = _optional_modules(source) if undeclared else frozenset()
+    declarable = {module for package in _listed_packages().values() for module in _modules(package)}
+    for path, line, top in undeclared:
+        if path not in optional:
+            declare = ", or name its package in `python-depends`" * (top in declarable)
             yield Finding(
-                "KP303", "error", path, imported.line, f"{top} is imported with the module, and not declared",
-                "import it inside the function that needs it, or name it in `python-depends`",
+                "KP303", "error", path, line, f"{top} is imported with the module, and not declared",
+                f"import it inside the function that needs it, or catch the ImportError{declare}",
             )  # fmt: skip
+
+
+def _optional_modules(source: Source) -> frozenset[Path]:
+    """Files of modules that others import only under a condition, or where a failure is caught."""
+    modules = _modules_of(source)
+    times: dict[str, set[When]] = {}
+    for name, file in modules.items():
+        for imported, names, when in imported_modules(file, name):
+            for target in {imported, *(f"{imported}.{taken}" for taken in names)}:
+                # A module's packages are loaded with it.
+                for package in accumulate(target.split("."), "{}.{}".format):
+                    times.setdefault(package, set()).add(when)
+    return frozenset(
+        _at(file) for name, file in modules.items() if times.get(name, set()) - {"typing"} == {"guarded"}
+    )
 
 
 def _newer_syntax(files: Iterable[SourceFile]) -> Iterator[Finding]:
@@ -95,10 +125,14 @@ def _newer_syntax(files: Iterable[SourceFile]) -> Iterator[Finding]:
         yield Finding("KP301", "error", _at(file), line, message, f"write it as Python {version} reads it")
 
 
-def _import_cycles(source: Source) -> Iterator[Finding]:
-    modules = {
+def _modules_of(source: Source) -> dict[str, SourceFile]:
+    return {
         source.module_map.module_at(file.path): file for file in source.files if file.path.endswith(".py")
     }
+
+
+def _import_cycles(source: Source) -> Iterator[Finding]:
+    modules = _modules_of(source)
     for cycle in import_cycles(modules):
         if all(modules[module].path.endswith("__init__.py") for module in cycle):
             continue

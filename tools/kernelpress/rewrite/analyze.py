@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kernelpress.rewrite.op_references import find_op_references
-from kernelpress.rewrite.references import Mention, Problem, Reference
+from kernelpress.rewrite.other_uses import find_other_uses
+from kernelpress.rewrite.references import Definition, Mention, Problem, Reference
 from kernelpress.rewrite.relative_imports import Imports, find_imports
 from kernelpress.rewrite.resolve import MOST_VARIABLES, Resolver
-from kernelpress.rewrite.unresolved import find_mentions
+from kernelpress.rewrite.unresolved import find_mentions, find_module_names
 from kernelpress.source.module_map import ModuleMap
 from kernelpress.syntax.source_file import SourceFile
 from kernelpress.syntax.text import MOST_NESTED
@@ -22,7 +23,7 @@ _FRAMES = 6
 
 @dataclass(frozen=True)
 class Analysis:
-    """One file: its references to operators, lines where ``torch.ops`` is handed on, problems, imports and mentions."""
+    """One file, and what is found in it; ``leaked_ops`` are lines where ``torch.ops`` is handed on."""
 
     file: SourceFile
     references: tuple[Reference, ...] = ()
@@ -30,6 +31,8 @@ class Analysis:
     problems: tuple[Problem, ...] = ()
     imports: Imports = field(default_factory=Imports)
     mentions: tuple[Mention, ...] = ()
+    definitions: tuple[Definition, ...] = ()
+    module_names: tuple[int, ...] = ()
 
 
 def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis]:
@@ -37,6 +40,8 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
     resolver = Resolver(files, module_map)
     with _deep_recursion():
         operators = find_op_references(resolver)
+        own = {ref.namespace for refs in operators.references.values() for ref in refs if ref.creates}
+        other_uses = find_other_uses(resolver, operators, own)
         modules = {module.file.path: module for module in resolver.modules.values()}
         return [
             Analysis(
@@ -47,7 +52,9 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
                 tuple(operators.leaked_ops.get(file.path, ())),
                 tuple(operators.problems.get(file.path, ())),
                 find_imports(modules[file.path], resolver, module_map),
-                find_mentions(file, references),
+                (*find_mentions(file, references, own), *other_uses.get(file.path, ())),
+                tuple(operators.definitions.get(file.path, ())),
+                find_module_names(file, module_map.tops),
             )
             if file.path in modules
             else Analysis(file)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Literal
 
-from kernelpress.rewrite.references import Problem, Reference
+from kernelpress.rewrite.references import Definition, Problem, Reference
 from kernelpress.rewrite.resolve import Resolver
 from kernelpress.rewrite.torch_library import (
     LIBRARIES,
@@ -15,13 +17,13 @@ from kernelpress.rewrite.torch_library import (
     attaches,
     creates,
     dispatches,
-    implements,
     is_library,
     is_library_method,
+    library_kind,
     naming_argument,
     unpacks,
 )
-from kernelpress.syntax.expressions import first_literal, is_text
+from kernelpress.syntax.expressions import is_text
 from kernelpress.syntax.scopes import Module, Scope, ScopedVisitor
 
 # Beginnings of the full names that matter; whoever names `torch` alone goes on with one of `_words`.
@@ -49,23 +51,56 @@ _ELSEWHERE = (
 )
 
 
+@dataclass(frozen=True)
+class Wrapped:
+    """The use of a function's parameter as a name that PyTorch takes."""
+
+    kind: Literal["operator", "namespace"]
+    creates: bool
+    strict: bool = True
+    exclusive: bool = False
+
+
+@dataclass
+class Wrapper:
+    """A function that hands parameters on as names of operators; ``uses`` holds file and line of each."""
+
+    function: ast.FunctionDef
+    uses: dict[tuple[str, Wrapped], tuple[str, int]]
+
+
 @dataclass
 class OpReferences:
-    """What the files of a package hold of operators, by their paths in the kernel.
+    """References to operators in the files of a package, by their paths in the kernel.
 
-    ``leaked_ops`` are lines where ``torch.ops`` itself is handed on.
+    ``leaked_ops`` are lines where ``torch.ops`` itself is handed on, ``wrappers`` the package's functions that hand
+    names on to PyTorch, and ``called`` those of them that it calls.
     """
 
     references: dict[str, set[Reference]] = field(default_factory=dict)
     leaked_ops: dict[str, list[int]] = field(default_factory=dict)
     problems: dict[str, list[Problem]] = field(default_factory=dict)
+    definitions: dict[str, list[Definition]] = field(default_factory=dict)
+    # Literals of whole namespaces that a variable holds, and expressions that are known to name an operator.
+    namespaces: set[int] = field(default_factory=set)
+    named: set[int] = field(default_factory=set)
+    wrappers: dict[str, Wrapper] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
 
 
 def find_op_references(resolver: Resolver) -> OpReferences:
     """Find where the modules of a package name operators or their namespaces."""
-    found = OpReferences()
-    for module in resolver.modules.values():
-        OpReferenceFinder(module, resolver, found).visit(module.file.tree)
+    wrappers: dict[str, Wrapper] = {}
+    uses = -1
+    # A function's callers may stand before it, and be such functions themselves.
+    while uses != (uses := sum(len(wrapper.uses) for wrapper in wrappers.values())):
+        found = OpReferences(wrappers=wrappers)
+        for module in resolver.modules.values():
+            OpReferenceFinder(module, resolver, found).visit(module.file.tree)
+    for full in wrappers.keys() - found.called:
+        for (_, use), (path, line) in wrappers[full].uses.items():
+            reason = _RUN_TIME_OPERATOR if use.kind == "operator" else _RUN_TIME_NAMESPACE
+            found.problems.setdefault(path, []).append(Problem(line, *reason))
     return found
 
 
@@ -82,7 +117,9 @@ class OpReferenceFinder(ScopedVisitor):
         # Arguments of calls, where a class is not just compared with.
         self.arguments: set[int] = set()
 
-        self.words = None if module.stars else _words(_names_of_interest(module.scope, resolver))
+        self.words = (
+            None if module.stars else _words(_names_of_interest(module.scope, resolver, found.wrappers))
+        )
 
     def visit(self, node: ast.AST) -> None:
         """Leave out statements without any word that could matter: most of a file, and most of the time."""
@@ -108,6 +145,7 @@ class OpReferenceFinder(ScopedVisitor):
         return any(
             name.startswith("torch.ops.")
             or creates((called := name.partition("("))[:1])
+            or called[0] in self.found.wrappers
             or not (called[1] or self.resolver.is_own(name) or name.startswith("builtins."))
             or "_ops" in name.split(".")[:-1]
             for name in self.resolver.names(node, scope)
@@ -136,63 +174,118 @@ class OpReferenceFinder(ScopedVisitor):
             reason = message.format(name=shown), fix
         self.refuse(name, reason)
 
-    def reference(
-        self,
-        asked: ast.expr,
-        literal: ast.expr,
-        scope: Scope,
-        namespace: str,
-        op: str | None,
-        *,
-        creates: bool,
-    ) -> None:
+    def reference(self, asked: ast.expr, literal: ast.expr, scope: Scope, reference: Reference) -> None:
         """Note a namespace that a literal begins with; ``asked`` is where this module needs it."""
         file = scope.module.file
-        start = file.text.literal(literal, namespace)
+        self.found.named.update(map(id, ast.walk(asked)))
+        if asked is not literal and _text(literal) == reference.namespace:
+            self.found.namespaces.add(id(literal))
+        start = file.text.literal(literal, reference.namespace)
         if start is not None:
-            end = start + len(namespace.encode("utf-8"))
+            end = start + len(reference.namespace.encode("utf-8"))
             references = self.found.references.setdefault(file.path, set())
-            references.add(Reference(start, end, namespace, op, creates))
+            references.add(replace(reference, start=start, end=end))
         elif scope.module is self.module:
             self.refuse(literal, _IN_PIECES)
         else:
             self.refuse_unresolved(asked, scope, _IN_PIECES)
 
-    def literal_operator(self, asked: ast.expr, node: ast.expr, scope: Scope, *, creates: bool) -> bool:
-        """Note an expression whose value begins with ``namespace::``; false where it is something else."""
-        leading = first_literal(node)
-        if leading is None:
+    def literal_operator(
+        self, asked: ast.expr, pieces: list[tuple[ast.expr, Scope]], *, creates: bool
+    ) -> bool:
+        """Note a text that begins with ``namespace::``; false where it is something else."""
+        literals = list(takewhile(lambda piece: _text(piece[0]) is not None, pieces))
+        if not literals:
             return False
-        literal, text = leading
-        namespace, colons, rest = text.partition("::")
+        namespace, colons, rest = "".join(str(_text(node)) for node, _ in literals).partition("::")
         if not (colons and namespace.isidentifier()):
             return False
         op = re.match(r"\w+", rest)
-        self.reference(asked, literal, scope, namespace, op[0] if op else None, creates=creates)
+        self.reference(asked, *literals[0], Reference(0, 0, namespace, op[0] if op else None, creates))
         return True
 
     def operator(self, asked: ast.expr, *, creates: bool, strict: bool = True) -> None:
         """Note an expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
-        node, scope = self.resolver.constant(asked, self.scope)
-        if self.literal_operator(asked, node, scope, creates=creates) or is_library(self.names(asked)):
+        pieces = self.resolver.text_pieces(asked, self.scope)
+        if self.literal_operator(asked, pieces, creates=creates) or is_library(self.names(asked)):
             return
+        node, scope = pieces[0] if pieces else (asked, self.scope)
         if isinstance(node, ast.Call) and self.is_helper(node, scope):
             return
-        if not creates and (self.is_operator(asked, self.scope) or (not strict and not is_text(node))):
+        if not creates and (self.is_operator(asked, self.scope) or (not strict and not is_text(asked))):
             return
-        self.refuse_unresolved(asked, scope, _RUN_TIME_OPERATOR)
+        if len(pieces) == 1:
+            wrapped = self.wrapped(asked, node, scope, Wrapped("operator", creates, strict))
+        else:
+            colons = len(pieces) == 2 and (_text(pieces[1][0]) or "").startswith("::")
+            wrapped = colons and self.wrapped(asked, node, scope, Wrapped("namespace", creates))
+        if not wrapped:
+            self.refuse_unresolved(asked, scope, _RUN_TIME_OPERATOR)
 
-    def namespace(self, asked: ast.expr, *, creates: bool) -> None:
+    def namespace(self, asked: ast.expr, *, creates: bool, exclusive: bool = False) -> None:
         """Note an expression whose value is a namespace."""
         node, scope = self.resolver.constant(asked, self.scope)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            self.reference(asked, node, scope, node.value, None, creates=creates)
-        elif not any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node)):
+            self.reference(asked, node, scope, Reference(0, 0, node.value, None, creates, exclusive))
+        elif not (
+            any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node))
+            or self.wrapped(asked, node, scope, Wrapped("namespace", creates, exclusive=exclusive))
+        ):
             self.refuse_unresolved(asked, scope, _RUN_TIME_NAMESPACE)
 
     def unqualified(self, asked: ast.expr) -> None:
         """Note the name of an operator that a ``Library`` takes, which may have a namespace."""
-        self.literal_operator(asked, *self.resolver.constant(asked, self.scope), creates=False)
+        self.literal_operator(asked, self.resolver.text_pieces(asked, self.scope), creates=False)
+
+    def definition(self, call: ast.Call, asked: ast.expr) -> None:
+        """Note the operator that a ``Library`` defines, where its namespace and its schema are written out."""
+        method, scope = self.resolver.constant(call.func, self.scope)
+        if not (isinstance(method, ast.Attribute) and method.attr == "define"):
+            return
+        library, scope = self.resolver.constant(method.value, scope)
+        name = naming_argument(library) if isinstance(library, ast.Call) else None
+        namespaces = self.resolver.text_pieces(name, scope) if name else []
+        schemas = self.resolver.text_pieces(asked, self.scope)
+        op = re.match(r"\w+(?:\.\w+)?", (_text(schemas[0][0]) or "").rpartition("::")[2]) if schemas else None
+        if op and len(namespaces) == 1 and (namespace := _text(namespaces[0][0])):
+            definition = Definition(call.lineno, namespace, op[0])
+            self.found.definitions.setdefault(self.module.file.path, []).append(definition)
+
+    # Functions of the package around those of PyTorch ----------------------------------------------------------
+
+    def wrapped(self, asked: ast.expr, name: ast.expr, scope: Scope, use: Wrapped) -> bool:
+        """Note a parameter of a function that is used as a name, which its callers give; false for all else."""
+        if not isinstance(name, ast.Name) or (binding := scope.lookup(name.id)) is None:
+            return False
+        holder, bindings = binding
+        function = holder.node
+        if (
+            len(bindings) != 1
+            or not isinstance(bindings[0], ast.arg)
+            or not isinstance(function, ast.FunctionDef)
+            or function.decorator_list
+            or holder.parent is not holder.module.scope
+            or len(holder.parent.bindings[function.name]) != 1
+        ):
+            return False
+        full = f"{holder.module.name}:{function.name}"
+        place = self.module.file.path, asked.lineno
+        wrapper = self.found.wrappers.setdefault(full, Wrapper(function, {}))
+        wrapper.uses.setdefault((bindings[0].arg, use), place)
+        return True
+
+    def call_of_wrapper(self, call: ast.Call, full: str) -> None:
+        """Note what a call of a function that passes its argument on as a name gives it."""
+        self.found.called.add(full)
+        wrapper = self.found.wrappers[full]
+        for parameter, use in list(wrapper.uses):
+            argument = _argument(call, wrapper.function.args, parameter)
+            if argument is None:
+                self.refuse(call, _RUN_TIME_OPERATOR if use.kind == "operator" else _RUN_TIME_NAMESPACE)
+            elif use.kind == "operator":
+                self.operator(argument, creates=use.creates, strict=use.strict)
+            else:
+                self.namespace(argument, creates=use.creates, exclusive=use.exclusive)
 
     # Where names stand ---------------------------------------------------------------------------------------
 
@@ -207,6 +300,8 @@ class OpReferenceFinder(ScopedVisitor):
                 self.leak(node)
         elif any(name.startswith("torch.") for name in called):
             self.call_of_torch(node, called)
+        for full in called & self.found.wrappers.keys():
+            self.call_of_wrapper(node, full)
         if not called & _TYPE_CHECKS:
             self.arguments.update(map(id, node.args))
         self.generic_visit(node)
@@ -218,6 +313,7 @@ class OpReferenceFinder(ScopedVisitor):
         if method:
             if argument is not None:
                 self.unqualified(argument)
+                self.definition(call, argument)
         elif creates(called) or attaches(called):
             if argument is None and unpacks(call):
                 self.refuse(call, _RUN_TIME_OPERATOR)
@@ -229,7 +325,8 @@ class OpReferenceFinder(ScopedVisitor):
             if argument is None and unpacks(call):
                 self.refuse(call, _RUN_TIME_NAMESPACE)
             if argument is not None:
-                self.namespace(argument, creates=not implements(call))
+                kind = library_kind(call)
+                self.namespace(argument, creates=kind != "IMPL", exclusive=kind == "DEF")
         elif argument is not None and dispatches(called):
             self.operator(argument, creates=False, strict=False)
 
@@ -250,7 +347,7 @@ class OpReferenceFinder(ScopedVisitor):
         self.visit_Assign(node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        """What is compared with another value, such as ``None``, is not passed on."""
+        """A value that is compared with another, such as ``None``, is not passed on."""
         self.accounted.update(map(id, (node.left, *node.comparators)))
         self.generic_visit(node)
 
@@ -286,7 +383,12 @@ class OpReferenceFinder(ScopedVisitor):
         names = self.names(node)
         if not OPS.isdisjoint(names):
             self.leak(node)
-        elif creates(names) or attaches(names) or (id(node) in self.arguments and names & LIBRARIES):
+        elif (
+            creates(names)
+            or attaches(names)
+            or not self.found.wrappers.keys().isdisjoint(names)
+            or (id(node) in self.arguments and names & LIBRARIES)
+        ):
             self.refuse(node, _PASSED_ON)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
@@ -295,20 +397,34 @@ class OpReferenceFinder(ScopedVisitor):
         if node.module == "torch.library" and not node.level and node.names[0].name == "*":
             self.refuse(node, _HIDDEN)
 
+    def visit_Return(self, node: ast.Return) -> None:
+        """A module's ``__getattr__`` hands out what importing from the module is known to give."""
+        if (
+            getattr(self.scope.node, "name", "") == "__getattr__"
+            and self.scope.parent is self.module.scope
+            and isinstance(node.value, ast.Name)
+            and node.value.id in self.module.scope.bindings
+        ):
+            self.accounted.add(id(node.value))
+        self.generic_visit(node)
+
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self.accounted.update(map(id, node.decorator_list))
         super().visit_FunctionDef(node)
 
 
-def _names_of_interest(scope: Scope, resolver: Resolver) -> Iterator[str]:
+def _names_of_interest(scope: Scope, resolver: Resolver, wrappers: Container[str]) -> Iterator[str]:
     """Names in a scope, and those within it, that stand for PyTorch's workings or for something in the package."""
     for name, bindings in scope.bindings.items():
         fulls = resolver.names(ast.Name(name, ast.Load()), scope)
-        if any(full.startswith(_INTEREST) or (resolver.is_own(full) and ":" not in full) for full in fulls):
+        if any(
+            full.startswith(_INTEREST) or (resolver.is_own(full) and ":" not in full) or full in wrappers
+            for full in fulls
+        ):
             yield name
         for binding in bindings:
             if isinstance(binding, ast.stmt):
-                yield from _names_of_interest(scope.module.within(binding, scope), resolver)
+                yield from _names_of_interest(scope.module.within(binding, scope), resolver, wrappers)
 
 
 def _words(names: Iterable[str]) -> re.Pattern[bytes]:
@@ -316,3 +432,17 @@ def _words(names: Iterable[str]) -> re.Pattern[bytes]:
     words = sorted({"ops", "_ops", "library", "_library", "_C", *names})
     alternatives = b"|".join(re.escape(word.encode("utf-8")) for word in words)
     return re.compile(rb"(?<![\w\x80-\xff])(?:%s)(?![\w\x80-\xff])" % alternatives)
+
+
+def _text(node: ast.expr) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def _argument(call: ast.Call, parameters: ast.arguments, name: str) -> ast.expr | None:
+    """The argument that a call gives a parameter; ``None`` where that cannot be told."""
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        return None
+    names = [parameter.arg for parameter in (*parameters.posonlyargs, *parameters.args)]
+    if name in names[: len(call.args)]:
+        return call.args[names.index(name)]
+    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)

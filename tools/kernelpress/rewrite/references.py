@@ -1,4 +1,4 @@
-"""What is found of operators in a file."""
+"""References to operators in a file, and places that cannot be followed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reference:
-    """The namespace of an operator as it stands in a file, at a range of bytes; ``creates`` where it is defined."""
+    """The namespace of an operator as it stands in a file, at a range of bytes; ``creates`` where it is defined.
+
+    ``exclusive`` is true for a ``Library`` of kind ``DEF``, of which PyTorch allows one for a namespace.
+    """
 
     start: int
     end: int
     namespace: str
     op: str | None = None
     creates: bool = False
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class Definition:
+    """An operator that a method of a ``Library`` defines, with the line of the call."""
+
+    line: int
+    namespace: str
+    op: str
 
 
 @dataclass(frozen=True)

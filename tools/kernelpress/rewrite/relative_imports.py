@@ -82,7 +82,7 @@ class _ImportVisitor(ScopedVisitor):
         where.append(Import(module, node.lineno, self.when[id(node)]))
 
     def relative(self, parts: tuple[str, ...]) -> str:
-        """How this file names a module of the kernel: always from the top, which holds for any two places."""
+        """The name by which this file imports a module: always from the top, which holds for any two places."""
         return "." * (self.depth + 1) + ".".join(parts)
 
     # import a.b.c as d ------------------------------------------------------------------------------------
@@ -112,6 +112,10 @@ class _ImportVisitor(ScopedVisitor):
             # `from . import name` gives an attribute of the package where there is one, without importing the module
             # of that name; `import package.name as` always imports it first.
             first = f"from {self.relative(place)} import __name__ as {alias.asname}"
+            if self.module_map.module_at(self.path) == alias.name.rpartition(".")[0]:
+                # What a package's own `__init__` binds is the very attribute that is read then. (torch.compile cannot
+                # trace `__import__`, so it is not for every import.)
+                first = f'__import__({_TOP} + ".{".".join(place)}")'
             return f"{first}; from {self.relative(place[:-1])} import {place[-1]} as {alias.asname}"
         top = alias.name.partition(".")[0]
         if top == self.module_map.package:
@@ -158,7 +162,7 @@ class _ImportVisitor(ScopedVisitor):
             self.edits.append(Edit(start, end, self.relative(place).encode("utf-8") + pad))
 
     def stays(self, node: ast.ImportFrom, place: tuple[str, ...]) -> bool:
-        """Whether a relative import names the same module in the kernel as it does in place."""
+        """True if a relative import names the same module in the kernel as it does in place."""
         if not node.level:
             return False
         folder = self.path.split("/")[:-1]

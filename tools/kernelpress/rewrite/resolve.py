@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterable
 
 from kernelpress.source.module_map import ModuleMap
+from kernelpress.syntax.expressions import text_pieces
 from kernelpress.syntax.scopes import Module, Scope
 from kernelpress.syntax.source_file import SourceFile
 
@@ -99,7 +100,7 @@ class Resolver:
         return self._names(binding, scope, known)
 
     def _members(self, fulls: Iterable[str], known: _Known | None) -> frozenset[str]:
-        """What full names stand for, those of the package looked up in its modules."""
+        """All that full names stand for, those of the package looked up in its modules."""
         known = {} if known is None else known
         members: set[str] = set()
         for full in fulls:
@@ -144,6 +145,25 @@ class Resolver:
                 break
             node, scope = following
         return node, scope
+
+    def text_pieces(self, node: ast.expr, scope: Scope) -> list[tuple[ast.expr, Scope]]:
+        """The expressions that give a text its value, in order, each with its scope, up to one that is no string."""
+        pieces: list[tuple[ast.expr, Scope]] = []
+        pending = [(node, scope)]
+        for _ in range(MOST_VARIABLES):
+            if not pending:
+                break
+            node, scope = self.constant(*pending.pop())
+            parts = text_pieces(node)
+            if parts != [node]:
+                pending += [(part, scope) for part in reversed(parts)]
+                continue
+            pieces.append((node, scope))
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                # What follows it is of use as it stands, to tell a namespace from a whole name.
+                pieces += pending[-1:]
+                break
+        return pieces
 
     def _one_step(self, node: ast.expr, scope: Scope) -> tuple[ast.expr, Scope] | None:
         if isinstance(node, ast.Name):

@@ -181,6 +181,12 @@ def _findings(analysis: Analysis, path: Path, own: set[str]) -> Iterator[Finding
             "KP305", "error", path, line, "a module of the project is named in a way that cannot be followed",
             'import it by a statement, or by importlib.import_module("its.name") alone',
         )  # fmt: skip
+    for line in analysis.module_names:
+        yield Finding(
+            "KP305", "warning", path, line,
+            "a module of the project is named in text, which stays as it is; in the build the module has another name",
+            "start the name with {__name__}, or give the module itself",
+        )  # fmt: skip
     for line in analysis.imports.unread:
         yield Finding(
             "KP305", "warning", path, line, "a module is imported by a name that is only known when the code runs",
@@ -193,14 +199,26 @@ def _name_conflicts(
 ) -> Iterator[Finding]:
     """Operators of one name in namespaces that become one."""
     first: dict[str, str] = {}
+    only = ""
     for analysis in analyses:
-        for ref in analysis.references:
-            if not (ref.creates and ref.op and ref.namespace in own):
-                continue
-            if first.setdefault(ref.op, ref.namespace) != ref.namespace:
+        path, text = paths[analysis.file.path], analysis.file.text
+        created = [ref for ref in analysis.references if ref.creates and ref.namespace in own]
+        defined = [(text.line_of(ref.start), ref.namespace, ref.op) for ref in created if ref.op]
+        defined += [(known.line, known.namespace, known.op) for known in analysis.definitions]
+        for line, namespace, op in sorted(defined):
+            if namespace in own and first.setdefault(op, namespace) != namespace:
                 yield Finding(
-                    "KP306", "error", paths[analysis.file.path], analysis.file.text.line_of(ref.start),
-                    f"operator {ref.op!r} is defined in {first[ref.op]!r} and in {ref.namespace!r}, which "
-                    "become one namespace in the build",
+                    "KP306", "error", path, line,
+                    f"operator {op!r} is defined in {first[op]!r} and in {namespace!r}, which become one namespace in "
+                    "the build",
                     "rename one of them",
+                )  # fmt: skip
+        for ref in created:
+            only = only or (ref.namespace if ref.exclusive else "")
+            if ref.exclusive and ref.namespace != only:
+                yield Finding(
+                    "KP306", "error", path, text.line_of(ref.start),
+                    f"a Library of kind DEF opens {only!r} and another one {ref.namespace!r}, which become one "
+                    "namespace in the build, where PyTorch allows a single one of that kind",
+                    'make this one a "FRAGMENT"',
                 )  # fmt: skip

@@ -94,7 +94,7 @@ def unpacks(call: ast.Call) -> bool:
     )
 
 
-def implements(call: ast.Call) -> bool:
-    """True if a ``Library`` is one for operators that exist."""
+def library_kind(call: ast.Call) -> str | None:
+    """The kind of a ``Library``, as far as it is written out: ``DEF``, ``FRAGMENT`` or ``IMPL``."""
     kinds = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "kind")]
-    return bool(kinds) and isinstance(kinds[0], ast.Constant) and kinds[0].value == "IMPL"
+    return str(kinds[0].value) if kinds and isinstance(kinds[0], ast.Constant) else None

@@ -43,7 +43,7 @@ class Named(NamedTuple):
 
 
 def may_name(data: bytes) -> bool:
-    """Whether a source may hold an expression that ``named`` knows."""
+    """True if a source may hold an expression that ``named`` knows."""
     return _MENTIONS.search(data) is not None
 
 

@@ -12,8 +12,9 @@ from kernelpress.syntax.source_file import SourceFile
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _REBINDING = re.compile(rb"\b(?:global|nonlocal)\b|:=")
-# The full name of an import, an expression, a function or class, or something that is only known at run time.
-Binding = str | ast.expr | ast.stmt | None
+# The full name of an import, an expression, a function or class, a parameter, or something that is only known at run
+# time.
+Binding = str | ast.expr | ast.stmt | ast.arg | None
 
 
 class Module:
@@ -94,9 +95,8 @@ class Scope:
         if isinstance(self.node, (*_FUNCTIONS, ast.Lambda)):
             arguments = self.node.args
             parameters = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-            for parameter in (*parameters, arguments.vararg, arguments.kwarg):
-                if parameter is not None:
-                    yield parameter.arg, None
+            yield from ((parameter.arg, parameter) for parameter in parameters)
+            yield from ((rest.arg, None) for rest in (arguments.vararg, arguments.kwarg) if rest is not None)
         assigned: set[int] = set()
         for node in _nodes(self.node):
             if isinstance(node, ast.Import):
