@@ -29,6 +29,7 @@ def find_other_uses(resolver: Resolver, operators: OpReferences, own: set[str]) 
     words = {
         match[1]
         for module in resolver.modules.values()
+        if any(name.encode() in module.file.data for name in own)
         for match in _ASSIGNED.finditer(module.file.data)
         if any(f"{quote}{name}".encode() in match[0] for name in own for quote in "\"'")
     }
