@@ -126,6 +126,7 @@ def test_modules_that_do_not_ship_are_all_named_with_their_lines(make_project):
         ("KP302", "core.py", 8), ("KP302", "core.py", 15),
     ]  # fmt: skip
     assert str(caught.value).count("\n") == 4
+    assert str(caught.value).endswith('; all of them: include = ["frame/tools/shape.py"]')
 
 
 def test_options_describe_a_package_as_the_table_does(make_project, tmp_path):

@@ -219,17 +219,19 @@ _ALL = (
         "An import that is caught where it fails, or that happens inside a function, is an optional integration: "
         "allowed, and listed by `kernelpress build`.",
         "Name the package in `python-depends` if upstream's list has it; else import it inside the function that "
-        "needs it.",
+        "needs it, or under `try` with `except ImportError`.",
     ),
     Rule(
         "KP304",
         "error",
         "names of operators can be read from the source",
         "The build gives operators a namespace of their own by rewriting their names. It follows a name through "
-        "variables that are assigned once, imports within the package, and variables that stand for `torch.ops`. It "
-        "cannot follow a name that is put together when the code runs or taken out of a table, nor `torch.ops` handed "
-        "on as a value; and what is neither a name nor an operator for certain is refused, too. A string that is an "
-        "operator's name, but is not handed to anything that is known to take one, is a warning: it stays.",
+        "variables that are assigned once, constants that begin a name (`f\"{NS}::op\"`), imports within the package, "
+        "functions that hand a parameter on to torch.library, and variables that stand for `torch.ops`. It cannot "
+        "follow a name that is only known when the code runs or taken out of a table, nor `torch.ops` handed on as a "
+        "value, nor a constant that names a namespace here and something else there. A string that is an operator's "
+        "name or a namespace, but is compared, looked up or handed to anything else, is a warning: it stays, and is "
+        "another name than the operator's in the build.",
         'Write `"namespace::operator"` out, give the operator itself, or use add_op_namespace_prefix from ._ops.',
     ),
     Rule(
@@ -238,7 +240,8 @@ _ALL = (
         "imports of the project can be followed",
         "A kernel has another name than the package it is made of, so `import_module`, `sys.modules` or "
         "`importlib.resources` with a name put together at run time look for a module that is not there. A name that "
-        "the build cannot read at all is a warning, as it may well be of another package.",
+        "the build cannot read at all is a warning, as it may well be of another package; so is a name of the package "
+        "in a text of code, a comparison with `__name__`, or what is patched or looked up by its dotted name.",
         'Import by a statement, by importlib.import_module("its.name"), or by a name that starts with {__name__}.',
     ),
     Rule(
@@ -254,7 +257,8 @@ _ALL = (
         "warning",
         "modules do not import each other in a circle at load",
         "Whether a circle of imports works depends on which of its modules is imported first; and in a kernel that "
-        "may be another one than in place.",
+        "may be another one than in place. Circles through a package's own `__init__`, which always comes first, are "
+        "left out.",
         "Move what both need into a third module, or import inside the function.",
     ),
     Rule(

@@ -11,16 +11,16 @@ from typing import Any
 
 from kernelpress.findings.model import Finding, Severity
 from kernelpress.lint.import_cycles import import_cycles
-from kernelpress.lint.python_version import newer_syntax
 from kernelpress.rewrite.rewrite import Rewritten
+from kernelpress.source.file import newer_syntax_finding
 from kernelpress.source.read import Source
 from kernelpress.spec.model import Spec
 from kernelpress.spec.validate import python_dependencies
 from kernelpress.syntax.execution import When
 from kernelpress.syntax.imports import Import, imported_modules
+from kernelpress.syntax.python_version import newer_syntax
 from kernelpress.syntax.source_file import SourceFile
 
-OLDEST_PYTHON = (3, 10)
 _ALLOWED = frozenset(("torch", "triton", *sys.stdlib_module_names))
 _LIMIT = 1_000_000
 _SECRETS = re.compile(
@@ -120,9 +120,8 @@ def _optional_modules(source: Source) -> frozenset[Path]:
 
 
 def _newer_syntax(files: Iterable[SourceFile]) -> Iterator[Finding]:
-    version = ".".join(map(str, OLDEST_PYTHON))
-    for file, line, message in newer_syntax(files, OLDEST_PYTHON):
-        yield Finding("KP301", "error", _at(file), line, message, f"write it as Python {version} reads it")
+    for file, line, message in newer_syntax(files):
+        yield newer_syntax_finding(file, line, message)
 
 
 def _modules_of(source: Source) -> dict[str, SourceFile]:

@@ -6,13 +6,14 @@ to edit therefore stays byte for byte the same, and no line moves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernelpress.findings.model import Finding, FindingsError
 from kernelpress.rewrite.analyze import Analysis, analyze
-from kernelpress.source.module_map import ModuleMap
+from kernelpress.source.module_map import ModuleMap, module_file
 from kernelpress.syntax.imports import Import
 from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused
 from kernelpress.syntax.text import Edit
@@ -97,6 +98,7 @@ def rewrite(files: Sequence[SourceFile], package: str | ModuleMap, package_dir: 
         path = paths[analysis.file.path]
         findings += sorted(_findings(analysis, path, own), key=lambda finding: finding.line or 0)
     findings += _name_conflicts(analyses, paths, own)
+    _list_missing_files(findings, analyses, package_dir.absolute().parents[module_map.package.count(".")])
     return Rewritten(
         files=tuple(RewrittenFile(analysis.file.path, _chunks(analysis, own)) for analysis in analyses),
         namespaces=tuple(sorted(own)),
@@ -107,6 +109,40 @@ def rewrite(files: Sequence[SourceFile], package: str | ModuleMap, package_dir: 
             for imported in analysis.imports.outside
         ),
     )
+
+
+def _list_missing_files(findings: list[Finding], analyses: Sequence[Analysis], root: Path) -> None:
+    """Let the last finding about a module that does not ship end with the files of all of them.
+
+    Args:
+        findings: The findings, one of which is replaced.
+        analyses: The package's files.
+        root: The directory that the first part of the package's name stands in.
+    """
+    modules = {
+        imported.module
+        for analysis in analyses
+        for imported in analysis.imports.missing
+        if imported.when in ("load", "call") and not imported.module.startswith(".")
+    }
+    # A name that an import takes may be a module's or one in it.
+    paths = {
+        module_file(root, name) or module_file(root, name.rpartition(".")[0] or name) for name in modules
+    }
+    files = sorted(
+        path.relative_to(root).as_posix()
+        for path in paths
+        # Of `from package import module` the module alone has to be listed.
+        if path is not None and not (path.name == "__init__.py" and _holds_another(path.parent, paths))
+    )
+    last = max((n for n, finding in enumerate(findings) if finding.code == "KP302"), default=None)
+    if last is not None and files:
+        fix = f"{findings[last].fix}; all of them: include = {json.dumps(files)}"
+        findings[last] = replace(findings[last], fix=fix)
+
+
+def _holds_another(folder: Path, paths: Iterable[Path | None]) -> bool:
+    return any(path is not None and folder in path.parents and path.name != "__init__.py" for path in paths)
 
 
 def _chunks(analysis: Analysis, own: set[str]) -> tuple[bytes, ...]:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from kernelpress.conventions import METADATA, OPS_MODULE, SIGNATURE
 from kernelpress.errors import SourceError
+from kernelpress.source.file import read_file
 from kernelpress.source.git import GitState, git_state
 from kernelpress.source.module_map import VENDOR, ModuleMap
 from kernelpress.source.vendor import vendor
 from kernelpress.spec.model import Spec
 from kernelpress.spec.pyproject import PYPROJECT, describes_kernel
-from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused, read_file
+from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused
 
 # Written into every variant by the build, so a source of that name would be lost without a word.
 _RESERVED = (METADATA, SIGNATURE)

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kernelpress.errors import SourceError
+from kernelpress.source.file import read_file
 from kernelpress.source.module_map import VENDOR, ModuleMap, module_file
 from kernelpress.syntax.imports import imported_modules
-from kernelpress.syntax.source_file import SourceFile, read_file
+from kernelpress.syntax.source_file import SourceFile
 
 _EMPTY = b""
 # The package stands at the kernel's top and not below its parents' names, so they give it to whoever asks for it there.

@@ -18,17 +18,18 @@ from ruff import find_ruff_bin  # type: ignore[import-untyped]
 from kernelpress.errors import BuildError, CheckError
 from kernelpress.syntax.source_file import SourceFile
 
+# A kernel must load on it.
+OLDEST_PYTHON = (3, 10)
 
-def newer_syntax(
-    files: Iterable[SourceFile], oldest: tuple[int, int]
-) -> Iterator[tuple[SourceFile, int, str]]:
-    """Each place where a Python file has syntax that the Python ``oldest`` does not know: file, line, message.
+
+def newer_syntax(files: Iterable[SourceFile]) -> Iterator[tuple[SourceFile, int, str]]:
+    """Each place where a Python file has syntax that ``OLDEST_PYTHON`` does not know: file, line, message.
 
     Raises:
         BuildError: There is no room for the copies that ruff reads.
         CheckError: Ruff cannot be run.
     """
-    version = ".".join(map(str, oldest))
+    version = ".".join(map(str, OLDEST_PYTHON))
     with TemporaryDirectory(prefix="kernelpress-") as folder:
         # Copies, because ruff must see what was read, and not what stands on the disk by now.
         copies = {
@@ -41,9 +42,9 @@ def newer_syntax(
                 Path(copy).write_bytes(file.data)
             except OSError as error:
                 raise BuildError(f"cannot be written: {error.strerror}", path=copy) from None
-        found = _ruff(folder, version) if copies else []
+        errors = _ruff(folder, version) if copies else []
     for line, path, message in sorted(
-        (entry["location"]["row"], entry["filename"], entry["message"]) for entry in found
+        (entry["location"]["row"], entry["filename"], entry["message"]) for entry in errors
     ):
         if f" on Python {version} (" in message:
             yield copies[path], line, f"{message[:1].lower()}{message[1:]}"
@@ -58,9 +59,9 @@ def _ruff(folder: str, version: str) -> list[dict[str, Any]]:
         "--select=E902", "--output-format=json", folder,
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+        process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         raise CheckError(f"ruff, which looks for newer syntax, cannot be run: {reason}") from None
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    errors: list[dict[str, Any]] = json.loads(process.stdout)
+    return errors
