@@ -1,4 +1,4 @@
-"""How fast the embedded Hub serves small files, and a cold ``get_kernel`` from it.
+"""Measures the embedded Hub: requests for small files a second, and a cold ``get_kernel``.
 
     python benchmarks/hub.py [--seconds S] [--connections N]
 

@@ -1,4 +1,4 @@
-"""What makes a commit pass or fail alike wherever it is tested: the same examples, and patience with a busy machine.
+"""Settings that make a commit pass or fail alike wherever it is tested: the same examples, patience with busy machines.
 
 ``make fuzz`` looks for new examples.
 """

@@ -27,13 +27,13 @@ def import_cycles(modules: Mapping[str, SourceFile]) -> Iterator[tuple[str, ...]
 def _shortest_cycle(start: str, graph: Mapping[str, Mapping[str, None]]) -> tuple[str, ...]:
     """Modules from one on, each of which imports the next, and the last one the first."""
     routes: list[tuple[str, ...]] = [(start,)]
-    seen = {start}
+    visited = {start}
     for route in routes:
         for target in graph[route[-1]]:
             if target == start:
                 return route
-            if target not in seen:
-                seen.add(target)
+            if target not in visited:
+                visited.add(target)
                 routes.append((*route, target))
     raise AssertionError(f"{start} is in no circle")
 
@@ -53,10 +53,10 @@ def _imported_when_loaded(module: str, modules: Mapping[str, SourceFile]) -> dic
 def _reachable(module: str, graph: Mapping[str, Mapping[str, None]]) -> dict[str, None]:
     """Modules that a module imports, directly or through others, in the order in which they are met."""
     pending = list(graph[module])
-    seen: dict[str, None] = {}
+    visited: dict[str, None] = {}
     while pending:
         target = pending.pop(0)
-        if target not in seen:
-            seen[target] = None
+        if target not in visited:
+            visited[target] = None
             pending.extend(graph[target])
-    return seen
+    return visited

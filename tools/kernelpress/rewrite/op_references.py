@@ -94,23 +94,23 @@ def find_op_references(resolver: Resolver) -> OpReferences:
     uses = -1
     # A function's callers may stand before it, and be such functions themselves.
     while uses != (uses := sum(len(wrapper.uses) for wrapper in wrappers.values())):
-        found = OpReferences(wrappers=wrappers)
+        collected = OpReferences(wrappers=wrappers)
         for module in resolver.modules.values():
-            OpReferenceFinder(module, resolver, found).visit(module.file.tree)
-    for full in wrappers.keys() - found.called:
+            OpReferenceFinder(module, resolver, collected).visit(module.file.tree)
+    for full in wrappers.keys() - collected.called:
         for (_, use), (path, line) in wrappers[full].uses.items():
             reason = _RUN_TIME_OPERATOR if use.kind == "operator" else _RUN_TIME_NAMESPACE
-            found.problems.setdefault(path, []).append(Problem(line, *reason))
-    return found
+            collected.problems.setdefault(path, []).append(Problem(line, *reason))
+    return collected
 
 
 class OpReferenceFinder(ScopedVisitor):
     """Collects the references that one module makes, which may be to constants of others."""
 
-    def __init__(self, module: Module, resolver: Resolver, found: OpReferences) -> None:
+    def __init__(self, module: Module, resolver: Resolver, collected: OpReferences) -> None:
         super().__init__(module)
         self.resolver = resolver
-        self.found = found
+        self.collected = collected
         self.text = module.file.text
         # Expressions that stand for `torch.ops` or for a function that defines operators, where that is no leak.
         self.accounted: set[int] = set()
@@ -118,7 +118,7 @@ class OpReferenceFinder(ScopedVisitor):
         self.arguments: set[int] = set()
 
         self.words = (
-            None if module.stars else _words(_names_of_interest(module.scope, resolver, found.wrappers))
+            None if module.stars else _words(_names_of_interest(module.scope, resolver, collected.wrappers))
         )
 
     def visit(self, node: ast.AST) -> None:
@@ -145,7 +145,7 @@ class OpReferenceFinder(ScopedVisitor):
         return any(
             name.startswith("torch.ops.")
             or creates((called := name.partition("("))[:1])
-            or called[0] in self.found.wrappers
+            or called[0] in self.collected.wrappers
             or not (called[1] or self.resolver.is_own(name) or name.startswith("builtins."))
             or "_ops" in name.split(".")[:-1]
             for name in self.resolver.names(node, scope)
@@ -160,10 +160,10 @@ class OpReferenceFinder(ScopedVisitor):
     # What is noted -------------------------------------------------------------------------------------------
 
     def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
-        self.found.problems.setdefault(self.module.file.path, []).append(Problem(node.lineno, *reason))
+        self.collected.problems.setdefault(self.module.file.path, []).append(Problem(node.lineno, *reason))
 
     def leak(self, node: ast.expr | ast.stmt) -> None:
-        self.found.leaked_ops.setdefault(self.module.file.path, []).append(node.lineno)
+        self.collected.leaked_ops.setdefault(self.module.file.path, []).append(node.lineno)
 
     def refuse_unresolved(self, name: ast.expr, scope: Scope, reason: tuple[str, str]) -> None:
         """Refuse a name that cannot be resolved, or that can in another module alone."""
@@ -174,24 +174,24 @@ class OpReferenceFinder(ScopedVisitor):
             reason = message.format(name=shown), fix
         self.refuse(name, reason)
 
-    def reference(self, asked: ast.expr, literal: ast.expr, scope: Scope, reference: Reference) -> None:
-        """Note a namespace that a literal begins with; ``asked`` is where this module needs it."""
+    def reference(self, expression: ast.expr, literal: ast.expr, scope: Scope, reference: Reference) -> None:
+        """Note a namespace that a literal begins with; ``expression`` is where this module needs it."""
         file = scope.module.file
-        self.found.named.update(map(id, ast.walk(asked)))
-        if asked is not literal and _text(literal) == reference.namespace:
-            self.found.namespaces.add(id(literal))
+        self.collected.named.update(map(id, ast.walk(expression)))
+        if expression is not literal and _text(literal) == reference.namespace:
+            self.collected.namespaces.add(id(literal))
         start = file.text.literal(literal, reference.namespace)
         if start is not None:
             end = start + len(reference.namespace.encode("utf-8"))
-            references = self.found.references.setdefault(file.path, set())
+            references = self.collected.references.setdefault(file.path, set())
             references.add(replace(reference, start=start, end=end))
         elif scope.module is self.module:
             self.refuse(literal, _IN_PIECES)
         else:
-            self.refuse_unresolved(asked, scope, _IN_PIECES)
+            self.refuse_unresolved(expression, scope, _IN_PIECES)
 
     def literal_operator(
-        self, asked: ast.expr, pieces: list[tuple[ast.expr, Scope]], *, creates: bool
+        self, expression: ast.expr, pieces: list[tuple[ast.expr, Scope]], *, creates: bool
     ) -> bool:
         """Note a text that begins with ``namespace::``; false where it is something else."""
         literals = list(takewhile(lambda piece: _text(piece[0]) is not None, pieces))
@@ -201,43 +201,45 @@ class OpReferenceFinder(ScopedVisitor):
         if not (colons and namespace.isidentifier()):
             return False
         op = re.match(r"\w+", rest)
-        self.reference(asked, *literals[0], Reference(0, 0, namespace, op[0] if op else None, creates))
+        self.reference(expression, *literals[0], Reference(0, 0, namespace, op[0] if op else None, creates))
         return True
 
-    def operator(self, asked: ast.expr, *, creates: bool, strict: bool = True) -> None:
+    def operator(self, expression: ast.expr, *, creates: bool, strict: bool = True) -> None:
         """Note an expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
-        pieces = self.resolver.text_pieces(asked, self.scope)
-        if self.literal_operator(asked, pieces, creates=creates) or is_library(self.names(asked)):
+        pieces = self.resolver.text_pieces(expression, self.scope)
+        if self.literal_operator(expression, pieces, creates=creates) or is_library(self.names(expression)):
             return
-        node, scope = pieces[0] if pieces else (asked, self.scope)
+        node, scope = pieces[0] if pieces else (expression, self.scope)
         if isinstance(node, ast.Call) and self.is_helper(node, scope):
             return
-        if not creates and (self.is_operator(asked, self.scope) or (not strict and not is_text(asked))):
+        if not creates and (
+            self.is_operator(expression, self.scope) or (not strict and not is_text(expression))
+        ):
             return
         if len(pieces) == 1:
-            wrapped = self.wrapped(asked, node, scope, Wrapped("operator", creates, strict))
+            wrapped = self.wrapped(expression, node, scope, Wrapped("operator", creates, strict))
         else:
             colons = len(pieces) == 2 and (_text(pieces[1][0]) or "").startswith("::")
-            wrapped = colons and self.wrapped(asked, node, scope, Wrapped("namespace", creates))
+            wrapped = colons and self.wrapped(expression, node, scope, Wrapped("namespace", creates))
         if not wrapped:
-            self.refuse_unresolved(asked, scope, _RUN_TIME_OPERATOR)
+            self.refuse_unresolved(expression, scope, _RUN_TIME_OPERATOR)
 
-    def namespace(self, asked: ast.expr, *, creates: bool, exclusive: bool = False) -> None:
+    def namespace(self, expression: ast.expr, *, creates: bool, exclusive: bool = False) -> None:
         """Note an expression whose value is a namespace."""
-        node, scope = self.resolver.constant(asked, self.scope)
+        node, scope = self.resolver.constant(expression, self.scope)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            self.reference(asked, node, scope, Reference(0, 0, node.value, None, creates, exclusive))
+            self.reference(expression, node, scope, Reference(0, 0, node.value, None, creates, exclusive))
         elif not (
             any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node))
-            or self.wrapped(asked, node, scope, Wrapped("namespace", creates, exclusive=exclusive))
+            or self.wrapped(expression, node, scope, Wrapped("namespace", creates, exclusive=exclusive))
         ):
-            self.refuse_unresolved(asked, scope, _RUN_TIME_NAMESPACE)
+            self.refuse_unresolved(expression, scope, _RUN_TIME_NAMESPACE)
 
-    def unqualified(self, asked: ast.expr) -> None:
+    def unqualified(self, expression: ast.expr) -> None:
         """Note the name of an operator that a ``Library`` takes, which may have a namespace."""
-        self.literal_operator(asked, self.resolver.text_pieces(asked, self.scope), creates=False)
+        self.literal_operator(expression, self.resolver.text_pieces(expression, self.scope), creates=False)
 
-    def definition(self, call: ast.Call, asked: ast.expr) -> None:
+    def definition(self, call: ast.Call, expression: ast.expr) -> None:
         """Note the operator that a ``Library`` defines, where its namespace and its schema are written out."""
         method, scope = self.resolver.constant(call.func, self.scope)
         if not (isinstance(method, ast.Attribute) and method.attr == "define"):
@@ -245,15 +247,15 @@ class OpReferenceFinder(ScopedVisitor):
         library, scope = self.resolver.constant(method.value, scope)
         name = naming_argument(library) if isinstance(library, ast.Call) else None
         namespaces = self.resolver.text_pieces(name, scope) if name else []
-        schemas = self.resolver.text_pieces(asked, self.scope)
+        schemas = self.resolver.text_pieces(expression, self.scope)
         op = re.match(r"\w+(?:\.\w+)?", (_text(schemas[0][0]) or "").rpartition("::")[2]) if schemas else None
         if op and len(namespaces) == 1 and (namespace := _text(namespaces[0][0])):
             definition = Definition(call.lineno, namespace, op[0])
-            self.found.definitions.setdefault(self.module.file.path, []).append(definition)
+            self.collected.definitions.setdefault(self.module.file.path, []).append(definition)
 
     # Functions of the package around those of PyTorch ----------------------------------------------------------
 
-    def wrapped(self, asked: ast.expr, name: ast.expr, scope: Scope, use: Wrapped) -> bool:
+    def wrapped(self, expression: ast.expr, name: ast.expr, scope: Scope, use: Wrapped) -> bool:
         """Note a parameter of a function that is used as a name, which its callers give; false for all else."""
         if not isinstance(name, ast.Name) or (binding := scope.lookup(name.id)) is None:
             return False
@@ -269,15 +271,15 @@ class OpReferenceFinder(ScopedVisitor):
         ):
             return False
         full = f"{holder.module.name}:{function.name}"
-        place = self.module.file.path, asked.lineno
-        wrapper = self.found.wrappers.setdefault(full, Wrapper(function, {}))
+        place = self.module.file.path, expression.lineno
+        wrapper = self.collected.wrappers.setdefault(full, Wrapper(function, {}))
         wrapper.uses.setdefault((bindings[0].arg, use), place)
         return True
 
     def call_of_wrapper(self, call: ast.Call, full: str) -> None:
         """Note what a call of a function that passes its argument on as a name gives it."""
-        self.found.called.add(full)
-        wrapper = self.found.wrappers[full]
+        self.collected.called.add(full)
+        wrapper = self.collected.wrappers[full]
         for parameter, use in list(wrapper.uses):
             argument = _argument(call, wrapper.function.args, parameter)
             if argument is None:
@@ -300,7 +302,7 @@ class OpReferenceFinder(ScopedVisitor):
                 self.leak(node)
         elif any(name.startswith("torch.") for name in called):
             self.call_of_torch(node, called)
-        for full in called & self.found.wrappers.keys():
+        for full in called & self.collected.wrappers.keys():
             self.call_of_wrapper(node, full)
         if not called & _TYPE_CHECKS:
             self.arguments.update(map(id, node.args))
@@ -369,7 +371,7 @@ class OpReferenceFinder(ScopedVisitor):
             # Python takes letters for others that look alike.
             self.refuse(node, _IN_PIECES)
         else:
-            references = self.found.references.setdefault(self.module.file.path, set())
+            references = self.collected.references.setdefault(self.module.file.path, set())
             references.add(Reference(start, end, node.attr))
 
     def visit_Name(self, node: ast.Name) -> None:
@@ -386,7 +388,7 @@ class OpReferenceFinder(ScopedVisitor):
         elif (
             creates(names)
             or attaches(names)
-            or not self.found.wrappers.keys().isdisjoint(names)
+            or not self.collected.wrappers.keys().isdisjoint(names)
             or (id(node) in self.arguments and names & LIBRARIES)
         ):
             self.refuse(node, _PASSED_ON)

@@ -122,11 +122,11 @@ class _ImportVisitor(ScopedVisitor):
             # No relative import binds the package itself; `__import__` returns it once the rest is imported.
             rest = f' + ".{".".join(place)}"' if place else ""
             return f"{top} = __import__({_TOP}{rest})"
-        wanted = [".".join(place)] * bool(place)
+        modules = [".".join(place)] * bool(place)
         if self.module_map.owns(alias.name):
-            wanted.append(f"{VENDOR}.{self.module_map.package.rpartition('.')[0]}")
-        wanted.append(f"{VENDOR}.{top}")
-        names = ", ".join(f'".{name}"' for name in wanted)
+            modules.append(f"{VENDOR}.{self.module_map.package.rpartition('.')[0]}")
+        modules.append(f"{VENDOR}.{top}")
+        names = ", ".join(f'".{name}"' for name in modules)
         return f'{top} = [__import__({_TOP} + n, None, None, ["__name__"]) for n in ({names},)][-1]'
 
     # from a.b import c ------------------------------------------------------------------------------------
@@ -241,14 +241,14 @@ class _ImportVisitor(ScopedVisitor):
 
     def by_name(self, node: ast.expr) -> None:
         self.generic_visit(node)
-        found = named(node, lambda name: self.resolver.names(name, self.scope))
-        if found is None:
+        named_module = named(node, lambda name: self.resolver.names(name, self.scope))
+        if named_module is None:
             return
-        rebound = isinstance(found.name, ast.Name) and found.name.id in self.module.rebound
-        for value in readings(found.name, self.scope):
-            self.read_name(node, value, found, alone=found.alone and not rebound)
+        rebound = isinstance(named_module.name, ast.Name) and named_module.name.id in self.module.rebound
+        for value in readings(named_module.name, self.scope):
+            self.read_name(node, value, named_module, alone=named_module.alone and not rebound)
 
-    def read_name(self, node: ast.expr, name: ast.expr, found: Named, *, alone: bool) -> None:
+    def read_name(self, node: ast.expr, name: ast.expr, named_module: Named, *, alone: bool) -> None:
         """Note one expression that a module's name may be read from; ``alone`` as in ``Named``."""
         literal, text = first_literal(name) or (None, "")
         own = text.partition(".")[0] in self.module_map.tops
@@ -256,7 +256,7 @@ class _ImportVisitor(ScopedVisitor):
             if own:
                 # A variable is given the new name wherever it gets its value.
                 self.own_by_name(node, text, name if alone else None)
-            elif found.does == "import" and text:
+            elif named_module.does == "import" and text:
                 # Without a name it is the package itself, by a level.
                 self.note(self.outside, text, node)
         elif literal is not None and not text.startswith(("{", "%")):
@@ -267,7 +267,7 @@ class _ImportVisitor(ScopedVisitor):
             for part in ast.walk(name)
         ):
             self.unknown.append(node.lineno)
-        elif found.does == "import" and not isinstance(name, ast.Constant):
+        elif named_module.does == "import" and not isinstance(name, ast.Constant):
             names = {part.id for part in ast.walk(name) if isinstance(part, ast.Name)}
             if names.isdisjoint(("__name__", "__package__")) and node.lineno not in self.unread:
                 self.unread.append(node.lineno)

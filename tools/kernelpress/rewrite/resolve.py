@@ -12,7 +12,7 @@ from kernelpress.syntax.source_file import SourceFile
 
 # Variables that one expression's value may go through; one that goes through more is not known.
 MOST_VARIABLES = 200
-_Known = dict[tuple[int, str], frozenset[str]]
+_Partial = dict[tuple[int, str], frozenset[str]]
 
 
 class Resolver:
@@ -41,67 +41,67 @@ class Resolver:
         """Full names of all that an expression may stand for, as far as they are known."""
         return self._names(node, scope, None)
 
-    def _names(self, node: ast.AST, scope: Scope, known: _Known | None) -> frozenset[str]:
+    def _names(self, node: ast.AST, scope: Scope, partial: _Partial | None) -> frozenset[str]:
         if isinstance(node, ast.Name):
-            return self._variable(node.id, scope, known)
+            return self._variable(node.id, scope, partial)
         if isinstance(node, ast.Attribute):
-            bases = self._names(node.value, scope, known)
-            return self._members((f"{base}.{node.attr}" for base in bases), known) if bases else bases
+            bases = self._names(node.value, scope, partial)
+            return self._members((f"{base}.{node.attr}" for base in bases), partial) if bases else bases
         if isinstance(node, ast.Call):
-            called = self._names(node.func, scope, known)
+            called = self._names(node.func, scope, partial)
             if "builtins.getattr" in called and len(node.args) > 1:
-                return self._getattr(node, scope, known)
+                return self._getattr(node, scope, partial)
             return frozenset(f"{name}()" for name in called)
         return frozenset()
 
-    def _getattr(self, call: ast.Call, scope: Scope, known: _Known | None) -> frozenset[str]:
+    def _getattr(self, call: ast.Call, scope: Scope, partial: _Partial | None) -> frozenset[str]:
         attribute = call.args[1].value if isinstance(call.args[1], ast.Constant) else None
         if not isinstance(attribute, str):
             return frozenset()
-        bases = self._names(call.args[0], scope, known)
-        return self._members((f"{base}.{attribute}" for base in bases), known)
+        bases = self._names(call.args[0], scope, partial)
+        return self._members((f"{base}.{attribute}" for base in bases), partial)
 
-    def _variable(self, name: str, scope: Scope, known: _Known | None) -> frozenset[str]:
-        found = scope.lookup(name)
-        if found is None:
-            stars = self._members((f"{star}.{name}" for star in scope.module.stars), known)
+    def _variable(self, name: str, scope: Scope, partial: _Partial | None) -> frozenset[str]:
+        bound = scope.lookup(name)
+        if bound is None:
+            stars = self._members((f"{star}.{name}" for star in scope.module.stars), partial)
             # What nothing binds but PyTorch is called by came with an import of everything.
             return stars | {"torch" if name == "torch" else f"builtins.{name}"}
-        holder, bindings = found
+        holder, bindings = bound
         key = id(holder), name
         if key in self._resolved:
             return self._resolved[key]
         # Once for each variable: what is assigned over and over from one another would take forever.
-        first, known = known is None, {} if known is None else known
-        if key not in known:
-            known[key] = frozenset()
-            if len(known) > MOST_VARIABLES:
-                return known[key]
+        outermost, partial = partial is None, {} if partial is None else partial
+        if key not in partial:
+            partial[key] = frozenset()
+            if len(partial) > MOST_VARIABLES:
+                return partial[key]
             for binding in bindings:
-                known[key] |= self._binding(binding, name, holder, known)
-        if first:
-            self._resolved[key] = known[key]
-        return known[key]
+                partial[key] |= self._binding(binding, name, holder, partial)
+        if outermost:
+            self._resolved[key] = partial[key]
+        return partial[key]
 
     def _binding(
-        self, binding: str | ast.AST | None, name: str, scope: Scope, known: _Known
+        self, binding: str | ast.AST | None, name: str, scope: Scope, partial: _Partial
     ) -> frozenset[str]:
         if binding is None:
             return frozenset()
         if isinstance(binding, str):
-            return self._members((binding,), known)
+            return self._members((binding,), partial)
         decorators = getattr(binding, "decorator_list", ())
         if decorators:
             return frozenset(
-                f"{full}()" for decorator in decorators for full in self._names(decorator, scope, known)
+                f"{full}()" for decorator in decorators for full in self._names(decorator, scope, partial)
             )
         if isinstance(binding, ast.stmt):
             return frozenset((f"{scope.module.name}:{name}",))
-        return self._names(binding, scope, known)
+        return self._names(binding, scope, partial)
 
-    def _members(self, fulls: Iterable[str], known: _Known | None) -> frozenset[str]:
+    def _members(self, fulls: Iterable[str], partial: _Partial | None) -> frozenset[str]:
         """All that full names stand for, those of the package looked up in its modules."""
-        known = {} if known is None else known
+        partial = {} if partial is None else partial
         members: set[str] = set()
         for full in fulls:
             located = self.locate(full)
@@ -109,15 +109,15 @@ class Resolver:
                 members.add(full)
                 continue
             scope, name, rest = located
-            if (id(scope), f"*{name}") in known:
+            if (id(scope), f"*{name}") in partial:
                 continue
-            known[id(scope), f"*{name}"] = frozenset()
-            bases = self._variable(name, scope, known)
-            del known[id(scope), f"*{name}"]
+            partial[id(scope), f"*{name}"] = frozenset()
+            bases = self._variable(name, scope, partial)
+            del partial[id(scope), f"*{name}"]
             if name not in scope.bindings:
                 bases -= {f"builtins.{name}"}
             if rest and bases:
-                members |= self._members((f"{base}.{rest}" for base in bases), known)
+                members |= self._members((f"{base}.{rest}" for base in bases), partial)
             else:
                 members |= bases or {full}
         return frozenset(members)
@@ -167,11 +167,11 @@ class Resolver:
 
     def _one_step(self, node: ast.expr, scope: Scope) -> tuple[ast.expr, Scope] | None:
         if isinstance(node, ast.Name):
-            found = scope.lookup(node.id)
-            if found is None:
+            bound = scope.lookup(node.id)
+            if bound is None:
                 sources = [f"{star}.{node.id}" for star in scope.module.stars]
             else:
-                holder, bindings = found
+                holder, bindings = bound
                 if len(bindings) != 1:
                     return None
                 if isinstance(bindings[0], ast.expr):

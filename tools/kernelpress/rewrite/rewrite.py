@@ -240,7 +240,9 @@ def _name_conflicts(
         path, text = paths[analysis.file.path], analysis.file.text
         created = [ref for ref in analysis.references if ref.creates and ref.namespace in own]
         defined = [(text.line_of(ref.start), ref.namespace, ref.op) for ref in created if ref.op]
-        defined += [(known.line, known.namespace, known.op) for known in analysis.definitions]
+        defined += [
+            (definition.line, definition.namespace, definition.op) for definition in analysis.definitions
+        ]
         for line, namespace, op in sorted(defined):
             if namespace in own and first.setdefault(op, namespace) != namespace:
                 yield Finding(

@@ -48,7 +48,7 @@ def find_mentions(
         registers = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in LIBRARY_METHODS
         for expression, namespace in (*_named_namespaces(node), *_in_code(node, in_code)):
             start, end = text.span(expression)
-            if not any(start <= known < end for known in starts):
+            if not any(start <= resolved < end for resolved in starts):
                 mentions.add(Mention(expression.lineno, namespace, registers))
     return tuple(sorted(mentions, key=lambda mention: (mention.line, mention.namespace)))
 

@@ -87,7 +87,7 @@ def _in_call(call: ast.Call, called: frozenset[str]) -> Named | None:
 def _argument(call: ast.Call, position: int, *keywords: str) -> ast.expr | None:
     if len(call.args) > position:
         return call.args[position]
-    return next((each.value for each in call.keywords if each.arg in keywords), None)
+    return next((keyword.value for keyword in call.keywords if keyword.arg in keywords), None)
 
 
 def readings(name: ast.expr, scope: Scope) -> list[ast.expr]:
@@ -95,7 +95,7 @@ def readings(name: ast.expr, scope: Scope) -> list[ast.expr]:
 
     Those are all that a variable is assigned; of what else binds a variable, such as a loop, nothing is known.
     """
-    found = scope.lookup(name.id) if isinstance(name, ast.Name) else None
-    bindings = found[1] if found else [None]
+    located = scope.lookup(name.id) if isinstance(name, ast.Name) else None
+    bindings = located[1] if located else [None]
     assigned = [binding for binding in bindings if isinstance(binding, ast.expr)]
     return assigned if len(assigned) == len(bindings) else [*assigned, name]

@@ -89,7 +89,7 @@ class Scope:
             bindings.setdefault(name, []).append(binding)
         for name in self.module.rebound & bindings.keys():
             bindings[name].append(None)
-        return {name: found for name, found in bindings.items() if name not in elsewhere}
+        return {name: values for name, values in bindings.items() if name not in elsewhere}
 
     def _bindings(self, elsewhere: set[str]) -> Iterator[tuple[str, Binding]]:
         if isinstance(self.node, (*_FUNCTIONS, ast.Lambda)):

@@ -67,7 +67,7 @@ def preupload(request: Request, body: Body) -> Response:
 
 
 def _content_id(info: PathInfo) -> str | None:
-    """What the client compares a file's content with, to leave out what has not changed."""
+    """The id by which the client tells whether a file's content has changed."""
     if not info.entry.is_file:
         return None
     return info.entry.oid if info.large is None else info.large.sha256

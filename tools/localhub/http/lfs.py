@@ -181,7 +181,7 @@ def _signature(hub: Hub, repo: RepoId, claim: str, caller: Caller) -> str:
 
 
 def _permitted(request: Request, verb: str) -> tuple[Target, LargeFile, int]:
-    """What an address is for, if whom it was given to may still do that.
+    """The purpose of a signed address, if whoever got it still has the permission.
 
     Raises:
         Problem: 4xx for an address that is none, or was given to somebody who may not do this any more.

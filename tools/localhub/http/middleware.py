@@ -1,4 +1,4 @@
-"""What happens to every request before its route, and to every answer after it."""
+"""Steps before every request's route and after every answer."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def _merge_operations(
 
 
 def _own_lines(git: Repository, entry: TreeEntry | None) -> str:
-    """What people wrote into ``.gitattributes``."""
+    """The lines of ``.gitattributes`` that people wrote."""
     data = git.head(entry.oid, attributes.MAX_BYTES) if entry is not None and entry.is_file else b""
     text = data.decode("utf-8", "surrogateescape")
     return attributes.with_patterns(text, attributes.patterns(text), set())

@@ -176,7 +176,7 @@ def _private_in_body(body: Body) -> bool:
 def _expanded(
     request: Request, info: dict[str, object], target: Target, commit: str, *, full: bool
 ) -> dict[str, object]:
-    """What a request asks for of a repository's description: its ``expand``, or all with the files if ``full``."""
+    """The fields of a description that a request asks for: ``expand``, or all with the files if ``full``."""
     query = request.query_params
     properties = {*query.getlist("expand"), *query.getlist("expand[]")}
     unknown = sorted(properties - {*info, "siblings"})
