@@ -29,8 +29,8 @@ lint: $(VENV)/.ready
 	$(BIN)/zizmor --quiet --offline .github/workflows
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-# A file is one worker's: its fixtures are made once, and what ran in it before a test is the same in every run. The files
-# with the longest tests come first as it is.
+# A file is one worker's: its fixtures are made once, and what ran in it before a test is the same in every run. The longest come
+# first (tests/conftest.py).
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -9,6 +9,7 @@ import inspect
 import os
 
 import httpx2
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
@@ -50,3 +51,8 @@ _shared.connect = _shared.read = _shared.write = _shared.pool = _PATIENCE
 # Threads that wait for one another spin by default: fast where each has a core, and several times slower where two
 # workers, or other work, share the cores. libgomp reads this when torch is imported, here and in processes of tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files of the kernel package, the longest, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: "scattermoe_lora" not in item.path.parts)
