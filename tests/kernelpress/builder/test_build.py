@@ -42,6 +42,20 @@ def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+@pytest.mark.parametrize(
+    "backends", ['["cuda", "rocm", "xpu"]', '["rocm", "cuda", "xpu"]', '["cpu", "cuda"]']
+)
+def test_the_universal_variant_depends_on_the_kernels_that_every_backend_does(make_kernel, backends):
+    root = make_kernel()
+    general = 'kernel-depends = [{ repo-id = "org/shared", version = 1 }]\n'
+    cuda = '[general.cuda]\nkernel-depends = [{ repo-id = "org/cuda-only", version = 1 }]\n\n'
+    text = (root / "build.toml").read_text().replace('["cpu", "cuda"]', f"{backends}\n{general}")
+    (root / "build.toml").write_text(text.replace("[general.hub]", f"{cuda}[general.hub]"))
+    variants = {variant.name: variant for variant in make(root).variants}
+    (metadata,) = (file for file in variants["torch-universal"].files if file.path == "metadata.json")
+    assert json.loads(metadata.data)["kernel-depends"] == [{"repo-id": "org/shared", "version": 1}]
+
+
 def test_each_backend_is_flat_and_the_universal_variant_nested(make_kernel):
     kernel = make(make_kernel())
     assert [variant.name for variant in kernel.variants] == ["torch-cpu", "torch-cuda", "torch-universal"]

@@ -60,6 +60,17 @@ def test_a_secret_in_the_card_never_leaves_the_machine(make_kernel, api, repo):
     assert not api.repo_exists(repo, repo_type="kernel")
 
 
+@pytest.mark.parametrize(
+    "address", [f"https://me:{SECRET}@example.org/kernel", "https://me:word@example.org/kernel"]
+)
+def test_a_secret_in_the_description_never_leaves_the_machine(make_kernel, api, repo, address):
+    root = make_kernel()
+    edit(root, "build.toml", "edition = 5\n", f'edition = 5\nsource = "{address}"\n')
+    with pytest.raises(RefusedError, match=r"build\.toml: KP104"):
+        publish(make(root), repo, api)
+    assert not api.repo_exists(repo, repo_type="kernel")
+
+
 def test_a_plan_names_faults_of_the_sources_and_what_force_overrides(make_kernel, api, repo):
     root = make_kernel()
     publish(make(root), repo, api)

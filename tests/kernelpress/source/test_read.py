@@ -66,6 +66,10 @@ def test_only_what_ships_is_read_and_in_order(make_kernel):
             f"{OPS}\n\n@torch.library.custom_op('a::b', mutates_args=())\ndef _b(x: int) -> int: ...\n",
         ),
         ("_ops.py", f"{OPS}EPSILON = 1e-6\n"),
+        # Operators that only this import would register.
+        ("_ops.py", f"from . import twice\n{OPS}"),
+        ("_ops.py", f"import demo_kernel.twice\n{OPS}"),
+        ("_ops.py", OPS.replace("ops = torch.ops", "ops = make_ops() or torch.ops")),
         ("_ops/__init__.py", ""),
         ("_ops/norm.py", ""),
     ],

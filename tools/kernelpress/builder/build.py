@@ -85,9 +85,14 @@ def _variants(spec: Spec, source: Source, rewritten: Rewritten, digest: str) -> 
         return
     # The loader's parser knows no backend of this name, though it loads such a variant everywhere.
     stand_in = next((backend for backend in spec.backends if backend.name == "cpu"), spec.backends[0])
-    # Packages that one backend of several needs must not keep the others from loading it.
+    # Packages and kernels that one backend of several needs must not keep the others from loading it.
     python_depends = stand_in.python_depends if len(spec.backends) == 1 else ()
-    stand_in = BackendSpec(stand_in.name, (), stand_in.kernel_depends, None)
+    kernel_depends = tuple(
+        dependency
+        for dependency in stand_in.kernel_depends
+        if all(dependency in backend.kernel_depends for backend in spec.backends)
+    )
+    stand_in = BackendSpec(stand_in.name, (), kernel_depends, None)
     namespace = f"_{spec.python_name}_{UNIVERSAL}_{digest}"
     # Nested, because that is the only form that older loaders find, and they read this variant alone.
     files = {f"{spec.python_name}/{path}": data for path, data in _package(rewritten, namespace).items()}

@@ -39,7 +39,7 @@ def publish(
     """Build a kernel, put it on its version's branch of the Hub, and use it from there as a consumer would.
 
     Exit status: 0 published (or a dry run that found something to do), 3 nothing to do, 4 refused by a rule or
-    because somebody else was faster, 1 failed, 2 wrong usage.
+    because somebody else was faster, 1 failed (so does what cannot be built), 2 wrong usage.
     """
     from kernelpress.builder.build import build
     from kernelpress.hub.client import hub

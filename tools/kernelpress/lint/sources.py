@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from kernelpress.findings.model import Finding, Severity
 from kernelpress.lint.import_cycles import import_cycles
@@ -47,6 +49,7 @@ def lint(source: Source, rewritten: Rewritten, spec: Spec) -> list[Finding]:
         *_newer_syntax(source.files),
         *_import_cycles(source),
         *_contents(source, spec.root / "CARD.md"),
+        *_described(spec),
     ]
 
 
@@ -161,6 +164,19 @@ def _contents(source: Source, card: Path) -> Iterator[Finding]:
             )  # fmt: skip
     # The card goes to the Hub with the sources.
     yield from _private(card, (source.card or "").encode())
+
+
+def _described(spec: Spec) -> Iterator[Finding]:
+    """Secrets in the addresses that the description names, which are part of every variant's metadata."""
+    path = spec.root / ("build.toml" if spec.source_dir is None else "pyproject.toml")
+    for address in (spec.upstream, spec.source):
+        if address is None:
+            continue
+        if urlsplit(address).password is not None:
+            message, fix = "an address with a password in it", "take the password out, and change it"
+            yield Finding("KP104", "error", path, None, message, fix)
+        else:
+            yield from (replace(finding, line=None) for finding in _private(path, address.encode()))
 
 
 def _private(path: Path, data: bytes) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused
 # Written into every variant by the build, so a source of that name would be lost without a word.
 _RESERVED = (METADATA, SIGNATURE)
 _HELPER = "add_op_namespace_prefix"
+_TORCH_OPS = ("torch.ops.", "getattr(torch.ops,")
 _OPS_PACKAGE = OPS_MODULE.removesuffix(".py") + "/"
 
 
@@ -65,7 +67,7 @@ def read_source(spec: Spec) -> Source:
             )
     own = {name: read_file(path, name) for name, path in paths.items()}
     for name, file in own.items():
-        if name.startswith(_OPS_PACKAGE) or (name == OPS_MODULE and not _is_generated(file.tree)):
+        if name.startswith(_OPS_PACKAGE) or (name == OPS_MODULE and not _is_generated(file.tree, own)):
             raise SourceError(
                 f"the build writes a module of this name itself, with `ops` and `{_HELPER}` alone; rename this one",
                 path=paths[name],
@@ -88,18 +90,32 @@ def read_source(spec: Spec) -> Source:
     )
 
 
-def _is_generated(ops_module: ast.Module) -> bool:
-    """True if an ``_ops.py`` holds what a build generates, or a stand-in for it, so that nothing is lost with it."""
+def _is_generated(ops_module: ast.Module, files: Mapping[str, SourceFile]) -> bool:
+    """True if an ``_ops.py`` holds what a build generates, or a stand-in for it, so that nothing is lost with it.
+
+    Of the package's files it imports none: that might register operators. kernel-builder's imports a compiled module.
+    """
     helpers = 0
     for node in ops_module.body:
         match node:
             case ast.FunctionDef(name=name) if name == _HELPER:
                 helpers += 1
-            case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)) if (
-                name == "ops" or name.startswith("_")
+            case ast.Assign(targets=[ast.Name("ops")], value=value) if ast.unparse(value).startswith(
+                _TORCH_OPS
             ):
                 pass
-            case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant()):
+            case (
+                ast.Assign(targets=[ast.Name(name)], value=ast.Constant())
+                | ast.AnnAssign(target=ast.Name(name), value=ast.Constant())
+            ) if name.startswith("_"):
+                pass
+            case ast.ImportFrom(module=None, level=1, names=[ast.alias(name)]) if not (
+                f"{name}.py" in files or f"{name}/__init__.py" in files
+            ):
+                pass
+            case ast.Import(names=[ast.alias("torch")]) | ast.ImportFrom(module="__future__" | "typing"):
+                pass
+            case ast.Expr(ast.Constant()):
                 pass
             case _:
                 return False

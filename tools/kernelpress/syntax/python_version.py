@@ -52,14 +52,16 @@ def newer_syntax(files: Iterable[SourceFile]) -> Iterator[tuple[SourceFile, int,
 
 def _ruff(folder: str, version: str) -> list[dict[str, Any]]:
     """Syntax errors in the files of a folder."""
-    command = [
-        find_ruff_bin(), "check", "--isolated", "--no-cache", "--no-respect-gitignore", "--quiet", "--exit-zero",
+    options = [
+        "check", "--isolated", "--no-cache", "--no-respect-gitignore", "--quiet", "--exit-zero",
         "--config=exclude=[]", f"--config=target-version='py{version.replace('.', '')}'",
         # Syntax errors come with any choice of rules; this rule is that a file can be read.
         "--select=E902", "--output-format=json", folder,
     ]  # fmt: skip
     try:
-        process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+        process = subprocess.run(
+            [find_ruff_bin(), *options], capture_output=True, text=True, encoding="utf-8", check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         raise CheckError(f"ruff, which looks for newer syntax, cannot be run: {reason}") from None

@@ -140,7 +140,9 @@ def opened(archive: Path) -> Iterator[tuple[dict[str, Any], dict[str, str], Path
                 manifest = _manifest(source, archive)
                 _extract(source, manifest["sha256"], Path(scratch), archive)
         except (tarfile.TarError, EOFError) as error:
-            raise PublishError(f"this is no archive that bundle wrote: {error}", path=archive) from error
+            # What is no tar gets a line for each compression that was tried.
+            reason = str(error).partition("\n")[0].rstrip(":")
+            raise PublishError(f"this is no archive that bundle wrote: {reason}", path=archive) from error
         except OSError as error:
             raise PublishError(f"cannot be read: {error.strerror or error}", path=archive) from error
         for name in manifest["commits"]:
