@@ -44,7 +44,7 @@ def find_other_uses(resolver: Resolver, operators: OpReferences, own: set[str]) 
         pattern = re.compile(rb"\b(?:%s)\b" % b"|".join(sorted(words)))
         for module in resolver.modules.values():
             if pattern.search(module.file.data):
-                visitor = _UseVisitor(module, resolver, operators, pattern)
+                visitor = _UseVisitor(module, resolver, operators, own, pattern)
                 visitor.visit(module.file.tree)
                 mentions[module.file.path] = visitor.mentions
     return mentions
@@ -52,11 +52,17 @@ def find_other_uses(resolver: Resolver, operators: OpReferences, own: set[str]) 
 
 class _UseVisitor(ScopedVisitor):
     def __init__(
-        self, module: Module, resolver: Resolver, operators: OpReferences, words: re.Pattern[bytes]
+        self,
+        module: Module,
+        resolver: Resolver,
+        operators: OpReferences,
+        own: set[str],
+        words: re.Pattern[bytes],
     ) -> None:
         super().__init__(module)
         self.resolver = resolver
         self.operators = operators
+        self.own = own
         self.words = words
         # Names where the new namespace is right: one operator's name, or another variable.
         self.passed: set[int] = set()
@@ -99,7 +105,7 @@ class _UseVisitor(ScopedVisitor):
         if not isinstance(node.ctx, ast.Load) or {id(node)} & (self.passed | self.operators.named):
             return
         literal = self.resolver.constant(node, self.scope)[0]
-        if id(literal) in self.operators.namespaces:
+        if id(literal) in self.operators.namespaces and ast.literal_eval(literal) in self.own:
             problems = self.operators.problems.setdefault(self.module.file.path, [])
             problems.append(Problem(node.lineno, *_SHARED))
 
