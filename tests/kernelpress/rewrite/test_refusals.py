@@ -159,6 +159,7 @@ SHARED = "import torch\nNS = 'demo'\nLIB = torch.library.Library(NS, 'FRAGMENT')
     "text",
     [
         "log = logging.getLogger(NS)",
+        "os.environ['NAMESPACE'] = NS",
         "path = Path.home() / NS / 'cache'",
         "OTHER = NS\nos.environ.get(OTHER)",
         "def f(): return f'{NS}: failed'",
@@ -238,7 +239,8 @@ def test_names_known_only_at_run_time_are_refused_in_namespaces_that_become_one(
 
 
 def test_a_name_that_begins_with_a_literal_is_not_known_either():
-    text = 'import torch\ndef a(x): torch.library.custom_op("ka::" + x)\ndef b(x): torch.library.custom_op(f"kb::p_{x}")\n'
+    text = 'import torch\ndef a(x): torch.library.custom_op("ka::" + x)\n'
+    text += 'def b(x): torch.library.custom_op(f"kb::p_{x}")\n'
     findings = rewrite([SourceFile("__init__.py", text.encode())], "demo", HERE).findings
     assert [(finding.code, finding.line) for finding in findings] == [("KP306", 2), ("KP306", 3)]
 
@@ -254,3 +256,20 @@ def test_a_constant_of_another_library_s_namespace_may_be_used_for_anything(name
     made = rewritten(text)
     assert f"NS = '{namespace}'" in made
     assert "'demo'" not in made
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        'NS: Final[str] = "demo"',
+        'NS = \\\n  "demo"',
+        'NS = (  # The namespace.\n  "demo"\n)',
+        'BASE = "demo"\nNS: Final[str] = BASE',
+    ],
+)
+def test_a_constant_of_a_namespace_is_seen_however_it_is_assigned(binding):
+    text = f"import torch\n{binding}\ntorch.library.custom_op(NS + '::add', f)\nC = os.path.join('/c', NS)\n"
+    with pytest.raises(SourceError) as caught:
+        rewritten(text)
+    assert "takes a namespace of operators for something else" in str(caught.value)
+    assert caught.value.line == len(text.splitlines())
