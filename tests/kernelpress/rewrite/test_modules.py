@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernelpress.errors import SourceError
+from kernelpress.rewrite.rewrite import rewrite
+from kernelpress.syntax.source_file import SourceFile
 from rewriting import DEFINES, HERE, package
 
 
@@ -176,3 +180,49 @@ def test_a_name_that_reaches_a_function_in_a_way_that_cannot_be_followed_is_refu
     with pytest.raises(SourceError) as caught:
         package(init=DEFINES, wrap=WRAPPER + "my_op('demo::three')", use=f"from .wrap import my_op\n{use}")
     assert caught.value.path == HERE / "use.py"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "init": "try:\n    from . import _C\nexcept ImportError:\n    _C = None\ny = _C.foo(x) if _C else x"
+        },
+        {"init": "from . import _ops\n_ops.ops.foo(x)"},
+        {"init": "import demo._ops as _ops\n_ops.ops.foo(x)"},
+        {"init": "from demo import missing", "a": "import demo\ndemo.missing.x"},
+        {"a": "from .b import x\nx.y", "b": "from .a import x\nx.y"},
+        {"a": "from .b import x\nx.y", "b": "import demo.b.x.x as x\nx.y.z"},
+    ],
+)
+def test_a_name_that_no_module_defines_is_left_alone(files):
+    sources = [
+        SourceFile(f"{name.replace('init', '__init__')}.py", text.encode()) for name, text in files.items()
+    ]
+    result = rewrite(sources, "demo", HERE)
+    assert [file.path for file in result.files] == [file.path for file in sources]
+    assert not [finding for finding in result.findings if finding.code == "KP304"]
+
+
+NAME = st.sampled_from(["a", "b", "c", "x", "_ops"])
+STATEMENT = st.one_of(
+    st.builds("import demo.{} as {}".format, NAME, NAME),
+    st.builds("import demo.{}.{} as {}".format, NAME, NAME, NAME),
+    st.builds("from . import {} as {}".format, NAME, NAME),
+    st.builds("from .{} import {} as {}".format, NAME, NAME, NAME),
+    st.builds("from .{} import *".format, NAME),
+    st.builds("{} = {}.{}".format, NAME, NAME, NAME),
+    st.builds("{}.{}.{}".format, NAME, NAME, NAME),
+    st.builds("torch.library.register_fake({}.{})".format, NAME, NAME),
+)
+
+
+@given(st.lists(st.lists(STATEMENT, max_size=5), min_size=4, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_no_graph_of_imports_leads_in_a_circle(modules):
+    paths = ("__init__.py", "a.py", "b.py", "c.py")
+    files = [
+        SourceFile(path, "\n".join(["import torch", *lines]).encode())
+        for path, lines in zip(paths, modules, strict=True)
+    ]
+    assert [file.path for file in rewrite(files, "demo", HERE).files] == list(paths)

@@ -159,6 +159,7 @@ SHARED = "import torch\nNS = 'demo'\nLIB = torch.library.Library(NS, 'FRAGMENT')
     "text",
     [
         "log = logging.getLogger(NS)",
+        "os.environ['NAMESPACE'] = NS",
         "path = Path.home() / NS / 'cache'",
         "OTHER = NS\nos.environ.get(OTHER)",
         "def f(): return f'{NS}: failed'",
@@ -218,3 +219,57 @@ def test_an_operator_itself_may_be_handed_on():
 )
 def test_an_operator_of_the_module_may_be_handed_on(text):
     assert "register_fake(op" in (made := rewritten(f"{DEFINES}import torch\n{text}\n")) or "demo" not in made
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        'def op(ns, name): return torch.library.custom_op(f"{ns}::{name}")',
+        'def op(ns, name):\n    def wrap(f): return torch.library.custom_op(f"{ns}::{name}", f)\n    return wrap',
+    ],
+)
+def test_names_known_only_at_run_time_are_refused_in_namespaces_that_become_one(wrapper):
+    text = f'import torch\n{wrapper}\n@op("ka", "add")\ndef f(): ...\n'
+    assert rewritten(text) == text.replace("ka", "NEW")
+    text += '@op("kb", "add")\ndef g(): ...\n'
+    findings = rewrite([SourceFile("__init__.py", text.encode())], "demo", HERE).findings
+    assert {(finding.code, finding.severity) for finding in findings} == {("KP306", "error")}
+    lines = text.splitlines()
+    assert [lines[finding.line - 1] for finding in findings] == ['@op("ka", "add")', '@op("kb", "add")']
+
+
+def test_a_name_that_begins_with_a_literal_is_not_known_either():
+    text = 'import torch\ndef a(x): torch.library.custom_op("ka::" + x)\n'
+    text += 'def b(x): torch.library.custom_op(f"kb::p_{x}")\n'
+    findings = rewrite([SourceFile("__init__.py", text.encode())], "demo", HERE).findings
+    assert [(finding.code, finding.line) for finding in findings] == [("KP306", 2), ("KP306", 3)]
+
+
+@pytest.mark.parametrize("namespace", ["aten", "vllm"])
+def test_a_constant_of_another_library_s_namespace_may_be_used_for_anything(namespace):
+    text = f"{DEFINES}import torch\nNS = '{namespace}'\nfind_spec(NS)\nhasattr(torch.ops, NS)\n"
+    text += (
+        "torch.library.Library(NS, 'FRAGMENT')\n"
+        if namespace == "aten"
+        else "OWN = 'demo'\ngetattr(torch.ops, OWN)\n"
+    )
+    made = rewritten(text)
+    assert f"NS = '{namespace}'" in made
+    assert "'demo'" not in made
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        'NS: Final[str] = "demo"',
+        'NS = \\\n  "demo"',
+        'NS = (  # The namespace.\n  "demo"\n)',
+        'BASE = "demo"\nNS: Final[str] = BASE',
+    ],
+)
+def test_a_constant_of_a_namespace_is_seen_however_it_is_assigned(binding):
+    text = f"import torch\n{binding}\ntorch.library.custom_op(NS + '::add', f)\nC = os.path.join('/c', NS)\n"
+    with pytest.raises(SourceError) as caught:
+        rewritten(text)
+    assert "takes a namespace of operators for something else" in str(caught.value)
+    assert caught.value.line == len(text.splitlines())

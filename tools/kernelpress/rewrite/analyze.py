@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kernelpress.rewrite.op_references import find_op_references
 from kernelpress.rewrite.other_uses import find_other_uses
-from kernelpress.rewrite.references import Definition, Mention, Problem, Reference
+from kernelpress.rewrite.references import Definition, Mention, Problem, Reference, own_namespaces
 from kernelpress.rewrite.relative_imports import Imports, find_imports
 from kernelpress.rewrite.resolve import MOST_VARIABLES, Resolver
 from kernelpress.rewrite.unresolved import find_mentions, find_module_names
@@ -40,7 +40,7 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
     resolver = Resolver(files, module_map)
     with _deep_recursion():
         operators = find_op_references(resolver)
-        own = {ref.namespace for refs in operators.references.values() for ref in refs if ref.creates}
+        own = own_namespaces(ref for refs in operators.references.values() for ref in refs)
         other_uses = find_other_uses(resolver, operators, own)
         modules = {module.file.path: module for module in resolver.modules.values()}
         return [

@@ -59,6 +59,7 @@ class Wrapped:
     creates: bool
     strict: bool = True
     exclusive: bool = False
+    unnamed: bool = False
 
 
 @dataclass
@@ -200,8 +201,11 @@ class OpReferenceFinder(ScopedVisitor):
         namespace, colons, rest = "".join(str(_text(node)) for node, _ in literals).partition("::")
         if not (colons and namespace.isidentifier()):
             return False
-        op = re.match(r"\w+", rest)
-        self.reference(expression, *literals[0], Reference(0, 0, namespace, op[0] if op else None, creates))
+        # What follows the literals may go on with the name.
+        op = re.match(r"\w+", rest) if len(literals) == len(pieces) else None
+        unnamed = creates and op is None
+        reference = Reference(0, 0, namespace, op[0] if op else None, creates, unnamed=unnamed)
+        self.reference(expression, *literals[0], reference)
         return True
 
     def operator(self, expression: ast.expr, *, creates: bool, strict: bool = True) -> None:
@@ -220,18 +224,25 @@ class OpReferenceFinder(ScopedVisitor):
             wrapped = self.wrapped(expression, node, scope, Wrapped("operator", creates, strict))
         else:
             colons = len(pieces) == 2 and (_text(pieces[1][0]) or "").startswith("::")
-            wrapped = colons and self.wrapped(expression, node, scope, Wrapped("namespace", creates))
+            wrapped = colons and self.wrapped(
+                expression, node, scope, Wrapped("namespace", creates, unnamed=creates)
+            )
         if not wrapped:
             self.refuse_unresolved(expression, scope, _RUN_TIME_OPERATOR)
 
-    def namespace(self, expression: ast.expr, *, creates: bool, exclusive: bool = False) -> None:
+    def namespace(
+        self, expression: ast.expr, *, creates: bool, exclusive: bool = False, unnamed: bool = False
+    ) -> None:
         """Note an expression whose value is a namespace."""
         node, scope = self.resolver.constant(expression, self.scope)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            self.reference(expression, node, scope, Reference(0, 0, node.value, None, creates, exclusive))
+            reference = Reference(0, 0, node.value, None, creates, exclusive, unnamed)
+            self.reference(expression, node, scope, reference)
         elif not (
             any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node))
-            or self.wrapped(expression, node, scope, Wrapped("namespace", creates, exclusive=exclusive))
+            or self.wrapped(
+                expression, node, scope, Wrapped("namespace", creates, exclusive=exclusive, unnamed=unnamed)
+            )
         ):
             self.refuse_unresolved(expression, scope, _RUN_TIME_NAMESPACE)
 
@@ -287,7 +298,7 @@ class OpReferenceFinder(ScopedVisitor):
             elif use.kind == "operator":
                 self.operator(argument, creates=use.creates, strict=use.strict)
             else:
-                self.namespace(argument, creates=use.creates, exclusive=use.exclusive)
+                self.namespace(argument, creates=use.creates, exclusive=use.exclusive, unnamed=use.unnamed)
 
     # Where names stand ---------------------------------------------------------------------------------------
 

@@ -10,11 +10,9 @@ from itertools import pairwise
 from kernelpress.rewrite.op_references import OpReferences
 from kernelpress.rewrite.references import Mention, Problem
 from kernelpress.rewrite.resolve import Resolver
-from kernelpress.syntax.expressions import text_pieces
-from kernelpress.syntax.scopes import Module, ScopedVisitor
+from kernelpress.syntax.expressions import first_literal, text_pieces
+from kernelpress.syntax.scopes import Binding, Module, Scope, ScopedVisitor
 
-# A variable that is assigned a name or the beginning of one.
-_ASSIGNED = re.compile(rb"(?<!\w)(\w+)\s*(?::\s*\w+\s*)?=\s*\(?\s*[A-Za-z]*[\"']+\w+(?:::\w+)?[\"']")
 _NAME = re.compile(r"(\w+)::\w+(?:\.\w+)?")
 _SHARED = (
     "this takes a namespace of operators for something else, which would get the name that the build gives it",
@@ -26,37 +24,59 @@ def find_other_uses(resolver: Resolver, operators: OpReferences, own: set[str]) 
     """Find operators' names that are compared by a variable, by file; uses of a shared namespace become problems."""
     if not own:
         return {}
-    words = {
-        match[1]
-        for module in resolver.modules.values()
-        if any(name.encode() in module.file.data for name in own)
-        for match in _ASSIGNED.finditer(module.file.data)
-        if any(f"{quote}{name}".encode() in match[0] for name in own for quote in "\"'")
-    }
-    mentions: dict[str, list[Mention]] = {}
+    starts = tuple(own)
+    bindings = [pair for module in resolver.modules.values() for pair in _bindings(module.scope)]
+    words = {name for name, binding in bindings if _begins_with(binding, starts)}
     count = 0
     while count != (count := len(words)):
-        names = b"|".join(sorted(words))
-        renamed = re.compile(rb"(?<!\w)(\w+)\s*=\s*[\w.]*\b(?:%s)\b|\b(?:%s)\s+as\s+(\w+)" % (names, names))
-        for module in resolver.modules.values():
-            words |= {match[1] or match[2] for match in renamed.finditer(module.file.data)}
+        words |= {name for name, binding in bindings if _last_name(binding) in words}
+    mentions: dict[str, list[Mention]] = {}
     if words:
-        pattern = re.compile(rb"\b(?:%s)\b" % b"|".join(sorted(words)))
+        pattern = re.compile(rb"\b(?:%s)\b" % b"|".join(sorted(word.encode("utf-8") for word in words)))
         for module in resolver.modules.values():
             if pattern.search(module.file.data):
-                visitor = _UseVisitor(module, resolver, operators, pattern)
+                visitor = _UseVisitor(module, resolver, operators, own, pattern)
                 visitor.visit(module.file.tree)
                 mentions[module.file.path] = visitor.mentions
     return mentions
 
 
+def _bindings(scope: Scope) -> Iterator[tuple[str, Binding]]:
+    """All names of a scope and those within it, each with what it is bound to."""
+    for name, values in scope.bindings.items():
+        for binding in values:
+            yield name, binding
+            if isinstance(binding, ast.stmt):
+                yield from _bindings(scope.module.within(binding, scope))
+
+
+def _begins_with(binding: Binding, starts: tuple[str, ...]) -> bool:
+    leading = first_literal(binding) if isinstance(binding, ast.expr) else None
+    return leading is not None and leading[1].startswith(starts)
+
+
+def _last_name(binding: Binding) -> str:
+    """The variable that another is assigned or imported from; empty for all else."""
+    if isinstance(binding, str):
+        return binding.rpartition(".")[2]
+    if isinstance(binding, ast.Name):
+        return binding.id
+    return binding.attr if isinstance(binding, ast.Attribute) else ""
+
+
 class _UseVisitor(ScopedVisitor):
     def __init__(
-        self, module: Module, resolver: Resolver, operators: OpReferences, words: re.Pattern[bytes]
+        self,
+        module: Module,
+        resolver: Resolver,
+        operators: OpReferences,
+        own: set[str],
+        words: re.Pattern[bytes],
     ) -> None:
         super().__init__(module)
         self.resolver = resolver
         self.operators = operators
+        self.own = own
         self.words = words
         # Names where the new namespace is right: one operator's name, or another variable.
         self.passed: set[int] = set()
@@ -69,7 +89,9 @@ class _UseVisitor(ScopedVisitor):
             if not self.words.search(self.module.file.data, start, end):
                 return
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            self.passed.add(id(node.value))
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if all(isinstance(target, ast.Name) for target in targets):
+                self.passed.add(id(node.value))
         elif isinstance(node, ast.expr):
             pieces = text_pieces(node)
             self.passed.update(id(first) for first, second in pairwise(pieces) if _colons(second))
@@ -99,7 +121,7 @@ class _UseVisitor(ScopedVisitor):
         if not isinstance(node.ctx, ast.Load) or {id(node)} & (self.passed | self.operators.named):
             return
         literal = self.resolver.constant(node, self.scope)[0]
-        if id(literal) in self.operators.namespaces:
+        if id(literal) in self.operators.namespaces and ast.literal_eval(literal) in self.own:
             problems = self.operators.problems.setdefault(self.module.file.path, [])
             problems.append(Problem(node.lineno, *_SHARED))
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+# PyTorch's own: a package may extend them, but they are never its own to rename.
+_FOREIGN = frozenset(
+    (
+        "aten",
+        "prim",
+        "prims",
+        "quantized",
+        "c10d",
+        "_c10d_functional",
+        "inductor",
+        "torchvision",
+        "torchaudio",
+    )
+)
 
 
 @dataclass(frozen=True)
 class Reference:
     """The namespace of an operator as it stands in a file, at a range of bytes; ``creates`` where it is defined.
 
-    ``exclusive`` is true for a ``Library`` of kind ``DEF``, of which PyTorch allows one for a namespace.
+    ``exclusive`` is true for a ``Library`` of kind ``DEF``, of which PyTorch allows one for a namespace, ``unnamed``
+    where an operator is created whose name is only known when the code runs.
     """
 
     start: int
@@ -18,6 +35,12 @@ class Reference:
     op: str | None = None
     creates: bool = False
     exclusive: bool = False
+    unnamed: bool = False
+
+
+def own_namespaces(references: Iterable[Reference]) -> set[str]:
+    """The namespaces that references create operators in, without those of PyTorch and its libraries."""
+    return {reference.namespace for reference in references if reference.creates} - _FOREIGN
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,14 @@ class Resolver:
             del partial[id(scope), f"*{name}"]
             if name not in scope.bindings:
                 bases -= {f"builtins.{name}"}
-            if rest and bases:
-                members |= self._members((f"{base}.{rest}" for base in bases), partial)
-            else:
+            if not (rest and bases):
                 members |= bases or {full}
+                continue
+            for base in bases:
+                following = f"{base}.{rest}"
+                # A base that no module defines, or only in a circle of imports, leads back here.
+                unresolved = self.locate(base) is not None
+                members |= {following} if unresolved else self._members((following,), partial)
         return frozenset(members)
 
     def locate(self, full: str) -> tuple[Scope, str, str] | None:

@@ -13,25 +13,11 @@ from pathlib import Path
 
 from kernelpress.findings.model import Finding, FindingsError
 from kernelpress.rewrite.analyze import Analysis, analyze
+from kernelpress.rewrite.references import own_namespaces
 from kernelpress.source.module_map import ModuleMap, module_file
 from kernelpress.syntax.imports import Import
 from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused
 from kernelpress.syntax.text import Edit
-
-# PyTorch's own: a package may extend them, but they are never its own to rename.
-_FOREIGN = frozenset(
-    (
-        "aten",
-        "prim",
-        "prims",
-        "quantized",
-        "c10d",
-        "_c10d_functional",
-        "inductor",
-        "torchvision",
-        "torchaudio",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +77,7 @@ def rewrite(files: Sequence[SourceFile], package: str | ModuleMap, package_dir: 
     """
     module_map = ModuleMap(package) if isinstance(package, str) else package
     analyses = analyze(files, module_map)
-    own = {ref.namespace for analysis in analyses for ref in analysis.references if ref.creates} - _FOREIGN
+    own = own_namespaces(ref for analysis in analyses for ref in analysis.references)
     paths = {file.path: file.origin or package_dir / file.path for file in files}
     findings: list[Finding] = []
     for analysis in analyses:
@@ -252,6 +238,13 @@ def _name_conflicts(
                     "rename one of them",
                 )  # fmt: skip
         for ref in created:
+            if ref.unnamed and len(own) > 1:
+                yield Finding(
+                    "KP306", "error", path, text.line_of(ref.start),
+                    "the name of this operator is only known when the code runs, and the namespaces "
+                    f"{', '.join(map(repr, sorted(own)))} become one in the build",
+                    "write the name out, or create all operators in one namespace",
+                )  # fmt: skip
             only = only or (ref.namespace if ref.exclusive else "")
             if ref.exclusive and ref.namespace != only:
                 yield Finding(
