@@ -86,6 +86,8 @@ class OpReferences:
     # Literals of whole namespaces that a variable holds, and expressions that are known to name an operator.
     namespaces: set[int] = field(default_factory=set)
     named: set[int] = field(default_factory=set)
+    # Parameters whose value is a namespace.
+    parameters: set[int] = field(default_factory=set)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
@@ -287,10 +289,13 @@ class OpReferenceFinder(ScopedVisitor):
             or len(holder.parent.bindings[function.name]) != 1
         ):
             return False
+        self.collected.named.update(map(id, ast.walk(expression)))
         full = f"{holder.module.name}:{function.name}"
         place = self.module.file.path, expression.lineno
         wrapper = self.collected.wrappers.setdefault(full, Wrapper(function, {}))
         wrapper.uses.setdefault((bindings[0].arg, use), place)
+        if use.kind == "namespace" and use.creates:
+            self.collected.parameters.add(id(bindings[0]))
         return True
 
     def call_of_wrapper(self, call: ast.Call, full: str) -> None:
