@@ -273,3 +273,15 @@ def test_a_constant_of_a_namespace_is_seen_however_it_is_assigned(binding):
         rewritten(text)
     assert "takes a namespace of operators for something else" in str(caught.value)
     assert caught.value.line == len(text.splitlines())
+
+
+def test_a_parameter_that_takes_a_namespace_and_is_used_for_something_else_is_refused_there():
+    wrapper = (
+        "import torch\ndef op(ns, name):\n    {}\n    return torch.library.custom_op(f'{{ns}}::{{name}}')\n"
+    )
+    text = f"{wrapper}op('demo', 'two')\n"
+    with pytest.raises(SourceError, match="takes a namespace of operators for something else") as caught:
+        rewritten(text.format("os.environ.get(ns + '_DEBUG')"))
+    assert caught.value.line == 3
+    kept = text.format("torch.library.Library(ns, 'FRAGMENT')")
+    assert rewritten(kept) == kept.replace("demo", "NEW")

@@ -291,3 +291,21 @@ def test_offsets_hold_behind_non_ascii_text_and_other_line_ends(newline, bom):
 def test_a_file_with_nothing_to_change_is_one_piece():
     data = "if x:  # ä\n\ty=2 \x0c\n".encode()
     assert rewrite_or_raise([SourceFile("a.py", data)]).files[0].chunks == (data,)
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "def reg(name, fn): LIB.impl(name, fn, 'Meta')\nreg('demo::one', f)",
+        "def reg(fn, name='one'): LIB.impl(name, fn, 'Meta')\nreg(f, name='demo::one')\nreg(f)\nuse(reg)",
+        "def reg(name): LIB.define(name + '(Tensor x) -> Tensor')\nreg('demo::one')\nreg('one')",
+    ],
+)
+def test_a_name_that_a_function_hands_to_a_library_is_changed_where_it_is_given(helper):
+    text = f"import torch\nLIB = torch.library.Library('demo', 'FRAGMENT')\n{helper}\n"
+    assert rewritten(text) == text.replace("demo", "NEW")
+
+
+def test_a_function_that_hands_names_to_a_library_may_be_passed_on():
+    text = "import torch\nLIB = torch.library.Library('demo', 'FRAGMENT')\ndef reg(name): LIB.impl(name, f)\nuse(reg)\n"
+    assert rewritten(text) == text.replace("demo", "NEW")

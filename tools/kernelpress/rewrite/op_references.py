@@ -55,7 +55,8 @@ _ELSEWHERE = (
 class Wrapped:
     """The use of a function's parameter as a name that PyTorch takes."""
 
-    kind: Literal["operator", "namespace"]
+    # An unqualified name is one that a `Library` takes, with a namespace or without.
+    kind: Literal["operator", "namespace", "unqualified"]
     creates: bool
     strict: bool = True
     exclusive: bool = False
@@ -85,6 +86,8 @@ class OpReferences:
     # Literals of whole namespaces that a variable holds, and expressions that are known to name an operator.
     namespaces: set[int] = field(default_factory=set)
     named: set[int] = field(default_factory=set)
+    # Parameters whose value is a namespace.
+    parameters: set[int] = field(default_factory=set)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
@@ -100,6 +103,8 @@ def find_op_references(resolver: Resolver) -> OpReferences:
             OpReferenceFinder(module, resolver, collected).visit(module.file.tree)
     for full in wrappers.keys() - collected.called:
         for (_, use), (path, line) in wrappers[full].uses.items():
+            if use.kind == "unqualified":
+                continue
             reason = _RUN_TIME_OPERATOR if use.kind == "operator" else _RUN_TIME_NAMESPACE
             collected.problems.setdefault(path, []).append(Problem(line, *reason))
     return collected
@@ -146,7 +151,7 @@ class OpReferenceFinder(ScopedVisitor):
         return any(
             name.startswith("torch.ops.")
             or creates((called := name.partition("("))[:1])
-            or called[0] in self.collected.wrappers
+            or self.hides_names(called[0])
             or not (called[1] or self.resolver.is_own(name) or name.startswith("builtins."))
             or "_ops" in name.split(".")[:-1]
             for name in self.resolver.names(node, scope)
@@ -248,7 +253,10 @@ class OpReferenceFinder(ScopedVisitor):
 
     def unqualified(self, expression: ast.expr) -> None:
         """Note the name of an operator that a ``Library`` takes, which may have a namespace."""
-        self.literal_operator(expression, self.resolver.text_pieces(expression, self.scope), creates=False)
+        pieces = self.resolver.text_pieces(expression, self.scope)
+        if not self.literal_operator(expression, pieces, creates=False) and pieces:
+            # The name may go on after it: a schema.
+            self.wrapped(expression, *pieces[0], Wrapped("unqualified", creates=False))
 
     def definition(self, call: ast.Call, expression: ast.expr) -> None:
         """Note the operator that a ``Library`` defines, where its namespace and its schema are written out."""
@@ -281,10 +289,13 @@ class OpReferenceFinder(ScopedVisitor):
             or len(holder.parent.bindings[function.name]) != 1
         ):
             return False
+        self.collected.named.update(map(id, ast.walk(expression)))
         full = f"{holder.module.name}:{function.name}"
         place = self.module.file.path, expression.lineno
         wrapper = self.collected.wrappers.setdefault(full, Wrapper(function, {}))
         wrapper.uses.setdefault((bindings[0].arg, use), place)
+        if use.kind == "namespace" and use.creates:
+            self.collected.parameters.add(id(bindings[0]))
         return True
 
     def call_of_wrapper(self, call: ast.Call, full: str) -> None:
@@ -293,7 +304,10 @@ class OpReferenceFinder(ScopedVisitor):
         wrapper = self.collected.wrappers[full]
         for parameter, use in list(wrapper.uses):
             argument = _argument(call, wrapper.function.args, parameter)
-            if argument is None:
+            if use.kind == "unqualified":
+                if argument is not None:
+                    self.unqualified(argument)
+            elif argument is None:
                 self.refuse(call, _RUN_TIME_OPERATOR if use.kind == "operator" else _RUN_TIME_NAMESPACE)
             elif use.kind == "operator":
                 self.operator(argument, creates=use.creates, strict=use.strict)
@@ -389,6 +403,11 @@ class OpReferenceFinder(ScopedVisitor):
         if isinstance(node.ctx, ast.Load):
             self.passed_on(node)
 
+    def hides_names(self, full: str) -> bool:
+        """True for a function of the package that takes names which always have a namespace."""
+        wrapper = self.collected.wrappers.get(full)
+        return wrapper is not None and any(use.kind != "unqualified" for _, use in wrapper.uses)
+
     def passed_on(self, node: ast.Attribute | ast.Name) -> None:
         """Report an expression that hands on what must be seen to be used."""
         if id(node) in self.accounted:
@@ -399,7 +418,7 @@ class OpReferenceFinder(ScopedVisitor):
         elif (
             creates(names)
             or attaches(names)
-            or not self.collected.wrappers.keys().isdisjoint(names)
+            or any(self.hides_names(name) for name in names)
             or (id(node) in self.arguments and names & LIBRARIES)
         ):
             self.refuse(node, _PASSED_ON)

@@ -26,7 +26,11 @@ def find_other_uses(resolver: Resolver, operators: OpReferences, own: set[str]) 
         return {}
     starts = tuple(own)
     bindings = [pair for module in resolver.modules.values() for pair in _bindings(module.scope)]
-    words = {name for name, binding in bindings if _begins_with(binding, starts)}
+    words = {
+        name
+        for name, binding in bindings
+        if _begins_with(binding, starts) or id(binding) in operators.parameters
+    }
     count = 0
     while count != (count := len(words)):
         words |= {name for name, binding in bindings if _last_name(binding) in words}
@@ -120,8 +124,11 @@ class _UseVisitor(ScopedVisitor):
     def use(self, node: ast.Name | ast.Attribute) -> None:
         if not isinstance(node.ctx, ast.Load) or {id(node)} & (self.passed | self.operators.named):
             return
-        literal = self.resolver.constant(node, self.scope)[0]
-        if id(literal) in self.operators.namespaces and ast.literal_eval(literal) in self.own:
+        value, scope = self.resolver.constant(node, self.scope)
+        bound = scope.lookup(value.id) if isinstance(value, ast.Name) else None
+        if (id(value) in self.operators.namespaces and ast.literal_eval(value) in self.own) or (
+            bound is not None and any(id(binding) in self.operators.parameters for binding in bound[1])
+        ):
             problems = self.operators.problems.setdefault(self.module.file.path, [])
             problems.append(Problem(node.lineno, *_SHARED))
 
