@@ -137,7 +137,7 @@ class Store:
                 sync(Path(folder))
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                if self._in_other_case(repo) is not None:
+                if self._in_any_case(repo) is not None:
                     raise _exists(repo)
                 os.rename(new, path)
         for above in (path.parent, path.parent.parent, self._repos):
@@ -173,7 +173,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with git.exclusive(), self._lock:
-                if self._in_other_case(new) not in (None, old) or path.exists():
+                if self._in_any_case(new) not in (None, old) or path.exists():
                     raise Conflict(f"A {new.kind} repository called {new} already exists")
                 # Written before the one rename that moves all: a former name that is the present one harms nobody.
                 settings = self.settings(old)
@@ -203,11 +203,12 @@ class Store:
 
     def moved(self, repo: RepoId) -> RepoId | None:
         """The present id of a repository that had this one once; None when there is none, or it is gone."""
-        new = self._moved.get(repo) or self._in_other_case(repo)
-        return new if new is not None and self.get(new) is not None else None
+        new = self._moved.get(repo) or self._in_any_case(repo)
+        # One that was made just after the caller missed it is found under its own name, and has not moved.
+        return new if new not in (None, repo) and self.get(new) is not None else None
 
-    def _in_other_case(self, repo: RepoId) -> RepoId | None:
-        """The id of a repository that differs from this one in capitals only, which no two may."""
+    def _in_any_case(self, repo: RepoId) -> RepoId | None:
+        """The id of the repository of this name, whatever its capitals: no two may differ in these only."""
         for folder in (self._repos / f"{repo.kind}s").glob("*"):
             if folder.name.lower() == repo.namespace.lower():
                 for path in folder.glob("*.git"):

@@ -106,3 +106,13 @@ def test_a_hub_knows_former_names_after_a_restart(root: Path) -> None:
             == "team/two"
         )
     assert fsck(root).faults == ()
+
+
+def test_a_repository_that_is_made_while_it_is_asked_for_is_not_sent_to_itself(root: Path) -> None:
+    # The request found nothing, another one creates it, and the first looks for where it may have gone.
+    store = Store(root)
+    repo = RepoId("kernel", "org", "k")
+    assert store.get(repo) is None
+    store.create(repo, private=False, author="a")
+    assert store.moved(repo) is None
+    assert store.moved(RepoId("kernel", "Org", "K")) == repo
