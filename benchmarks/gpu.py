@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, one step after another: the tests, the comparisons, tuning, the memory checkers.
+"""Everything that needs a GPU, one step after another: the tests, the comparisons, the memory checkers.
 
-    make gpu    or    python benchmarks/gpu.py [--minutes 60] [--wheels wheels] [--install]
+    make gpu    or    python benchmarks/gpu.py [--minutes 60] [--wheels wheels]
 
 takes any Python that has torch for the GPU and the packages in NEEDED. Each step is a process of its own, whose log and
 figures go to ``benchmarks/results/<device>/``. One that fails, or takes longer than it may, does not stop the others;
@@ -69,7 +69,7 @@ class Outcome:
     detail: str
 
 
-def steps(folder: Path, wheels: Path | None, install: bool) -> list[Step]:
+def steps(folder: Path, wheels: Path | None) -> list[Step]:
     """All there is to do, in order of what is wanted most."""
 
     def script(name: str, *options: str) -> list[str]:
@@ -91,14 +91,11 @@ def steps(folder: Path, wheels: Path | None, install: bool) -> list[Step]:
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     }
     attention, norms = folder / "attention.json", folder / "norm_rotary.json"
-    tune = script("tune.py", "--output", str(folder / "tiles.json"), "--minutes", "{minutes}")
     return [
         Step("tests", pytest("-v", "-m", "gpu", *parallel, "tests/scattermoe_lora"), 15),
         Step("compare", compare("compare.json"), 10),
         Step("attention", script("compare_attention.py", "--device", "cuda", "--output", str(attention)), 12),
         Step("norm_rotary", script("benchmark_norm_rotary.py", "--device", "cuda", "--output", str(norms)), 4),
-        Step("tune", [*tune, *(["--install"] if install else [])], 15),
-        *([Step("compare-tuned", compare("compare-tuned.json"), 10, after="tune")] if install else []),
         *(
             Step(
                 tool,
@@ -230,7 +227,6 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="for all steps together; default 60")
     parser.add_argument("--wheels", type=Path, help="the folder with axolotl's and Unsloth's wheels")
-    parser.add_argument("--install", action="store_true", help="let tuning replace the table that ships")
     arguments = parser.parse_args()
     if arguments.wheels and not arguments.wheels.is_dir():
         parser.error(f"--wheels: {arguments.wheels} is no folder")
@@ -238,7 +234,7 @@ def main() -> None:
     folder = BENCHMARKS / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     wheels = arguments.wheels.resolve() if arguments.wheels else None
-    todo = steps(folder, wheels, arguments.install)
+    todo = steps(folder, wheels)
     print(f"{name}: {len(todo)} steps in at most {arguments.minutes:g} minutes", flush=True)
     end_steps_when_ended()
     sys.exit(report(run_all(todo, folder, arguments.minutes), folder))

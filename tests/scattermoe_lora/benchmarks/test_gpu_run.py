@@ -163,8 +163,8 @@ def test_every_step_runs_a_script_that_is_there_with_options_that_it_takes(
     gpu, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    todo = gpu.steps(tmp_path, tmp_path, install=True)
-    names = ["tests", "compare", "attention", "norm_rotary", "tune", "compare-tuned", "memcheck", "racecheck"]
+    todo = gpu.steps(tmp_path, tmp_path)
+    names = ["tests", "compare", "attention", "norm_rotary", "memcheck", "racecheck"]
     assert [planned.name for planned in todo] == names
     assert [planned.name for planned in todo if planned.missing] == ["memcheck", "racecheck"]
     for planned in todo:
@@ -175,12 +175,10 @@ def test_every_step_runs_a_script_that_is_there_with_options_that_it_takes(
                 capture_output=True, text=True, check=True,
             ).stdout  # fmt: skip
             assert all(option in usage for option in planned.command if option.startswith("--"))
-    without = [planned.name for planned in gpu.steps(tmp_path, None, install=False)]
-    assert without == [name for name in names if name != "compare-tuned"]
 
 
 def test_tests_that_the_steps_choose_are_there(gpu, tmp_path) -> None:
-    for planned in gpu.steps(tmp_path, None, install=False):
+    for planned in gpu.steps(tmp_path, None):
         if "pytest" in planned.command:
             chosen = planned.command[planned.command.index("pytest") - 1 :]
             process = subprocess.run(

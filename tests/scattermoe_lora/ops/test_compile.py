@@ -22,20 +22,22 @@ TARGETS = ("sm_80", "sm_90", "sm_120", "gfx942")
 
 @pytest.fixture(scope="module")
 def widest(submodule):
-    """``widest(name, use, target)``: the specification of a kernel's largest bfloat16 tile that serves the target."""
+    """``widest(name, use, target)``: the specification of a kernel's largest bfloat16 tile that serves the target, of
+    those that were chosen without timing them (or, with ``timed``, of those that were timed)."""
 
     def size(spec) -> int:
         # Results a block holds, which is what fills registers.
         sides = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_P", "BLOCK_Q")
         return math.prod(spec.constants.get(side, 1) for side in sides)
 
-    def find(name: str, use: str, target: str):
+    def find(name: str, use: str, target: str, timed: bool = False):
         of = "experts" if name.startswith("gate") else "grouped_linear"
         found = [
             spec
             for spec in submodule(f"ops.{of}.specs").COMPILE_SPECS
             if name_of(spec) == name and spec.label.startswith(f"{use} bf16") and target in spec.targets
-        ]
+            and (spec.measured is not None) == timed
+        ]  # fmt: skip
         return max(found, key=size)
 
     return find
@@ -60,6 +62,24 @@ def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, nam
     assert compiled.shared <= specs.TARGETS[target].shared_limit
     assert compiled.registers > 0
     assert compiled.spilled == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("gate_up_kernel", "silu"),
+        *(("grouped_matmul_kernel", use) for use in ("down", "d down", "d gate/up")),
+    ],
+)
+def test_tile_that_was_timed_compiles_fits_and_multiplies_as_wide_as_it_is(widest, name, use) -> None:
+    """The uses in which they were timed. What they spill, if anything, was in the time."""
+    spec = widest(name, use, "sm_90", timed=True)
+    compiled = aot.compile_one(spec, "sm_90")
+    assert compiled.error is None
+    assert compiled.measured == "NVIDIA H100 80GB HBM3, 2026-11-26"
+    assert compiled.shared <= specs.TARGETS["sm_90"].shared_limit
+    assert compiled.spilled <= 32
+    assert "wgmma.mma_async.sync.aligned.m64n256k16" in aot.compiled_kernel(spec, "sm_90").asm["ptx"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +167,15 @@ def test_table_names_every_kernel_and_target(project) -> None:
         ["product", "gfx90a", "1"],
     ]
     assert "2 compilations, 0 failed" in told
+    assert "timed on" not in told
+
+
+def test_table_says_which_launches_were_timed_and_where(project) -> None:
+    timed = "spec(), spec(constants={'BLOCK': 32})"
+    root = project("timed", f"COMPILE_SPECS = [{timed}]\nCOMPILE_SPECS[0].measured = 'a card, today'")
+    told = compiled(root, code=0)
+    assert told.splitlines()[1].split()[-1] == "1"
+    assert "launches timed on a card, today: 1 of 2 compilations; the others were not timed" in told
 
 
 def test_kernels_that_do_not_fit_or_compile_are_named_and_fail(project) -> None:

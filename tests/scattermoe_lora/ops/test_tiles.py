@@ -50,15 +50,18 @@ def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles
                 own = [rule for rule in rules if rule.bytes == itemsize]
                 assert own[-1].limits == {"rows": None, "n": None, "k": None}
                 # A rule behind one that serves all it serves would never be taken.
-                limits = [tuple(rule.limits.values()) for rule in own]
-                for later, limit in enumerate(limits):
-                    assert not any(
-                        all(
-                            a is None or (b is not None and b <= a)
-                            for a, b in zip(earlier, limit, strict=True)
-                        )
-                        for earlier in limits[:later]
-                    )
+                for later, rule in enumerate(own):
+                    assert not any(covers(earlier, rule) for earlier in own[:later])
+
+
+def covers(rule, other) -> bool:
+    """Tell whether a rule serves all sizes that another serves."""
+
+    def span(limit) -> tuple[float, float]:
+        return limit if isinstance(limit, tuple) else (0, float("inf") if limit is None else limit)
+
+    spans = [(span(rule.limits[name]), span(other.limits[name])) for name in rule.limits]
+    return all(own[0] <= others[0] and others[1] <= own[1] for own, others in spans)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,15 @@ def test_shapes_that_are_not_aligned_take_the_default(tiles, gpu, monkeypatch, n
     monkeypatch.setattr(tiles, "table_of", lambda device: "sm_90")
     launch = gpu.tile("grouped_matmul", torch.empty(0, dtype=torch.bfloat16), 512, n, k)
     assert launch in [rule.launch for rule in tiles.load(gpu.TILES, "default").rules["grouped_matmul"]]
+
+
+def test_a_limit_may_have_two_ends_and_what_is_outside_takes_the_next_rule(tiles, gpu) -> None:
+    wide = {"n": 1408, "k": 2816}
+    launches = {
+        rows: tiles.find(gpu.TILES, "sm_90", "grouped_matmul", torch.bfloat16, {"rows": rows, **wide})
+        for rows in (255, 256, 1024, 1025)
+    }
+    assert launches[255] == launches[1025] != launches[256] == launches[1024]
 
 
 def test_a_dtype_without_a_kernel_is_refused(gpu) -> None:

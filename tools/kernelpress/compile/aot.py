@@ -30,6 +30,7 @@ class Compiled:
     """Resources of one compilation: bytes of shared memory a block, registers a thread, bytes a thread spilled.
 
     ``error`` is None, or says why it does not compile or fit; a kernel that does not compile needs nothing.
+    ``measured`` says where and when the launch was timed; None: it was chosen without.
     """
 
     kernel: str
@@ -39,6 +40,7 @@ class Compiled:
     registers: int = 0
     spilled: int = 0
     error: str | None = None
+    measured: str | None = None
 
 
 def compile_package(
@@ -98,12 +100,13 @@ def compile_one(spec: CompileSpec, target: str) -> Compiled:
     """Compile for one architecture. Failing to compile, or to fit shared memory, is a result with an ``error``."""
     compiled = compiled_kernel(spec, target)
     identity = (name_of(spec), spec.label, target)
+    measured = getattr(spec, "measured", None)
     if isinstance(compiled, str):
-        return Compiled(*identity, error=compiled)
+        return Compiled(*identity, error=compiled, measured=measured)
     shared, limit = compiled.metadata.shared, TARGETS[target].shared_limit
     resources = _cuda_resources if TARGETS[target].backend == "cuda" else _hip_resources
     error = None if shared <= limit else f"needs {shared} bytes of shared memory, a block may have {limit}"
-    return Compiled(*identity, shared, *resources(compiled.asm), error)
+    return Compiled(*identity, shared, *resources(compiled.asm), error, measured)
 
 
 def compiled_kernel(spec: CompileSpec, target: str) -> Any:
@@ -165,12 +168,14 @@ def _number(pattern: str, text: str) -> int:
 
 
 def table(results: Sequence[Compiled]) -> str:
-    """Text for people: the most that any compilation of a kernel for a target needs, then each that spills or fails."""
+    """Text for people: the most that any compilation of a kernel for a target needs, then each that spills or fails,
+    and which launches were timed."""
     order = {target: position for position, target in enumerate(TARGETS)}
     ordered = sorted(results, key=lambda result: (result.kernel, order[result.target]))
     width = max(len(result.kernel) for result in results) + 2
     lines = [
         f"{'kernel':<{width}}{'target':<8}{'compiled':>9}{'shared':>9}{'of':>8}{'registers':>11}{'spilled':>9}{'spill':>7}"
+        f"{'timed':>7}"
     ]
     for (kernel, target), group in groupby(ordered, key=lambda result: (result.kernel, result.target)):
         members = list(group)
@@ -178,6 +183,7 @@ def table(results: Sequence[Compiled]) -> str:
             f"{kernel:<{width}}{target:<8}{len(members):>9}{max(m.shared for m in members):>9}"
             f"{TARGETS[target].shared_limit:>8}{max(m.registers for m in members):>11}"
             f"{max(m.spilled for m in members):>9}{sum(m.spilled > 0 for m in members):>7}"
+            f"{sum(m.measured is not None for m in members):>7}"
         )
     for title, chosen in (
         ("spills (bytes a thread)", [result for result in results if result.spilled and not result.error]),
@@ -186,6 +192,11 @@ def table(results: Sequence[Compiled]) -> str:
         if chosen:
             lines.append(f"\n{title}:")
             lines += sorted(f"  {r.target:<8}{r.kernel} {r.label}: {r.error or r.spilled}" for r in chosen)
+    for measured in sorted({result.measured for result in results if result.measured}):
+        count = sum(result.measured == measured for result in results)
+        lines.append(
+            f"\nlaunches timed on {measured}: {count} of {len(results)} compilations; the others were not timed"
+        )
     failed = sum(result.error is not None for result in results)
     return "\n".join((*lines, f"\n{len(results)} compilations, {failed} failed"))
 

@@ -54,6 +54,8 @@ class CompileSpec(Protocol):
         constants: Values of the ``tl.constexpr`` arguments.
         options: ``num_warps``, ``num_stages``.
         targets: The architectures it ships for, keys of :data:`TARGETS`.
+
+    One that also has ``measured``, text or None, says where and when this launch was timed.
     """
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ class CompileSpec:
             constant too.
         options: ``num_warps``, ``num_stages``.
         targets: The architectures it ships for.
+        measured: The GPU on which this launch was timed and the date, for the report; None where it was not.
     """
 
     kernel: Any
@@ -30,3 +31,13 @@ class CompileSpec:
     constants: Mapping[str, Any]
     options: Mapping[str, int]
     targets: tuple[str, ...]
+    measured: str | None = None
+
+
+def distinct(specs: Iterable[CompileSpec]) -> list[CompileSpec]:
+    """The specifications without those that compile once more what one before them compiles: rules share launches."""
+    by_content = {
+        (spec.kernel.__name__, spec.label, spec.targets, *spec.constants.items(), *spec.options.items()): spec
+        for spec in reversed(list(specs))
+    }
+    return list(reversed(by_content.values()))

@@ -2,9 +2,11 @@
 
 A table is a file ``tiles/<device>.json`` beside an operator; ``default.json`` fits every device. It maps a kernel's
 name to rules, tried from the top. A rule holds for elements of ``bytes`` bytes; its ``launch`` has the block sizes,
-``num_warps`` and ``num_stages``. Everything else in it is a limit: the largest value that it serves of the size of that
-name, null for any, or ``true`` where it serves only what the name says. ``measured`` says on which GPU the rules were
-timed, or is null where they are reasoned, not timed.
+``num_warps``, ``num_stages`` and options of the kernel, which are off where they are not named. ``measured`` names the
+timing that chose the launch, or is null where it was chosen by reasoning, without any. Everything else in a rule is a
+limit on the size of that name: the largest that it serves, ``[least, most]``, null for any, or ``true`` or ``false``
+where it serves only what the name says, or only the rest. The table's own ``measured`` says of each timing where and
+when it was made, and in which file of the repository its figures are.
 """
 
 from __future__ import annotations
@@ -26,45 +28,76 @@ DEVICES = tuple(sorted((*TARGETS, DEFAULT)))
 """Those with a table."""
 
 
+Limit = int | tuple[int, int] | None
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: element size, limits by name (None: any), and what to launch with."""
+    """One line of a table: element size, limits by name, what to launch with, and the timing that chose it, if any."""
 
     bytes: int
-    limits: Mapping[str, int | None]
+    limits: Mapping[str, Limit]
     launch: Mapping[str, int]
+    measured: str | None = None
 
     def serves(self, itemsize: int, sizes: Mapping[str, float]) -> bool:
         """Tell whether the rule holds for elements of that many bytes and these sizes."""
         return self.bytes == itemsize and all(
-            limit is None or (sizes[name] if limit is True else sizes[name] <= limit)
-            for name, limit in self.limits.items()
+            _within(sizes[name], limit) for name, limit in self.limits.items() if limit is not None
         )
+
+    def largest(self, name: str) -> int | None:
+        """The largest size of that name that the rule serves; None for any."""
+        limit = self.limits[name]
+        return limit[1] if isinstance(limit, tuple) else limit
+
+
+def _within(size: float, limit: int | tuple[int, int]) -> bool:
+    if isinstance(limit, tuple):
+        return limit[0] <= size <= limit[1]
+    return bool(size) is limit if isinstance(limit, bool) else size <= limit
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A timing of launches: the GPU's name, the date, the versions and the commit, and the file with the figures."""
+
+    device: str
+    date: str
+    torch: str
+    triton: str
+    commit: str | None
+    figures: str
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.date}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rules for one device, by kernel, and where they were timed (None: nowhere)."""
+    """All rules for one device, by kernel, and the timings that they name."""
 
-    measured: Mapping[str, Any] | None
+    measured: Mapping[str, Timing]
     rules: Mapping[str, tuple[Rule, ...]]
+
+    def timing(self, rule: Rule) -> Timing | None:
+        """The timing that chose a rule's launch; None where nothing was timed."""
+        return None if rule.measured is None else self.measured[rule.measured]
 
 
 @functools.cache
 def load(folder: Path, device: str) -> Table:
     """The table of one of the :data:`DEVICES` in an operator's folder."""
     content = json.loads((folder / f"{device}.json").read_text("utf-8"))
-    measured = content.pop("measured")
-    rules = {
-        kernel: tuple(
-            Rule(
-                line.pop("bytes"), launch=MappingProxyType(line.pop("launch")), limits=MappingProxyType(line)
-            )
-            for line in lines
-        )
-        for kernel, lines in content.items()
-    }
-    return Table(measured, MappingProxyType(rules))
+    measured = {name: Timing(**timing) for name, timing in (content.pop("measured") or {}).items()}
+    rules = {kernel: tuple(map(_rule, lines)) for kernel, lines in content.items()}
+    return Table(MappingProxyType(measured), MappingProxyType(rules))
+
+
+def _rule(line: dict[str, Any]) -> Rule:
+    itemsize, launch, measured = line.pop("bytes"), line.pop("launch"), line.pop("measured", None)
+    limits = {name: tuple(limit) if isinstance(limit, list) else limit for name, limit in line.items()}
+    return Rule(itemsize, MappingProxyType(limits), MappingProxyType(launch), measured)
 
 
 def closest(backend: str, arch: str) -> str:

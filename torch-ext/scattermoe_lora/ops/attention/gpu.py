@@ -33,7 +33,9 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     return (batch[0] if batch else 0, rows, heads)
 
 
-def tile(kernel: str, like: torch.Tensor, head_dim: int, same_kv: bool) -> dict[str, int]:
+def tile(
+    kernel: str, like: torch.Tensor, head_dim: int, same_kv: bool, window: bool = False
+) -> dict[str, int]:
     """Block sizes, ``CHUNK`` (columns of the head that are multiplied at a time), ``num_warps`` and ``num_stages``.
 
     Args:
@@ -41,11 +43,12 @@ def tile(kernel: str, like: torch.Tensor, head_dim: int, same_kv: bool) -> dict[
         like: An operand; its device and element size count.
         head_dim: Size of a head, at most 512. One that is smaller than a chunk is one.
         same_kv: Whether the keys are the values.
+        window: Whether a query sees only so many keys before it.
 
     Raises:
         NotImplementedError: No rule for elements of that size.
     """
-    sizes = {"head_dim": head_dim, "same_kv": same_kv}
+    sizes = {"head_dim": head_dim, "same_kv": same_kv, "window": window}
     blocks = tile_tables.find(TILES, tile_tables.table_of(like.device), kernel, like.dtype, sizes)
     return {**blocks, "CHUNK": min(blocks["CHUNK"], triton.next_power_of_2(head_dim))}
 
@@ -89,7 +92,8 @@ class _Problem:
 
     def tile(self, kernel: str) -> dict[str, int]:
         """The blocks and options of one of the kernels for this problem."""
-        return tile(kernel, self.operands.q, self.constants["HEAD_DIM"], self.same_kv)
+        constants = self.constants
+        return tile(kernel, self.operands.q, constants["HEAD_DIM"], self.same_kv, constants["LEFT"])
 
     def launch(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec
-from ..tile_tables import DEFAULT, DEVICES, Rule, load
+from ..tile_tables import DEFAULT, DEVICES, Rule, Timing, load
 from .gpu import TILES, delta_block
 from .kernels import attention_delta_kernel, attention_forward_kernel
 from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
@@ -23,6 +23,7 @@ _LEAST = ("gfx90a",)
 
 # A window over packed sequences needs most registers, and a soft cap a few more.
 _WINDOW = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": False}
+_CAUSAL = {**_WINDOW, "LEFT": False}
 _CAPPED = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": True}
 
 
@@ -43,15 +44,17 @@ def _spec(
     constants: dict[str, Any],
     options: dict[str, int],
     targets: tuple[str, ...],
+    timing: Timing | None = None,
 ) -> CompileSpec:
     arguments = {
         name: _type(name, dtype, constants["HEAD_DIM"]) for name in kernel.arg_names if name not in constants
     }
-    return CompileSpec(kernel, label, arguments, constants, options, targets)
+    measured = None if timing is None else str(timing)
+    return CompileSpec(kernel, label, arguments, constants, options, targets, measured)
 
 
 def _largest_head(rule: Rule) -> int:
-    head_dim = rule.limits["head_dim"]
+    head_dim = rule.largest("head_dim")
     assert head_dim is not None
     return head_dim
 
@@ -65,6 +68,7 @@ def _specs_of(
     use: str,
     mask: dict[str, bool],
     head_dim: int | None = None,
+    timing: Timing | None = None,
 ) -> Iterator[CompileSpec]:
     head_dim, same_kv = head_dim or _largest_head(rule), bool(rule.limits.get("same_kv"))
     blocks = {key: value for key, value in rule.launch.items() if not key.startswith("num_")}
@@ -80,24 +84,29 @@ def _specs_of(
         "WIDTH": width,
         "CHUNK": min(blocks["CHUNK"], width),
     }
-    label = f"{use} {head_dim}{' K=V' if same_kv else ''} {dtype} {precision}"
+    only = " K=V" if same_kv else " windows alone" if rule.limits.get("window") else ""
+    label = f"{use} {head_dim}{only} {dtype} {precision}"
     if name != "attention_dkdv":
-        yield _spec(_KERNELS[name], label, dtype, constants, options, targets)
+        yield _spec(_KERNELS[name], label, dtype, constants, options, targets, timing)
         return
     for want_k, want_v in ((True, False), (False, True)) if is_split else ((True, True),):
         flags = {"WANT_K": want_k, "WANT_V": want_v}
         of = "" if want_k and want_v else " dk" if want_k else " dv"
-        yield _spec(_KERNELS[name], label + of, dtype, {**constants, **flags}, options, targets)
+        yield _spec(_KERNELS[name], label + of, dtype, {**constants, **flags}, options, targets, timing)
 
 
 def _specs() -> Iterator[CompileSpec]:
     for device in DEVICES:
         targets = _LEAST if device == DEFAULT else (device,)
-        for name, rules in load(TILES, device).rules.items():
+        table = load(TILES, device)
+        for name, rules in table.rules.items():
             for rule in rules:
                 dtype = "bf16" if rule.bytes == 2 else "fp32"
-                use = "default window" if device == DEFAULT else "window"
-                yield from _specs_of(name, rule, dtype, "ieee", targets, use, _WINDOW)
+                use, mask = "default window" if device == DEFAULT else "window", _WINDOW
+                if rule.limits.get("window") is False:
+                    use, mask = "causal", _CAUSAL
+                timing = table.timing(rule)
+                yield from _specs_of(name, rule, dtype, "ieee", targets, use, mask, timing=timing)
     # What another dtype, a soft cap and a head that fills no power of two change, where the mma instructions differ.
     for device in ("sm_80", "sm_90"):
         for name, rules in load(TILES, device).rules.items():

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..activation import ACTIVATIONS
-from ..compile_spec import TARGETS, CompileSpec
+from ..compile_spec import TARGETS, CompileSpec, distinct
 from ..grouped_linear.specs import POINTERS, Tile, Use, matmul_spec, tiles_of
 from .kernels import gate_backward_kernel, gate_up_kernel
 
 _PLAIN = {"INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
-# gpt-oss's needs most: it stands for the rest on every tile but the widest.
+# gpt-oss's needs most: it stands for the rest on most tiles.
 _CLAMPED = {"ACTIVATION": "silu", "INTERLEAVED": True, "ALPHA": 1.702, "LIMIT": 7.0, "SHIFT": 1.0}
 _GATES: dict[str, dict[str, Any]] = {
     **{name: {"ACTIVATION": name, **_PLAIN} for name in ACTIVATIONS},
@@ -20,9 +20,9 @@ _GATES: dict[str, dict[str, Any]] = {
 
 
 def _gates(tile: Tile) -> tuple[str, ...]:
-    if tile.is_widest and tile.dtype == "bf16":
+    if tile.every_use and tile.dtype == "bf16":
         return tuple(_GATES)
-    return ("clamped silu",) if tile.is_widest or tile.dtype != "fp16" else ()
+    return ("clamped silu",) if tile.every_use or tile.dtype != "fp16" else ()
 
 
 def _matmuls() -> Iterator[CompileSpec]:
@@ -35,7 +35,7 @@ def _matmuls() -> Iterator[CompileSpec]:
             uses = [Use(label, {**fullest, **gate}, transposed)]
             if label == "silu":
                 uses.append(Use("silu, transposed", {**fullest, **gate}, True))
-            if tile.is_widest:
+            if tile.every_use:
                 uses.append(Use(f"{label}, inference without factors", {"GATHER": True, **gate}, transposed))
             for use in uses:
                 yield matmul_spec(gate_up_kernel, use, tile)
@@ -57,4 +57,4 @@ def _gradients() -> Iterator[CompileSpec]:
                 )
 
 
-COMPILE_SPECS = [*_matmuls(), *_gradients()]
+COMPILE_SPECS = distinct([*_matmuls(), *_gradients()])

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..compile_spec import TARGETS, CompileSpec
-from ..tile_tables import DEFAULT, DEVICES, Rule, load
+from ..compile_spec import TARGETS, CompileSpec, distinct
+from ..tile_tables import DEFAULT, DEVICES, Rule, Timing, load
 from .gpu import TILES
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 
@@ -54,20 +54,24 @@ _USES = (
 )
 # Products whose columns are the rank; each is launched without gathering, too, which needs less.
 _NARROW = (_use("x A^T", "GATHER"), _use("dy B", "GATHER", transposed=True))
-# The two that need most stand for the rest on every tile but the last.
+# The two that need most stand for the rest on most tiles.
 _LARGEST = (_USES[0], _USES[4])
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One rule of one table, as it is compiled: for whom, of which type, and whether its sizes are multiples of 16."""
+    """One rule of one table, as it is compiled: for whom, of which type, and whether its sizes are multiples of 16.
+
+    ``every_use`` tells the widest tile, and those that were timed, on which every way of launching is compiled.
+    """
 
     rule: Rule
-    is_widest: bool
+    every_use: bool
     dtype: str
     precision: str
     targets: tuple[str, ...]
     aligned: bool
+    timing: Timing | None
 
     def blocks(self) -> dict[str, int]:
         """The launch's constants."""
@@ -94,7 +98,9 @@ class Tile:
             for name in kernel.arg_names
             if name not in constants
         }
-        return CompileSpec(kernel, label, arguments, constants, self.options(), self.targets)
+        # The timing was of bfloat16.
+        measured = str(self.timing) if self.timing and self.dtype == "bf16" else None
+        return CompileSpec(kernel, label, arguments, constants, self.options(), self.targets, measured)
 
 
 def tiles_of(kernel: str) -> Iterator[Tile]:
@@ -105,14 +111,20 @@ def tiles_of(kernel: str) -> Iterator[Tile]:
         targets = (device,) if aligned else TARGETS
         # AMD's matrix cores multiply float32 as it is.
         nvidia = tuple(target for target in targets if target.startswith("sm_"))
-        rules = load(TILES, device).rules[kernel]
+        table = load(TILES, device)
+        rules = table.rules[kernel]
         last = {rule.bytes: rule for rule in rules}
         for rule in rules:
             for dtype in _DTYPES[rule.bytes]:
-                is_widest = aligned and rule is last[rule.bytes]
+                every_use = aligned and (rule is last[rule.bytes] or _is_timed_and_wide(rule))
                 for precision, fit in (("ieee", targets), ("tf32", nvidia)):
                     if fit and (precision == "ieee" or dtype == "fp32"):
-                        yield Tile(rule, is_widest, dtype, precision, fit, aligned)
+                        yield Tile(rule, every_use, dtype, precision, fit, aligned, table.timing(rule))
+
+
+def _is_timed_and_wide(rule: Rule) -> bool:
+    columns = rule.largest("n")
+    return rule.measured is not None and (columns is None or columns > 64)
 
 
 def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
@@ -134,14 +146,16 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
 
 
 def _uses(tile: Tile) -> tuple[Use, ...]:
-    """Every use on the widest tile, on the rest the two that need most. float16 differs from bfloat16 in the name of
-    the instruction alone, so the widest tile stands for it."""
-    columns = tile.rule.limits["n"]
+    """Every use where a tile is compiled for all, on the rest the two that need most.
+
+    float16 differs from bfloat16 in the name of the instruction alone, so the widest tile stands for it.
+    """
+    columns = tile.rule.largest("n")
     if columns is not None and columns <= 64:
         return _NARROW if tile.dtype != "fp16" else ()
-    if tile.is_widest and tile.dtype == "bf16":
+    if tile.every_use and tile.dtype == "bf16":
         return _USES
-    return _LARGEST if tile.is_widest or tile.dtype != "fp16" else ()
+    return _LARGEST if tile.every_use or tile.dtype != "fp16" else ()
 
 
 def _outer(weighted: bool, tile: Tile) -> CompileSpec:
@@ -162,9 +176,9 @@ def _specs() -> Iterator[CompileSpec]:
         for use in _uses(tile):
             yield matmul_spec(grouped_matmul_kernel, use, tile)
     for tile in tiles_of("grouped_outer"):
-        if tile.dtype != "fp16" or tile.is_widest:
+        if tile.dtype != "fp16" or tile.every_use:
             for weighted in (False, True):
                 yield _outer(weighted, tile)
 
 
-COMPILE_SPECS = list(_specs())
+COMPILE_SPECS = distinct(_specs())

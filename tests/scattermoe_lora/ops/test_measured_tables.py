@@ -1,0 +1,80 @@
+"""A rule of a tile table that claims to be timed launches what was fastest, in a file of this repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+OPERATORS = sorted(path.parent.name for path in REPOSITORY.glob("torch-ext/scattermoe_lora/ops/*/tiles"))
+
+
+@pytest.fixture(scope="module")
+def tables(submodule):
+    """Every table that ships: ``(folder, device, table)``."""
+    tiles = submodule("ops.tile_tables")
+    folders = [submodule(f"ops.{operator}.gpu").TILES for operator in OPERATORS]
+    return [(folder, device, tiles.load(folder, device)) for folder in folders for device in tiles.DEVICES]
+
+
+def figures(timing) -> dict:
+    return json.loads((REPOSITORY / timing.figures).read_text())
+
+
+def problems(timing, table) -> list[dict]:
+    """The problems of a timing that the kernels of a table solve."""
+    return [problem for problem in figures(timing)["problems"].values() if problem["kernel"] in table.rules]
+
+
+def test_a_timing_is_that_of_the_file_that_it_names(tables) -> None:
+    timings = [timing for *_, table in tables for timing in table.measured.values()]
+    assert timings
+    for timing in timings:
+        content = figures(timing)
+        assert (timing.device, timing.date) == (content["device"], content["date"])
+        assert {"torch": timing.torch, "triton": timing.triton}.items() <= content["versions"].items()
+        assert timing.commit is None or content["commit"].startswith(timing.commit)
+
+
+def test_what_was_timed_is_launched_with_what_was_fastest(tables, submodule) -> None:
+    find = submodule("ops.tile_tables").find
+    for folder, device, table in tables:
+        for timing in table.measured.values():
+            assert problems(timing, table)
+            for problem in problems(timing, table):
+                fastest = min(
+                    (entry for entry in problem["launches"] if entry["ms"] is not None),
+                    key=lambda entry: entry["ms"],
+                )
+                launch = find(folder, device, problem["kernel"], torch.bfloat16, problem["sizes"])
+                assert launch == fastest["launch"], problem["what"]
+
+
+def test_a_rule_that_names_a_timing_serves_a_problem_of_it_and_sizes_like_it(tables) -> None:
+    for _, _, table in tables:
+        for kernel, rules in table.rules.items():
+            for rule in rules:
+                timing = table.timing(rule)
+                if timing is None:
+                    continue
+                served = [
+                    problem["sizes"]
+                    for problem in problems(timing, table)
+                    if problem["kernel"] == kernel and rule.serves(2, problem["sizes"])
+                ]
+                assert served, dict(rule.limits)
+                for name, limit in rule.limits.items():
+                    if isinstance(limit, tuple):
+                        # No more than twice or half.
+                        assert any(limit[1] <= 2 * sizes[name] <= 4 * limit[0] for sizes in served)
+
+
+def test_what_no_timing_is_named_for_says_so_rule_by_rule(tables) -> None:
+    for folder, device, _ in tables:
+        content = json.loads((folder / f"{device}.json").read_text())
+        assert isinstance(content.pop("measured"), dict)
+        for rules in content.values():
+            assert all("measured" in rule for rule in rules)
