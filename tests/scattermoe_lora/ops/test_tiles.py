@@ -43,7 +43,8 @@ def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles
         assert set(table.rules) == set(BLOCKS)
         for kernel, rules in table.rules.items():
             for rule in rules:
-                assert set(rule.launch) == BLOCKS[kernel]
+                options = set(gpu.OPTIONS) if kernel == "grouped_matmul" else set()
+                assert BLOCKS[kernel] <= set(rule.launch) <= BLOCKS[kernel] | options
                 sides = [value for name, value in rule.launch.items() if name.startswith("BLOCK")]
                 assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
             for itemsize in (2, 4):
@@ -59,6 +60,15 @@ def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles
                         )
                         for earlier in limits[:later]
                     )
+
+
+def test_tables_take_only_options_that_their_architecture_has(tiles, gpu, submodule) -> None:
+    targets = submodule("ops.grouped_linear.specs").OPTION_TARGETS
+    assert set(targets) == set(gpu.OPTIONS)
+    for device in tiles.DEVICES:
+        for rule in tiles.load(gpu.TILES, device).rules["grouped_matmul"]:
+            for option in set(rule.launch) & set(gpu.OPTIONS):
+                assert set(TARGETS if device == "default" else (device,)) <= set(targets[option])
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec
 from ..tile_tables import DEFAULT, DEVICES, Rule, load
 from .gpu import TILES
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+from .kernels_schedule import tile_schedule_kernel
+from .schedule import TILES_A_PROGRAM
 
 POINTERS = {
     "row_weight_ptr": "*fp32:16",
     "d_row_weight_ptr": "*fp32:16",
     "order_ptr": "*i64:16",
     "offsets_ptr": "*i64:16",
+    "schedule_ptr": "*i32:16",
 }
 _DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
+# Architectures whose table may take an option of the products. It is compiled for them whether the table takes it or not.
+OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "SCHEDULE": TARGETS,
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class Tile:
     def label(self, use: str, axes: str) -> str:
         """Tells a use of this tile from the kernel's others."""
         shape = "x".join(str(self.rule.launch[f"BLOCK_{axis}"]) for axis in axes)
-        return f"{use} {self.dtype} {self.precision} {shape}{'' if self.aligned else ' unaligned'}"
+        options = "".join(f" {name.lower()}" for name in OPTION_TARGETS if self.rule.launch.get(name))
+        return f"{use} {self.dtype} {self.precision} {shape}{'' if self.aligned else ' unaligned'}{options}"
 
     def spec(self, kernel: Any, label: str, constants: Mapping[str, Any]) -> CompileSpec:
         """The compilation of a kernel with these constants."""
@@ -97,6 +105,13 @@ class Tile:
         return CompileSpec(kernel, label, arguments, constants, self.options(), self.targets)
 
 
+def _trials(rule: Rule, device: str) -> Iterator[Rule]:
+    """The rule with each of the options that the device can take."""
+    for option, targets in OPTION_TARGETS.items():
+        if device in targets:
+            yield replace(rule, launch={**rule.launch, option: 1})
+
+
 def tiles_of(kernel: str) -> Iterator[Tile]:
     """Every rule that ships for a kernel, for each type and precision that it is launched with."""
     for device in DEVICES:
@@ -107,7 +122,8 @@ def tiles_of(kernel: str) -> Iterator[Tile]:
         nvidia = tuple(target for target in targets if target.startswith("sm_"))
         rules = load(TILES, device).rules[kernel]
         last = {rule.bytes: rule for rule in rules}
-        for rule in rules:
+        trials = _trials(last[2], device) if kernel == "grouped_matmul" else ()
+        for rule in (*rules, *trials):
             for dtype in _DTYPES[rule.bytes]:
                 is_widest = aligned and rule is last[rule.bytes]
                 for precision, fit in (("ieee", targets), ("tf32", nvidia)):
@@ -157,6 +173,22 @@ def _outer(weighted: bool, tile: Tile) -> CompileSpec:
     return tile.spec(grouped_outer_kernel, label, constants)
 
 
+def _schedules() -> Iterator[CompileSpec]:
+    for block in (16, 128):
+        yield CompileSpec(
+            tile_schedule_kernel,
+            f"{block} rows",
+            {
+                "offsets_ptr": "*i64:16",
+                "schedule_ptr": "*i32:16",
+                **dict.fromkeys(("pairs", "num_experts", "capacity"), "i32"),
+            },
+            {"EXPERTS_POW2": 256, "BLOCK_M": block, "TILES": TILES_A_PROGRAM},
+            {"num_warps": 4},
+            TARGETS,
+        )
+
+
 def _specs() -> Iterator[CompileSpec]:
     for tile in tiles_of("grouped_matmul"):
         for use in _uses(tile):
@@ -167,4 +199,4 @@ def _specs() -> Iterator[CompileSpec]:
                 yield _outer(weighted, tile)
 
 
-COMPILE_SPECS = list(_specs())
+COMPILE_SPECS = [*_specs(), *_schedules()]
