@@ -15,15 +15,18 @@ from helpers import AWKWARD, TRITON, Shape, assert_close, low_rank, route
 
 OPTIONS = {
     "schedule": {"SCHEDULE": 1},
+    "own sort and sums": {},
 }
 MATMUL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
 OUTER = {"BLOCK_P": 16, "BLOCK_Q": 32, "BLOCK_S": 16}
+# Kernels that stand in for torch's where a table has a rule for them.
+OWN = {"sort_pairs": {"BLOCK": 32}, "sum_choices": {"BLOCK": 16}}
 
 
 @pytest.fixture
 def launched(submodule):
     """``with launched(option):`` all products are launched with the option."""
-    gpu = submodule("ops.grouped_linear.gpu")
+    gpu, pairs = submodule("ops.grouped_linear.gpu"), submodule("ops.grouped_linear.pairs")
 
     @contextmanager
     def launch(option: Mapping[str, int]) -> Iterator[None]:
@@ -31,6 +34,8 @@ def launched(submodule):
             patch.setattr(
                 gpu, "tile", lambda name, *_: {**MATMUL, **option} if name == "grouped_matmul" else OUTER
             )
+            if not option:
+                patch.setattr(pairs, "own_launch", lambda name, *_: OWN[name])
             yield
 
     return launch
@@ -179,3 +184,40 @@ if TRITON:
             layer(submodule, AWKWARD[1], route(AWKWARD[1]), gate, transposed=False, factors=True, bias=True)
         # Once in the forward, once in the backward.
         assert asked == [MATMUL["BLOCK_M"]] * 2
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    @pytest.mark.parametrize("block", [16, 64])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (40, 2), (33, 4), (130, 1), (0, 2)], ids=str)
+    def test_any_shape_is_sorted_as_torch_sorts_it(submodule, monkeypatch, shape, block, dtype) -> None:
+        pairs, sort = submodule("ops.grouped_linear.pairs"), submodule("ops.routing").sort_by_expert
+        for experts in (1, 5, 31):
+            # Sentinels behind the experts, and far behind them.
+            index = torch.randint(0, experts + 2, shape, dtype=dtype)
+            index[index > experts] = 1000
+            by_torch = sort(index, experts)
+            with monkeypatch.context() as patch:
+                patch.setattr(pairs, "own_launch", lambda *_: {"BLOCK": block})
+                ours = sort(index, experts)
+            ends = by_torch.offsets[-1]
+            assert torch.equal(ours.offsets, by_torch.offsets)
+            assert torch.equal(ours.order[:ends], by_torch.order[:ends])
+            # Sentinels stand in any order of their indices.
+            assert ours.order[ends:].tolist() == sorted(by_torch.order[ends:].tolist())
+
+    def test_negative_indices_have_no_expert_where_any_shape_is_sorted(submodule, monkeypatch) -> None:
+        monkeypatch.setattr(submodule("ops.grouped_linear.pairs"), "own_launch", lambda *_: {"BLOCK": 16})
+        routing = submodule("ops.routing").sort_by_expert(torch.tensor([[1, -1], [0, 1]]), 2)
+        assert routing.order.tolist() == [2, 0, 3, 1]
+        assert routing.offsets.tolist() == [0, 1, 3]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 70), (4, 11, 16), (0, 2, 8)], ids=str)
+    def test_choices_of_any_shape_are_summed(submodule, monkeypatch, sizes, dtype) -> None:
+        pairs = submodule("ops.grouped_linear.pairs")
+        tokens, top_k, columns = sizes
+        by_pair = torch.randn(tokens * top_k, columns).to(dtype)
+        monkeypatch.setattr(pairs, "own_launch", lambda *_: {"BLOCK": 32})
+        got = pairs.sum_choices(by_pair, tokens)
+        exact = by_pair.double().view(tokens, top_k, columns).sum(dim=1)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)

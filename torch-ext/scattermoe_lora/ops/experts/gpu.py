@@ -16,9 +16,9 @@ from ..grouped_linear.gpu import (
     grouped_matmul,
     grouped_outer,
     matmul_launch,
-    sum_choices,
     weight_gradient,
 )
+from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
 from ..routing import Routing
 from .arguments import Kept, Operands

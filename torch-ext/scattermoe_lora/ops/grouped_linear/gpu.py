@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,8 @@ from .. import tile_tables
 from ..routing import Routing
 from .arguments import Operands
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+from .pairs import TILES, sum_choices
 from .schedule import Scheduled, most_tiles
-
-TILES = Path(__file__).parent / "tiles"
 
 # What a rule's launch may ask of a product besides block sizes, and what a launch without it does:
 OPTIONS = {
@@ -230,12 +228,6 @@ def bias_gradient(
     """The sum of each expert's rows of ``dy``, ``[E, N_out]``; rows as in :func:`grouped_matmul`."""
     ones = dy.new_ones((routing.order.shape[0], 1))
     return grouped_outer(dy, ones, routing, top_k_p=top_k, row_weight=row_weight).squeeze(2)
-
-
-def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
-    """``[S, N]`` by pair to ``[T, N]``: each token's rows summed in float32, in a fixed order."""
-    pairs, columns = by_pair.shape
-    return by_pair.view(tokens, pairs // max(tokens, 1), columns).sum(dim=1)
 
 
 def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

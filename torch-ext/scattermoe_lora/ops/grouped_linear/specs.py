@@ -10,7 +10,9 @@ from ..compile_spec import TARGETS, CompileSpec
 from ..tile_tables import DEFAULT, DEVICES, Rule, load
 from .gpu import TILES
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
 from .kernels_schedule import tile_schedule_kernel
+from .pairs import CHUNK
 from .schedule import TILES_A_PROGRAM
 
 POINTERS = {
@@ -21,7 +23,7 @@ POINTERS = {
     "schedule_ptr": "*i32:16",
 }
 _DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
-# Architectures whose table may take an option of the products. It is compiled for them whether the table takes it or not.
+# Architectures whose table may take an option of the products, and that it is compiled for in any case.
 OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
     "SCHEDULE": TARGETS,
 }
@@ -189,6 +191,28 @@ def _schedules() -> Iterator[CompileSpec]:
         )
 
 
+def _of_pairs() -> Iterator[CompileSpec]:
+    """The kernels around the products, of which a table may have rules."""
+    integers = dict.fromkeys(("pairs", "num_experts"), "i32")
+    pointers = dict.fromkeys(("counts_ptr", "through_ptr"), "*i32:16")
+    index = {"index_ptr": "*i64:16", **pointers, **POINTERS, **integers}
+    for block in (128, 512):
+        constants = {"EXPERTS_POW2": 256, "BLOCK": block, "CHUNK": CHUNK}
+        for kernel in (count_pairs_kernel, place_pairs_kernel):
+            yield CompileSpec(
+                kernel,
+                f"{block} pairs",
+                {name: index[name] for name in kernel.arg_names if name in index},
+                {name: value for name, value in constants.items() if name in kernel.arg_names},
+                {"num_warps": 4},
+                TARGETS,
+            )
+    for dtype in ("bf16", "fp32"):
+        arguments = {"by_pair_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "columns": "i32:16"}
+        constants = {"TOP_K": 8, "BLOCK": 1024}
+        yield CompileSpec(sum_choices_kernel, dtype, arguments, constants, {"num_warps": 4}, TARGETS)
+
+
 def _specs() -> Iterator[CompileSpec]:
     for tile in tiles_of("grouped_matmul"):
         for use in _uses(tile):
@@ -199,4 +223,4 @@ def _specs() -> Iterator[CompileSpec]:
                 yield _outer(weighted, tile)
 
 
-COMPILE_SPECS = [*_specs(), *_schedules()]
+COMPILE_SPECS = [*_specs(), *_schedules(), *_of_pairs()]
