@@ -68,8 +68,9 @@ def run(model: Any, implementation: str, arguments: tuple[torch.Tensor, ...]) ->
         *(lora(r=r) for r in (1, 2, 16, 40, 256)),
         lora(use_rslora=True, r=16),
         lora(lora_alpha=0),
+        lora(lora_alpha=3),
     ],
-    ids=["both", "gate_up", "down", "r=1", "r=2", "r=16", "r=40", "r=256", "rslora", "alpha=0"],
+    ids=["both", "gate_up", "down", "r=1", "r=2", "r=16", "r=40", "r=256", "rslora", "alpha=0", "alpha=r"],
 )
 def test_output_and_gradients_are_those_of_pefts_own_path(registered: ModuleType, config: LoraConfig) -> None:
     model, arguments = adapted(config), inputs()

@@ -19,6 +19,7 @@ CHOSEN = (
 MODULES = [
     "ops/test_experts.py",
     "ops/test_grouped_linear.py",
+    "ops/test_options.py",
     "experts/test_module.py",
     "ops/test_attention.py",
     "ops/test_norm_rotary.py",

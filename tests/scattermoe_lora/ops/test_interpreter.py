@@ -20,6 +20,7 @@ TESTS = Path(__file__).parents[1]
     [
         "ops/test_experts.py",
         "ops/test_grouped_linear.py",
+        "ops/test_options.py",
         "experts/test_module.py",
         "ops/test_norm_rotary.py",
         "ops/test_attention.py",

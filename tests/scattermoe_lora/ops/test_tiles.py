@@ -20,6 +20,10 @@ BLOCKS = {
 }
 
 
+# Kernels that stand in for torch's where a table has a rule for them, and the limits that it sets.
+OWN = {"sort_pairs": {"pairs", "experts"}, "sum_choices": {"n", "k"}}
+
+
 @pytest.fixture(scope="session")
 def tiles(submodule):
     return submodule("ops.tile_tables")
@@ -40,10 +44,12 @@ def test_there_is_a_table_for_every_target_and_a_default(tiles, submodule, opera
 def test_every_table_serves_every_shape_with_blocks_that_triton_multiplies(tiles, gpu) -> None:
     for device in tiles.DEVICES:
         table = tiles.load(gpu.TILES, device)
-        assert set(table.rules) == set(BLOCKS)
-        for kernel, rules in table.rules.items():
+        assert set(BLOCKS) <= set(table.rules) <= {*BLOCKS, *OWN}
+        for kernel in BLOCKS:
+            rules = table.rules[kernel]
             for rule in rules:
-                assert set(rule.launch) == BLOCKS[kernel]
+                options = set(gpu.OPTIONS) if kernel == "grouped_matmul" else set()
+                assert BLOCKS[kernel] <= set(rule.launch) <= BLOCKS[kernel] | options
                 sides = [value for name, value in rule.launch.items() if name.startswith("BLOCK")]
                 assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
             for itemsize in (2, 4):
@@ -62,6 +68,33 @@ def covers(rule, other) -> bool:
 
     spans = [(span(rule.limits[name]), span(other.limits[name])) for name in rule.limits]
     return all(own[0] <= others[0] and others[1] <= own[1] for own, others in spans)
+
+
+def test_tables_take_only_options_that_their_architecture_has(tiles, gpu, submodule) -> None:
+    targets = submodule("ops.grouped_linear.specs").OPTION_TARGETS
+    assert set(targets) == set(gpu.OPTIONS)
+    for device in tiles.DEVICES:
+        for rule in tiles.load(gpu.TILES, device).rules["grouped_matmul"]:
+            for option in set(rule.launch) & set(gpu.OPTIONS):
+                assert set(TARGETS if device == "default" else (device,)) <= set(targets[option])
+
+
+def test_rules_for_kernels_that_torch_has_too_limit_what_their_launchers_know(tiles, gpu) -> None:
+    for device in tiles.DEVICES:
+        for kernel, limits in OWN.items():
+            for rule in tiles.load(gpu.TILES, device).rules.get(kernel, ()):
+                assert set(rule.limits) <= limits
+                assert {"BLOCK"} <= set(rule.launch) <= {"BLOCK", "num_warps"}
+
+
+def test_torch_sorts_and_sums_where_a_table_has_no_rule(submodule, tiles, gpu, monkeypatch) -> None:
+    pairs, like = submodule("ops.grouped_linear.pairs"), torch.empty(0, dtype=torch.float16)
+    rule = tiles.Rule(2, {"n": 64, "k": None}, {"BLOCK": 16})
+    assert pairs.own_launch("sum_choices", like, {"n": 64, "k": 8}) is None
+    monkeypatch.setattr(tiles, "load", lambda folder, device: tiles.Table(None, {"sum_choices": (rule,)}))
+    assert pairs.own_launch("sum_choices", like, {"n": 64, "k": 8}) is rule.launch
+    assert pairs.own_launch("sum_choices", like, {"n": 65, "k": 8}) is None
+    assert pairs.own_launch("sum_choices", like.float(), {"n": 64, "k": 8}) is None
 
 
 @pytest.mark.parametrize(

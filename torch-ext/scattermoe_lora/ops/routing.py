@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import dispatch
+
 
 class Routing(NamedTuple):
     """Token-expert pairs sorted by expert.
@@ -35,6 +37,13 @@ def sort_by_expert(expert_index: torch.Tensor, num_experts: int) -> Routing:
     Returns:
         The :class:`Routing`. Its shapes depend on ``T``, ``K`` and ``E`` alone, so nothing waits for the device.
     """
+    # Where a graph is made the compiler chooses the kernels.
+    if not torch.compiler.is_compiling() and dispatch.use_triton(expert_index):
+        from .grouped_linear.pairs import sort_pairs
+
+        result = sort_pairs(expert_index, num_experts)
+        if result is not None:
+            return Routing(*result)
     if expert_index.device.type != "cpu":
         # Nobody would see them there, and what no kernel writes would be returned as it was found.
         expert_index = torch.where(expert_index < 0, num_experts, expert_index)

@@ -157,9 +157,10 @@ def active_factors(
         columns = b.reshape(-1, experts)
         if only is not None:
             a, columns = a.index_select(0, only), columns.index_select(1, only)
-        # Scaled in the wider of both dtypes: PEFT's own path rounds no product to that of narrow adapters either.
-        columns = (columns.to(torch.promote_types(columns.dtype, dtype)) * scaling).to(dtype)
-        a, b = a.to(dtype), columns.t().contiguous().view(a.shape[0], b.shape[0], a.shape[1])
+        if scaling != 1:
+            # In the wider of both dtypes: PEFT's own path rounds no product to that of narrow adapters either.
+            columns = columns.to(torch.promote_types(columns.dtype, dtype)) * scaling
+        a, b = a.to(dtype), columns.to(dtype).t().contiguous().view(a.shape[0], b.shape[0], a.shape[1])
         a_s.append(b.mT if turned else a)
         b_s.append(a.mT if turned else b)
     if not a_s:

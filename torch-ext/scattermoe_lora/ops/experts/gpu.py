@@ -16,9 +16,10 @@ from ..grouped_linear.gpu import (
     grouped_matmul,
     grouped_outer,
     matmul_launch,
-    sum_choices,
     weight_gradient,
 )
+from ..grouped_linear.pairs import sum_choices
+from ..grouped_linear.schedule import Scheduled
 from ..routing import Routing
 from .arguments import Kept, Operands
 from .kernels import gate_backward_kernel, gate_up_kernel
@@ -74,7 +75,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
     x, gate_up, down, weights, a1, b1, a2, b2, bias1, bias2, *_ = operands
-    routing, top_k = operands.routing, weights.shape[1]
+    routing, top_k = Scheduled(*operands.routing), weights.shape[1]
     low1 = None if a1 is None or b1 is None else (grouped_matmul(x, a1, routing, top_k=top_k), b1)
     hidden, a = project_and_gate(x, gate_up, routing, top_k, low1, bias1, gate, keep)
     low2 = None if a2 is None or b2 is None else (grouped_matmul(a, a2, routing), b2)
@@ -91,7 +92,7 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.experts.op.experts_backward`; ``names`` are the operands that need one."""
     x, gate_up, down, weights, a1, b1, a2, b2, _, bias2, *_ = operands
-    routing, top_k, row_weight = operands.routing, weights.shape[1], weights.reshape(-1)
+    routing, top_k, row_weight = Scheduled(*operands.routing), weights.shape[1], weights.reshape(-1)
     low2 = low1 = None
     if a2 is not None and b2 is not None:
         low2 = grouped_matmul(grad_out, b2.mT, routing, top_k=top_k), a2.mT

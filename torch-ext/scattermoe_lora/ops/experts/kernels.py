@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..grouped_linear.kernels import find_tile, multiply_rows, program_tile
+from ..grouped_linear.kernels import multiply_rows
+from ..grouped_linear.kernels_schedule import find_tile, program_tile
 
 
 @triton.jit
@@ -57,6 +58,7 @@ def gate_up_kernel(
     bias_ptr,
     order_ptr,
     offsets_ptr,
+    schedule_ptr,
     pairs,
     num_experts,
     N,
@@ -81,6 +83,7 @@ def gate_up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
+    SCHEDULE: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -97,7 +100,9 @@ def gate_up_kernel(
     I = N // 2
     HALF: tl.constexpr = BLOCK_N // 2
     pid_m, pid_n = program_tile(I, HALF, GROUP_M)
-    expert, row, end = find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+    expert, row, end = find_tile(
+        pid_m, offsets_ptr, schedule_ptr, pairs, num_experts, SCHEDULE, EXPERTS_POW2, BLOCK_M
+    )
     if row >= end:
         return
     position = row + tl.arange(0, BLOCK_M)

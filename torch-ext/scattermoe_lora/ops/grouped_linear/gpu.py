@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +12,14 @@ from .. import tile_tables
 from ..routing import Routing
 from .arguments import Operands
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+from .pairs import TILES, sum_choices
+from .schedule import Scheduled, most_tiles
 
-TILES = Path(__file__).parent / "tiles"
+# What a rule's launch may ask of a product besides block sizes, and what a launch without it does:
+OPTIONS = {
+    # 1: read the tiles of rows from a schedule that the launches of a call share. 0: each program counts them.
+    "SCHEDULE": 0,
+}
 
 
 def float32_precision(x: torch.Tensor) -> str:
@@ -72,8 +77,11 @@ def matmul_launch(
     left, right = low or (x, weight)
     rank = left.shape[1] if low else 0
     blocks = tile("grouped_matmul", x, pairs / num_experts, n_out, n_in)
-    # At most this many: one is begun for every segment that has rows, and the others are full.
-    tiles_m = pairs // blocks["BLOCK_M"] + min(pairs, num_experts + 1)
+    tiles_m = most_tiles(pairs, num_experts, blocks["BLOCK_M"])
+    schedule = routing.offsets
+    if blocks.get("SCHEDULE"):
+        shared = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
+        schedule = shared.schedule(blocks["BLOCK_M"])
     arguments: tuple[torch.Tensor | int, ...] = (
         x,
         weight,
@@ -81,6 +89,7 @@ def matmul_launch(
         right,
         weight if bias is None else bias,
         *routing,
+        schedule,
         pairs,
         num_experts,
         n_out,
@@ -100,6 +109,7 @@ def matmul_launch(
         "EVEN_K": n_in % blocks["BLOCK_K"] == 0,
         # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
         "BLOCK_R": min(blocks["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
+        **OPTIONS,
         **blocks,
     }
     return Launch((tiles_m * triton.cdiv(n_out, blocks["BLOCK_N"]),), arguments, constants)
@@ -220,16 +230,10 @@ def bias_gradient(
     return grouped_outer(dy, ones, routing, top_k_p=top_k, row_weight=row_weight).squeeze(2)
 
 
-def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
-    """``[S, N]`` by pair to ``[T, N]``: each token's rows summed in float32, in a fixed order."""
-    pairs, columns = by_pair.shape
-    return by_pair.view(tokens, pairs // max(tokens, 1), columns).sum(dim=1)
-
-
 def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
     x, weight, a, b, bias, *_ = operands
-    routing, rows = operands.routing, operands.pairs_per_row(top_k)
+    routing, rows = Scheduled(*operands.routing), operands.pairs_per_row(top_k)
     low = None if a is None or b is None else (grouped_matmul(x, a, routing, top_k=rows), b)
     y = grouped_matmul(x, weight, routing, top_k=rows, low=low, bias=bias, scatter=True)
     return y, low[0] if low else x.new_empty((y.shape[0], 0))
@@ -240,7 +244,7 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
     x, weight, a, b, *_ = operands
-    routing, rows = operands.routing, operands.pairs_per_row(top_k)
+    routing, rows = Scheduled(*operands.routing), operands.pairs_per_row(top_k)
     d_low = None if a is None or b is None else (grouped_matmul(dy, b.mT, routing, top_k=1), a.mT)
     gradients = {}
     if "x" in names:

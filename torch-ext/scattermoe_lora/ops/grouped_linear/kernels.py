@@ -8,40 +8,7 @@ states is made. The low-rank path ``U B^T`` is a second, short K loop into the s
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The segment and rows of one M tile: ``(segment, start, end)``.
-
-    Segments are the experts, then the pairs without an expert here (segment ``num_experts``). A tile never spans two
-    segments. A ``pid_m`` past the last tile gives an empty range. Each program counts all tiles itself: a few dozen
-    loads that hit the cache, against a schedule that another kernel would have to write first.
-    """
-    segment = tl.arange(0, EXPERTS_POW2)
-    start = tl.load(offsets_ptr + segment, mask=segment <= num_experts, other=0)
-    end = tl.load(offsets_ptr + segment + 1, mask=segment < num_experts, other=0)
-    end = tl.where(segment == num_experts, pairs, end)
-    tiles = tl.where(segment <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
-    tiles_through = tl.cumsum(tiles, axis=0)
-    group = tl.sum(((tiles_through <= pid_m) & (segment <= num_experts)).to(tl.int32), axis=0)
-    is_found = segment == group
-    first_tile = tl.sum(tl.where(is_found, tiles_through - tiles, 0), axis=0)
-    row = tl.sum(tl.where(is_found, start, 0), axis=0) + (pid_m - first_tile) * BLOCK_M
-    return group, row, tl.sum(tl.where(is_found, end, 0), axis=0)
-
-
-@triton.jit
-def program_tile(columns, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
-    """The tile of this program, ``(pid_m, pid_n)``, among tiles of ``BLOCK`` of the columns.
-
-    GROUP_M tiles of rows take the same columns one after another, so that the L2 cache gives a weight to all of them.
-    """
-    tiles_n = tl.cdiv(columns, BLOCK)
-    tiles_m = tl.num_programs(0) // tiles_n
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group = min(tiles_m - first_m, GROUP_M)
-    return first_m + pid % (GROUP_M * tiles_n) % group, pid % (GROUP_M * tiles_n) // group
+from .kernels_schedule import find_tile, program_tile
 
 
 @triton.jit
@@ -125,6 +92,7 @@ def grouped_matmul_kernel(
     bias_ptr,
     order_ptr,
     offsets_ptr,
+    schedule_ptr,
     pairs,
     num_experts,
     N,
@@ -145,6 +113,7 @@ def grouped_matmul_kernel(
     LOW_RANK: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SCHEDULE: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -155,7 +124,9 @@ def grouped_matmul_kernel(
     GROUP_M: tl.constexpr,
 ):
     pid_m, pid_n = program_tile(N, BLOCK_N, GROUP_M)
-    expert, row, end = find_tile(pid_m, offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+    expert, row, end = find_tile(
+        pid_m, offsets_ptr, schedule_ptr, pairs, num_experts, SCHEDULE, EXPERTS_POW2, BLOCK_M
+    )
     if row >= end:
         return
     position = row + tl.arange(0, BLOCK_M)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec, distinct
 from ..tile_tables import DEFAULT, DEVICES, Rule, Timing, load
 from .gpu import TILES
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
+from .kernels_schedule import tile_schedule_kernel
+from .pairs import CHUNK
+from .schedule import TILES_A_PROGRAM
 
 POINTERS = {
     "row_weight_ptr": "*fp32:16",
     "d_row_weight_ptr": "*fp32:16",
     "order_ptr": "*i64:16",
     "offsets_ptr": "*i64:16",
+    "schedule_ptr": "*i32:16",
 }
 _DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
+# Architectures whose table may take an option of the products, and that it is compiled for in any case.
+OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "SCHEDULE": TARGETS,
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ class Tile:
     def label(self, use: str, axes: str) -> str:
         """Tells a use of this tile from the kernel's others."""
         shape = "x".join(str(self.rule.launch[f"BLOCK_{axis}"]) for axis in axes)
-        return f"{use} {self.dtype} {self.precision} {shape}{'' if self.aligned else ' unaligned'}"
+        options = "".join(f" {name.lower()}" for name in OPTION_TARGETS if self.rule.launch.get(name))
+        return f"{use} {self.dtype} {self.precision} {shape}{'' if self.aligned else ' unaligned'}{options}"
 
     def spec(self, kernel: Any, label: str, constants: Mapping[str, Any]) -> CompileSpec:
         """The compilation of a kernel with these constants."""
@@ -103,6 +113,13 @@ class Tile:
         return CompileSpec(kernel, label, arguments, constants, self.options(), self.targets, measured)
 
 
+def _trials(rule: Rule, device: str) -> Iterator[Rule]:
+    """The rule with each of the options that the device can take."""
+    for option, targets in OPTION_TARGETS.items():
+        if device in targets:
+            yield replace(rule, launch={**rule.launch, option: 1}, measured=None)
+
+
 def tiles_of(kernel: str) -> Iterator[Tile]:
     """Every rule that ships for a kernel, for each type and precision that it is launched with."""
     for device in DEVICES:
@@ -114,7 +131,8 @@ def tiles_of(kernel: str) -> Iterator[Tile]:
         table = load(TILES, device)
         rules = table.rules[kernel]
         last = {rule.bytes: rule for rule in rules}
-        for rule in rules:
+        trials = _trials(last[2], device) if kernel == "grouped_matmul" else ()
+        for rule in (*rules, *trials):
             for dtype in _DTYPES[rule.bytes]:
                 every_use = aligned and (rule is last[rule.bytes] or _is_timed_and_wide(rule))
                 for precision, fit in (("ieee", targets), ("tf32", nvidia)):
@@ -171,6 +189,44 @@ def _outer(weighted: bool, tile: Tile) -> CompileSpec:
     return tile.spec(grouped_outer_kernel, label, constants)
 
 
+def _schedules() -> Iterator[CompileSpec]:
+    for block in (16, 128):
+        yield CompileSpec(
+            tile_schedule_kernel,
+            f"{block} rows",
+            {
+                "offsets_ptr": "*i64:16",
+                "schedule_ptr": "*i32:16",
+                **dict.fromkeys(("pairs", "num_experts", "capacity"), "i32"),
+            },
+            {"EXPERTS_POW2": 256, "BLOCK_M": block, "TILES": TILES_A_PROGRAM},
+            {"num_warps": 4},
+            TARGETS,
+        )
+
+
+def _of_pairs() -> Iterator[CompileSpec]:
+    """The kernels around the products, of which a table may have rules."""
+    integers = dict.fromkeys(("pairs", "num_experts"), "i32")
+    pointers = dict.fromkeys(("counts_ptr", "through_ptr"), "*i32:16")
+    index = {"index_ptr": "*i64:16", **pointers, **POINTERS, **integers}
+    for block in (128, 512):
+        constants = {"EXPERTS_POW2": 256, "BLOCK": block, "CHUNK": CHUNK}
+        for kernel in (count_pairs_kernel, place_pairs_kernel):
+            yield CompileSpec(
+                kernel,
+                f"{block} pairs",
+                {name: index[name] for name in kernel.arg_names if name in index},
+                {name: value for name, value in constants.items() if name in kernel.arg_names},
+                {"num_warps": 4},
+                TARGETS,
+            )
+    for dtype in ("bf16", "fp32"):
+        arguments = {"by_pair_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "columns": "i32:16"}
+        constants = {"TOP_K": 8, "BLOCK": 1024}
+        yield CompileSpec(sum_choices_kernel, dtype, arguments, constants, {"num_warps": 4}, TARGETS)
+
+
 def _specs() -> Iterator[CompileSpec]:
     for tile in tiles_of("grouped_matmul"):
         for use in _uses(tile):
@@ -181,4 +237,4 @@ def _specs() -> Iterator[CompileSpec]:
                 yield _outer(weighted, tile)
 
 
-COMPILE_SPECS = distinct(_specs())
+COMPILE_SPECS = distinct([*_specs(), *_schedules(), *_of_pairs()])

@@ -1,0 +1,223 @@
+"""Launch options of the grouped products: each computes what the reference computes, whatever the shape.
+
+Only Triton launches have options, so most of this runs in Triton's interpreter and on a GPU alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import AWKWARD, TRITON, Shape, assert_close, low_rank, route
+
+OPTIONS = {
+    "schedule": {"SCHEDULE": 1},
+    "own sort and sums": {},
+}
+MATMUL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
+OUTER = {"BLOCK_P": 16, "BLOCK_Q": 32, "BLOCK_S": 16}
+# Kernels that stand in for torch's where a table has a rule for them.
+OWN = {"sort_pairs": {"BLOCK": 32}, "sum_choices": {"BLOCK": 16}}
+
+
+@pytest.fixture
+def launched(submodule):
+    """``with launched(option):`` all products are launched with the option."""
+    gpu, pairs = submodule("ops.grouped_linear.gpu"), submodule("ops.grouped_linear.pairs")
+
+    @contextmanager
+    def launch(option: Mapping[str, int]) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                gpu, "tile", lambda name, *_: {**MATMUL, **option} if name == "grouped_matmul" else OUTER
+            )
+            if not option:
+                patch.setattr(pairs, "own_launch", lambda name, *_: OWN[name])
+            yield
+
+    return launch
+
+
+def layer(
+    submodule: Any,
+    shape: Shape,
+    index: torch.Tensor,
+    gate: Any,
+    *,
+    transposed: bool,
+    factors: bool,
+    bias: bool,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Output and gradients of a layer by the operator, and by the reference in float64."""
+    op, arguments = submodule("ops.experts.op"), submodule("ops.experts.arguments")
+    experts, hidden, width = shape.experts, shape.hidden, shape.intermediate
+
+    def weight(n_out: int, n_in: int) -> torch.Tensor:
+        values = torch.randn(experts, n_out, n_in) * n_in**-0.5
+        return values.mT.contiguous().mT if transposed else values
+
+    x, weights = torch.randn(shape.tokens, hidden), torch.rand(shape.tokens, shape.top_k)
+    up, down = weight(2 * width, hidden), weight(hidden, width)
+    pairs = (
+        low_rank(experts, n_out, n_in, shape.rank) if factors else (None, None)
+        for n_out, n_in in ((2 * width, hidden), (hidden, width))
+    )
+    biases = (torch.randn(experts, 2 * width), torch.randn(experts, hidden)) if bias else (None, None)
+    tensors = [x, up, down, weights, *(factor for pair in pairs for factor in pair), *biases]
+    leaves = [t if t is None else t.requires_grad_() for t in tensors]
+    routing = submodule("ops.routing").sort_by_expert(index, experts)
+    out, *_ = op.experts_forward(*arguments.Operands(*leaves, *routing), *gate, True, True)
+    grad = torch.randn_like(out)
+    got = [out, *torch.autograd.grad(out, [t for t in leaves if t is not None], grad)]
+
+    x, up, down, weights, a1, b1, a2, b2, *biases = wide = [
+        t if t is None else t.detach().double().requires_grad_() for t in leaves
+    ]
+    reference = submodule("ops.experts.reference").experts
+    exact = reference(x, up, down, index, weights, a1, b1, a2, b2, gate, *biases)
+    trained = [t for t in wide if t is not None]
+    return got, [exact, *torch.autograd.grad(exact, trained, grad.double())]
+
+
+if TRITON:
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    @pytest.mark.parametrize("sentinels", [False, True])
+    @pytest.mark.parametrize("shape", AWKWARD, ids=str)
+    def test_a_layer_matches_the_reference(submodule, launched, shape, sentinels, option) -> None:
+        gate = submodule("ops.activation").Gate("silu")
+        with launched(OPTIONS[option]):
+            got, exact = layer(
+                submodule, shape, route(shape, sentinels), gate, transposed=False, factors=True, bias=False
+            )
+        assert_close(got, exact, 2e-5)
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    @pytest.mark.parametrize("factors", [False, True])
+    def test_transposed_weights_with_biases_match_the_reference(submodule, launched, factors, option) -> None:
+        gate = submodule("ops.activation").Gate("silu", True, 1.702, 1.0, 1.0)
+        shape = Shape(tokens=37, experts=3, top_k=2, hidden=72, intermediate=40, rank=24)
+        with launched(OPTIONS[option]):
+            got, exact = layer(
+                submodule, shape, route(shape), gate, transposed=True, factors=factors, bias=True
+            )
+        assert_close(got, exact, 2e-5)
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    def test_all_tokens_on_one_expert_match_the_reference(submodule, launched, option) -> None:
+        shape = Shape(tokens=70, experts=4, top_k=1, hidden=24, intermediate=16, rank=4)
+        gate = submodule("ops.activation").Gate("gelu_tanh")
+        with launched(OPTIONS[option]):
+            got, exact = layer(
+                submodule,
+                shape,
+                torch.full((70, 1), 2),
+                gate,
+                transposed=False,
+                factors=True,
+                bias=False,
+            )
+        assert_close(got, exact, 2e-5)
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    @pytest.mark.parametrize("per_pair", [False, True])
+    def test_a_linear_matches_the_reference(kernel, submodule, launched, per_pair, option) -> None:
+        shape = AWKWARD[4]
+        a, b = low_rank(shape.experts, shape.intermediate, shape.hidden, shape.rank)
+        weight = torch.randn(shape.experts, shape.intermediate, shape.hidden)
+        x = torch.randn(shape.tokens, *((shape.top_k,) if per_pair else ()), shape.hidden)
+        index = route(shape, True)
+        leaves = [t.requires_grad_() for t in (x, weight, a, b)]
+        with launched(OPTIONS[option]):
+            y = kernel.grouped_linear(x, weight, index, a, b)
+            grad = torch.randn_like(y)
+            got = [y, *torch.autograd.grad(y, leaves, grad)]
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        exact = submodule("ops.grouped_linear.reference").grouped_linear(wide[0], wide[1], index, *wide[2:])
+        assert_close(got, [exact, *torch.autograd.grad(exact, wide, grad.double())], 2e-5)
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    def test_equal_calls_give_equal_bits_with(submodule, launched, option) -> None:
+        gate, results = submodule("ops.activation").Gate("silu"), []
+        index = route(AWKWARD[1], True)
+        for _ in range(2):
+            torch.manual_seed(1)
+            with launched(OPTIONS[option]):
+                results.append(
+                    layer(submodule, AWKWARD[1], index, gate, transposed=False, factors=True, bias=True)[0]
+                )
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("counts", [[0, 5, 16, 0, 33, 1], [7], [0, 0, 0], [300, 0, 2, 4]], ids=str)
+    @pytest.mark.parametrize("without_expert", [0, 1, 40])
+    def test_any_shape_of_a_schedule_lists_every_row_once(submodule, counts, without_expert) -> None:
+        experts, block = len(counts), 16
+        index = torch.repeat_interleave(
+            torch.arange(experts + 1), torch.tensor([*counts, without_expert])
+        ).view(-1, 1)
+        if not len(index):
+            return
+        routing = submodule("ops.routing").sort_by_expert(index, experts)
+        header, *tiles = submodule("ops.grouped_linear.schedule").tile_schedule(routing, block).tolist()
+        ends, expected = [*routing.offsets.tolist()[1:], len(index)], []
+        for segment, end in enumerate(ends):
+            for row in range(ends[segment - 1] if segment else 0, end, block):
+                expected.append([segment, row, end])
+        assert tiles[: len(expected)] == expected
+        assert all(row >= end for _, row, end in tiles[len(expected) :])
+        assert header[:2] == [sum(segment < experts for segment, *_ in expected), len(expected)]
+
+    def test_launches_of_a_call_share_their_schedules_with_one_expert_or_more(
+        submodule, launched, monkeypatch
+    ) -> None:
+        schedule = submodule("ops.grouped_linear.schedule")
+        asked, make = [], schedule.tile_schedule
+        monkeypatch.setattr(
+            schedule, "tile_schedule", lambda routing, block: asked.append(block) or make(routing, block)
+        )
+        gate = submodule("ops.activation").Gate("silu")
+        with launched(OPTIONS["schedule"]):
+            layer(submodule, AWKWARD[1], route(AWKWARD[1]), gate, transposed=False, factors=True, bias=True)
+        # Once in the forward, once in the backward.
+        assert asked == [MATMUL["BLOCK_M"]] * 2
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    @pytest.mark.parametrize("block", [16, 64])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (40, 2), (33, 4), (130, 1), (0, 2)], ids=str)
+    def test_any_shape_is_sorted_as_torch_sorts_it(submodule, monkeypatch, shape, block, dtype) -> None:
+        pairs, sort = submodule("ops.grouped_linear.pairs"), submodule("ops.routing").sort_by_expert
+        for experts in (1, 5, 31):
+            # Sentinels behind the experts, and far behind them.
+            index = torch.randint(0, experts + 2, shape, dtype=dtype)
+            index[index > experts] = 1000
+            by_torch = sort(index, experts)
+            with monkeypatch.context() as patch:
+                patch.setattr(pairs, "own_launch", lambda *_: {"BLOCK": block})
+                ours = sort(index, experts)
+            ends = by_torch.offsets[-1]
+            assert torch.equal(ours.offsets, by_torch.offsets)
+            assert torch.equal(ours.order[:ends], by_torch.order[:ends])
+            # Sentinels stand in any order of their indices.
+            assert ours.order[ends:].tolist() == sorted(by_torch.order[ends:].tolist())
+
+    def test_negative_indices_have_no_expert_where_any_shape_is_sorted(submodule, monkeypatch) -> None:
+        monkeypatch.setattr(submodule("ops.grouped_linear.pairs"), "own_launch", lambda *_: {"BLOCK": 16})
+        routing = submodule("ops.routing").sort_by_expert(torch.tensor([[1, -1], [0, 1]]), 2)
+        assert routing.order.tolist() == [2, 0, 3, 1]
+        assert routing.offsets.tolist() == [0, 1, 3]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 70), (4, 11, 16), (0, 2, 8)], ids=str)
+    def test_choices_of_any_shape_are_summed(submodule, monkeypatch, sizes, dtype) -> None:
+        pairs = submodule("ops.grouped_linear.pairs")
+        tokens, top_k, columns = sizes
+        by_pair = torch.randn(tokens * top_k, columns).to(dtype)
+        monkeypatch.setattr(pairs, "own_launch", lambda *_: {"BLOCK": 32})
+        got = pairs.sum_choices(by_pair, tokens)
+        exact = by_pair.double().view(tokens, top_k, columns).sum(dim=1)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)

@@ -1,0 +1,99 @@
+"""Triton code that says which rows and columns a program of the grouped GEMMs multiplies.
+
+A tile of rows is ``BLOCK_M`` consecutive sorted positions of one segment. Segments are the experts, then the pairs
+without an expert here (segment ``num_experts``); a tile never spans two.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``(segment, start, end, tiles)`` of every segment; those past the last have no tiles."""
+    segment = tl.arange(0, EXPERTS_POW2)
+    start = tl.load(offsets_ptr + segment, mask=segment <= num_experts, other=0)
+    end = tl.load(offsets_ptr + segment + 1, mask=segment < num_experts, other=0)
+    end = tl.where(segment == num_experts, pairs, end)
+    tiles = tl.where(segment <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    return segment, start, end, tiles
+
+
+@triton.jit
+def find_tile(
+    pid_m,
+    offsets_ptr,
+    schedule_ptr,
+    pairs,
+    num_experts,
+    SCHEDULE: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The segment and rows of one tile: ``(segment, start, end)``. A ``pid_m`` past the last tile has no rows.
+
+    Read from the schedule where there is one, else counted.
+    """
+    if SCHEDULE:
+        entry = schedule_ptr + 3 * (1 + pid_m)
+        group = tl.load(entry)
+        row = tl.load(entry + 1)
+        last = tl.load(entry + 2)
+    else:
+        segment, start, end, tiles = _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+        tiles_through = tl.cumsum(tiles, axis=0)
+        group = tl.sum(((tiles_through <= pid_m) & (segment <= num_experts)).to(tl.int32), axis=0)
+        is_found = segment == group
+        first_tile = tl.sum(tl.where(is_found, tiles_through - tiles, 0), axis=0)
+        row = tl.sum(tl.where(is_found, start, 0), axis=0) + (pid_m - first_tile) * BLOCK_M
+        last = tl.sum(tl.where(is_found, end, 0), axis=0)
+    return group, row, last
+
+
+@triton.jit
+def tile_schedule_kernel(
+    offsets_ptr,
+    schedule_ptr,
+    pairs,
+    num_experts,
+    capacity,
+    EXPERTS_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Lists the tiles of one segment a program, behind an entry that counts them.
+
+    The last program also lists those up to ``capacity``, which have no rows.
+    """
+    own = tl.program_id(0)
+    segment, start, end, tiles = _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
+    first = tl.sum(tl.where(segment < own, tiles, 0), axis=0).to(tl.int32)
+    after = first + tl.sum(tl.where(segment == own, tiles, 0), axis=0).to(tl.int32)
+    row = tl.sum(tl.where(segment == own, start, 0), axis=0).to(tl.int32)
+    last = tl.sum(tl.where(segment == own, end, 0), axis=0).to(tl.int32)
+    stop = tl.where(own == num_experts, capacity, after)
+    for begin in range(first, stop, TILES):
+        tile = begin + tl.arange(0, TILES)
+        entry = schedule_ptr + 3 * (1 + tile)
+        in_list = tile < stop
+        tl.store(entry, own, mask=in_list)
+        # Past the last tile the first row is behind the last one, too.
+        tl.store(entry + 1, row + (tile - first) * BLOCK_M, mask=in_list)
+        tl.store(entry + 2, last, mask=in_list)
+    if own == num_experts:
+        tl.store(schedule_ptr, first)
+        tl.store(schedule_ptr + 1, after)
+
+
+@triton.jit
+def program_tile(columns, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
+    """The tile of this program, ``(pid_m, pid_n)``, among tiles of ``BLOCK`` of the columns.
+
+    GROUP_M tiles of rows take the same columns one after another, so that the L2 cache gives a weight to all of them.
+    """
+    tiles_n = tl.cdiv(columns, BLOCK)
+    tiles_m = tl.num_programs(0) // tiles_n
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group = min(tiles_m - first_m, GROUP_M)
+    return first_m + pid % (GROUP_M * tiles_n) % group, pid % (GROUP_M * tiles_n) // group
