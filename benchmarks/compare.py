@@ -1,6 +1,7 @@
 """One MoE layer with PEFT LoRA on both projections, forward and backward: ours against transformers + PEFT.
 
-Every row is a process of its own, so that one implementation's memory is not another's. Prints a table of medians;
+Every row is a process of its own, so that one implementation's memory is not another's. Prints a table of medians and
+the floor of a step: its products at the dense rate, or its weights at memory's where that takes longer;
 ``--output`` also writes the figures as JSON, with the date, the device, the versions and the commit they belong to.
 
     python benchmarks/compare.py [--device cuda] [--shapes small,medium,large] [--implementations scattermoe,...]
@@ -24,7 +25,7 @@ from typing import Any
 
 import peers
 from layer import RANK, Shape, measure
-from measuring import REPOSITORY, require, write
+from measuring import REPOSITORY, device_name, require, write
 
 BASELINES = ("grouped_mm", "batched_mm", "eager")
 OURS = ("scattermoe", *BASELINES)
@@ -114,7 +115,8 @@ def compare(
     """
     results: dict[str, Any] = {}
     failed = []
-    header = f"{'':<12}{'ms':>9}{'runs':>6}{'MB above weights':>18}{'of dense rate':>15}"
+    header = f"{'':<12}{'ms':>9}{'runs':>6}{'MB above weights':>18}{'of dense rate':>15}{'floor':>7}{'above it':>10}"
+    print(device_name(device), flush=True)
     for name in shapes:
         print(f"\n{name}: {SHAPES[name]}, r={RANK}\n{header}", flush=True)
         rows = results.setdefault(name, {})
@@ -137,7 +139,7 @@ def compare(
             megabytes = row["peak_bytes_above_weights"] / 1e6
             print(
                 f"{implementation:<12}{row['ms']:>9.1f}{row['repeats']:>6}{megabytes:>18.0f}"
-                f"{row['share_of_dense_rate']:>15.0%}",
+                f"{row['share_of_dense_rate']:>15.0%}{row['floor_ms']:>7.1f}{row['ms'] / row['floor_ms']:>9.1f}x",
                 flush=True,
             )
             keep(results)

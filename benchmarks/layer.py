@@ -36,6 +36,18 @@ class Shape:
         pairs = self.tokens * self.top_k
         return 2 * (2 * pairs * self.hidden * 3 * self.intermediate)
 
+    def floor(self, dense_rate: float, memory_rate: float) -> float:
+        """The least seconds of a step, which its products take or its weights: read once forward, once backward.
+
+        Args:
+            dense_rate: Multiplications and additions a second.
+            memory_rate: Bytes a second that are read from memory.
+        """
+        import torch
+
+        weights = self.experts * self.hidden * 3 * self.intermediate * getattr(torch, self.dtype).itemsize
+        return max(self.flops() / dense_rate, 2 * weights / memory_rate)
+
 
 # What a peer is compared with eager on before it is measured.
 TINY = Shape(experts=8, hidden=64, intermediate=32, top_k=2, tokens=24, dtype="float32")
@@ -133,7 +145,7 @@ def differences(shape: Shape, install: Callable[[], str], device: str) -> tuple[
 
 
 def measure(shape: Shape, implementation: str, device: str, unpacked: Path | None = None) -> dict[str, Any]:
-    """Runs in the child: seconds, peak memory above the weights and the dense rate of the same process.
+    """Runs in the child: seconds, peak memory above the weights, and the dense rate and memory's of the same process.
 
     ``unpacked`` is where a peer was prepared (:func:`peers.prepare`), None for ours and transformers'.
 
@@ -177,12 +189,17 @@ def measure(shape: Shape, implementation: str, device: str, unpacked: Path | Non
     a = torch.randn(side, side).to(dtype)
     dense_seconds, _ = median_seconds(lambda: a @ a, finish, repeats=15)
     dense_rate = 2 * side**3 / dense_seconds
+    large = torch.ones(1 << (28 if device == "cuda" else 26))
+    read_seconds, _ = median_seconds(large.sum, finish, repeats=15)
+    memory_rate = large.nbytes / read_seconds
     row = {
         "ms": 1000 * seconds,
         "repeats": repeats,
         "peak_bytes_above_weights": peak,
         "share_of_dense_rate": shape.flops() / seconds / dense_rate,
+        "floor_ms": 1000 * shape.floor(dense_rate, memory_rate),
         "dense_gflops": dense_rate / 1e9,
+        "memory_gbytes": memory_rate / 1e9,
         "threads": torch.get_num_threads(),
         "device": device_name(device),
     }

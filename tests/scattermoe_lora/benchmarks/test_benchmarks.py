@@ -79,10 +79,18 @@ def test_comparison_measures_one_layer_in_a_process_of_its_own(script, kernel) -
     build = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
     row = compare.run_child(tiny, "scattermoe", "cpu", build)
     assert row["ms"] > 0
+    assert 0 < row["floor_ms"] < row["ms"]
     # A step of microseconds is timed for as long as a slow one.
     assert row["repeats"] > 7
     assert 0 < row["share_of_dense_rate"] < 1
     assert len(script("measuring").provenance()["commit"].removesuffix("-dirty")) == 40
+
+
+def test_floor_of_a_step_is_its_products_or_its_weights(script) -> None:
+    shape = script("layer").Shape(experts=4, hidden=32, intermediate=16, top_k=2, tokens=8, dtype="bfloat16")
+    # Two projections of 3 * 32 * 16 numbers each expert, forward and backward, for 16 pairs.
+    assert shape.floor(dense_rate=1.0, memory_rate=1e9) == 2 * 2 * 16 * 3 * 32 * 16
+    assert shape.floor(dense_rate=1e9, memory_rate=1.0) == 2 * 2 * 4 * 3 * 32 * 16
 
 
 def test_a_row_that_fails_leaves_the_others_and_is_no_success(script, monkeypatch, capsys, tmp_path) -> None:
@@ -91,7 +99,13 @@ def test_a_row_that_fails_leaves_the_others_and_is_no_success(script, monkeypatc
     def run_child(shape, implementation, device, build, unpacked=None):
         if implementation == "grouped_mm":
             raise compare.RowError("grouped_mm failed")
-        return {"ms": 1.0, "repeats": 7, "peak_bytes_above_weights": 1, "share_of_dense_rate": 0.5}
+        return {
+            "ms": 1.0,
+            "repeats": 7,
+            "peak_bytes_above_weights": 1,
+            "share_of_dense_rate": 0.5,
+            "floor_ms": 0.5,
+        }
 
     monkeypatch.setattr(compare, "run_child", run_child)
     output = tmp_path / "a" / "figures.json"
@@ -111,7 +125,13 @@ def test_figures_are_written_after_each_row(script, monkeypatch, tmp_path) -> No
         if implementation == "eager":
             # As where the machine goes back.
             raise KeyboardInterrupt
-        return {"ms": 1.0, "repeats": 7, "peak_bytes_above_weights": 1, "share_of_dense_rate": 0.5}
+        return {
+            "ms": 1.0,
+            "repeats": 7,
+            "peak_bytes_above_weights": 1,
+            "share_of_dense_rate": 0.5,
+            "floor_ms": 0.5,
+        }
 
     monkeypatch.setattr(compare, "run_child", run_child)
     arguments = ["--shapes", "small", "--implementations", "scattermoe,eager"]

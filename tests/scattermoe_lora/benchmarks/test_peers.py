@@ -170,7 +170,7 @@ def test_a_peers_failure_leaves_the_other_rows_and_both_ratios(script, monkeypat
             raise script("peers").PeerError("no such GPU")
         size = 100 if implementation == "scattermoe" else 200
         row = {"ms": ms[implementation], "repeats": 7, "peak_bytes_above_weights": size}
-        return {**row, "share_of_dense_rate": 0.5}
+        return {**row, "share_of_dense_rate": 0.5, "floor_ms": 0.5}
 
     monkeypatch.setattr(compare, "run_child", run_child)
     names = ["scattermoe", "axolotl", "grouped_mm", "eager", "unsloth"]

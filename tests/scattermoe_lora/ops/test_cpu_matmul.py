@@ -1,4 +1,4 @@
-"""The CPU's products through oneDNN, which the other tests' sizes are too small for."""
+"""The CPU's blocks of padded rows, and its products through oneDNN, which the other tests' sizes are too small for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ WIDE = Shape(tokens=60, experts=3, top_k=2, hidden=256, intermediate=256, rank=7
 @pytest.mark.parametrize("shape", AWKWARD)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("elements", [200, 1 << 18])
-def test_products_of_any_size_through_onednn_match_the_reference(
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_of_any_size_through_either_library_match_the_reference(
     kernel,
     submodule,
     monkeypatch: pytest.MonkeyPatch,
@@ -24,60 +25,76 @@ def test_products_of_any_size_through_onednn_match_the_reference(
     dtype: torch.dtype,
     tolerance: float,
     elements: int,
+    onednn: bool,
 ) -> None:
-    # At these sizes every float32 product would be left to torch.mm.
-    cpu_matmul = submodule("ops.cpu_matmul")
+    # At these sizes every float32 product would be left to torch's own choice.
+    cpu_matmul, projections = submodule("ops.cpu_matmul"), submodule("ops.grouped_linear.cpu")
     monkeypatch.setattr(cpu_matmul, "_LARGE", 1)
-    monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(cpu_matmul, "prefers_onednn", lambda: onednn and cpu_matmul.has_onednn())
+    monkeypatch.setattr(submodule("ops.cpu_blocks"), "_BLOCK_ELEMENTS", elements)
     row_counts = []
-    widened = cpu_matmul._widened
 
-    def watched(x: torch.Tensor, rows: int) -> torch.Tensor | None:
-        result = widened(x, rows)
-        if result is not None:
-            row_counts.append(result.shape[0])
-        return result
+    def watched(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        row_counts.append(x.shape[0])
+        return cpu_matmul.add_matmul(x, right, out)
 
-    monkeypatch.setattr(cpu_matmul, "_widened", watched)
+    monkeypatch.setattr(projections, "add_matmul", watched)
     arguments = problem(shape, "silu", dtype, targets=BOTH, train_base=False, sentinels=True)
     assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), tolerance)
-    if cpu_matmul._serves(dtype, 1):
-        assert row_counts
-        assert all(rows % 16 == 0 for rows in row_counts)
+    assert row_counts
+    assert all(rows % 8 == 0 for rows in row_counts)
 
 
-def test_pieces_cover_the_rows_with_few_sizes(submodule) -> None:
-    cpu_matmul = submodule("ops.cpu_matmul")
-    sizes = set()
-    for rows in range(1, 3000):
-        pieces = cpu_matmul.pieces(rows)
-        assert sum(pieces[:-1]) < rows <= sum(pieces) == cpu_matmul.rounded(rows) < rows + 16
-        sizes.update(pieces)
-    assert sizes == {16, 32, 48, 64, 80, 96, 112, 128, 256}
+@pytest.mark.parametrize(
+    "counts", [[0], [3], [0, 0, 5, 0], [1] * 64, [40, 31, 64, 17] * 8, [900, 1, 1, 0, 2, 700]]
+)
+@pytest.mark.parametrize("width", [1, 1000, 1 << 22])
+def test_blocks_hold_every_row_once_and_little_padding(submodule, counts: list[int], width: int) -> None:
+    cpu_blocks = submodule("ops.cpu_blocks")
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    blocks = cpu_blocks.split(offsets, width)
+    positions = [p for block in blocks for p in range(block.positions.start, block.positions.stop)]
+    assert positions == list(range(sum(counts)))
+    for block in blocks:
+        assert block.counts == counts[block.experts]
+        needed = sum(cpu_blocks.padded(count) for count in block.counts)
+        assert block.size <= 1.5 * needed
+        assert len(block.counts) == 1 or block.size * width <= cpu_blocks._BLOCK_ELEMENTS
+
+
+def test_rows_of_a_block_are_gathered_and_returned_in_order(submodule) -> None:
+    cpu_blocks = submodule("ops.cpu_blocks")
+    counts = [20, 18, 0, 32]
+    (block,) = cpu_blocks.split(torch.tensor([0, *counts]).cumsum(0), 1)
+    source, index = torch.randn(9, 4), torch.randint(9, (sum(counts),))
+    rows = block.gather(source, index, torch.full((200, 4), float("nan")))
+    assert torch.equal(block.own(rows), source[index])
+    for by_expert, own, count in zip(block.by_expert(rows), index.split(counts), counts, strict=True):
+        assert torch.equal(by_expert[:count], source[own])
+        assert not by_expert[count:].any()
+
+
+def test_rows_are_rounded_to_few_sizes(submodule) -> None:
+    cpu_matmul, cpu_blocks = submodule("ops.cpu_matmul"), submodule("ops.cpu_blocks")
+    for rows in range(3000):
+        assert rows <= cpu_matmul.rounded(rows) < rows + 8
+        assert cpu_matmul.rounded(rows) <= cpu_blocks.padded(rows) < rows + max(16, rows / 8 + 1)
+    assert len({cpu_blocks.padded(rows) for rows in range(129, 4097)}) == 5 * 8
 
 
 @pytest.mark.parametrize("rows", [1, 16, 127, 129, 200, 300, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_of_many_pieces_are_whole(submodule, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_of_many_pieces_are_whole(
+    submodule, monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, onednn: bool
+) -> None:
     cpu_matmul = submodule("ops.cpu_matmul")
-    x = torch.randn(cpu_matmul.rounded(rows), 96).to(dtype)[:rows]
-    weight, before = (
-        torch.randn(104, 96).to(dtype),
-        torch.randn(cpu_matmul.rounded(rows), 104).to(dtype)[:rows],
-    )
-    exact_product = x.double() @ weight.double().T
-    sums = before.new_empty((cpu_matmul.rounded(rows), 104))[:rows].copy_(before)
-    low, low_right = torch.randn(rows, 5).to(dtype), torch.randn(104, 5).to(dtype).t()
-    both = torch.empty(cpu_matmul.rounded(rows), 104).to(dtype)[:rows]
-    got = [
-        cpu_matmul.matmul(x, weight.t(), torch.empty(rows, 104).to(dtype)),
-        cpu_matmul.add_matmul(x, weight.t(), sums),
-        cpu_matmul.low_rank_matmul(x, weight.t(), low, low_right, both),
-    ]
-    expected = [
-        exact_product, exact_product + before.double(), exact_product + low.double() @ low_right.double()
-    ]  # fmt: skip
-    assert_close(got, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+    monkeypatch.setattr(cpu_matmul, "_LARGE", 1)
+    monkeypatch.setattr(cpu_matmul, "prefers_onednn", lambda: onednn and cpu_matmul.has_onednn())
+    x, weight, before = (torch.randn(*size).to(dtype) for size in ((rows, 96), (104, 96), (rows, 104)))
+    expected = before.double() + x.double() @ weight.double().T
+    got = cpu_matmul.add_matmul(x, weight.t(), before.clone())
+    assert_close([got], [expected], 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_equal_calls_give_equal_bits(kernel) -> None:
@@ -99,19 +116,37 @@ def test_with_and_without_gradients_the_output_has_the_same_bits(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_behind_an_experts_own_do_not_reach_its_results(submodule, dtype: torch.dtype) -> None:
+def test_rows_that_pad_carry_nothing_from_one_expert_to_another(kernel, dtype: torch.dtype) -> None:
+    """A token of NaN reaches its own experts' gradients alone, though every expert's rows are padded in one buffer."""
+    x, weight = torch.randn(24, 32).to(dtype), torch.randn(6, 40, 32).to(dtype)
+    a, b = (f.to(dtype).requires_grad_() for f in low_rank(6, 40, 32, 3))
+    index = torch.arange(24).remainder(6).unsqueeze(1)
+    x[5] = float("nan")
+    y = kernel.grouped_linear(x, weight, index, a, b)
+    y.sum().backward()
+    for gradient in (a.grad, b.grad):
+        assert gradient[:5].isfinite().all()
+        assert gradient[5].isnan().any()
+    assert y.isfinite().flatten(1).all(dim=1).equal(torch.arange(24) != 5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amx", "serves"),
+    [
+        ("AVX512", False, True),
+        ("AVX2", False, True),
+        ("AVX512", True, False),
+        ("SVE256", False, False),
+        ("DEFAULT", False, False),
+    ],
+)
+def test_the_processor_decides_which_library_multiplies_float32(
+    submodule, monkeypatch: pytest.MonkeyPatch, capability: str, amx: bool, serves: bool
+) -> None:
     cpu_matmul = submodule("ops.cpu_matmul")
-    buffer, weight = torch.full((32, 300), float("nan")).to(dtype), torch.randn(200, 300).to(dtype)
-    x = buffer[:19].normal_()
-    sums = torch.full((32, 200), float("nan")).to(dtype)
-    before = torch.randn(19, 200).to(dtype)
-    sums[:19] = before
-    exact_product = x.double() @ weight.double().T
-    got = cpu_matmul.matmul(x, weight.t(), torch.empty(19, 200).to(dtype))
-    added = cpu_matmul.add_matmul(x, weight.t(), sums[:19])
-    rounding = 1e-5 if dtype == torch.float32 else 1e-2
-    assert_close([got, added], [exact_product, exact_product + before.double()], rounding)
-    assert sums[19:].isnan().all()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert cpu_matmul.prefers_onednn() == (serves and cpu_matmul.has_onednn())
 
 
 @pytest.mark.parametrize("switch", ["is_available", "enabled"])
@@ -122,7 +157,7 @@ def test_without_onednn_torch_mm_serves(
         raise AssertionError("oneDNN was called")
 
     monkeypatch.setattr(submodule("ops.cpu_matmul"), "_LARGE", 1)
-    monkeypatch.setattr(submodule("ops.cpu_matmul"), "_widened", absent)
+    monkeypatch.setattr(submodule("ops.cpu_matmul"), "onednn_layout", absent)
     with torch.backends.mkldnn.flags(enabled=switch != "enabled"):
         if switch == "is_available":
             monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

@@ -215,6 +215,6 @@ def test_experts_taken_a_few_at_a_time_match_the_reference(
     kernel, submodule, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
     # At these sizes all experts would fit the CPU code's buffers at once.
-    monkeypatch.setattr(submodule("ops.experts.cpu"), "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(submodule("ops.cpu_blocks"), "_BLOCK_ELEMENTS", elements)
     arguments = problem(AWKWARD[1], "silu", torch.float32, targets=BOTH, train_base=True, sentinels=True)
     assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), 2e-5)

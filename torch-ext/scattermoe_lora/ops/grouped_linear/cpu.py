@@ -1,54 +1,40 @@
-"""Native CPU implementation: one expert at a time on a contiguous block of rows.
+"""Native CPU implementation: a few experts at a time, their rows gathered while they are in cache.
 
-Buffers of one expert's rows are allocated once a call and used again for every expert: they stay in cache, and the
-system is not asked for fresh pages, which costs more than the arithmetic on small experts.
+The low-rank product is written first and the base product is added to it: the sum is then rounded once, after the
+large term, and not twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import pairwise
 
 import torch
 
-from ..cpu_matmul import add_matmul, low_rank_matmul, matmul, rounded
+from ..cpu_blocks import Block, split
+from ..cpu_matmul import add_matmul, rounded
 from ..routing import empty_gradient
 from .arguments import Operands
-
-Part = tuple[int, int, int]
-"""An expert, and its rows in sorted order: ``(expert, start, end)``."""
-
-
-def expert_ranges(offsets: torch.Tensor) -> list[Part]:
-    """``(expert, start, end)`` of every expert that has rows, from ``offsets`` ``[E + 1]``."""
-    bounds = offsets.tolist()
-    return [(e, start, end) for e, (start, end) in enumerate(pairwise(bounds)) if start < end]
-
-
-def end_of(parts: list[Part]) -> int:
-    """The number of pairs that have an expert."""
-    return parts[-1][2] if parts else 0
-
-
-def most_rows(parts: list[Part]) -> int:
-    """Rows of a buffer for the fullest expert, with as many more as a product may read."""
-    return rounded(max((end - start for _, start, end in parts), default=0))
 
 
 def accumulator(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
     """Zeros in which rows are summed: float32 at least, because a token's sum over its experts must not be rounded
     once an expert."""
-    dtype = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
-    return like.new_zeros(shape, dtype=dtype)
+    return like.new_zeros(shape, dtype=wide_dtype(like))
 
 
-def per_expert(like: torch.Tensor, parts: list[Part]) -> torch.Tensor:
-    """An uninitialised ``[E, ...]`` like ``like`` in which the experts without rows are already zero."""
+def wide_dtype(rows: torch.Tensor) -> torch.dtype:
+    """The dtype in which ``rows`` are summed: float32 at least."""
+    return torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
+
+
+def per_expert(like: torch.Tensor, blocks: list[Block]) -> torch.Tensor:
+    """An uninitialised ``[E, ...]`` like ``like`` in which the experts outside the blocks are already zero."""
     out = empty_gradient(like)
-    busy = {e for e, _, _ in parts}
-    for e in range(like.shape[0]):
-        if e not in busy:
-            out[e].zero_()
+    end = 0
+    for block in blocks:
+        out[end : block.experts.start].zero_()
+        end = block.experts.stop
+    out[end:].zero_()
     return out
 
 
@@ -58,9 +44,7 @@ def transposed(matrix: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class Projection:
-    """A linear map for each expert, applied to the rows of one expert at a time.
-
-    Views are made for all experts at once: one by one they would cost as much as the smaller products.
+    """A linear map for each expert, applied to the rows of a block.
 
     Args:
         weight: ``[E, N_out, N_in]``.
@@ -75,59 +59,69 @@ class Projection:
         b: torch.Tensor | None,
         bias: torch.Tensor | None = None,
     ) -> None:
-        self._weight = weight.mT.unbind()
-        self._factors = None if a is None or b is None else (a.mT.unbind(), b.mT.unbind())
-        self._bias = None if bias is None else bias.unbind()
+        # Views of all experts at once: one by one they would cost as much as the smaller products.
+        self._weights = weight.mT.unbind()
+        self._factors = None if a is None or b is None else (a.mT, b.mT)
+        self._bias = bias
 
-    def low(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor | None:
-        """``x A^T`` into ``out``; None without factors."""
-        return None if self._factors is None else matmul(x, self._factors[0][expert], out)
+    def low(self, block: Block, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """``x A^T`` of a block's rows, in the first rows of ``out``, which has no columns without factors."""
+        out = out[: block.size]
+        if self._factors is not None:
+            a = self._factors[0][block.experts]
+            torch.bmm(block.by_expert(x), a, out=block.by_expert(out))
+        return out
 
-    def apply(
-        self, expert: int, x: torch.Tensor, low: torch.Tensor | None, out: torch.Tensor
-    ) -> torch.Tensor:
-        """``x W^T (+ low B^T) (+ bias)`` into ``out``; ``low`` is what :meth:`low` returned."""
-        weight = self._weight[expert]
-        bias = None if self._bias is None else self._bias[expert]
-        if low is None or self._factors is None:
-            return matmul(x, weight, out) if bias is None else add_matmul(x, weight, out.copy_(bias))
-        b = self._factors[1][expert]
-        if bias is None:
-            return low_rank_matmul(x, weight, low, b, out)
-        return add_matmul(x, weight, add_matmul(low, b, out.copy_(bias)))
+    def apply(self, block: Block, x: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """``x W^T (+ low B^T) (+ bias)`` of a block's rows into the first rows of ``out``."""
+        out = out[: block.size]
+        sums, low = block.by_expert(out), block.by_expert(low)
+        bias = None if self._bias is None else self._bias[block.experts].unsqueeze(1)
+        if self._factors is None:
+            sums.zero_() if bias is None else sums.copy_(bias)
+        else:
+            b = self._factors[1][block.experts]
+            torch.bmm(low, b, out=sums) if bias is None else torch.baddbmm(bias, low, b, out=sums)
+        weights = self._weights[block.experts]
+        rows = block.by_expert(x).unbind()
+        for x_e, weight, count, sum_e in zip(rows, weights, block.counts, sums.unbind(), strict=True):
+            if count:
+                n = rounded(count)
+                add_matmul(x_e[:n], weight, sum_e[:n])
+        return out
 
 
-def outer(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``p^T q`` into ``out``, which may be a transposed view."""
+def outer(block: Block, p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
+    """``p^T q`` of each expert's rows into its part of ``out`` ``[E, *, *]``, which may be a transposed view."""
+    p, q, out = block.by_expert(p), block.by_expert(q), out[block.experts]
     if out.is_contiguous():
-        return torch.mm(p.t(), q, out=out)
-    return torch.mm(q.t(), p, out=out.t()).t()
+        torch.bmm(p.mT, q, out=out)
+    else:
+        torch.bmm(q.mT, p, out=out.mT)
 
 
-def sum_rows(rows: torch.Tensor, out: torch.Tensor) -> None:
-    """The column sums of ``rows`` into ``out``, rounded once."""
-    wide = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
-    out.copy_(rows.sum(dim=0, dtype=wide))
+def sum_rows(block: Block, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """The column sums of each expert's rows into its part of ``out`` ``[E, *]``, rounded once."""
+    out[block.experts] = block.by_expert(rows).sum(dim=1, dtype=wide_dtype(rows))
 
 
 def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
     x, weight, a, b, bias, order, offsets = operands
-    parts = expert_ranges(offsets)
+    blocks = split(offsets, max(weight.shape[1:]))
     pairs = order.shape[0]
-    y = x.new_empty((pairs, weight.shape[1]))
-    if end_of(parts) < pairs:
-        y.zero_()
+    y = x.new_zeros((pairs, weight.shape[1]))
     low = x.new_zeros((pairs, 0 if a is None else a.shape[1]))
     rows_of = operands.rows(top_k)
-    most = most_rows(parts)
-    x_buffer = x.new_empty((most, x.shape[1]))
-    y_buffer = y.new_empty((most, y.shape[1]))
+    most = max((block.size for block in blocks), default=0)
+    x_buffer, y_buffer, low_buffer = (x.new_empty((most, n)) for n in (x.shape[1], y.shape[1], low.shape[1]))
     projection = Projection(weight, a, b, bias)
-    for e, start, end in parts:
-        x_e = torch.index_select(x, 0, rows_of[start:end], out=x_buffer[: end - start])
-        low_e = projection.low(e, x_e, low[start:end])
-        y.index_copy_(0, order[start:end], projection.apply(e, x_e, low_e, y_buffer[: end - start]))
+    for block in blocks:
+        rows = block.gather(x, rows_of, x_buffer)
+        block_low = projection.low(block, rows, low_buffer)
+        result = projection.apply(block, rows, block_low, y_buffer)
+        block.own(block_low, out=low[block.positions])
+        y.index_copy_(0, order[block.positions], block.own(result))
     return y, low
 
 
@@ -136,34 +130,34 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
     x, weight, a, b, _, order, offsets = operands
-    parts = expert_ranges(offsets)
+    blocks = split(offsets, max(weight.shape[1:]))
     rows_of = operands.rows(top_k)
-    most = most_rows(parts)
-    gradients = {name: per_expert(getattr(operands, name), parts) for name in names if name != "x"}
+    sorted_rows = torch.arange(order.shape[0])
+    gradients = {name: per_expert(getattr(operands, name), blocks) for name in names if name != "x"}
     d_weight, da, db, d_bias = (gradients.get(name) for name in ("weight", "a", "b", "bias"))
     dx = accumulator(x.shape, x) if "x" in names else None
-    dy_buffer = dy.new_empty((most, dy.shape[1]))
-    x_buffer = x.new_empty((most, x.shape[1]))
-    du_buffer = dy.new_empty((most, 0 if b is None else b.shape[2]))
+    most = max((block.size for block in blocks), default=0)
+    dy_buffer, x_buffer, low_buffer, du_buffer = (
+        x.new_empty((most, n)) for n in (dy.shape[1], x.shape[1], low.shape[1], low.shape[1])
+    )
     reverse = Projection(weight.mT, transposed(b), transposed(a))
-    for e, start, end in parts:
-        rows = rows_of[start:end]
-        x_e = x_buffer[: end - start]
-        dy_e = torch.index_select(dy, 0, order[start:end], out=dy_buffer[: end - start])
-        du = reverse.low(e, dy_e, du_buffer[: end - start])
+    for block in blocks:
+        block_dy = block.gather(dy, order, dy_buffer)
+        du = reverse.low(block, block_dy, du_buffer)
         if d_weight is not None or da is not None:
-            torch.index_select(x, 0, rows, out=x_e)
-        if d_weight is not None:
-            outer(dy_e, x_e, d_weight[e])
-        if da is not None and du is not None:
-            torch.mm(du.t(), x_e, out=da[e])
+            rows = block.gather(x, rows_of, x_buffer)
+            if d_weight is not None:
+                outer(block, block_dy, rows, d_weight)
+            if da is not None:
+                outer(block, du, rows, da)
         if db is not None:
-            torch.mm(dy_e.t(), low[start:end], out=db[e])
+            outer(block, block_dy, block.gather(low, sorted_rows, low_buffer), db)
         if d_bias is not None:
-            sum_rows(dy_e, d_bias[e])
+            sum_rows(block, block_dy, d_bias)
         if dx is not None:
             # The gradient takes the place of the rows, which have served.
-            dx.index_add_(0, rows, reverse.apply(e, dy_e, du, x_e).to(dx.dtype))
+            rows = reverse.apply(block, block_dy, du, x_buffer)
+            dx.index_add_(0, rows_of[block.positions], block.own(rows).to(dx.dtype))
     if dx is not None:
         gradients["x"] = dx.to(x.dtype)
     return gradients
