@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .op import attention_forward
+from . import eager
+from .arguments import Operands, Settings
 from .window import Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -216,18 +217,9 @@ def _attend(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     is_one = v is k
     q, k, v = (_readable(x) for x in (q, k, v))
-    out, lse = attention_forward(
-        q,
-        k,
-        None if is_one else v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        *window,
-        0.0 if softcap == math.inf else float(softcap),
-    )
+    operands = Operands(q, k, None if is_one else v, cu_seqlens_q, cu_seqlens_k)
+    cap = 0.0 if softcap == math.inf else float(softcap)
+    out, lse = eager.attention(operands, Settings(max_seqlen_q, max_seqlen_k, scale, *window, cap))
     out = out[..., :head_dim]
     return out if s_aux is None else _with_sink(out, lse, s_aux)
 
