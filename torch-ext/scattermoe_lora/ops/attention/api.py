@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from . import eager
 from .arguments import Operands, Settings
+from .op import attention_forward
 from .window import Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -219,9 +220,14 @@ def _attend(
     q, k, v = (_readable(x) for x in (q, k, v))
     operands = Operands(q, k, None if is_one else v, cu_seqlens_q, cu_seqlens_k)
     cap = 0.0 if softcap == math.inf else float(softcap)
-    out, lse = eager.attention(operands, Settings(max_seqlen_q, max_seqlen_k, scale, *window, cap))
-    out = out[..., :head_dim]
-    return out if s_aux is None else _with_sink(out, lse, s_aux)
+    settings = Settings(max_seqlen_q, max_seqlen_k, scale, *window, cap)
+    if s_aux is None and eager.serves(operands, settings):
+        out, lse = eager.attention(operands, settings), None
+    else:
+        out, lse = attention_forward(*operands, *settings)
+    if out.shape[-1] != head_dim:
+        out = out[..., :head_dim]
+    return out if s_aux is None or lse is None else _with_sink(out, lse, s_aux)
 
 
 def _window(name: str, window_size: Any, causal: bool) -> Window:

@@ -33,10 +33,11 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, n, H, D]`` and log-sum-exp ``[B, H, n]``, of keys and values ``[B, m, Hkv, D]``."""
+    takes_whole = is_whole(q, k, settings)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     window = settings.window.within(q.shape[2], k.shape[2])
-    is_plain = _is_plain(k, window, settings)
-    if not is_plain and _is_whole(q, k, window):
+    is_plain = _is_plain(k.shape[2], window, settings)
+    if takes_whole:
         out, lse = cpu_flash.forward(q, k, v, None, window.right == 0, settings.scale)
         return out.transpose(1, 2), lse.contiguous()
     out = _zeros_by_rows(q, q.dtype)
@@ -63,10 +64,11 @@ def backward(
     settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``dq``, and ``dk`` and ``dv``, which are in float32 where they are sums over pieces."""
+    takes_whole = is_whole(q, k, settings)
     grad_out, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, q, k, v, out))
     window = settings.window.within(q.shape[2], k.shape[2])
-    is_plain = _is_plain(k, window, settings)
-    if not is_plain and _is_whole(q, k, window):
+    is_plain = _is_plain(k.shape[2], window, settings)
+    if takes_whole:
         is_causal = window.right == 0
         dq, dk, dv = cpu_flash.backward(
             grad_out, grad_lse, q, k, v, out, lse, None, is_causal, settings.scale
@@ -90,7 +92,7 @@ def backward(
             dk[:, :, at_k] += parts[1]
             dv[:, :, at_k] += parts[2]
     if grad_lse is None:
-        _clear_lone(dq, window, k.shape[2])
+        clear_lone(dq, window, k.shape[2])
     dq, dk, dv = (x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv
 
@@ -104,16 +106,18 @@ def _zeros_by_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.new_zeros(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
-def _is_plain(k: torch.Tensor, window: Window, settings: Settings) -> bool:
+def _is_plain(keys: int, window: Window, settings: Settings) -> bool:
     """Tell whether plain products compute the sequence."""
     # Of a single key they leave exactly no gradient of the score; the kernel leaves what rounding does.
-    return bool(settings.softcap) or k.shape[2] == 1 or window == (0, 0)
+    return bool(settings.softcap) or keys == 1 or window == (0, 0)
 
 
-def _is_whole(q: torch.Tensor, k: torch.Tensor, window: Window) -> bool:
-    """Tell whether the kernel knows the mask."""
-    queries, keys = q.shape[2], k.shape[2]
-    return bool(q.numel() and keys) and (window == (-1, -1) or (window == (-1, 0) and queries == keys))
+def is_whole(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> bool:
+    """Tell whether the kernel takes the sequences whole: queries ``[B, n, H, D]`` and keys ``[B, m, Hkv, D]``."""
+    queries, keys = q.shape[1], k.shape[1]
+    window = settings.window.within(queries, keys)
+    is_known = window == (-1, -1) or (window == (-1, 0) and queries == keys)
+    return is_known and bool(q.numel() and k.numel()) and not _is_plain(keys, window, settings)
 
 
 def _first_seeing(window: Window, queries: int, keys: int) -> int:
@@ -121,7 +125,7 @@ def _first_seeing(window: Window, queries: int, keys: int) -> int:
     return max(0, queries - keys - window.right) if window.right >= 0 else 0
 
 
-def _clear_lone(dq: torch.Tensor, window: Window, keys: int) -> None:
+def clear_lone(dq: torch.Tensor, window: Window, keys: int) -> None:
     """Takes what rounding left in the gradient of a first query that sees one key, whose probability is always 1."""
     queries = dq.shape[2]
     first = _first_seeing(window, queries, keys)
