@@ -73,6 +73,10 @@ CASES = {
         "global-1k-bf16": Case(1024, 512, "bfloat16"),
         "sliding-2k": Case(2048, 256, "float32", window=512),
         "packed-4x256": Case(256, 512, "float32", sequences=4),
+        "sliding-2k-bf16": Case(2048, 64, "bfloat16", window=128, key_heads=1),
+        "short": Case(128, 64, "float32", key_heads=8),
+        "heads-128-bf16": Case(1024, 128, "bfloat16", key_heads=8),
+        "one-key-head": Case(2048, 64, "float32", heads=4, key_heads=1),
         **{f"ratio-{ratio}": Case(512, 128, "float32", heads=16, key_heads=16 // ratio) for ratio in RATIOS},
     },
     "cuda": {

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
+from . import eager
+from .arguments import Operands, Settings
 from .op import attention_forward
 from .window import Window
 
@@ -216,20 +218,16 @@ def _attend(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     is_one = v is k
     q, k, v = (_readable(x) for x in (q, k, v))
-    out, lse = attention_forward(
-        q,
-        k,
-        None if is_one else v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        *window,
-        0.0 if softcap == math.inf else float(softcap),
-    )
-    out = out[..., :head_dim]
-    return out if s_aux is None else _with_sink(out, lse, s_aux)
+    operands = Operands(q, k, None if is_one else v, cu_seqlens_q, cu_seqlens_k)
+    cap = 0.0 if softcap == math.inf else float(softcap)
+    settings = Settings(max_seqlen_q, max_seqlen_k, scale, *window, cap)
+    if s_aux is None and eager.serves(operands, settings):
+        out, lse = eager.attention(operands, settings), None
+    else:
+        out, lse = attention_forward(*operands, *settings)
+    if out.shape[-1] != head_dim:
+        out = out[..., :head_dim]
+    return out if s_aux is None or lse is None else _with_sink(out, lse, s_aux)
 
 
 def _window(name: str, window_size: Any, causal: bool) -> Window:
