@@ -57,9 +57,9 @@ bench-hub: $(VENV)/.ready
 compile: $(VENV)/.ready
 	$(BIN)/kernelpress compile
 
-# All that needs a GPU, with any Python that has torch for it: `make gpu PYTHON=python3 GPU="--minutes 30 --wheels wheels"`.
+# All that needs a GPU, with any Python that has torch for it: `make gpu PYTHON=python3 GPU="--minutes 8 --wheels wheels"`.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(GPU)
+	$(PYTHON) benchmarks/gpu $(GPU)
 
 clean:
 	rm -rf build .hub $(VENV) $(CONSUMER)

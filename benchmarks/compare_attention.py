@@ -29,11 +29,13 @@ import torch.nn.functional as F
 from measuring import (
     LAUNCHES,
     REPOSITORY,
+    Alone,
     count_for,
     device_name,
     median_seconds,
     peak_memory,
     require,
+    run_beside_others,
     seconds_each,
     start_memory,
     write,
@@ -167,6 +169,15 @@ def flex(case: Case, device: str) -> Attention:
     return partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
 
 
+def ffpa(case: Case, device: str) -> Attention:
+    """FFPA's, made for heads of more than 256 and called like SDPA; it would hand anything else on to SDPA."""
+    from ffpa_attn import ffpa_attn_func
+
+    if case.head_dim <= 256 or case.window or case.sequences > 1:
+        raise NotImplementedError("causal, heads of more than 256")
+    return lambda q, k, v: ffpa_attn_func(q, k, v, is_causal=True, enable_gqa=True)
+
+
 def flash(case: Case, device: str) -> Attention:
     import flash_attn
 
@@ -196,6 +207,7 @@ def implementations(kernel: Any, case: Case, device: str) -> Iterator[tuple[str,
     if device == "cuda":
         yield "flex_attention", partial(flex, case, device)
         yield "flash_attn", partial(flash, case, device)
+        yield "ffpa_attn", partial(ffpa, case, device)
 
 
 @contextmanager
@@ -228,8 +240,13 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
-def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Rows by implementation: median time, peak memory above the inputs and largest error, or why there is none."""
+def measure(
+    kernel: Any, case: Case, device: str, seconds: float, alone: Alone = run_beside_others
+) -> dict[str, Any]:
+    """Rows by implementation: median time, peak memory above the inputs and largest error, or why there is none.
+
+    ``alone`` runs what is timed when nothing else does.
+    """
     generator = torch.Generator(device).manual_seed(0)
     tokens, dtype = case.length * case.sequences, getattr(torch, case.dtype)
 
@@ -269,14 +286,19 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
         difference = max(float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
         rows[name] = {"peak_bytes_above_inputs": peak, "difference": difference}
         steps[name] = step
-    counts = {name: count_for(step, finish, LAUNCHES[device]) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start = time.perf_counter()
-    runs = 0
-    while steps and runs < 50 and (runs < 3 or time.perf_counter() - start < seconds):
-        for name, step in steps.items():
-            times[name].append(seconds_each(step, finish, counts[name]))
-        runs += 1
+
+    def timed() -> dict[str, list[float]]:
+        counts = {name: count_for(step, finish, LAUNCHES[device]) for name, step in steps.items()}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        start = time.perf_counter()
+        runs = 0
+        while steps and runs < 50 and (runs < 3 or time.perf_counter() - start < seconds):
+            for name, step in steps.items():
+                times[name].append(seconds_each(step, finish, counts[name]))
+            runs += 1
+        return times
+
+    times: dict[str, list[float]] = alone(timed)
     for name, measured in times.items():
         rows[name].update(ms=1000 * statistics.median(measured), runs=len(measured))
     return rows

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peers
-from measuring import device_name, median_seconds, peak_memory, start_memory
+from measuring import Alone, device_name, median_seconds, peak_memory, run_beside_others, start_memory
 
 if TYPE_CHECKING:
     import torch
@@ -144,10 +145,18 @@ def differences(shape: Shape, install: Callable[[], str], device: str) -> tuple[
     return implementation, errors
 
 
-def measure(shape: Shape, implementation: str, device: str, unpacked: Path | None = None) -> dict[str, Any]:
+def measure(
+    shape: Shape,
+    implementation: str,
+    device: str,
+    unpacked: Path | None = None,
+    alone: Alone = run_beside_others,
+    steady: float = 3.0,
+) -> dict[str, Any]:
     """Runs in the child: seconds, peak memory above the weights, and the dense rate and memory's of the same process.
 
-    ``unpacked`` is where a peer was prepared (:func:`peers.prepare`), None for ours and transformers'.
+    ``unpacked`` is where a peer was prepared (:func:`peers.prepare`), None for ours and transformers'. ``alone`` runs
+    what is timed, for ``steady`` seconds or longer, when nothing else does.
 
     Raises:
         peers.PeerError: The peer computes something else than eager.
@@ -178,20 +187,26 @@ def measure(shape: Shape, implementation: str, device: str, unpacked: Path | Non
             torch.cuda.synchronize()
 
     if device == "cuda":
-        # Autotuners run in the first step, and neither their time nor their buffers are the layer's.
-        step()
+        # Autotuners run in the first step, and neither their time nor their buffers are the layer's. Where others fill
+        # the memory meanwhile, they run in the first step alone.
+        with suppress(torch.OutOfMemoryError):
+            step()
         layer.forget()
         finish()
-    before = start_memory(device)
-    seconds, repeats = median_seconds(step, finish, steady=3.0)
-    peak = peak_memory(device) - before
-    side = 8192 if device == "cuda" else 2048
-    a = torch.randn(side, side).to(dtype)
-    dense_seconds, _ = median_seconds(lambda: a @ a, finish, repeats=15)
-    dense_rate = 2 * side**3 / dense_seconds
-    large = torch.ones(1 << (28 if device == "cuda" else 26))
-    read_seconds, _ = median_seconds(large.sum, finish, repeats=15)
-    memory_rate = large.nbytes / read_seconds
+        torch.cuda.empty_cache()
+
+    def timed() -> tuple[float, int, int, float, float]:
+        before = start_memory(device)
+        seconds, repeats = median_seconds(step, finish, steady=steady)
+        peak = peak_memory(device) - before
+        side = 8192 if device == "cuda" else 2048
+        a = torch.randn(side, side).to(dtype)
+        dense_seconds, _ = median_seconds(lambda: a @ a, finish, repeats=15)
+        large = torch.ones(1 << (28 if device == "cuda" else 26))
+        read_seconds, _ = median_seconds(large.sum, finish, repeats=15)
+        return seconds, repeats, peak, 2 * side**3 / dense_seconds, large.nbytes / read_seconds
+
+    seconds, repeats, peak, dense_rate, memory_rate = alone(timed)
     row = {
         "ms": 1000 * seconds,
         "repeats": repeats,

@@ -1,8 +1,9 @@
-"""`make gpu` runs every step that it has time for, and says what became of each; here with small commands."""
+"""`make gpu` as a whole, where there is no GPU: it compiles, and times are made up."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import signal
@@ -10,196 +11,245 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
+import torch
+from test_gpu_processes import assert_alone, runs, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-# Long past any of these tests' limits.
-SLEEP = "import time; time.sleep(600)"
-DEAF = (
-    "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); "
-    f"{SLEEP}"
-)
+COMMAND = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu")]
 
 
 @pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY / "benchmarks")
-        return importlib.import_module("gpu")
+def dry(tmp_path_factory) -> Path:
+    """The folder of a whole run, which had more time than it took."""
+    folder = tmp_path_factory.mktemp("gpu") / "run"
+    process = subprocess.run(
+        [*COMMAND, "--dry", "--minutes", "40", "--output", str(folder)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr + logs(folder)
+    return folder
 
 
-@pytest.fixture
-def step(gpu):
-    """``step(name, code)``: a step that runs Python code."""
-    return lambda name, code, minutes=1.0, **options: gpu.Step(
-        name, [sys.executable, "-c", code], minutes, **options
+def logs(folder: Path) -> str:
+    return "\n".join(f"{path}: {path.read_text()[-1500:]}" for path in folder.rglob("*.log"))
+
+
+@pytest.fixture(scope="module")
+def results(dry) -> dict:
+    return json.loads(dry.joinpath("report.json").read_text())
+
+
+def test_every_stage_is_done(results) -> None:
+    assert {name: stage["outcome"] for name, stage in results["stages"].items()} == dict.fromkeys(
+        ("tests", "rows", "sweep", "rows again"), "done"
     )
+    assert results["tests"]["passed"] == 2
+    assert results["tests"]["failed"] == 0
+    assert results["device"] == "made-up GPU"
+    assert len(results["commit"].removesuffix("-dirty")) == 40
 
 
-def words(gpu, todo, folder, minutes=5.0):
-    return {outcome.name: (outcome.word, outcome.detail) for outcome in gpu.run_all(todo, folder, minutes)}
+def test_rows_are_timed_and_say_what_the_card_was_like(results) -> None:
+    rows = {(row["layer"], row["implementation"]): row for row in results["rows"]}
+    assert set(rows) == {
+        ("small", "scattermoe"),
+        *(("attention-small", n) for n in ("scattermoe", "sdpa", "eager")),
+    }
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["dense_tflops"] == 785
+        assert row["disturbed"] is False
+    assert [row["implementation"] for row in results["rows_with_new_tables"]] == ["scattermoe"]
 
 
-def test_a_step_that_fails_is_reported_and_the_others_run(gpu, step, tmp_path, capsys) -> None:
-    todo = [
-        step("first", "print('fine')"),
-        step("second", "import sys; print('said'); sys.exit('why it failed')"),
-        step("third", "print('fine')"),
-    ]
-    assert gpu.report(gpu.run_all(todo, tmp_path, 5.0), tmp_path) == 1
-    printed = capsys.readouterr().out
-    assert "    said\n    why it failed\n" in printed
-    summary = [line.split() for line in printed.partition("\nstep ")[2].splitlines()[1:4]]
-    assert [line[:2] for line in summary] == [["first", "passed"], ["second", "failed"], ["third", "passed"]]
-    assert tmp_path.joinpath("first.log").read_text().splitlines()[1:] == ["fine"]
+def test_who_is_timed_is_alone_in_the_whole_run(dry, gpu) -> None:
+    turns = gpu("card").read_lines(dry / "work" / "turns.jsonl")
+    assert {turn["name"].partition("-")[0] for turn in turns if turn["alone"]} >= {
+        "small",
+        "attention",
+        "sweep",
+    }
+    assert_alone(turns)
 
 
-def test_where_all_pass_so_does_the_run(gpu, step, tmp_path) -> None:
-    assert gpu.report(gpu.run_all([step("only", "pass")], tmp_path, 5.0), tmp_path) == 0
+def test_the_sweeps_tables_load_and_the_rows_ran_with_them(dry, results, gpu) -> None:
+    tables = gpu("tables")
+    tiles = sys.modules["scattermoe_lora.ops.tile_tables"]
+    sweep = json.loads(dry.joinpath("sweep.json").read_text())
+    assert len(sweep["problems"]) == 5
+    served = 0
+    for problem in sweep["problems"].values():
+        folder = dry / "tiles" / problem["operator"] / "tiles"
+        if folder.is_dir():
+            served += 1
+            launch = tiles.find(folder, "sm_90", problem["kernel"], torch.bfloat16, problem["sizes"])
+            assert launch == tables.fastest(problem)
+            built = dry / "work" / "rows_with_new_tables-kernel" / "build"
+            (file,) = built.glob(f"torch-cuda/ops/{problem['operator']}/tiles/sm_90.json")
+            assert file.read_text() == folder.joinpath("sm_90.json").read_text()
+    assert served >= 4
 
 
-def test_a_step_that_takes_too_long_is_ended_with_what_it_started(gpu, step, tmp_path) -> None:
-    code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {SLEEP!r}]).pid); {SLEEP}"
-    outcomes = words(gpu, [step("long", code, 0.05), step("next", "pass")], tmp_path)
-    word, detail = outcomes["long"]
-    assert word == "failed"
-    assert detail.startswith("not done after ")
-    assert outcomes["next"][0] == "passed"
-    started = int(tmp_path.joinpath("long.log").read_text().splitlines()[1])
-    assert not runs(started)
+def test_the_report_is_a_page_with_pictures(dry) -> None:
+    page = dry.joinpath("report.md").read_text()
+    for picture in re.findall(r"\]\((\w+\.svg)\)", page):
+        assert ElementTree.fromstring(dry.joinpath(picture).read_text()).tag.endswith("svg")
+    assert "![Time by implementation](time.svg)" in page
+    assert "![Each launch's share of the roof](roof.svg)" in page
+    assert "| tests | " in page
 
 
-def test_a_step_that_does_not_end_when_asked_is_killed(gpu, step, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.2)
-    assert words(gpu, [step("deaf", DEAF, 0.05)], tmp_path)["deaf"][0] == "failed"
-    assert not runs(int(tmp_path.joinpath("deaf.log").read_text().splitlines()[1]))
-
-
-def test_what_a_step_leaves_in_a_temporary_folder_goes_with_it(gpu, step, tmp_path) -> None:
-    code = f"import tempfile; print(tempfile.mkdtemp(), flush=True); {SLEEP}"
-    assert words(gpu, [step("long", code, 0.05)], tmp_path)["long"][0] == "failed"
-    assert not Path(tmp_path.joinpath("long.log").read_text().splitlines()[1]).exists()
-
-
-def test_what_no_time_is_left_for_is_skipped_and_said(gpu, step, tmp_path) -> None:
-    outcomes = words(
-        gpu, [step("first", "import time; time.sleep(2)", 0.1), step("second", "pass", 0.1)], tmp_path, 0.11
-    )
-    assert outcomes["first"][0] == "passed"
-    assert outcomes["second"] == ("skipped", "the 0.11 minutes are spent")
-    assert not tmp_path.joinpath("second.log").exists()
-
-
-def test_a_step_waits_for_the_one_that_it_needs_and_is_told_its_time(gpu, step, tmp_path) -> None:
-    todo = [
-        step("bad", "raise SystemExit(3)"),
-        step("needs bad", "pass", after="bad"),
-        step("good", "import sys; print(sys.argv[1])"),
-        step("needs good", "pass", after="good"),
-        step("no tool", "pass", missing="no such tool"),
-    ]
-    todo[2] = gpu.Step("good", [*todo[2].command, "{minutes}"], 3.0)
-    outcomes = words(gpu, todo, tmp_path)
-    assert outcomes["bad"][1].startswith("exit status 3 after ")
-    assert outcomes["needs bad"] == ("skipped", "bad did not pass")
-    assert outcomes["needs good"][0] == "passed"
-    assert outcomes["no tool"] == ("skipped", "no such tool")
-    assert tmp_path.joinpath("good.log").read_text().splitlines()[1:] == ["2.0"]
-
-
-def test_steps_find_what_is_in_the_repository_and_what_the_caller_named(
-    gpu, step, tmp_path, monkeypatch
+def test_a_stage_that_would_overrun_is_cut_and_an_interrupt_leaves_whole_files_and_no_children(
+    tmp_path,
 ) -> None:
-    tmp_path.joinpath("named_by_the_caller.py").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code = "import kernelpress.spec.load, scattermoe_lora, named_by_the_caller, os; print(os.environ['MINE'])"
-    outcomes = words(gpu, [step("imports", code, environment={"MINE": "here"})], tmp_path)
-    assert outcomes["imports"][0] == "passed", tmp_path.joinpath("imports.log").read_text()
-
-
-@pytest.mark.parametrize(
-    "received",
-    [[signal.SIGINT], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP]],
-    ids=["interrupt", "two interrupts", "end", "hang-up"],
-)
-def test_what_ends_the_run_ends_its_step(tmp_path, received) -> None:
-    # As a terminal would: a shell's background job ignores the signal.
-    code = (
-        "import gpu, signal, sys; from pathlib import Path; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); gpu.end_steps_when_ended(); "
-        f"step = gpu.Step('long', [sys.executable, '-c', {DEAF!r}], 5); gpu.GRACE_SECONDS = 2; "
-        f"list(gpu.run_all([step], Path({str(tmp_path)!r}), 5))"
-    )
+    begin = time.monotonic()
+    # Of 12 seconds the tests have 3: too little to begin.
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "benchmarks")},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    log = tmp_path / "long.log"
-    until = time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().splitlines()) == 2):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    for number in received:
-        process.send_signal(number)
-        time.sleep(0.5)
-    assert process.wait(60) != 0
-    assert not runs(int(log.read_text().splitlines()[1]))
+        [*COMMAND, "--dry", "--minutes", "0.2", "--output", str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    report = tmp_path / "report.json"
+    wait_for(report.exists)
+    assert json.loads(report.read_text())["stages"]["tests"]["outcome"] == "cut off"
+    children = [
+        int(name) for name in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    assert time.monotonic() - begin < 120
+    wait_for(lambda: not any(runs(child) for child in children))
+    assert "stages" in json.loads(report.read_text())
+    assert not list(tmp_path.rglob("*.part"))
 
 
-def runs(process: int) -> bool:
-    """Tell whether a process runs. One that ended and that nobody waited for is none."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return state.rpartition(")")[2].split()[0] != "Z"
+def test_tests_that_were_cut_off_are_counted_as_far_as_they_came(gpu) -> None:
+    log = """
+[gw0] [  1%] PASSED tests/a.py::test_one[x]
+tests/a.py::test_three
+[gw1] [  2%] FAILED tests/a.py::test_two
+[gw1] [  3%] SKIPPED tests/a.py::test_four
+"""
+    told = gpu("stages").read_tests(log)
+    assert told == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["tests/a.py::test_two"]}
 
 
-def test_every_step_runs_a_script_that_is_there_with_options_that_it_takes(
-    gpu, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    todo = gpu.steps(tmp_path, tmp_path)
-    names = ["tests", "compare", "attention", "norm_rotary", "memcheck", "racecheck"]
-    assert [planned.name for planned in todo] == names
-    assert [planned.name for planned in todo if planned.missing] == ["memcheck", "racecheck"]
-    for planned in todo:
-        if planned.command[1].endswith(".py"):
-            usage = subprocess.run(
-                [*planned.command[:2], "--help"],
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY / "torch-ext")},
-                capture_output=True, text=True, check=True,
-            ).stdout  # fmt: skip
-            assert all(option in usage for option in planned.command if option.startswith("--"))
+def test_the_report_says_what_the_figures_say(gpu) -> None:
+    report = gpu("report")
+    rows = [
+        {
+            "layer": "a",
+            "implementation": "scattermoe",
+            "ms": 2.0,
+            "tflops": 300.0,
+            "peak_mb": 10,
+            "disturbed": False,
+        },
+        {
+            "layer": "a",
+            "implementation": "other",
+            "ms": 3.0,
+            "tflops": 200.0,
+            "peak_mb": 20,
+            "disturbed": True,
+        },
+        {
+            "layer": "a",
+            "implementation": "other",
+            "ms": 5.0,
+            "tflops": 120.0,
+            "peak_mb": 20,
+            "disturbed": False,
+        },
+        {"layer": "a", "implementation": "third", "refused": "OutOfMemoryError"},
+    ]
+    lines = report.rows_table(rows, 600.0)
+    # A row that was not disturbed counts more than one that was.
+    assert lines[2:4] == [
+        "| a | scattermoe | 2 | 1.00 | 10 | 50% |  |",
+        "| a | other | 5 | 2.50 | 20 | 20% |  |",
+    ]
+    assert "- a, third: OutOfMemoryError" in lines
+    launches = [
+        {"ms": 1.0, "launch": {"A": 1}, "ships": False},
+        {"ms": 2.0, "launch": {"A": 2}, "ships": True},
+        {"ms": None, "launch": {"A": 3}, "ships": False, "error": "x"},
+    ]
+    sweep = {
+        "dense_tflops": 800, "copy_gb_per_s": 2000,
+        "problems": {
+            "wide": {"gflop": 400, "mb": 100, "launches": launches},
+            "narrow": {"gflop": 40, "mb": 1000, "launches": launches},
+            "none": {"gflop": 40, "mb": 1000, "launches": launches[2:]},
+        },
+    }  # fmt: skip
+    assert report.sweep_table(sweep)[2:5] == [
+        "| wide | 2 | 1 | A 1 | 50% | dense |",
+        "| narrow | 2 | 1 | A 1 | 50% | copy |",
+        "| none |  |  |  |  |  |",
+    ]
 
 
-def test_tests_that_the_steps_choose_are_there(gpu, tmp_path) -> None:
-    for planned in gpu.steps(tmp_path, None):
-        if "pytest" in planned.command:
-            chosen = planned.command[planned.command.index("pytest") - 1 :]
-            process = subprocess.run(
-                [sys.executable, *chosen, "--collect-only"],
-                cwd=REPOSITORY, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert process.returncode == 0, process.stdout
-            collected = re.search(r"(\d+)/\d+ tests collected", process.stdout)
-            assert collected
-            assert int(collected[1]) >= (5 if planned.name == "tests" else 60)
+def test_tests_that_the_stages_choose_are_there(gpu, tmp_path) -> None:
+    stages = gpu("stages")
+    run = stages.Run(tmp_path, {}, dict, 2)
+    tests = stages.test_job(run).command
+    (memcheck, _) = stages.sanitizer_jobs("compute-sanitizer")
+    for command, least in ((tests, 140), (memcheck.command, 60)):
+        chosen = [*command[command.index("pytest") - 1 :], "-p", "no:xdist"]
+        for option in ("-n", "--dist"):
+            if option in chosen:
+                del chosen[chosen.index(option) : chosen.index(option) + 2]
+        process = subprocess.run(
+            [sys.executable, *chosen, "--collect-only"],
+            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stdout
+        collected = re.search(r"(\d+)/\d+ tests collected", process.stdout)
+        assert collected
+        assert int(collected[1]) >= least
+
+
+def test_rows_are_of_implementations_layers_and_cases_that_there_are(gpu, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    rows = gpu("rows")
+    compare = importlib.import_module("compare")
+    compare_attention = importlib.import_module("compare_attention")
+    assert set(rows.LAYERS) <= set(compare.SHAPES)
+    assert set(rows.IMPLEMENTATIONS) <= set(compare.IMPLEMENTATIONS)
+    assert set(rows.CASES) <= set(compare_attention.CASES["cuda"])
+    everything = rows.planned({"axolotl": Path("a"), "unsloth": Path("b")})
+    assert len({row.name for row in everything}) == len(everything) == 16
+    assert [row.implementation for row in rows.planned({})].count("unsloth") == 0
 
 
 def test_without_a_gpu_one_line_says_so() -> None:
     process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py")],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        COMMAND, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
+    )
     assert process.returncode == 1
     assert process.stderr == f"error: no GPU for {sys.executable}: torch finds none\n"
 
 
 def test_packages_that_are_missing_are_named(gpu) -> None:
     with pytest.raises(SystemExit, match="lacks no_such_package: pip install no_such_package"):
-        gpu.gpu_name(["torch", "no_such_package"])
+        gpu("run").measured_card(["torch", "no_such_package"])
+
+
+def test_times_that_are_made_up_are_not_installed(tmp_path) -> None:
+    command = [*COMMAND, "--dry", "--install", "--output", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "times that are made up are not installed" in process.stderr
+
+
+def test_installing_puts_the_tables_where_they_ship(gpu, tmp_path, monkeypatch) -> None:
+    stages = gpu("stages")
+    monkeypatch.setattr(stages, "OPS", tmp_path / "ops")
+    for folder in ("run/attention/tiles", "ops/attention/tiles"):
+        tmp_path.joinpath(folder).mkdir(parents=True)
+        tmp_path.joinpath(folder, "sm_90.json").write_text(folder)
+    assert stages.install(tmp_path / "run") == [tmp_path / "ops" / "attention" / "tiles" / "sm_90.json"]
+    assert tmp_path.joinpath("ops/attention/tiles/sm_90.json").read_text() == "run/attention/tiles"

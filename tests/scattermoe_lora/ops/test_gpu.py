@@ -9,21 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_tests import CHOSEN, MODULES
 
 TESTS = Path(__file__).parents[1]
-# Operators against their references; the rest of the tests is about what does not depend on the device.
-CHOSEN = (
-    "reference or any_shape or bits or half_precision or one_expert or sentinels or no_tokens or nan_in_one_token "
-    "or nan_passes or every_dtype or both_gradients or sees_nothing or any_strides or sink"
-)
-MODULES = [
-    "ops/test_experts.py",
-    "ops/test_grouped_linear.py",
-    "ops/test_options.py",
-    "experts/test_module.py",
-    "ops/test_attention.py",
-    "ops/test_norm_rotary.py",
-]
 
 
 def run_on(device: str, module: str, *options: str, chosen: str = CHOSEN) -> subprocess.CompletedProcess[str]:

@@ -90,14 +90,19 @@ def load(folder: Path, device: str) -> Table:
     """The table of one of the :data:`DEVICES` in an operator's folder."""
     content = json.loads((folder / f"{device}.json").read_text("utf-8"))
     measured = {name: Timing(**timing) for name, timing in (content.pop("measured") or {}).items()}
-    rules = {kernel: tuple(map(_rule, lines)) for kernel, lines in content.items()}
+    rules = {kernel: tuple(map(parse_rule, lines)) for kernel, lines in content.items()}
     return Table(MappingProxyType(measured), MappingProxyType(rules))
 
 
-def _rule(line: dict[str, Any]) -> Rule:
-    itemsize, launch, measured = line.pop("bytes"), line.pop("launch"), line.pop("measured", None)
-    limits = {name: tuple(limit) if isinstance(limit, list) else limit for name, limit in line.items()}
-    return Rule(itemsize, MappingProxyType(limits), MappingProxyType(launch), measured)
+def parse_rule(line: Mapping[str, Any]) -> Rule:
+    """A rule from a table's file."""
+    limits = {
+        name: tuple(limit) if isinstance(limit, list) else limit
+        for name, limit in line.items()
+        if name not in ("bytes", "launch", "measured")
+    }
+    launch = MappingProxyType(line["launch"])
+    return Rule(line["bytes"], MappingProxyType(limits), launch, line.get("measured"))
 
 
 def closest(backend: str, arch: str) -> str:

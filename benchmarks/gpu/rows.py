@@ -1,0 +1,178 @@
+"""Rows: ours and others' implementations of a layer. Each process prepares beside the others, and is timed alone.
+
+``python -m gpu.rows SPECIFICATION`` is one of the processes; it writes ``FOLDER/NAME.json``, a list of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu.card import Turns, time_undisturbed
+from gpu.processes import Job
+from gpu.tables import replace
+
+# Layers of compare.py, and cases of compare_attention.py, those worth most first.
+LAYERS = ("gemma4", "mixtral", "qwen3")
+IMPLEMENTATIONS = ("scattermoe", "unsloth", "axolotl", "grouped_mm")
+CASES = ("global-8k", "sliding-8k", "global-2k", "ratio-2")
+# Of which an idle card and its clocks give a steady median.
+SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A process: a layer in one implementation, or a case of attention in all that take it.
+
+    Attributes:
+        kind: ``experts`` or ``attention``.
+        layer: A shape of compare.py or a case of compare_attention.py, by name or by its sizes.
+        implementation: Of the experts; of attention all that there are run in turns.
+        unpacked: Where a peer was prepared.
+    """
+
+    name: str
+    kind: str
+    layer: Any
+    implementation: str
+    unpacked: str | None = None
+
+
+def planned(unpacked: Mapping[str, Path]) -> list[Row]:
+    """All rows, in order of worth; of the peers those in ``unpacked``."""
+    experts = [
+        Row(f"{layer}-{name}", "experts", layer, name, str(unpacked[name]) if name in unpacked else None)
+        for layer in LAYERS
+        for name in IMPLEMENTATIONS
+        if name in ("scattermoe", "grouped_mm") or name in unpacked
+    ]
+    cases = [Row(f"attention-{case}", "attention", case, "all") for case in CASES]
+    return [*experts[:4], *cases[:2], *experts[4:], *cases[2:]]
+
+
+def jobs(
+    rows: Sequence[Row], folder: Path, build: Path, device: str, idle_tflops: float, prepare_until: float
+) -> list[Job]:  # fmt: skip
+    """The processes of rows whose results go to ``folder``; ``build`` is the kernel that they load."""
+    common = {
+        "folder": str(folder), "device": device, "idle_tflops": idle_tflops, "prepare_until": prepare_until,
+    }  # fmt: skip
+    environment = {"LOCAL_KERNELS": f"org/scattermoe-lora={build}"}
+    return [
+        Job(
+            row.name,
+            [sys.executable, "-m", "gpu.rows", json.dumps({**common, "row": asdict(row)})],
+            environment,
+        )
+        for row in rows
+    ]
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """The rows that there are."""
+    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
+
+
+class _Late(Exception):
+    """Preparing took longer than it may."""
+
+
+def _late(*_: object) -> None:
+    raise _Late
+
+
+class Timing:
+    """The turn alone of a row, and what it says of the card."""
+
+    def __init__(self, turns: Turns, dense_tflops: Callable[[], float], idle_tflops: float) -> None:
+        self.turns, self.dense_tflops, self.idle_tflops = turns, dense_tflops, idle_tflops
+        self.about: dict[str, Any] = {}
+
+    def __call__(self, timed: Callable[[], Any]) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with self.turns.alone():
+            result, rate, disturbed = time_undisturbed(timed, self.dense_tflops, self.idle_tflops)
+        self.about = {"dense_tflops": round(rate, 1), "disturbed": disturbed}
+        return result
+
+
+def measure_experts(row: Row, device: str, timing: Timing) -> list[dict[str, Any]]:
+    """The one row of a layer of experts."""
+    import layer
+    from compare import SHAPES
+
+    shape = SHAPES[row.layer] if isinstance(row.layer, str) else layer.Shape(**row.layer)
+    unpacked = Path(row.unpacked) if row.unpacked else None
+    figures = layer.measure(shape, row.implementation, device, unpacked, timing, SECONDS)
+    return [
+        {
+            "layer": row.name.rpartition("-")[0], "implementation": row.implementation, "ms": figures["ms"],
+            "runs": figures["repeats"], "peak_mb": figures["peak_bytes_above_weights"] / 1e6,
+            "tflops": shape.flops() / figures["ms"] / 1e9, **timing.about,
+        }
+    ]  # fmt: skip
+
+
+def measure_attention(row: Row, device: str, timing: Timing) -> list[dict[str, Any]]:
+    """A row for each implementation of attention, with the reason where it refuses the case."""
+    from compare_attention import CASES as ALL
+    from compare_attention import Case, measure
+    from kernels import get_kernel
+
+    case = ALL["cuda"][row.layer] if isinstance(row.layer, str) else Case(**row.layer)
+    kernel = get_kernel("org/scattermoe-lora", version=1)
+    rows = []
+    for name, figures in measure(kernel, case, device, SECONDS, timing).items():
+        described = {"layer": row.name, "implementation": name}
+        if "not" in figures:
+            rows.append({**described, "refused": figures["not"]})
+        else:
+            peak = figures["peak_bytes_above_inputs"] / 1e6
+            measured = {"ms": figures["ms"], "runs": figures["runs"], "peak_mb": peak}
+            tflops = case.flops() / figures["ms"] / 1e9
+            difference = {"difference": figures["difference"]}
+            rows.append({**described, **measured, "tflops": tflops, **difference, **timing.about})
+    return rows
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    row, folder = Row(**given["row"]), Path(given["folder"])
+    turns = Turns(folder.parent, row.name)
+    signal.signal(signal.SIGALRM, _late)
+    signal.setitimer(signal.ITIMER_REAL, max(given["prepare_until"] - time.monotonic(), 0.01))
+
+    def dense_tflops() -> float:
+        if given["device"] == "cpu":
+            return float(given["idle_tflops"])
+        from compare_attention import dense_rate
+
+        return dense_rate("bfloat16", "cuda") / 1e12
+
+    timing = Timing(turns, dense_tflops, given["idle_tflops"])
+    measure = {"experts": measure_experts, "attention": measure_attention}[row.kind]
+    failed = None
+    try:
+        rows = measure(row, given["device"], timing)
+    except _Late:
+        failed = "was not prepared in time"
+    except Exception as error:  # noqa: BLE001 - whatever an implementation fails with, the others run
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        failed = f"{type(error).__name__}: {lines[0][:120]}"
+    if failed:
+        layer = row.name.rpartition("-")[0] if row.kind == "experts" else row.name
+        rows = [{"layer": layer, "implementation": row.implementation, "refused": failed}]
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / f"{row.name}.json", json.dumps(rows, indent=2))
+    # A refusal of ours is a failure.
+    sys.exit(any(row["implementation"] in ("scattermoe", "all") and "refused" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Tile tables with what a sweep found fastest, written as they ship."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scattermoe_lora.ops.tile_tables import parse_rule
+
+# A launch that is faster than the one that ships by less than this may owe it to chance.
+FASTER = 0.98
+
+
+def fastest(problem: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """The launch to take for a problem: the fastest, unless the one that ships is as fast; None if none was timed."""
+    timed = [entry for entry in problem["launches"] if entry["ms"] is not None]
+    if not timed:
+        return None
+    best = min(timed, key=lambda entry: entry["ms"])
+    ships = [entry for entry in timed if entry["ships"] and best["ms"] > FASTER * entry["ms"]]
+    launch: Mapping[str, int] = (ships or [best])[0]["launch"]
+    return launch
+
+
+def limits(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The limits of a rule that serves sizes like these: rows by a factor of 2, columns by one of its root.
+
+    A head's size is what its blocks are made for; a rank of 16 is the least that is multiplied.
+    """
+    around: dict[str, Any] = {}
+    for name, size in sizes.items():
+        if isinstance(size, bool):
+            # A rule for both kinds is not what was timed; keys that are the values have rules of their own.
+            if name != "same_kv":
+                around[name] = size
+        elif name not in ("rows", "n", "k"):
+            around[name] = size
+        elif size <= 16:
+            around[name] = 16
+        else:
+            factor = 2 if name == "rows" else math.sqrt(2)
+            around[name] = [math.ceil(size / factor), math.floor(size * factor)]
+    return around
+
+
+def serves(rule: Mapping[str, Any], sizes: Mapping[str, Any], itemsize: int = 2) -> bool:
+    """Tell whether a rule, as a table's file has it, holds for these sizes."""
+    return parse_rule(rule).serves(itemsize, sizes)
+
+
+def with_rule(
+    rules: list[dict[str, Any]], sizes: Mapping[str, Any], launch: Mapping[str, int], timing: str
+) -> None:
+    """Let the sizes be served by a rule with this launch: in the place of one for the same sizes, else before the first
+    that serves them."""
+    rule = {"bytes": 2, **limits(sizes), "launch": dict(launch), "measured": timing}
+    place = next(position for position, other in enumerate(rules) if serves(other, sizes))
+    described = ("launch", "measured")
+    before = {name: value for name, value in rules[place].items() if name not in described}
+    if before == {name: value for name, value in rule.items() if name not in described}:
+        rules[place] = rule
+    else:
+        rules.insert(place, rule)
+
+
+def render(table: Mapping[str, Any]) -> str:
+    """A table's file, one rule a line."""
+    parts = [f'  "measured": {json.dumps(table["measured"])}']
+    for kernel, rules in table.items():
+        if kernel != "measured":
+            lines = ",\n".join(f"    {json.dumps(rule)}" for rule in rules)
+            parts.append(f'  "{kernel}": [\n{lines}\n  ]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def updated(
+    table: Mapping[str, Any], problems: Mapping[str, Any], name: str, timing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A table with rules for the problems of a sweep, whose ``timing`` goes by ``name``; what it did not time stays."""
+    result = {kernel: list(rules) for kernel, rules in table.items() if kernel != "measured"}
+    for problem in problems.values():
+        launch = fastest(problem)
+        if launch and problem["kernel"] in result:
+            with_rule(result[problem["kernel"]], problem["sizes"], launch, name)
+    timings = {**(table["measured"] or {}), name: dict(timing)}
+    named = {rule.get("measured") for rules in result.values() for rule in rules}
+    return {"measured": {key: value for key, value in timings.items() if key in named}, **result}
+
+
+def write(
+    problems: Mapping[str, Any], ops: Path, device: str, folder: Path, name: str, timing: Mapping[str, Any]
+) -> list[Path]:
+    """Write the device's tables of all operators that were timed to ``folder/<operator>/tiles/<device>.json``.
+
+    Args:
+        problems: Of a sweep.
+        ops: The folder of the operators whose tables are taken over.
+    """
+    written = []
+    for operator in sorted({problem["operator"] for problem in problems.values()}):
+        source = ops / operator / "tiles" / f"{device}.json"
+        if source.exists():
+            own = {key: value for key, value in problems.items() if value["operator"] == operator}
+            path = folder / operator / "tiles" / source.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace(path, render(updated(json.loads(source.read_text()), own, name, timing)))
+            written.append(path)
+    return written
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file at once: an interrupt leaves the old one or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
