@@ -8,6 +8,7 @@ smallest inputs, where code that takes a constant for a tensor no longer compile
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,6 +89,25 @@ def experts(tokens: int, count: int, size: int, rank: int, weights: bool) -> Non
 
 experts(tokens=1, count=1, size=1, rank=1, weights=True)
 experts(tokens=1, count=3, size=16, rank=1, weights=False)
+gpu = importlib.import_module(f"{kernel.__name__}.ops.grouped_linear.gpu")
+pairs = importlib.import_module(f"{kernel.__name__}.ops.grouped_linear.pairs")
+tile, own_launch = gpu.tile, pairs.own_launch
+pairs.own_launch = lambda *_: {"BLOCK": 32}
+for count in (1, 3):
+    pairs.sort_pairs(torch.zeros(count, 1, dtype=torch.int64), count)
+# The layers' own order has to be written.
+pairs.own_launch = lambda name, *_: {"BLOCK": 32} if name == "sum_choices" else None
+
+
+def launched_with(option: str) -> Callable[..., dict[str, int]]:
+    return lambda name, *sizes: {**tile(name, *sizes), **({option: 1} if name == "grouped_matmul" else {})}
+
+
+for option in gpu.OPTIONS:
+    gpu.tile = launched_with(option)
+    experts(tokens=1, count=1, size=1, rank=1, weights=False)
+    experts(tokens=2, count=3, size=16, rank=16, weights=False)
+gpu.tile, pairs.own_launch = tile, own_launch
 for heads, length, packed in ((1, 1, False), (1, 1, True), (2, 1, False)):
     q, k = leaf(length, heads, 16), leaf(length, 1, 16)
     if packed:

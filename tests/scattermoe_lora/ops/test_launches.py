@@ -14,12 +14,16 @@ KERNELS = {
     "attention_dkdv_kernel",
     "attention_dq_kernel",
     "attention_forward_kernel",
+    "count_pairs_kernel",
     "gate_backward_kernel",
     "gate_up_kernel",
     "grouped_matmul_kernel",
     "grouped_outer_kernel",
+    "place_pairs_kernel",
     "rotary_backward_kernel",
     "rotary_forward_kernel",
+    "sum_choices_kernel",
+    "tile_schedule_kernel",
 }
 
 

@@ -15,6 +15,7 @@ from helpers import AWKWARD, TRITON, Shape, assert_close, low_rank, route
 
 OPTIONS = {
     "schedule": {"SCHEDULE": 1},
+    "tma": {"TMA": 1},
     "own sort and sums": {},
 }
 MATMUL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
@@ -80,6 +81,23 @@ def layer(
     exact = reference(x, up, down, index, weights, a1, b1, a2, b2, gate, *biases)
     trained = [t for t in wide if t is not None]
     return got, [exact, *torch.autograd.grad(exact, trained, grad.double())]
+
+
+def test_a_descriptor_serves_what_the_hardware_copies(submodule) -> None:
+    describe = submodule("ops.grouped_linear.descriptors").describe
+    weight = torch.empty(3, 48, 16, dtype=torch.bfloat16)
+
+    def along(weight: torch.Tensor, parts: int = 1) -> str:
+        descriptor, dimension = describe(weight, parts, 32, 16)
+        assert (descriptor is weight) == (dimension == "")
+        return dimension
+
+    assert [along(weight), along(weight.mT), along(weight, 2), along(weight.mT, 2)] == ["K", "N", "K", ""]
+    # Rows of 8 bytes, an address 2 bytes behind a multiple of 16, no dimension that is contiguous, one expert for all.
+    assert along(weight[..., :4].contiguous()) == ""
+    assert along(torch.empty(3 * 48 * 16 + 1, dtype=torch.bfloat16)[1:].view(3, 48, 16)) == ""
+    assert along(weight[..., ::2]) == ""
+    assert along(weight[:1].expand(3, 48, 16)) == ""
 
 
 if TRITON:
@@ -221,3 +239,19 @@ if TRITON:
         exact = by_pair.double().view(tokens, top_k, columns).sum(dim=1)
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_nan_in_another_experts_weight_is_not_in_the_results_of_one_expert(
+        submodule, launched, transposed
+    ) -> None:
+        # Neither a tile's columns nor the terms of its sums end where the expert's do.
+        gpu, values = submodule("ops.grouped_linear.gpu"), torch.randn(3, 40, 20)
+        values[[0, 2]] = float("nan")
+        weight = values.mT.contiguous().mT if transposed else values
+        routing = submodule("ops.routing").sort_by_expert(torch.ones(5, 1, dtype=torch.int64), 3)
+        x, taken, describe = torch.randn(5, 20), [], gpu.describe
+        with launched(OPTIONS["tma"]), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu, "describe", lambda *sizes: taken.append(describe(*sizes)) or taken[-1])
+            y = gpu.grouped_matmul(x, weight, routing)
+        assert [along for _, along in taken] == ["N" if transposed else "K"]
+        assert_close([y], [x.double() @ values[1].double().T], 2e-5)

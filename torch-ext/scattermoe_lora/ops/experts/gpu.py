@@ -50,7 +50,10 @@ def project_and_gate(
     pairs, width = routing.order.shape[0], weight.shape[1]
     hidden, a = x.new_empty((pairs if keep else 0, width)), x.new_empty((pairs, width // 2))
     if pairs:
-        grid, arguments, constants = matmul_launch(x, weight, routing, top_k=top_k, low=low, bias=bias)
+        parts = 1 if gate.interleaved else 2
+        grid, arguments, constants = matmul_launch(
+            x, weight, routing, top_k=top_k, low=low, bias=bias, parts=parts
+        )
         gate_up_kernel[grid](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
     return hidden, a
 

@@ -84,6 +84,7 @@ def gate_up_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     SCHEDULE: tl.constexpr,
+    TMA: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -110,19 +111,21 @@ def gate_up_kernel(
     pair = tl.load(order_ptr + position, mask=in_tile, other=0)
     j = tl.arange(0, BLOCK_N)
     if INTERLEAVED:
-        n = pid_n * BLOCK_N + j
+        first_n = pid_n * BLOCK_N
+        n = first_n + j
         in_n = n < N
     else:
-        of_gate = pid_n * HALF + j % HALF
+        first_n = pid_n * HALF
+        of_gate = first_n + j % HALF
         n = (j // HALF) * I + of_gate
         in_n = of_gate < I
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if expert < num_experts:
         # fmt: off
         acc = multiply_rows(
-            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, n, in_n, N, K, R,
-            stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
-            GATHER, TOP_K, LOW_RANK, BIAS, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, first_n, n, in_n,
+            N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
+            GATHER, TOP_K, LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
         )
         # fmt: on
     # Rounded as it is kept: the backward computes the same activation from it, to the bit.

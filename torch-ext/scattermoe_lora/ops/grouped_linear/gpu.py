@@ -11,6 +11,7 @@ import triton
 from .. import tile_tables
 from ..routing import Routing
 from .arguments import Operands
+from .descriptors import describe
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 from .pairs import TILES, sum_choices
 from .schedule import Scheduled, most_tiles
@@ -19,6 +20,8 @@ from .schedule import Scheduled, most_tiles
 OPTIONS = {
     # 1: read the tiles of rows from a schedule that the launches of a call share. 0: each program counts them.
     "SCHEDULE": 0,
+    # 1: copy the weights by tensor descriptors (TMA). 0: by pointers.
+    "TMA": 0,
 }
 
 
@@ -57,7 +60,7 @@ class Launch(NamedTuple):
     """The launch of a kernel that multiplies rows: its grid, its first arguments and its constants."""
 
     grid: tuple[int]
-    arguments: tuple[torch.Tensor | int, ...]
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
 
@@ -69,8 +72,12 @@ def matmul_launch(
     top_k: int | None,
     low: LowRank | None,
     bias: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> Launch:
-    """The launch of ``x[row] W[e]^T (+ low[s] C[e]^T) (+ bias[e])``; arguments as for :func:`grouped_matmul`."""
+    """The launch of ``x[row] W[e]^T (+ low[s] C[e]^T) (+ bias[e])``; arguments as for :func:`grouped_matmul`.
+
+    A tile's columns are ``parts`` equally long runs, each at the same place of its part of the N columns.
+    """
     num_experts, n_out, n_in = weight.shape
     pairs = routing.order.shape[0]
     # Pointers that are not used still have to be pointers.
@@ -82,9 +89,12 @@ def matmul_launch(
     if blocks.get("SCHEDULE"):
         shared = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
         schedule = shared.schedule(blocks["BLOCK_M"])
-    arguments: tuple[torch.Tensor | int, ...] = (
+    described, along = weight, ""
+    if blocks.get("TMA"):
+        described, along = describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"])
+    arguments = (
         x,
-        weight,
+        described,
         left,
         right,
         weight if bias is None else bias,
@@ -111,6 +121,7 @@ def matmul_launch(
         "BLOCK_R": min(blocks["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
         **OPTIONS,
         **blocks,
+        "TMA": along,
     }
     return Launch((tiles_m * triton.cdiv(n_out, blocks["BLOCK_N"]),), arguments, constants)
 

@@ -22,6 +22,7 @@ def multiply_rows(
     position,
     pair,
     in_tile,
+    first_n,
     n,
     in_n,
     N,
@@ -38,6 +39,7 @@ def multiply_rows(
     TOP_K: tl.constexpr,
     LOW_RANK: tl.constexpr,
     BIAS: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -45,25 +47,39 @@ def multiply_rows(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``x[row] W[expert]^T (+ u B[expert]^T) (+ bias[expert])`` of a tile of rows and columns ``n``, in float32."""
+    """``x[row] W[expert]^T (+ u B[expert]^T) (+ bias[expert])`` of a tile of rows and columns ``n``, in float32.
+
+    ``TMA`` is ``K`` or ``N``, along which the weight behind the descriptor ``w_ptr`` is contiguous, or empty.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     k = tl.arange(0, BLOCK_K)
     # 64-bit from here on: a stack of experts passes 2^31 elements, and so does a matrix of rows.
     e = expert.to(tl.int64)
     x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
     x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
-    w_tile = w_ptr + e * stride_we + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
+    if not TMA:
+        w_tile = (
+            w_ptr + e * stride_we + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
+        )
     for k0 in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_tile, mask=in_tile[:, None], other=0.0)
-            w = tl.load(w_tile, mask=in_n[None, :], other=0.0)
         else:
             in_k = k0 + k < K
             x = tl.load(x_tile, mask=in_tile[:, None] & in_k[None, :], other=0.0)
+        # Of a weight behind a descriptor what lies outside is zero without a mask.
+        if TMA == "N":
+            w = w_ptr.load([expert, k0, first_n]).reshape(BLOCK_K, BLOCK_N)
+        elif TMA == "K":
+            w = w_ptr.load([expert, 0, first_n, k0]).reshape(BLOCK_N, BLOCK_K).T
+        elif EVEN_K:
+            w = tl.load(w_tile, mask=in_n[None, :], other=0.0)
+        else:
             w = tl.load(w_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_tile += BLOCK_K
-        w_tile += BLOCK_K * stride_wk
+        if not TMA:
+            w_tile += BLOCK_K * stride_wk
     if LOW_RANK:
         r = tl.arange(0, BLOCK_R)
         u_tile = u_ptr + position[:, None].to(tl.int64) * R + r[None, :]
@@ -114,6 +130,7 @@ def grouped_matmul_kernel(
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCHEDULE: tl.constexpr,
+    TMA: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -138,9 +155,9 @@ def grouped_matmul_kernel(
     if expert < num_experts:
         # fmt: off
         acc = multiply_rows(
-            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, n, in_n, N, K, R,
-            stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
-            GATHER, TOP_K, LOW_RANK, BIAS, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
+            N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
+            GATHER, TOP_K, LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
         )
         # fmt: on
         if WEIGHTED:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec, distinct
 from ..tile_tables import DEFAULT, DEVICES, Rule, Timing, load
+from .descriptors import box_of
 from .gpu import TILES
 from .kernels import grouped_matmul_kernel, grouped_outer_kernel
 from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
@@ -26,6 +27,7 @@ _DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
 # Architectures whose table may take an option of the products, and that it is compiled for in any case.
 OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
     "SCHEDULE": TARGETS,
+    "TMA": ("sm_90", "sm_100", "sm_120"),
 }
 
 
@@ -160,7 +162,17 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
         "BLOCK_R": blocks["BLOCK_K"] if "LOW_RANK" in use.flags else 16,
         **blocks,
     }
-    return tile.spec(kernel, tile.label(use.label, "MNK"), constants)
+    spec = tile.spec(kernel, tile.label(use.label, "MNK"), constants)
+    parts = 2 if use.flags.get("INTERLEAVED") is False else 1
+    along = "N" if use.transposed else "K"
+    if not blocks.get("TMA") or (along == "N" and parts > 1):
+        return replace(spec, constants={**constants, "TMA": ""})
+    box = box_of(along, parts, blocks["BLOCK_N"], blocks["BLOCK_K"])
+    return replace(
+        spec,
+        constants={**constants, "TMA": along},
+        arguments={**spec.arguments, "w_ptr": f"tensordesc<{tile.dtype}{box}>"},
+    )
 
 
 def _uses(tile: Tile) -> tuple[Use, ...]:
