@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from kernelpress.api.baseline import published_files
 from kernelpress.api.compare import compare
 from kernelpress.builder.build import build, prepare
 from kernelpress.builder.reproduce import reproduce
 from kernelpress.check.freshness import differing_variants
 from kernelpress.cli.main import app
-from kernelpress.errors import BuildError, CheckError
+from kernelpress.errors import BuildError, CheckError, PublishError
+from kernelpress.hub.published import published_files
 from kernelpress.spec.load import load_spec
 from localhub import running_hub
 from typer.testing import CliRunner
@@ -67,8 +67,14 @@ def test_a_version_on_the_hub_is_compared_with(make_kernel, tmp_path):
     with running_hub(tmp_path / "hub") as hub:
         run("publish", str(root), "--endpoint", hub.endpoint)
         published = published_files("org/demo-kernel@v1", hub.endpoint)
-        with pytest.raises(CheckError, match="cannot be had"):
+        with pytest.raises(
+            PublishError, match=r"no such branch.*`kernelpress info org/demo-kernel` lists versions"
+        ):
             published_files("org/demo-kernel@v2", hub.endpoint)
+        with pytest.raises(PublishError, match="org/nothing is not there or not yours to see"):
+            published_files("org/nothing@v1", hub.endpoint)
+    with pytest.raises(PublishError, match="does not answer"):
+        published_files("org/nothing@v1", hub.endpoint)
     break_twice(root)
     files = {file.path: file.data for file in prepare(load_spec(root)).variants[0].files}
     assert [str(change) for change in compare(published, files)] == ["twice: required parameter 'by' added"]

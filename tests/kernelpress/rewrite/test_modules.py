@@ -135,6 +135,12 @@ def my_op(name, fn=None, /, *, kind="", **kwargs):
          "from .wrap import fragment\nfragment('FRAGMENT', ns='spot')"),
         ("from torch.library import define\ndef add(ns, op, schema): define(f'{ns}::{op}', schema)",
          "from .wrap import add\nNS = 'spot'\nadd(NS, 'two', '()')"),
+        ("NS = 'spot'\nimport torch\ndef op(name, ns=NS): return torch.library.custom_op(f'{ns}::{name}')",
+         "from .wrap import op\n@op('two')\ndef f(x): ..."),
+        ("import torch\ndef op(name, *, ns='spot'): return torch.library.custom_op(f'{ns}::{name}')",
+         "from .wrap import op\n@op('two')\ndef f(x): ...\n@op('three', ns='spot')\ndef g(x): ..."),
+        ("import torch\ndef op(f, name='spot::two'): return torch.library.custom_op(name, f)",
+         "from .wrap import op\nop(print)"),
         ("from torch.library import register_fake\ndef fake(op): return register_fake(op)",
          "from .wrap import fake\nimport torch\nfake('spot::one')(f); fake(torch.ops.spot.one)(f)"),
     ],
@@ -142,7 +148,7 @@ def my_op(name, fn=None, /, *, kind="", **kwargs):
 def test_a_name_that_a_function_hands_on_is_followed_to_its_callers(wrapper, use):
     made = package(init=DEFINES.replace("demo", "spot"), use=use, wrap=wrapper)
     assert "spot" not in "".join(made.values())
-    assert made["wrap.py"] == f"{wrapper}\n"
+    assert made["wrap.py"] == f"{wrapper}\n".replace("spot", "NEW")
 
 
 def test_a_function_that_hands_names_on_may_be_exported_lazily():

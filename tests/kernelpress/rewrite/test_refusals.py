@@ -101,6 +101,25 @@ def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
         'eval("torch.ops.demo.one(x)")',
         'exec(f"y = torch.ops.demo.one({x})")',
         "exec(\"n = 'demo::one'\")",
+        'OURS = "demo"; ours = op.namespace == OURS',
+        'OURS = "demo"; ours = op.namespace in (OURS, "other")',
+        'OURS = ("demo", "other"); ours = op.namespace in OURS',
+        'OURS = frozenset({"demo"}) | OTHERS; ours = op.namespace in OURS',
+        'class C: OURS = "demo"; ours = op.namespace == OURS',
+        'def is_ours(op, ours="demo"): return op.namespace == ours',
+        'ours = {"demo": 1}.get(op.namespace)',
+        'TABLE = {"demo": 1}; x = TABLE[op.namespace]',
+        'SAFE = ("aten::mm", "demo::one"); ours = op.name() in SAFE',
+        'for name in ("demo::one",): LIB.impl(name, f)',
+        'p = re.compile(r"^demo::\\w+$")',
+        'ours = re.match("(aten|demo)::one", op.name()) or fnmatch(op.name(), "demo::*")',
+        'ours = op.name().startswith(("demo::", "other::"))',
+        'key = "demo::" + name',
+        'SRC = "torch.ops.demo.one(x)"; eval(SRC)',
+        'eval(compile("torch.ops.demo.one(x)", "x", "eval"))',
+        'exec(textwrap.dedent("y = torch.ops.demo.one(x)"), names)',
+        'LINES = ["import torch", "y = torch.ops.demo.one(x)"]; exec("\\n".join(LINES))',
+        'SRC = "torch.ops.demo.one({})"; code = SRC.format(x); eval(code)',
     ],
 )
 def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_its_line(text):
@@ -122,6 +141,12 @@ def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_i
         'exec(f"from kk.a import {name}")',
         'eval("kk.a.v")',
         'operator.attrgetter("kk.a")',
+        'pkgutil.resolve_name("kk.a:v")',
+        'SRC = "import kk.a"; exec(SRC)',
+        'exec(textwrap.dedent(" from kk import a"))',
+        'NAME = "kk.a.v"; mock.patch(NAME, 1)',
+        'OURS = ("kk", "kk.a"); ours = f.__module__ in OURS',
+        'ours = __name__.startswith("kk")',
     ],
 )
 def test_a_module_named_in_text_is_a_warning_with_its_line(text):
@@ -145,6 +170,11 @@ def test_text_that_only_looks_like_a_module_of_the_project_is_no_warning():
         'x = "aten::mm", "theirs::one", torch.ops.aten.mm, other.ops.theirs.one',
         "x = torch.ops.demo.one, getattr(torch.ops, 'demo').one",
         'FWD = "demo::one"\ntorch.library.register_fake(FWD)',
+        'log.warning("demo::one is slow")\nlog.info("demo::one")',
+        '__all__ = ["demo"]\nlogging.getLogger("demo")',
+        'NS = "demo"\ntorch.library.Library(NS, "IMPL")\nours = op.namespace in (NS, "aten")',
+        'x = {"demo": 1}["demo"]',
+        'p = re.compile("a::b")',
     ],
 )
 def test_what_names_no_operator_of_the_package_or_is_renamed_is_no_warning(text):
@@ -191,6 +221,113 @@ def test_a_constant_of_a_namespace_that_is_used_for_something_else_is_refused_th
 )
 def test_a_constant_of_a_namespace_may_be_used_as_one_again(text):
     assert rewritten(f"{SHARED}{text}\n") == f"{SHARED}{text}\n".replace("'demo'", "'NEW'")
+
+
+NAMED = "import torch\nNS = 'demo'\nNAME = NS + '::two'\nONE = 'demo::one'\ndef op(name, f):\n    {}\n"
+NAMED += "    return torch.library.custom_op(name, f)\nop(NAME, g), op(ONE, g)\n{}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "KEYS[NAME] = g",
+        "KEYS = {ONE: g}",
+        "text = NAME.replace('::', '_')",
+        "os.environ.get(ONE + '_debug')",
+        "KEYS[f'{NS}::cache'] = 1",
+        "def key(x): return NS + '::' + x",
+        "name[0]",
+        "KEYS[name] = f",
+        "NAMES.append(name.split('::')[0])",
+        "f.key = f'{name}/autotune'",
+    ],
+)
+def test_an_operator_s_name_that_is_used_as_a_key_or_as_text_is_a_warning_there(text):
+    inside = "name" in text
+    module = NAMED.format(text, "") if inside else NAMED.format("pass", text)
+    (finding,) = rewrite([SourceFile("__init__.py", module.encode())], "demo", HERE).findings
+    assert "operator's name for something else" in finding.message
+    assert (finding.code, finding.severity, finding.line) == ("KP304", "warning", 6 if inside else 9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ours = x.name() == NAME or x.name() in (NAME, ONE) or NAME.startswith(NS)",
+        "print(NAME, f'{NS}::cache'); log.info('%s', ONE)",
+        "if bad: raise ValueError(f'{NAME} is slow')",
+        "OTHER = NAME; torch.library.register_fake(OTHER)",
+    ],
+)
+def test_an_operator_s_name_may_be_compared_with_one_and_shown(text):
+    assert (
+        rewrite([SourceFile("__init__.py", NAMED.format("pass", text).encode())], "demo", HERE).findings == ()
+    )
+
+
+TWO = "import torch.library as t\nA = t.Library('a', 'FRAGMENT')\nB = t.Library('b', 'FRAGMENT')\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "for lib in (A, B): lib.define('one() -> ()')",
+        "def add(lib): lib.define('one() -> ()')",
+        "def add(lib, schema): lib.define(schema)",
+        "class C:\n  def add(self): self.lib.define(schema='one() -> ()')",
+        "def add(schema): A.define(schema)",
+        "A.define(f'{name}() -> ()')",
+        "A.define('one_' + name + '() -> ()')",
+        "LIBS[0].define('one() -> ()')",
+        "define = A.define; define = B.define; define('one() -> ()')",
+    ],
+)
+def test_an_operator_of_an_unknown_library_or_name_is_refused_in_namespaces_that_become_one(text):
+    (finding,) = rewrite([SourceFile("__init__.py", f"{TWO}{text}\n".encode())], "demo", HERE).findings
+    assert (finding.code, finding.severity, finding.line) == ("KP306", "error", 4 + text.count("\n"))
+    one = f"{TWO}{text}\n".replace("'b'", "'a'")
+    assert rewritten(one) == one.replace("'a'", "'NEW'")
+
+
+def test_what_defines_no_operator_is_none_of_an_unknown_library():
+    text = f"{TWO}parser.define('verbose')\nimport other\nother.lib.define('one() -> ()')\n"
+    assert rewritten(text) == text.replace("'a'", "'NEW'").replace("'b'", "'NEW'")
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "def reg(lib, name): lib.impl(name, f, 'Meta')\nreg(LIB, '{}')",
+        "def reg(lib, name): lib.define(name + '(Tensor x) -> Tensor')\nreg(LIB, name='{}')",
+        "class C:\n    def reg(self, name): self.lib.impl(name, f)\nC().reg('{}')",
+    ],
+)
+def test_a_name_with_a_namespace_that_a_function_hands_to_an_unknown_library_is_refused(helper):
+    head = "import torch\nLIB = torch.library.Library('demo', 'FRAGMENT')\n"
+    with pytest.raises(SourceError, match="leave the namespace out") as caught:
+        rewritten(head + helper.format("demo::one"))
+    assert caught.value.line == 3 + helper.count("\n")
+    text = head + helper.format("one")
+    assert rewritten(text) == text.replace("demo", "NEW")
+
+
+@pytest.mark.parametrize("kind", ["kind='DEF'", "kind=KIND", "*, kind='DEF'"])
+def test_the_kind_of_a_library_is_read_from_a_parameter_s_default_or_its_argument(kind):
+    text = "import torch.library as t\nKIND = 'DEF'\n"
+    text += f"def lib(ns, {kind}): return t.Library(ns, kind)\nlib('a')\nlib('b')\n"
+    with pytest.raises(SourceError, match=r"KP306 .* opens 'a' and another one 'b'") as caught:
+        rewritten(text)
+    assert caught.value.line == 5
+    mended = text.replace("lib('b')", "lib('b', kind='FRAGMENT')")
+    assert rewritten(mended) == mended.replace("'a'", "'NEW'").replace("'b'", "'NEW'")
+    theirs = text.replace("lib('b')", "lib('theirs', kind='IMPL')")
+    assert "'theirs'" in rewritten(theirs)
+
+
+def test_a_parameter_used_for_something_else_is_one_finding():
+    text = "import os, torch\ndef op(ns): return torch.library.Library(ns, os.environ[ns + ns], ns)\nop('demo')\n"
+    (finding,) = rewrite([SourceFile("__init__.py", text.encode())], "demo", HERE).findings
+    assert finding.line == 2
 
 
 def test_names_made_by_the_generated_helper_are_left_to_it():

@@ -85,6 +85,17 @@ def test_a_module_that_the_build_would_replace_is_refused(make_kernel, path, tex
     assert caught.value.path == root / PACKAGE / path
 
 
+@pytest.mark.parametrize("use", ["from . import _ops\nx = _ops._LIMIT", "from ._ops import _LIMIT as limit"])
+def test_a_value_of_an_own_ops_module_that_another_module_takes_is_refused(make_kernel, use):
+    ops = f"{OPS}_LIMIT = 7\n"
+    assert "_ops.py" not in paths(
+        make_kernel(**{f"{PACKAGE}/_ops.py": ops, f"{PACKAGE}/a.py": "_LIMIT = 8\n"})
+    )
+    root = make_kernel(**{f"{PACKAGE}/_ops.py": ops, f"{PACKAGE}/b.py": f"{use}\n"})
+    with pytest.raises(SourceError, match="rename this one"):
+        read_source(KernelOptions(root).load())
+
+
 def test_other_suffixes_ship_when_the_spec_names_them(make_kernel):
     root = make_kernel(**{f"{PACKAGE}/tiles.json": "{}"})
     assert "tiles.json" not in paths(root)

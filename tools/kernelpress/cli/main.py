@@ -149,9 +149,10 @@ def api(
     ] = None,
 ) -> None:
     """Compare what __all__ holds with a published build: what breaks, and what is added."""
-    from kernelpress.api.baseline import published_files, read_variant
+    from kernelpress.api.baseline import read_variant
     from kernelpress.api.compare import compare
     from kernelpress.builder.build import prepare
+    from kernelpress.hub.published import published_files
 
     kernel = prepare(options.load())
     baseline = read_variant(options.directory / "build") if against is None else published_files(against)

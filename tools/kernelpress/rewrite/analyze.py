@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from kernelpress.rewrite.op_references import find_op_references
 from kernelpress.rewrite.other_uses import find_other_uses
-from kernelpress.rewrite.references import Definition, Mention, Problem, Reference, own_namespaces
+from kernelpress.rewrite.references import Definition, Problem, Reference, own_namespaces
 from kernelpress.rewrite.relative_imports import Imports, find_imports
 from kernelpress.rewrite.resolve import MOST_VARIABLES, Resolver
-from kernelpress.rewrite.unresolved import find_mentions, find_module_names
+from kernelpress.rewrite.unresolved import find_names_in_text
 from kernelpress.source.module_map import ModuleMap
 from kernelpress.syntax.source_file import SourceFile
 from kernelpress.syntax.text import MOST_NESTED
@@ -30,7 +30,6 @@ class Analysis:
     leaked_ops: tuple[int, ...] = ()
     problems: tuple[Problem, ...] = ()
     imports: Imports = field(default_factory=Imports)
-    mentions: tuple[Mention, ...] = ()
     definitions: tuple[Definition, ...] = ()
     module_names: tuple[int, ...] = ()
 
@@ -41,20 +40,18 @@ def analyze(files: Sequence[SourceFile], module_map: ModuleMap) -> list[Analysis
     with _deep_recursion():
         operators = find_op_references(resolver)
         own = own_namespaces(ref for refs in operators.references.values() for ref in refs)
-        other_uses = find_other_uses(resolver, operators, own)
+        find_other_uses(resolver, operators, own)
+        module_names = find_names_in_text(resolver, operators, own, module_map.tops)
         modules = {module.file.path: module for module in resolver.modules.values()}
         return [
             Analysis(
                 file,
-                references := tuple(
-                    sorted(operators.references.get(file.path, ()), key=lambda reference: reference.start)
-                ),
+                tuple(sorted(operators.references.get(file.path, ()), key=lambda reference: reference.start)),
                 tuple(operators.leaked_ops.get(file.path, ())),
-                tuple(operators.problems.get(file.path, ())),
+                tuple(dict.fromkeys(operators.problems.get(file.path, ()))),
                 find_imports(modules[file.path], resolver, module_map),
-                (*find_mentions(file, references, own), *other_uses.get(file.path, ())),
                 tuple(operators.definitions.get(file.path, ())),
-                find_module_names(file, module_map.tops),
+                tuple(sorted(module_names.get(file.path, ()))),
             )
             if file.path in modules
             else Analysis(file)

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
-from typing import Literal
+from collections.abc import Container, Iterator
 
-from kernelpress.rewrite.references import Definition, Problem, Reference
+from kernelpress.rewrite.op_names import IN_PIECES, RUN_TIME_NAMESPACE, RUN_TIME_OPERATOR, NameReader
+from kernelpress.rewrite.references import OpReferences, Problem, Reference, Wrapped, Wrapper
 from kernelpress.rewrite.resolve import Resolver
 from kernelpress.rewrite.torch_library import (
     LIBRARIES,
+    LIBRARY_METHODS,
     OPS,
     attaches,
     creates,
     dispatches,
     is_library,
     is_library_method,
-    library_kind,
     naming_argument,
-    unpacks,
 )
-from kernelpress.syntax.expressions import is_text
-from kernelpress.syntax.scopes import Module, Scope, ScopedVisitor
+from kernelpress.rewrite.variables import WordVisitor, words_pattern
+from kernelpress.syntax.expressions import unpacks
+from kernelpress.syntax.scopes import Module, Scope
 
-# Beginnings of the full names that matter; whoever names `torch` alone goes on with one of `_words`.
+# Beginnings of the full names that matter; whoever names `torch` alone goes on with another word.
 _INTEREST = ("torch.library", "torch.ops", "torch._")
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
 _TYPE_CHECKS = frozenset(("builtins.isinstance", "builtins.issubclass", "typing.cast"))
 
-_RUN_TIME_OPERATOR = (
-    "the namespace of this operator is only known when the code runs",
-    'write it out as "namespace::operator", give the operator itself, or use add_op_namespace_prefix from ._ops',
-)
-_RUN_TIME_NAMESPACE = ("this namespace is only known when the code runs", "write it out as a string")
-_IN_PIECES = ("this name is put together of pieces or written with escapes", "write it in one piece")
 _HIDDEN = (
     "this hides which operators are registered",
     "import the names that are used from torch.library",
@@ -45,51 +36,6 @@ _PASSED_ON = (
     "this passes on a function that registers operators, which hides what it registers",
     "call it here by its own name or a name that is assigned once, or use it as a decorator",
 )
-_ELSEWHERE = (
-    "{name} is taken from another module, and the build cannot see there what it stands for",
-    "write the operator's name out there as a string, at the top of the module, and assign it once",
-)
-
-
-@dataclass(frozen=True)
-class Wrapped:
-    """The use of a function's parameter as a name that PyTorch takes."""
-
-    # An unqualified name is one that a `Library` takes, with a namespace or without.
-    kind: Literal["operator", "namespace", "unqualified"]
-    creates: bool
-    strict: bool = True
-    exclusive: bool = False
-    unnamed: bool = False
-
-
-@dataclass
-class Wrapper:
-    """A function that hands parameters on as names of operators; ``uses`` holds file and line of each."""
-
-    function: ast.FunctionDef
-    uses: dict[tuple[str, Wrapped], tuple[str, int]]
-
-
-@dataclass
-class OpReferences:
-    """References to operators in the files of a package, by their paths in the kernel.
-
-    ``leaked_ops`` are lines where ``torch.ops`` itself is handed on, ``wrappers`` the package's functions that hand
-    names on to PyTorch, and ``called`` those of them that it calls.
-    """
-
-    references: dict[str, set[Reference]] = field(default_factory=dict)
-    leaked_ops: dict[str, list[int]] = field(default_factory=dict)
-    problems: dict[str, list[Problem]] = field(default_factory=dict)
-    definitions: dict[str, list[Definition]] = field(default_factory=dict)
-    # Literals of whole namespaces that a variable holds, and expressions that are known to name an operator.
-    namespaces: set[int] = field(default_factory=set)
-    named: set[int] = field(default_factory=set)
-    # Parameters whose value is a namespace.
-    parameters: set[int] = field(default_factory=set)
-    wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
 
 
 def find_op_references(resolver: Resolver) -> OpReferences:
@@ -105,37 +51,26 @@ def find_op_references(resolver: Resolver) -> OpReferences:
         for (_, use), (path, line) in wrappers[full].uses.items():
             if use.kind == "unqualified":
                 continue
-            reason = _RUN_TIME_OPERATOR if use.kind == "operator" else _RUN_TIME_NAMESPACE
-            collected.problems.setdefault(path, []).append(Problem(line, *reason))
+            reason = RUN_TIME_OPERATOR if use.kind == "operator" else RUN_TIME_NAMESPACE
+            collected.problem(path, Problem(line, *reason))
     return collected
 
 
-class OpReferenceFinder(ScopedVisitor):
+class OpReferenceFinder(WordVisitor):
     """Collects the references that one module makes, which may be to constants of others."""
 
     def __init__(self, module: Module, resolver: Resolver, collected: OpReferences) -> None:
-        super().__init__(module)
+        words = {"ops", "_ops", "library", "_library", "_C", "define", "impl"}
+        words.update(_names_of_interest(module.scope, resolver, collected.wrappers))
+        super().__init__(module, None if module.stars else words_pattern(words))
         self.resolver = resolver
         self.collected = collected
+        self.reader = NameReader(module, resolver, collected)
         self.text = module.file.text
         # Expressions that stand for `torch.ops` or for a function that defines operators, where that is no leak.
         self.accounted: set[int] = set()
         # Arguments of calls, where a class is not just compared with.
         self.arguments: set[int] = set()
-
-        self.words = (
-            None if module.stars else _words(_names_of_interest(module.scope, resolver, collected.wrappers))
-        )
-
-    def visit(self, node: ast.AST) -> None:
-        """Leave out statements without any word that could matter: most of a file, and most of the time."""
-        if self.words is not None and isinstance(node, ast.stmt) and not hasattr(node, "body"):
-            start, end = self.text.span(node)
-            if not self.words.search(self.text.data, start, end):
-                return
-        super().visit(node)
-
-    # What an expression stands for ---------------------------------------------------------------------------
 
     def names(self, node: ast.AST) -> frozenset[str]:
         return self.resolver.names(node, self.scope)
@@ -143,176 +78,8 @@ class OpReferenceFinder(ScopedVisitor):
     def is_ops(self, node: ast.AST) -> bool:
         return not OPS.isdisjoint(self.names(node))
 
-    def is_operator(self, node: ast.AST, scope: Scope) -> bool:
-        """True for an expression that stands for an operator itself or for what another library has, not for a name.
-
-        What a function returns is neither, but for those that define an operator.
-        """
-        return any(
-            name.startswith("torch.ops.")
-            or creates((called := name.partition("("))[:1])
-            or self.hides_names(called[0])
-            or not (called[1] or self.resolver.is_own(name) or name.startswith("builtins."))
-            or "_ops" in name.split(".")[:-1]
-            for name in self.resolver.names(node, scope)
-        )
-
-    def is_helper(self, call: ast.Call, scope: Scope) -> bool:
-        """True for a call of the helper in the generated ``_ops``."""
-        return any(
-            name.endswith("_ops.add_op_namespace_prefix") for name in self.resolver.names(call.func, scope)
-        )
-
-    # What is noted -------------------------------------------------------------------------------------------
-
-    def refuse(self, node: ast.expr | ast.stmt, reason: tuple[str, str]) -> None:
-        self.collected.problems.setdefault(self.module.file.path, []).append(Problem(node.lineno, *reason))
-
     def leak(self, node: ast.expr | ast.stmt) -> None:
         self.collected.leaked_ops.setdefault(self.module.file.path, []).append(node.lineno)
-
-    def refuse_unresolved(self, name: ast.expr, scope: Scope, reason: tuple[str, str]) -> None:
-        """Refuse a name that cannot be resolved, or that can in another module alone."""
-        imported = sorted(full for full in self.names(name) if self.resolver.locate(full))
-        if scope.module is not self.module or (imported and not is_text(name)):
-            message, fix = _ELSEWHERE
-            shown = repr(ast.unparse(name) if not imported else imported[0].rpartition(".")[2])
-            reason = message.format(name=shown), fix
-        self.refuse(name, reason)
-
-    def reference(self, expression: ast.expr, literal: ast.expr, scope: Scope, reference: Reference) -> None:
-        """Note a namespace that a literal begins with; ``expression`` is where this module needs it."""
-        file = scope.module.file
-        self.collected.named.update(map(id, ast.walk(expression)))
-        if expression is not literal and _text(literal) == reference.namespace:
-            self.collected.namespaces.add(id(literal))
-        start = file.text.literal(literal, reference.namespace)
-        if start is not None:
-            end = start + len(reference.namespace.encode("utf-8"))
-            references = self.collected.references.setdefault(file.path, set())
-            references.add(replace(reference, start=start, end=end))
-        elif scope.module is self.module:
-            self.refuse(literal, _IN_PIECES)
-        else:
-            self.refuse_unresolved(expression, scope, _IN_PIECES)
-
-    def literal_operator(
-        self, expression: ast.expr, pieces: list[tuple[ast.expr, Scope]], *, creates: bool
-    ) -> bool:
-        """Note a text that begins with ``namespace::``; false where it is something else."""
-        literals = list(takewhile(lambda piece: _text(piece[0]) is not None, pieces))
-        if not literals:
-            return False
-        namespace, colons, rest = "".join(str(_text(node)) for node, _ in literals).partition("::")
-        if not (colons and namespace.isidentifier()):
-            return False
-        # What follows the literals may go on with the name.
-        op = re.match(r"\w+", rest) if len(literals) == len(pieces) else None
-        unnamed = creates and op is None
-        reference = Reference(0, 0, namespace, op[0] if op else None, creates, unnamed=unnamed)
-        self.reference(expression, *literals[0], reference)
-        return True
-
-    def operator(self, expression: ast.expr, *, creates: bool, strict: bool = True) -> None:
-        """Note an expression whose value is ``"namespace::operator"``, or an operator, or a ``Library``."""
-        pieces = self.resolver.text_pieces(expression, self.scope)
-        if self.literal_operator(expression, pieces, creates=creates) or is_library(self.names(expression)):
-            return
-        node, scope = pieces[0] if pieces else (expression, self.scope)
-        if isinstance(node, ast.Call) and self.is_helper(node, scope):
-            return
-        if not creates and (
-            self.is_operator(expression, self.scope) or (not strict and not is_text(expression))
-        ):
-            return
-        if len(pieces) == 1:
-            wrapped = self.wrapped(expression, node, scope, Wrapped("operator", creates, strict))
-        else:
-            colons = len(pieces) == 2 and (_text(pieces[1][0]) or "").startswith("::")
-            wrapped = colons and self.wrapped(
-                expression, node, scope, Wrapped("namespace", creates, unnamed=creates)
-            )
-        if not wrapped:
-            self.refuse_unresolved(expression, scope, _RUN_TIME_OPERATOR)
-
-    def namespace(
-        self, expression: ast.expr, *, creates: bool, exclusive: bool = False, unnamed: bool = False
-    ) -> None:
-        """Note an expression whose value is a namespace."""
-        node, scope = self.resolver.constant(expression, self.scope)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            reference = Reference(0, 0, node.value, None, creates, exclusive, unnamed)
-            self.reference(expression, node, scope, reference)
-        elif not (
-            any(isinstance(part, ast.Call) and self.is_helper(part, scope) for part in ast.walk(node))
-            or self.wrapped(
-                expression, node, scope, Wrapped("namespace", creates, exclusive=exclusive, unnamed=unnamed)
-            )
-        ):
-            self.refuse_unresolved(expression, scope, _RUN_TIME_NAMESPACE)
-
-    def unqualified(self, expression: ast.expr) -> None:
-        """Note the name of an operator that a ``Library`` takes, which may have a namespace."""
-        pieces = self.resolver.text_pieces(expression, self.scope)
-        if not self.literal_operator(expression, pieces, creates=False) and pieces:
-            # The name may go on after it: a schema.
-            self.wrapped(expression, *pieces[0], Wrapped("unqualified", creates=False))
-
-    def definition(self, call: ast.Call, expression: ast.expr) -> None:
-        """Note the operator that a ``Library`` defines, where its namespace and its schema are written out."""
-        method, scope = self.resolver.constant(call.func, self.scope)
-        if not (isinstance(method, ast.Attribute) and method.attr == "define"):
-            return
-        library, scope = self.resolver.constant(method.value, scope)
-        name = naming_argument(library) if isinstance(library, ast.Call) else None
-        namespaces = self.resolver.text_pieces(name, scope) if name else []
-        schemas = self.resolver.text_pieces(expression, self.scope)
-        op = re.match(r"\w+(?:\.\w+)?", (_text(schemas[0][0]) or "").rpartition("::")[2]) if schemas else None
-        if op and len(namespaces) == 1 and (namespace := _text(namespaces[0][0])):
-            definition = Definition(call.lineno, namespace, op[0])
-            self.collected.definitions.setdefault(self.module.file.path, []).append(definition)
-
-    # Functions of the package around those of PyTorch ----------------------------------------------------------
-
-    def wrapped(self, expression: ast.expr, name: ast.expr, scope: Scope, use: Wrapped) -> bool:
-        """Note a parameter of a function that is used as a name, which its callers give; false for all else."""
-        if not isinstance(name, ast.Name) or (binding := scope.lookup(name.id)) is None:
-            return False
-        holder, bindings = binding
-        function = holder.node
-        if (
-            len(bindings) != 1
-            or not isinstance(bindings[0], ast.arg)
-            or not isinstance(function, ast.FunctionDef)
-            or function.decorator_list
-            or holder.parent is not holder.module.scope
-            or len(holder.parent.bindings[function.name]) != 1
-        ):
-            return False
-        self.collected.named.update(map(id, ast.walk(expression)))
-        full = f"{holder.module.name}:{function.name}"
-        place = self.module.file.path, expression.lineno
-        wrapper = self.collected.wrappers.setdefault(full, Wrapper(function, {}))
-        wrapper.uses.setdefault((bindings[0].arg, use), place)
-        if use.kind == "namespace" and use.creates:
-            self.collected.parameters.add(id(bindings[0]))
-        return True
-
-    def call_of_wrapper(self, call: ast.Call, full: str) -> None:
-        """Note what a call of a function that passes its argument on as a name gives it."""
-        self.collected.called.add(full)
-        wrapper = self.collected.wrappers[full]
-        for parameter, use in list(wrapper.uses):
-            argument = _argument(call, wrapper.function.args, parameter)
-            if use.kind == "unqualified":
-                if argument is not None:
-                    self.unqualified(argument)
-            elif argument is None:
-                self.refuse(call, _RUN_TIME_OPERATOR if use.kind == "operator" else _RUN_TIME_NAMESPACE)
-            elif use.kind == "operator":
-                self.operator(argument, creates=use.creates, strict=use.strict)
-            else:
-                self.namespace(argument, creates=use.creates, exclusive=use.exclusive, unnamed=use.unnamed)
 
     # Where names stand ---------------------------------------------------------------------------------------
 
@@ -322,13 +89,15 @@ class OpReferenceFinder(ScopedVisitor):
         if called & _GETATTR:
             if len(node.args) > 1 and self.is_ops(node.args[0]):
                 self.accounted.add(id(node.args[0]))
-                self.namespace(node.args[1], creates=False)
+                self.reader.namespace(node.args[1], self.scope, Wrapped("namespace", creates=False))
             elif id(node) not in self.accounted and self.is_ops(node):
                 self.leak(node)
         elif any(name.startswith("torch.") for name in called):
             self.call_of_torch(node, called)
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in LIBRARY_METHODS:
+            self.call_of_unknown(node, node.func)
         for full in called & self.collected.wrappers.keys():
-            self.call_of_wrapper(node, full)
+            self.reader.call_of_wrapper(node, full, self.scope)
         if not called & _TYPE_CHECKS:
             self.arguments.update(map(id, node.args))
         self.generic_visit(node)
@@ -339,23 +108,45 @@ class OpReferenceFinder(ScopedVisitor):
         argument = naming_argument(call, method=method)
         if method:
             if argument is not None:
-                self.unqualified(argument)
-                self.definition(call, argument)
+                self.reader.unqualified(argument, self.scope)
+                if any(name.endswith(".define") for name in called):
+                    self.definition(call, argument)
         elif creates(called) or attaches(called):
             if argument is None and unpacks(call):
-                self.refuse(call, _RUN_TIME_OPERATOR)
+                self.reader.refuse(call, RUN_TIME_OPERATOR)
             if argument is not None:
-                self.operator(argument, creates=creates(called))
+                self.reader.operator(argument, self.scope, creates=creates(called))
                 if is_library(self.names(argument)) and len(call.args) > 1:
-                    self.unqualified(call.args[1])
+                    self.reader.unqualified(call.args[1], self.scope)
+                    if creates(called):
+                        self.reader.definition(call, (argument, self.scope), (call.args[1], self.scope))
         elif called & LIBRARIES:
             if argument is None and unpacks(call):
-                self.refuse(call, _RUN_TIME_NAMESPACE)
+                self.reader.refuse(call, RUN_TIME_NAMESPACE)
             if argument is not None:
-                kind = library_kind(call)
-                self.namespace(argument, creates=kind != "IMPL", exclusive=kind == "DEF")
+                self.reader.library(call, argument, self.scope)
         elif argument is not None and dispatches(called):
-            self.operator(argument, creates=False, strict=False)
+            self.reader.operator(argument, self.scope, creates=False, strict=False)
+
+    def definition(self, call: ast.Call, schema: ast.expr) -> None:
+        method, scope = self.resolver.constant(call.func, self.scope)
+        library = method.value if isinstance(method, ast.Attribute) else method
+        self.reader.definition(call, (library, scope), (schema, self.scope))
+
+    def call_of_unknown(self, call: ast.Call, method: ast.Attribute) -> None:
+        """Note a call of what has the name of one of a ``Library``'s methods, on what may be one."""
+        argument = naming_argument(call, method=True)
+        owners = self.names(method.value)
+        if argument is None or not all(
+            self.resolver.is_own(owner) or owner.startswith("builtins.") for owner in owners
+        ):
+            return
+        if method.attr == "define":
+            self.definition(call, argument)
+        first, scope = (self.resolver.text_pieces(argument, self.scope) or [(argument, self.scope)])[0]
+        parameter = scope.parameter(first.id) if isinstance(first, ast.Name) else None
+        if parameter is not None:
+            self.collected.registrars.add(getattr(parameter[0].node, "name", ""))
 
     def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> None:
         """A variable of a function or a module that is assigned ``torch.ops``, or a function, is followed."""
@@ -394,7 +185,7 @@ class OpReferenceFinder(ScopedVisitor):
             self.leak(node)
         elif self.text.data[start:end] != node.attr.encode("utf-8"):
             # Python takes letters for others that look alike.
-            self.refuse(node, _IN_PIECES)
+            self.reader.refuse(node, IN_PIECES)
         else:
             references = self.collected.references.setdefault(self.module.file.path, set())
             references.add(Reference(start, end, node.attr))
@@ -402,11 +193,6 @@ class OpReferenceFinder(ScopedVisitor):
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
             self.passed_on(node)
-
-    def hides_names(self, full: str) -> bool:
-        """True for a function of the package that takes names which always have a namespace."""
-        wrapper = self.collected.wrappers.get(full)
-        return wrapper is not None and any(use.kind != "unqualified" for _, use in wrapper.uses)
 
     def passed_on(self, node: ast.Attribute | ast.Name) -> None:
         """Report an expression that hands on what must be seen to be used."""
@@ -418,16 +204,16 @@ class OpReferenceFinder(ScopedVisitor):
         elif (
             creates(names)
             or attaches(names)
-            or any(self.hides_names(name) for name in names)
+            or any(self.reader.hides_names(name) for name in names)
             or (id(node) in self.arguments and names & LIBRARIES)
         ):
-            self.refuse(node, _PASSED_ON)
+            self.reader.refuse(node, _PASSED_ON)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         if node.module == "torch.ops" and not node.level:
             self.leak(node)
         if node.module == "torch.library" and not node.level and node.names[0].name == "*":
-            self.refuse(node, _HIDDEN)
+            self.reader.refuse(node, _HIDDEN)
 
     def visit_Return(self, node: ast.Return) -> None:
         """A module's ``__getattr__`` hands out what importing from the module is known to give."""
@@ -457,24 +243,3 @@ def _names_of_interest(scope: Scope, resolver: Resolver, wrappers: Container[str
         for binding in bindings:
             if isinstance(binding, ast.stmt):
                 yield from _names_of_interest(scope.module.within(binding, scope), resolver, wrappers)
-
-
-def _words(names: Iterable[str]) -> re.Pattern[bytes]:
-    """Any of some names, or of the words without which no operator is named; bytes beyond ASCII are letters."""
-    words = sorted({"ops", "_ops", "library", "_library", "_C", *names})
-    alternatives = b"|".join(re.escape(word.encode("utf-8")) for word in words)
-    return re.compile(rb"(?<![\w\x80-\xff])(?:%s)(?![\w\x80-\xff])" % alternatives)
-
-
-def _text(node: ast.expr) -> str | None:
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
-
-
-def _argument(call: ast.Call, parameters: ast.arguments, name: str) -> ast.expr | None:
-    """The argument that a call gives a parameter; ``None`` where that cannot be told."""
-    if any(isinstance(argument, ast.Starred) for argument in call.args):
-        return None
-    names = [parameter.arg for parameter in (*parameters.posonlyargs, *parameters.args)]
-    if name in names[: len(call.args)]:
-        return call.args[names.index(name)]
-    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from kernelpress.source.module_map import ModuleMap
-from kernelpress.syntax.expressions import text_pieces
+from kernelpress.syntax.expressions import default_of, text_pieces
 from kernelpress.syntax.scopes import Module, Scope
 from kernelpress.syntax.source_file import SourceFile
 
 # Variables that one expression's value may go through; one that goes through more is not known.
 MOST_VARIABLES = 200
+_CONTAINERS = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.BinOp, ast.BoolOp, ast.IfExp)
+_CONSTRUCTORS = frozenset(("dict", "frozenset", "list", "set", "sorted", "tuple"))
 _Partial = dict[tuple[int, str], frozenset[str]]
 
 
@@ -168,6 +170,57 @@ class Resolver:
                 pieces += pending[-1:]
                 break
         return pieces
+
+    def texts(self, node: ast.expr, scope: Scope, *, code: bool) -> Iterator[tuple[ast.Constant, Scope]]:
+        """The strings that an expression's value may be made of, with those that its variables are assigned.
+
+        Args:
+            node: The expression.
+            scope: Its scope.
+            code: Follow calls as well, and what a dictionary holds: the whole may be a text that is put together.
+                Otherwise the strings are what one may compare with: the elements of a container and keys.
+        """
+        pending = [(node, scope)]
+        visited: set[int] = set()
+        while pending:
+            node, scope = pending.pop()
+            if id(node) in visited or len(visited) > MOST_VARIABLES:
+                continue
+            visited.add(id(node))
+            values = self._values(node, scope)
+            if isinstance(node, ast.Constant):
+                if isinstance(node.value, str):
+                    yield node, scope
+            elif values or (isinstance(node, ast.Attribute | ast.Subscript) and not code):
+                pending += values
+            elif code or isinstance(node, _CONTAINERS):
+                children = (
+                    node.keys if isinstance(node, ast.Dict) and not code else ast.iter_child_nodes(node)
+                )
+                pending += [(child, scope) for child in children if isinstance(child, ast.expr)]
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in _CONSTRUCTORS:
+                pending += [(argument, scope) for argument in node.args]
+
+    def _values(self, node: ast.expr, scope: Scope) -> list[tuple[ast.expr, Scope]]:
+        """All expressions that a variable is assigned, in other modules, too, and a parameter's default."""
+        values: list[tuple[ast.expr, Scope]] = []
+        if isinstance(node, ast.Name):
+            bound = scope.lookup(node.id)
+            holder, bindings = bound or (scope, [f"{star}.{node.id}" for star in scope.module.stars])
+        elif isinstance(node, ast.Attribute):
+            holder, bindings = scope, [f"{base}.{node.attr}" for base in self.names(node.value, scope)]
+        else:
+            return values
+        for binding in bindings:
+            place = self.locate(binding) if isinstance(binding, str) else None
+            if isinstance(binding, ast.expr):
+                values.append((binding, holder))
+            elif isinstance(binding, ast.arg) and holder.parent is not None:
+                default = default_of(holder.node.args, binding.arg)  # type: ignore[attr-defined]
+                values += [(default, holder.parent)] if default else []
+            elif place is not None and not place[2] and place[1] in place[0].bindings:
+                values.append((ast.Name(place[1], ast.Load()), place[0]))
+        return values
 
     def _one_step(self, node: ast.expr, scope: Scope) -> tuple[ast.expr, Scope] | None:
         if isinstance(node, ast.Name):

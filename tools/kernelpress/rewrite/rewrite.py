@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kernelpress.findings.model import Finding, FindingsError
 from kernelpress.rewrite.analyze import Analysis, analyze
-from kernelpress.rewrite.references import own_namespaces
+from kernelpress.rewrite.references import Definition, own_namespaces
 from kernelpress.source.module_map import ModuleMap, module_file
 from kernelpress.syntax.imports import Import
 from kernelpress.syntax.source_file import SourceFile, garbage_collection_paused
@@ -166,7 +166,7 @@ def _conflicting_edits(analysis: Analysis, own: set[str]) -> list[int]:
 
 def _findings(analysis: Analysis, path: Path, own: set[str]) -> Iterator[Finding]:
     for problem in analysis.problems:
-        yield Finding("KP304", "error", path, problem.line, problem.message, problem.fix)
+        yield Finding("KP304", problem.severity, path, problem.line, problem.message, problem.fix)
     for start in _conflicting_edits(analysis, own):
         yield Finding(
             "KP304", "error", path, analysis.file.text.line_of(start),
@@ -180,17 +180,6 @@ def _findings(analysis: Analysis, path: Path, own: set[str]) -> Iterator[Finding
                 "KP304", "error", path, line, "torch.ops is passed on, which hides the namespace that is used",
                 'write `torch.ops.<namespace>` or `getattr(torch.ops, "<namespace>")` here',
             )  # fmt: skip
-    for line, registers in sorted(
-        {(mention.line, mention.registers) for mention in analysis.mentions if mention.namespace in own}
-    ):
-        yield Finding(
-            "KP304", "error" if registers else "warning", path, line,
-            "this names an operator of the package in a way that is not known, and stays as it is; in the build the "
-            "operator has another name",
-            "call it on a variable that is assigned a torch.library.Library once, or leave the namespace out"
-            if registers
-            else "give the operator itself, or name it as a function of torch.library or torch.ops takes it",
-        )  # fmt: skip
     for imported in analysis.imports.missing:
         if imported.when in ("load", "call"):
             yield Finding(
@@ -225,12 +214,14 @@ def _name_conflicts(
     for analysis in analyses:
         path, text = paths[analysis.file.path], analysis.file.text
         created = [ref for ref in analysis.references if ref.creates and ref.namespace in own]
-        defined = [(text.line_of(ref.start), ref.namespace, ref.op) for ref in created if ref.op]
-        defined += [
-            (definition.line, definition.namespace, definition.op) for definition in analysis.definitions
-        ]
-        for line, namespace, op in sorted(defined):
-            if namespace in own and first.setdefault(op, namespace) != namespace:
+        defined = [Definition(text.line_of(ref.start), ref.namespace, ref.op) for ref in created if ref.op]
+        defined += analysis.definitions
+        for definition in sorted(defined, key=lambda definition: definition.line):
+            line, namespace, op = definition.line, definition.namespace, definition.op
+            if namespace is None or op is None:
+                if len(own) > 1 and (namespace is None or namespace in own):
+                    yield _unknown_operator(path, line, "name" if namespace else "namespace", own)
+            elif namespace in own and first.setdefault(op, namespace) != namespace:
                 yield Finding(
                     "KP306", "error", path, line,
                     f"operator {op!r} is defined in {first[op]!r} and in {namespace!r}, which become one namespace in "
@@ -239,12 +230,7 @@ def _name_conflicts(
                 )  # fmt: skip
         for ref in created:
             if ref.unnamed and len(own) > 1:
-                yield Finding(
-                    "KP306", "error", path, text.line_of(ref.start),
-                    "the name of this operator is only known when the code runs, and the namespaces "
-                    f"{', '.join(map(repr, sorted(own)))} become one in the build",
-                    "write the name out, or create all operators in one namespace",
-                )  # fmt: skip
+                yield _unknown_operator(path, text.line_of(ref.start), "name", own)
             only = only or (ref.namespace if ref.exclusive else "")
             if ref.exclusive and ref.namespace != only:
                 yield Finding(
@@ -253,3 +239,15 @@ def _name_conflicts(
                     "namespace in the build, where PyTorch allows a single one of that kind",
                     'make this one a "FRAGMENT"',
                 )  # fmt: skip
+
+
+def _unknown_operator(path: Path, line: int, unknown: str, own: set[str]) -> Finding:
+    return Finding(
+        "KP306", "error", path, line,
+        f"the {unknown} of this operator is only known when the code runs, and the namespaces "
+        f"{', '.join(map(repr, sorted(own)))} become one in the build",
+        "write the name out, or create all operators in one namespace"
+        if unknown == "name"
+        else "call it on a variable that is assigned a torch.library.Library once, or create all operators in one "
+        "namespace",
+    )  # fmt: skip

@@ -87,14 +87,7 @@ def naming_argument(call: ast.Call, *, method: bool = False) -> ast.expr | None:
     return next((keyword.value for keyword in call.keywords if keyword.arg in keywords), None)
 
 
-def unpacks(call: ast.Call) -> bool:
-    """True if a call gets arguments out of a list or a dictionary."""
-    return any(isinstance(argument, ast.Starred) for argument in call.args) or any(
-        keyword.arg is None for keyword in call.keywords
-    )
-
-
-def library_kind(call: ast.Call) -> str | None:
-    """The kind of a ``Library``, as far as it is written out: ``DEF``, ``FRAGMENT`` or ``IMPL``."""
+def kind_argument(call: ast.Call) -> ast.expr | None:
+    """The argument that is the kind of a ``Library``: ``DEF``, ``FRAGMENT`` or ``IMPL``."""
     kinds = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "kind")]
-    return str(kinds[0].value) if kinds and isinstance(kinds[0], ast.Constant) else None
+    return kinds[0] if kinds else None

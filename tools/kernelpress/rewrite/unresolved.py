@@ -1,143 +1,208 @@
-"""Names of operators that stand in a source as plain text, which the build leaves as they are."""
+"""Names of operators and modules that stand in a source as text, which the build leaves as it is."""
 
 from __future__ import annotations
 
 import ast
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 
-from kernelpress.rewrite.references import Mention, Reference
+from kernelpress.rewrite.references import OpReferences, Problem
+from kernelpress.rewrite.resolve import Resolver
 from kernelpress.rewrite.torch_library import LIBRARY_METHODS
+from kernelpress.rewrite.variables import WordVisitor, variables_at, words_pattern
 from kernelpress.syntax.expressions import first_literal
-from kernelpress.syntax.source_file import SourceFile
-from kernelpress.syntax.text import SourceText
+from kernelpress.syntax.scopes import Module
 
-# A name or a schema as a whole, or the beginning of a name that is put together; and as graphs of torch.fx have it.
-_NAME = re.compile(r"([A-Za-z_]\w*)(?:::\w*(?:\.\w+)?(?:\(.*)?|\.\w+\.default)", re.DOTALL)
-# Functions that take code, or the dotted name of something, as text.
-_RUN = frozenset(("attrgetter", "eval", "exec", "patch"))
-_RUNS = re.compile(rb"\b(?:%s)\s*\(|\b__(?:name|module)__\b" % "|".join(sorted(_RUN)).encode())
-
-
-def find_mentions(
-    file: SourceFile, references: Iterable[Reference], namespaces: Iterable[str]
-) -> tuple[Mention, ...]:
-    """Find where a file names operators of some namespaces other than in a reference.
-
-    Those are strings that are handed to a function, compared or looked up, and attributes of an ``ops`` that may be
-    any. What is only said or returned is none.
-    """
-    tree, text = file.tree, file.text
-    references = list(references)
-    starts = {reference.start for reference in references}
-    ends = {reference.end for reference in references}
-    own = "|".join(sorted(namespaces)).encode("utf-8")
-    if not own:
-        return ()
-    words = rb"(?<=['\"])(?:%s)['\"]|\w::|\.default['\"]|\bops\s*[.\\)]|%s" % (own, _RUNS.pattern)
-    offsets = [
-        match.start()
-        for match in re.finditer(words, text.data)
-        if starts.isdisjoint((match.start(), match.end())) and match.start() + 1 not in ends
-    ]
-    mentions = set()
-    names = own.decode("utf-8")
-    in_code = re.compile(rf"(?:\bops\.(?=\w+\.)|\b(?=\w+::))({names})\b")
-    for node in _nodes_at(tree, text, offsets):
-        registers = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in LIBRARY_METHODS
-        for expression, namespace in (*_named_namespaces(node), *_in_code(node, in_code)):
-            start, end = text.span(expression)
-            if not any(start <= resolved < end for resolved in starts):
-                mentions.add(Mention(expression.lineno, namespace, registers))
-    return tuple(sorted(mentions, key=lambda mention: (mention.line, mention.namespace)))
-
-
-def find_module_names(file: SourceFile, tops: Iterable[str]) -> tuple[int, ...]:
-    """Lines that name a module of the project in code as text, in a name to patch, or as ``__name__``."""
-    offsets = [match.start() for match in _RUNS.finditer(file.data)]
-    if not offsets:
-        return ()
-    own = "|".join(map(re.escape, sorted(tops)))
-    pattern = re.compile(rf"(?:^|\bimport\s+|\bfrom\s+)({own})(?:\.\w|\s|$)")
-    lines: set[int] = set()
-    for node in _nodes_at(file.tree, file.text, offsets):
-        texts = [expression for expression, _ in _in_code(node, pattern)]
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-        elif isinstance(node, ast.Assign):
-            sides = [*node.targets, node.value]
-        else:
-            sides = []
-        if {"__name__", "__module__"} & {getattr(side, "id", getattr(side, "attr", "")) for side in sides}:
-            texts += [side for side in sides if _is_match(side, pattern)]
-        lines.update(expression.lineno for expression in texts)
-    return tuple(sorted(lines))
-
-
-def _is_match(node: ast.expr, pattern: re.Pattern[str]) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and bool(pattern.match(node.value))
-
-
-def _in_code(node: ast.AST, pattern: re.Pattern[str]) -> Iterator[tuple[ast.expr, str]]:
-    """Texts that a call runs or looks up and that a pattern is found in, each with the pattern's first group."""
-    if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in _RUN:
-        for argument in node.args:
-            leading = first_literal(argument)
-            if leading and (match := pattern.search(leading[1])):
-                yield argument, match[1]
-
-
-def _nodes_at(tree: ast.Module, text: SourceText, offsets: list[int]) -> Iterator[ast.AST]:
-    """The nodes of a tree, without statements that hold none of some offsets, which are most of it, and of the time."""
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        # Decorators stand before the statement that they are of.
-        if isinstance(node, ast.stmt) and not getattr(node, "decorator_list", ()):
-            start, end = text.span(node)
-            index = bisect_left(offsets, start)
-            if index == len(offsets) or offsets[index] >= end:
-                continue
-        yield node
-        pending.extend(ast.iter_child_nodes(node))
-
-
-def _named_namespaces(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
-    """The namespaces that an expression names, each with the expression that does."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute | ast.Name):
-        holder = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
-        if holder == "ops":
-            yield node, node.attr
-    for part in _used_values(node):
-        for value in part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]:
-            leading = first_literal(value)
-            if isinstance(value, ast.Constant) and str(value.value).isidentifier() and _compares(node):
-                yield value, str(value.value)
-            match = _NAME.fullmatch(leading[1]) if leading else None
-            if leading and match:
-                yield leading[0], match[1]
-
-
-def _compares(node: ast.AST) -> bool:
-    """True where a namespace alone may be compared with what an operator says of itself."""
-    return isinstance(node, ast.Compare | ast.MatchValue) or (
-        isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "removeprefix")
+# Functions that take code, a pattern, or the dotted name of something, as text.
+_READERS = frozenset(
+    (
+        *("attrgetter", "compile", "eval", "exec", "patch", "resolve_name", "run_module"),
+        *("findall", "finditer", "fullmatch", "match", "search", "split", "sub", "subn"),
     )
+)
+_READS = re.compile(rb"\b(?:%s)\s*\(|\b__(?:name|module|package)__\b" % "|".join(sorted(_READERS)).encode())
+_LOOKUPS = frozenset(("__contains__", "__getitem__", "get", "index", "pop", "setdefault"))
+TESTS = frozenset(("startswith", "removeprefix"))
+_MODULE_NAMES = frozenset(("__name__", "__module__", "__package__"))
+# Methods of a log, and functions, that show text to somebody.
+_SHOWS = frozenset(
+    ("print", "critical", "debug", "error", "exception", "info", "log", "warn", "warning", "warning_once")
+)
+
+_NAMED = (
+    "this names an operator of the package in a way that is not known, and stays as it is; in the build the operator "
+    "has another name",
+    "give the operator itself, or name it as a function of torch.library or torch.ops takes it",
+)
+_REGISTERED = (
+    _NAMED[0],
+    "call it on a variable that is assigned a torch.library.Library once, or leave the namespace out",
+)
 
 
-def _used_values(node: ast.AST) -> list[ast.expr]:
-    """The expressions that one hands to a function, compares or looks up."""
-    if isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Name) and node.func.id == "print":
-            return []
-        return [*node.args, *(keyword.value for keyword in node.keywords)]
+def find_names_in_text(
+    resolver: Resolver, operators: OpReferences, own: set[str], tops: Collection[str]
+) -> dict[str, set[int]]:
+    """Find operators of the package that are named in text, which become problems of ``operators``, and its modules.
+
+    Strings that name an operator count wherever they stand, but for what is only shown or returned, and those that
+    are a mere namespace where they are compared or looked up.
+
+    Args:
+        resolver: The package's modules.
+        operators: The references that are known.
+        own: The namespaces that the package defines operators in.
+        tops: Names of the project's top modules.
+
+    Returns:
+        For each path, the lines that name a module of the project.
+    """
+    modules = list(resolver.modules.values())
+    reads = any(_READS.search(module.file.data) for module in modules)
+    names = own | set(tops if reads else ())
+    if not names:
+        return {}
+    # Import statements name modules as such, and are passed over quickly.
+    imports = rb"" if reads else rb"^[ \t]*(?:import|from)\b[^\r\n;]*|"
+    pattern = re.compile(rb"(?m)%s(%s)" % (imports, words_pattern(names).pattern))
+    offsets = {}
+    for module in modules:
+        path, starts = module.file.path, operators.starts(module.file.path)
+        matches = pattern.finditer(module.file.data)
+        if found := [match.start(1) for match in matches if match[1] and match.start(1) not in starts]:
+            offsets[path] = found
+    variables = variables_at(modules, offsets)
+    words = words_pattern(names | variables)
+    uses = words_pattern(variables) if variables else None
+    lines: dict[str, set[int]] = {}
+    for module in modules:
+        if module.file.path in offsets or (uses and uses.search(module.file.data)):
+            visitor = _TextVisitor(module, resolver, operators, own, tops, words)
+            visitor.visit(module.file.tree)
+            lines[module.file.path] = visitor.module_lines
+    return lines
+
+
+class _TextVisitor(WordVisitor):
+    def __init__(
+        self,
+        module: Module,
+        resolver: Resolver,
+        operators: OpReferences,
+        own: set[str],
+        tops: Collection[str],
+        words: re.Pattern[bytes],
+    ) -> None:
+        super().__init__(module, words)
+        self.resolver = resolver
+        self.operators = operators
+        self.own = own
+        self.starts = sorted(operators.starts(module.file.path))
+        names = "|".join(sorted(map(re.escape, own))) or r"(?!)"
+        # A name or a schema as a whole, or the beginning of a name; and as graphs of torch.fx have it.
+        self.whole = re.compile(rf"(?:{names})(?:::\S*|::\w+(?:\.\w+)?\(.*|\.\w+\.default)", re.DOTALL)
+        self.in_code = re.compile(rf"(?:\bops\.(?=\w+\.)|\b(?=\w+::))(?:{names})\b")
+        projects = "|".join(sorted(map(re.escape, tops)))
+        self.in_modules = re.compile(rf"(?:^|\bimport\s+|\bfrom\s+)(?:{projects})(?:\.\w|:(?!:)|\s|$)")
+        self.module_lines: set[int] = set()
+        # Arguments of what may be a method of a `Library`.
+        self.registering: set[int] = set()
+
+    def visit(self, node: ast.AST) -> None:
+        """Leave out what is only shown or returned."""
+        if isinstance(node, ast.Raise) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
+            return
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant):
+            return
+        if isinstance(node, ast.expr):
+            if shows(node):
+                return
+            self.name(node)
+            self.attribute_of_ops(node)
+        if isinstance(node, ast.Call):
+            self.code(node)
+        for value in compared(node):
+            self.compare(node, value)
+        super().visit(node)
+
+    def note(self, node: ast.expr | ast.pattern, *, registers: bool = False) -> None:
+        problem = (
+            Problem(node.lineno, *_REGISTERED) if registers else Problem(node.lineno, *_NAMED, "warning")
+        )
+        self.operators.problem(self.module.file.path, problem)
+
+    def name(self, node: ast.expr) -> None:
+        """Note a text that is an operator's name as a whole, or begins with one."""
+        leading = first_literal(node)
+        if leading and self.whole.fullmatch(leading[1]):
+            start, end = self.module.file.text.span(node)
+            index = bisect_left(self.starts, start)
+            if index == len(self.starts) or self.starts[index] >= end:
+                self.note(node, registers=id(node) in self.registering)
+
+    def attribute_of_ops(self, node: ast.expr) -> None:
+        """Note an operator of an ``ops`` that may be any."""
+        if isinstance(node, ast.Attribute) and node.attr in self.own:
+            holder = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            start = self.module.file.text.span(node)[1] - len(node.attr.encode("utf-8"))
+            if holder == "ops" and start not in self.starts:
+                self.note(node)
+
+    def code(self, call: ast.Call) -> None:
+        """Note names in text that a call runs or looks up, and names that it may hand to a ``Library``."""
+        function = _last_name(call.func)
+        arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+        if function in LIBRARY_METHODS or function in self.operators.registrars:
+            self.registering.update(map(id, arguments))
+        if function in _READERS:
+            texts = [
+                str(literal.value)
+                for argument in arguments
+                for literal, _ in self.resolver.texts(argument, self.scope, code=True)
+            ]
+            if any(map(self.in_code.search, texts)):
+                self.note(call)
+            if any(map(self.in_modules.search, texts)):
+                self.module_lines.add(call.lineno)
+
+    def compare(self, node: ast.AST, value: ast.expr) -> None:
+        """Note a namespace, or the name of a module, that something is compared with."""
+        subjects = {_last_name(part) for part in ast.walk(node) if isinstance(part, ast.expr)}
+        of_module = not _MODULE_NAMES.isdisjoint(subjects)
+        for literal, scope in self.resolver.texts(value, self.scope, code=False):
+            text, file = str(literal.value), scope.module.file
+            if of_module and self.in_modules.match(text):
+                self.module_lines.add(value.lineno)
+            elif text in self.own and file.text.literal(literal, text) not in self.operators.starts(
+                file.path
+            ):
+                self.note(value)
+
+
+def shows(node: ast.expr) -> bool:
+    """True for a call that shows text to somebody."""
+    return isinstance(node, ast.Call) and _last_name(node.func) in _SHOWS
+
+
+def compared(node: ast.AST) -> Iterator[ast.expr]:
+    """The expressions whose strings something is compared with or looked up in."""
     if isinstance(node, ast.Compare):
-        return [node.left, *node.comparators]
-    if isinstance(node, ast.Subscript):
-        return [node.slice]
-    if isinstance(node, ast.MatchValue):
-        return [node.value]
-    if isinstance(node, ast.Dict):
-        return [key for key in node.keys if key is not None]
-    return []
+        yield from (node.left, *node.comparators)
+    elif (
+        isinstance(node, ast.MatchValue)
+        or (isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant))
+        or (isinstance(node, ast.Assign) and _last_name(node.targets[0]) in _MODULE_NAMES)
+    ):
+        yield node.value
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+        if node.func.attr in TESTS:
+            yield node.args[0]
+        elif node.func.attr in _LOOKUPS and not isinstance(node.args[0], ast.Constant):
+            yield node.func.value
+
+
+def _last_name(node: ast.expr) -> str:
+    return getattr(node, "attr", getattr(node, "id", ""))

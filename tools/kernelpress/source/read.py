@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def _is_generated(ops_module: ast.Module, files: Mapping[str, SourceFile]) -> bo
             case (
                 ast.Assign(targets=[ast.Name(name)], value=ast.Constant())
                 | ast.AnnAssign(target=ast.Name(name), value=ast.Constant())
-            ) if name.startswith("_"):
+            ) if name.startswith("_") and not _is_taken(name, files):
                 pass
             case ast.ImportFrom(module=None, level=1, names=[ast.alias(name)]) if not (
                 f"{name}.py" in files or f"{name}/__init__.py" in files
@@ -120,6 +121,14 @@ def _is_generated(ops_module: ast.Module, files: Mapping[str, SourceFile]) -> bo
             case _:
                 return False
     return helpers == 1
+
+
+def _is_taken(name: str, files: Mapping[str, SourceFile]) -> bool:
+    """True if a module that names ``_ops`` has the name of one of its values, too."""
+    words = [re.compile(rb"\b%s\b" % word) for word in (b"_ops", name.encode("utf-8"))]
+    return any(
+        path != OPS_MODULE and all(word.search(file.data) for word in words) for path, file in files.items()
+    )
 
 
 def _walk(package: Path, suffixes: tuple[str, ...]) -> list[Path]:

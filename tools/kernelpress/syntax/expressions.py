@@ -85,3 +85,31 @@ def is_text(node: ast.expr) -> bool:
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in ("format", "join", "replace")
     )
+
+
+def argument_of(call: ast.Call, parameters: ast.arguments, name: str) -> ast.expr | None:
+    """The argument that a call gives a parameter; ``None`` where it gives none, or that cannot be told."""
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        return None
+    names = [parameter.arg for parameter in (*parameters.posonlyargs, *parameters.args)]
+    if name in names[: len(call.args)]:
+        return call.args[names.index(name)]
+    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+
+
+def default_of(parameters: ast.arguments, name: str) -> ast.expr | None:
+    """The expression that a parameter has as its default; ``None`` where it has none, or ``None`` itself."""
+    positional = [*parameters.posonlyargs, *parameters.args]
+    pairs = [
+        *zip(reversed(positional), reversed(parameters.defaults), strict=False),
+        *zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True),
+    ]
+    default = next((default for parameter, default in pairs if parameter.arg == name), None)
+    return None if isinstance(default, ast.Constant) and default.value is None else default
+
+
+def unpacks(call: ast.Call) -> bool:
+    """True if a call gets arguments out of a list or a dictionary."""
+    return any(isinstance(argument, ast.Starred) for argument in call.args) or any(
+        keyword.arg is None for keyword in call.keywords
+    )

@@ -80,6 +80,13 @@ class Scope:
             scope = scope.parent
         return None
 
+    def parameter(self, name: str) -> tuple[Scope, ast.arg] | None:
+        """The parameter that a name stands for, with its function's scope; ``None`` for all else."""
+        binding = self.lookup(name)
+        if binding is None or len(binding[1]) != 1 or not isinstance(binding[1][0], ast.arg):
+            return None
+        return binding[0], binding[1][0]
+
     @cached_property
     def bindings(self) -> dict[str, list[Binding]]:
         """All that each name is bound to in this scope; under ``*`` the imports of everything."""
