@@ -7,6 +7,8 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -707,3 +709,20 @@ def test_names_for_servers_are_those_of_checkpoints(submodule: Callable[[str], M
         assert [down] in sources.values()
         renamings = [e.source_patterns for e in mapping if ".mlp." in e.target_patterns]
         assert ([f".{parent}."] in renamings) == (parent != "mlp")
+
+
+def test_the_recipe_converts_and_explains_what_it_cannot(
+    kernel: ModuleType, good: dict[str, Path], tmp_path: Path
+) -> None:
+    # LOCAL_KERNELS, which the kernel's fixture sets, has the script load what was built.
+    script = Path(__file__).resolve().parents[3] / "recipes/convert_adapter.py"
+    assert len(script.read_text().splitlines()) <= 80
+    command = [sys.executable, str(script), str(good["per_expert"]), str(tmp_path / "out")]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    expected, got = read(good["peft"])[1], read(tmp_path / "out")[1]
+    assert all(torch.equal(t, got[key]) for key, t in expected.items())
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert "Traceback" not in second.stderr
+    assert second.stderr.splitlines()[-1].endswith("expected nothing there or an empty directory")
