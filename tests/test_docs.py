@@ -45,7 +45,7 @@ def test_every_path_that_a_page_names_exists() -> None:
         f"{page.relative_to(REPOSITORY)}: {path}"
         for page in PAGES
         for path in re.findall(
-            r"(?<![\w/.-])((?:tests|benchmarks|torch-ext)/[\w/.-]+\.py)\b", page.read_text("utf-8")
+            r"(?<![\w/.-])((?:tests|benchmarks|recipes|torch-ext)/[\w/.-]+\.py)\b", page.read_text("utf-8")
         )
         if not (REPOSITORY / path).is_file()
     }
