@@ -57,10 +57,18 @@ def backward(
         q, k, v, grad_out, out = _with_columns(q, k, v, grad_out, out, grad_lse)
     # Threads share the key heads there are, and a key's gradient is rounded for each query head that is added.
     is_shared = _SHARES_KEYS and q.element_size() >= 4 and batch * kv_heads % torch.get_num_threads() == 0
-    if not is_shared:
-        k, v = _repeated(k, q), _repeated(v, q)
     dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
+        grad_out,
+        q,
+        # Repeated here, so that they are gone before the sums below.
+        k if is_shared else _repeated(k, q),
+        v if is_shared else _repeated(v, q),
+        out,
+        lse,
+        0.0,
+        is_causal,
+        attn_mask=mask,
+        scale=scale,
     )
     if dk.shape[1] != kv_heads:
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
