@@ -16,6 +16,8 @@ from helpers import AWKWARD, TRITON, Shape, assert_close, low_rank, route
 OPTIONS = {
     "schedule": {"SCHEDULE": 1},
     "tma": {"TMA": 1},
+    "persistent": {"PERSISTENT": 3},
+    "persistent, flat, tma": {"PERSISTENT": 2, "FLATTEN": 1, "TMA": 1},
     "own sort and sums": {},
 }
 MATMUL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}

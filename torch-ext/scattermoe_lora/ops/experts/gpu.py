@@ -51,10 +51,11 @@ def project_and_gate(
     hidden, a = x.new_empty((pairs if keep else 0, width)), x.new_empty((pairs, width // 2))
     if pairs:
         parts = 1 if gate.interleaved else 2
-        grid, arguments, constants = matmul_launch(
+        # A program a tile, always: the sum over the hidden size is long.
+        tiles, arguments, constants, *_ = matmul_launch(
             x, weight, routing, top_k=top_k, low=low, bias=bias, parts=parts
         )
-        gate_up_kernel[grid](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
+        gate_up_kernel[(tiles,)](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
     return hidden, a
 
 

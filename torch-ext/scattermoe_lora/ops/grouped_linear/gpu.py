@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from .. import tile_tables
 from ..routing import Routing
 from .arguments import Operands
 from .descriptors import describe
-from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+from .kernels import grouped_matmul_kernel
+from .kernels_outer import grouped_outer_kernel
 from .pairs import TILES, sum_choices
 from .schedule import Scheduled, most_tiles
 
@@ -20,6 +22,10 @@ from .schedule import Scheduled, most_tiles
 OPTIONS = {
     # 1: read the tiles of rows from a schedule that the launches of a call share. 0: each program counts them.
     "SCHEDULE": 0,
+    # Programs a multiprocessor, each of which takes one tile after another, read from a schedule. 0: a program a tile.
+    "PERSISTENT": 0,
+    # 1: one loop over the steps of all tiles of such a program. 0: a loop over each tile's.
+    "FLATTEN": 0,
     # 1: copy the weights by tensor descriptors (TMA). 0: by pointers.
     "TMA": 0,
 }
@@ -56,12 +62,24 @@ def tile(kernel: str, like: torch.Tensor, rows: float, n: int, k: int) -> Mappin
     return tile_tables.find(TILES, device, kernel, like.dtype, {"rows": rows, "n": n, "k": k})
 
 
-class Launch(NamedTuple):
-    """The launch of a kernel that multiplies rows: its grid, its first arguments and its constants."""
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the CPU that the interpreter takes for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
-    grid: tuple[int]
+
+class Launch(NamedTuple):
+    """The launch of a kernel that multiplies rows: tiles, first arguments and constants.
+
+    ``persistent`` is how many programs a multiprocessor takes that walk over the tiles, 0 for a program a tile;
+    ``flatten`` whether they do in one loop.
+    """
+
+    tiles: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    persistent: int
+    flatten: bool
 
 
 def matmul_launch(
@@ -86,12 +104,16 @@ def matmul_launch(
     blocks = tile("grouped_matmul", x, pairs / num_experts, n_out, n_in)
     tiles_m = most_tiles(pairs, num_experts, blocks["BLOCK_M"])
     schedule = routing.offsets
-    if blocks.get("SCHEDULE"):
+    options: dict[str, Any] = {**OPTIONS, **blocks}
+    persistent, flatten = options.pop("PERSISTENT"), options.pop("FLATTEN")
+    # Programs that walk over the tiles have to know how many there are.
+    options["SCHEDULE"] = options["SCHEDULE"] or persistent > 0
+    if options["SCHEDULE"]:
         shared = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
         schedule = shared.schedule(blocks["BLOCK_M"])
-    described, along = weight, ""
-    if blocks.get("TMA"):
-        described, along = describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"])
+    described, options["TMA"] = (
+        describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"]) if options["TMA"] else (weight, "")
+    )
     arguments = (
         x,
         described,
@@ -119,11 +141,11 @@ def matmul_launch(
         "EVEN_K": n_in % blocks["BLOCK_K"] == 0,
         # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
         "BLOCK_R": min(blocks["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
-        **OPTIONS,
-        **blocks,
-        "TMA": along,
+        **options,
     }
-    return Launch((tiles_m * triton.cdiv(n_out, blocks["BLOCK_N"]),), arguments, constants)
+    return Launch(
+        tiles_m * triton.cdiv(n_out, blocks["BLOCK_N"]), arguments, constants, persistent, bool(flatten)
+    )
 
 
 def grouped_matmul(
@@ -156,13 +178,21 @@ def grouped_matmul(
     out = x.new_empty((pairs, weight.shape[1]))
     if pairs == 0:
         return out
-    grid, arguments, constants = matmul_launch(x, weight, routing, top_k=top_k, low=low, bias=bias)
-    grouped_matmul_kernel[grid](
+    programs, arguments, constants, persistent, flatten = matmul_launch(
+        x, weight, routing, top_k=top_k, low=low, bias=bias
+    )
+    if persistent:
+        programs = min(programs, persistent * multiprocessors(x.device))
+    grouped_matmul_kernel[(programs,)](
         *arguments,
         x if row_weight is None else row_weight,
         out,
         SCATTER=scatter,
         WEIGHTED=row_weight is not None,
+        PERSISTENT=persistent > 0,
+        FLATTEN=flatten,
+        # Only a product without a second loop, over the rank, becomes one loop.
+        SHORT_RANK=flatten and low is not None and low[0].shape[1] <= constants["BLOCK_R"],
         **constants,
     )
     return out

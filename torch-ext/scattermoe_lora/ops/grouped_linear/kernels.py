@@ -8,7 +8,14 @@ states is made. The low-rank path ``U B^T`` is a second, short K loop into the s
 import triton
 import triton.language as tl
 
-from .kernels_schedule import find_tile, program_tile
+from .kernels_schedule import find_tile, program_tile, read_tile, tile_at
+
+
+@triton.jit
+def _add_low_rank(acc, u_tile, b_tile, in_tile, in_n, in_r, PRECISION: tl.constexpr):
+    u = tl.load(u_tile, mask=in_tile[:, None] & in_r[None, :], other=0.0)
+    b = tl.load(b_tile, mask=in_r[:, None] & in_n[None, :], other=0.0)
+    return tl.dot(u, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -42,6 +49,7 @@ def multiply_rows(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SHORT_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -50,6 +58,7 @@ def multiply_rows(
     """``x[row] W[expert]^T (+ u B[expert]^T) (+ bias[expert])`` of a tile of rows and columns ``n``, in float32.
 
     ``TMA`` is ``K`` or ``N``, along which the weight behind the descriptor ``w_ptr`` is contiguous, or empty.
+    ``SHORT_RANK`` promises that the rank is at most ``BLOCK_R``.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     k = tl.arange(0, BLOCK_K)
@@ -86,17 +95,33 @@ def multiply_rows(
         b_tile = (
             b_ptr + e * stride_be + n[None, :].to(tl.int64) * stride_bn + r[:, None].to(tl.int64) * stride_br
         )
-        for r0 in range(0, R, BLOCK_R):
-            in_r = r0 + r < R
-            u = tl.load(u_tile, mask=in_tile[:, None] & in_r[None, :], other=0.0)
-            b = tl.load(b_tile, mask=in_r[:, None] & in_n[None, :], other=0.0)
-            acc = tl.dot(u, b, acc, input_precision=PRECISION)
-            u_tile += BLOCK_R
-            b_tile += BLOCK_R * stride_br
+        if SHORT_RANK:
+            acc = _add_low_rank(acc, u_tile, b_tile, in_tile, in_n, r < R, PRECISION)
+        else:
+            for r0 in range(0, R, BLOCK_R):
+                acc = _add_low_rank(acc, u_tile, b_tile, in_tile, in_n, r0 + r < R, PRECISION)
+                u_tile += BLOCK_R
+                b_tile += BLOCK_R * stride_br
     if BIAS:
         bias = tl.load(bias_ptr + e * N + n, mask=in_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def _place(order_ptr, row, end, pid_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions, pairs and columns of a tile, and which of them are in it: ``(position, pair, in_tile, n, in_n)``."""
+    position = row + tl.arange(0, BLOCK_M)
+    in_tile = position < end
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    return position, tl.load(order_ptr + position, mask=in_tile, other=0), in_tile, n, n < N
+
+
+@triton.jit
+def _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER: tl.constexpr):
+    out_row = (pair if SCATTER else position).to(tl.int64)
+    out_tile = out_ptr + out_row[:, None] * N + n[None, :]
+    tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_n[None, :])
 
 
 @triton.jit
@@ -130,94 +155,66 @@ def grouped_matmul_kernel(
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCHEDULE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SHORT_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    pid_m, pid_n = program_tile(N, BLOCK_N, GROUP_M)
-    expert, row, end = find_tile(
-        pid_m, offsets_ptr, schedule_ptr, pairs, num_experts, SCHEDULE, EXPERTS_POW2, BLOCK_M
-    )
-    if row >= end:
-        return
-    position = row + tl.arange(0, BLOCK_M)
-    in_tile = position < end
-    pair = tl.load(order_ptr + position, mask=in_tile, other=0)
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = n < N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if expert < num_experts:
-        # fmt: off
-        acc = multiply_rows(
-            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
-            N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
-            GATHER, TOP_K, LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
-        )
-        # fmt: on
-        if WEIGHTED:
-            acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
-    out_row = (pair if SCATTER else position).to(tl.int64)
-    out_tile = out_ptr + out_row[:, None] * N + n[None, :]
-    tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_n[None, :])
+    """A tile of the product a program, or with ``PERSISTENT`` every ``num_programs``-th tile of the schedule.
 
-
-@triton.jit
-def grouped_outer_kernel(
-    p_ptr,
-    q_ptr,
-    row_weight_ptr,
-    out_ptr,
-    order_ptr,
-    offsets_ptr,
-    N_P,
-    N_Q,
-    stride_p,
-    stride_q,
-    GATHER_P: tl.constexpr,
-    GATHER_Q: tl.constexpr,
-    TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    expert = tl.program_id(2).to(tl.int64)
-    p_col = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q_col = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    acc = tl.zeros((BLOCK_P, BLOCK_Q), dtype=tl.float32)
-    # One program sums all rows of its expert in order: the same bits every time, and no atomics.
-    for s0 in range(start, end, BLOCK_S):
-        position = s0 + tl.arange(0, BLOCK_S)
-        in_rows = position < end
-        pair = tl.load(order_ptr + position, mask=in_rows, other=0)
-        p_row = (pair // TOP_K if GATHER_P else position).to(tl.int64)
-        q_row = (pair // TOP_K if GATHER_Q else position).to(tl.int64)
-        p = tl.load(
-            p_ptr + p_row[None, :] * stride_p + p_col[:, None],
-            mask=in_rows[None, :] & (p_col[:, None] < N_P),
-            other=0.0,
+    ``FLATTEN`` makes one loop over the steps of all its tiles, so that a tile's first loads begin before the last ends.
+    """
+    if PERSISTENT:
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        of_experts = tl.load(schedule_ptr)
+        tiles = tl.load(schedule_ptr + 1)
+        for index in tl.range(tl.program_id(0), of_experts * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+            pid_m, pid_n = tile_at(index, of_experts, tiles_n, GROUP_M)
+            expert, row, end = read_tile(schedule_ptr, pid_m)
+            position, pair, in_tile, n, in_n = _place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
+            # fmt: off
+            acc = multiply_rows(
+                x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
+                N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br, GATHER, TOP_K,
+                LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            )
+            # fmt: on
+            if WEIGHTED:
+                acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
+            _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
+        # Pairs without an expert apart: with a condition around the product nothing can be flattened.
+        for index in range(of_experts * tiles_n + tl.program_id(0), tiles * tiles_n, tl.num_programs(0)):
+            expert, row, end = read_tile(schedule_ptr, index // tiles_n)
+            position, pair, in_tile, n, in_n = _place(
+                order_ptr, row, end, index % tiles_n, N, BLOCK_M, BLOCK_N
+            )
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
+    else:
+        pid_m, pid_n = program_tile(N, BLOCK_N, GROUP_M)
+        expert, row, end = find_tile(
+            pid_m, offsets_ptr, schedule_ptr, pairs, num_experts, SCHEDULE, EXPERTS_POW2, BLOCK_M
         )
-        q = tl.load(
-            q_ptr + q_row[:, None] * stride_q + q_col[None, :],
-            mask=in_rows[:, None] & (q_col[None, :] < N_Q),
-            other=0.0,
-        )
-        if WEIGHTED:
-            weight = tl.load(row_weight_ptr + pair, mask=in_rows, other=0.0).to(tl.float32)
-            q = (q.to(tl.float32) * weight[:, None]).to(q_ptr.dtype.element_ty)
-        acc = tl.dot(p, q, acc, input_precision=PRECISION)
-    out_tile = out_ptr + expert * N_P * N_Q + p_col[:, None].to(tl.int64) * N_Q + q_col[None, :]
-    tl.store(
-        out_tile,
-        acc.to(out_ptr.dtype.element_ty),
-        mask=(p_col[:, None] < N_P) & (q_col[None, :] < N_Q),
-    )
+        if row >= end:
+            return
+        position, pair, in_tile, n, in_n = _place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if expert < num_experts:
+            # fmt: off
+            acc = multiply_rows(
+                x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
+                N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br, GATHER, TOP_K,
+                LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            )
+            # fmt: on
+            if WEIGHTED:
+                acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
+        _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)

@@ -20,6 +20,13 @@ def _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK
 
 
 @triton.jit
+def read_tile(schedule_ptr, pid_m):
+    """``(segment, start, end)`` of one tile of a schedule."""
+    entry = schedule_ptr + 3 * (1 + pid_m)
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
 def find_tile(
     pid_m,
     offsets_ptr,
@@ -35,10 +42,7 @@ def find_tile(
     Read from the schedule where there is one, else counted.
     """
     if SCHEDULE:
-        entry = schedule_ptr + 3 * (1 + pid_m)
-        group = tl.load(entry)
-        row = tl.load(entry + 1)
-        last = tl.load(entry + 2)
+        group, row, last = read_tile(schedule_ptr, pid_m)
     else:
         segment, start, end, tiles = _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
         tiles_through = tl.cumsum(tiles, axis=0)
@@ -86,14 +90,18 @@ def tile_schedule_kernel(
 
 
 @triton.jit
-def program_tile(columns, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
-    """The tile of this program, ``(pid_m, pid_n)``, among tiles of ``BLOCK`` of the columns.
+def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile of rows and that of columns, ``(pid_m, pid_n)``, which come at ``index``.
 
     GROUP_M tiles of rows take the same columns one after another, so that the L2 cache gives a weight to all of them.
     """
-    tiles_n = tl.cdiv(columns, BLOCK)
-    tiles_m = tl.num_programs(0) // tiles_n
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    first_m = index // (GROUP_M * tiles_n) * GROUP_M
     group = min(tiles_m - first_m, GROUP_M)
-    return first_m + pid % (GROUP_M * tiles_n) % group, pid % (GROUP_M * tiles_n) // group
+    return first_m + index % (GROUP_M * tiles_n) % group, index % (GROUP_M * tiles_n) // group
+
+
+@triton.jit
+def program_tile(columns, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
+    """The tile of this program, ``(pid_m, pid_n)``, among tiles of ``BLOCK`` of the columns."""
+    tiles_n = tl.cdiv(columns, BLOCK)
+    return tile_at(tl.program_id(0), tl.num_programs(0) // tiles_n, tiles_n, GROUP_M)

@@ -10,7 +10,8 @@ from ..compile_spec import TARGETS, CompileSpec, distinct
 from ..tile_tables import DEFAULT, DEVICES, Rule, Timing, load
 from .descriptors import box_of
 from .gpu import TILES
-from .kernels import grouped_matmul_kernel, grouped_outer_kernel
+from .kernels import grouped_matmul_kernel
+from .kernels_outer import grouped_outer_kernel
 from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
 from .kernels_schedule import tile_schedule_kernel
 from .pairs import CHUNK
@@ -24,11 +25,16 @@ POINTERS = {
     "schedule_ptr": "*i32:16",
 }
 _DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
-# Architectures whose table may take an option of the products, and that it is compiled for in any case.
+# Architectures whose table may take an option of the products.
 OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
     "SCHEDULE": TARGETS,
+    "PERSISTENT": TARGETS,
+    # Triton 3.9 cannot compile it for sm_100, and before Hopper it spills.
+    "FLATTEN": ("sm_90",),
     "TMA": ("sm_90", "sm_100", "sm_120"),
 }
+# Options that are compiled together for every architecture that may take them, whether its table does or not.
+_TRIALS = (("SCHEDULE",), ("PERSISTENT",), ("TMA",), ("PERSISTENT", "FLATTEN", "TMA"))
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,10 @@ class Tile:
 
 
 def _trials(rule: Rule, device: str) -> Iterator[Rule]:
-    """The rule with each of the options that the device can take."""
-    for option, targets in OPTION_TARGETS.items():
-        if device in targets:
-            yield replace(rule, launch={**rule.launch, option: 1}, measured=None)
+    """The rule with each of the trials' options that the device can take."""
+    for options in _TRIALS:
+        if all(device in OPTION_TARGETS[option] for option in options):
+            yield replace(rule, launch={**rule.launch, **dict.fromkeys(options, 1)}, measured=None)
 
 
 def tiles_of(kernel: str) -> Iterator[Tile]:
@@ -162,6 +168,10 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
         "BLOCK_R": blocks["BLOCK_K"] if "LOW_RANK" in use.flags else 16,
         **blocks,
     }
+    persistent, flatten = (bool(constants.pop(name, False)) for name in ("PERSISTENT", "FLATTEN"))
+    constants["SCHEDULE"] = bool(constants["SCHEDULE"]) or persistent
+    if "PERSISTENT" in kernel.arg_names:
+        constants |= {"PERSISTENT": persistent, "FLATTEN": flatten, "SHORT_RANK": flatten}
     spec = tile.spec(kernel, tile.label(use.label, "MNK"), constants)
     parts = 2 if use.flags.get("INTERLEAVED") is False else 1
     along = "N" if use.transposed else "K"
