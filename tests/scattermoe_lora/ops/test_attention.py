@@ -212,7 +212,10 @@ def test_boundaries_may_be_a_column_of_a_table(kernel, expected) -> None:
 
 @pytest.mark.parametrize("name", ["causal", "packed in a window", "window that sees nothing"])
 def test_sink_is_a_key_of_its_own_score_and_no_value(kernel, submodule, name) -> None:
-    case = CASES[name]
+    check_sink(kernel, submodule, CASES[name])
+
+
+def check_sink(kernel, submodule, case: Case) -> None:
     *tensors, do = inputs(case, EXACT)
     sink = torch.randn(case.heads, dtype=EXACT)
     tensors = [x.requires_grad_() for x in (*tensors, sink)]
@@ -230,6 +233,57 @@ def test_sink_is_a_key_of_its_own_score_and_no_value(kernel, submodule, name) ->
     assert_near(got, expected_results, TOLERANCE[EXACT])
 
 
+# What a launch may add to its device's own, by kernel. Two passes are for heads of more than 256 columns.
+KERNELS = ("attention_forward", "attention_dkdv", "attention_dq")
+BACKWARD_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
+OPTIONS = {
+    "one loop": {key: {"ONE_LOOP": 1} for key in KERNELS},
+    "two passes": {"attention_dkdv": {"PASSES": 2, "SPLIT": 0, "CHUNK": 16}},
+    "two passes, split": {"attention_dkdv": {"PASSES": 2, "SPLIT": 1, "CHUNK": 512, "ONE_LOOP": 1}},
+    "delta in dq": {"attention_dq": {"DELTA": 1}},
+    "delta in dq, chunks": {"attention_dq": {"DELTA": 1, "CHUNK": 16, "ONE_LOOP": 1}},
+    "16 keys": {"attention_dkdv": {**BACKWARD_BLOCKS, "SPLIT": 0}, "attention_dq": BACKWARD_BLOCKS},
+    "16 queries": {
+        key: {"BLOCK_M": 16, "BLOCK_N": 16} for key in ("attention_forward", "attention_dkdv", "attention_dq")
+    },
+}
+
+if TRITON:
+
+    @pytest.fixture(params=OPTIONS)
+    def option(request, submodule, monkeypatch) -> None:
+        """The device's own launches, each with the option added."""
+        tables = submodule("ops.tile_tables")
+        find = tables.find
+
+        def with_option(folder, device, name, dtype, sizes):
+            return {**find(folder, device, name, dtype, sizes), **OPTIONS[request.param].get(name, {})}
+
+        monkeypatch.setattr(tables, "find", with_option)
+
+    @pytest.mark.usefixtures("option")
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "one token",
+            "causal",
+            "more queries in a window",
+            "softcap in a window",
+            "head of 320",
+            "head of 20",
+            "packed in a window",
+            "packed, no queries or no keys",
+        ],
+    )
+    def test_every_option_of_a_launch_matches_the_reference(kernel, expected, name) -> None:
+        check(kernel, expected, CASES[name], EXACT)
+
+    @pytest.mark.usefixtures("option")
+    def test_every_option_of_a_launch_serves_sinks_and_both_gradients(kernel, submodule, expected) -> None:
+        check_sink(kernel, submodule, CASES["packed in a window"])
+        check(kernel, expected, CASES["packed"], EXACT, shared=True)
+
+
 @pytest.mark.parametrize(
     ("left", "right"), [(-1, -1), (-1, 0), (-1, 3), (0, 0), (5, 0), (17, 0), (4, 9), (6, -1)]
 )
@@ -239,9 +293,10 @@ def test_blocks_hold_all_that_is_seen_and_mask_all_that_is_not(submodule, left, 
         for first in range(0, own, 4):
             last = min(first + 4, own)
             for block in (1, 4, 6):
-                begin, lead, full, blocks = spans(
-                    first, last, own, other, left, right, left >= 0, right >= 0, block
-                )
+                arguments = (first, last, own, other, left, right, left >= 0, right >= 0, block)
+                begin, lead, full, blocks = spans(*arguments, False)
+                # In one loop none of the same blocks is seen as a whole.
+                assert spans(*arguments, True) == (begin, lead, lead, blocks)
                 assert 0 <= lead <= full <= blocks
                 starts = range(begin, begin + blocks * block, block)
                 for i in range(first, last):

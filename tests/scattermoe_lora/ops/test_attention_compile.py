@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kernelpress.compile import aot
-from kernelpress.compile.specs import name_of
+from kernelpress.compile.specs import TARGETS, name_of
 
 # 99 KB of shared memory a block, and 227 KB with instructions of its own.
 INSTRUCTIONS = {"sm_86": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64n256k16"}
@@ -67,6 +67,45 @@ def test_every_tile_of_every_device_is_compiled(submodule) -> None:
             for rule in rules:
                 blocks = (rule.largest("head_dim"), rule.launch["BLOCK_M"], rule.launch["BLOCK_N"])
                 assert (f"{kernel}_kernel", target, *blocks) in compiled
+
+
+def test_every_option_of_a_launch_is_compiled_for_every_device(submodule) -> None:
+    specs = submodule("ops.attention.specs").COMPILE_SPECS
+    options = {
+        "attention_forward_kernel": {"ONE_LOOP": 1},
+        "attention_dkdv_kernel": {"ONE_LOOP": 1, "PASSES": 2},
+        "attention_dq_kernel": {"ONE_LOOP": 1, "DELTA": 1},
+    }
+    for kernel, values in options.items():
+        for option, value in values.items():
+            targets = {
+                t for s in specs if name_of(s) == kernel and s.constants[option] == value for t in s.targets
+            }
+            assert targets == set(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("attention_dkdv_kernel", "SPLIT 0 PASSES 2 ONE_LOOP 1 512 bf16 ieee"),
+        ("attention_dq_kernel", "DELTA 1 512 bf16 ieee"),
+    ],
+)
+def test_passes_and_delta_of_a_head_of_512_keep_their_values_in_registers(submodule, name, label) -> None:
+    specs = submodule("ops.attention.specs").COMPILE_SPECS
+    (spec,) = (s for s in specs if name_of(s) == name and s.label == label and "sm_90" in s.targets)
+    compiled = aot.compile_one(spec, "sm_90")
+    assert (compiled.error, compiled.spilled) == (None, 0)
+
+
+@pytest.mark.parametrize("passes", [(16, 1), (40, 2), (512, 2)])
+def test_passes_leave_a_product_16_columns(submodule, monkeypatch, passes) -> None:
+    import torch
+
+    head_dim, expected = passes
+    tables, gpu = submodule("ops.tile_tables"), submodule("ops.attention.gpu")
+    monkeypatch.setattr(tables, "find", lambda *_: {"CHUNK": 64, "PASSES": 2})
+    assert gpu.tile("attention_dkdv", torch.empty(1), head_dim, False)["PASSES"] == expected
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -106,13 +106,63 @@ def test_blocks_and_chunks_meet(kernel, submodule, reference, monkeypatch) -> No
     monkeypatch.setattr(submodule("ops.norm_rotary.cpu"), "_CHUNK_ELEMENTS", 100)
     if INTERPRETED:
         gpu = submodule("ops.norm_rotary.gpu")
-        monkeypatch.setattr(gpu, "_BLOCK_ELEMENTS", 64)
+        monkeypatch.setattr(gpu, "tile", lambda *_: {"ELEMENTS": 64, "num_warps": 4})
         monkeypatch.setattr(gpu, "_SUMMING_PROGRAMS", 3)
     for shape in ((2, 9, 3, 16, 16, 2), (7, 1, 2, 20, 8, 1), (3, 2, 1, 16, 4, 3)):
         x, weight, cos, sin, grad = leaves(shape, torch.float32)
         y = kernel.rms_norm_rotary(x, weight, cos, sin)
         got = [y, *torch.autograd.grad(y, (x, weight), grad)]
         assert_close(got, exact(reference, x, weight, cos, sin, grad), 2e-6)
+
+
+LAUNCHES = [
+    {"ELEMENTS": 64, "PRELOAD": 1},
+    {"ELEMENTS": 64, "PROGRAMS": 3},
+    {"ELEMENTS": 32, "BY_TOKEN": 1, "num_stages": 2},
+    {"ELEMENTS": 128, "PRELOAD": 1, "PROGRAMS": 2, "num_stages": 3, "num_warps": 2},
+    {"ELEMENTS": 16, "BY_TOKEN": 1, "PROGRAMS": 5, "num_warps": 1},
+]
+
+if TRITON:
+
+    @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+    @pytest.mark.parametrize(
+        "shape",
+        [(1, 1, 1, 16, 16, 1), (2, 9, 3, 16, 16, 2), (7, 1, 2, 20, 8, 1), (3, 5, 4, 48, 34, 1)],
+        ids=str,
+    )
+    def test_every_launch_matches_the_reference(
+        kernel, submodule, reference, monkeypatch, shape, launch
+    ) -> None:
+        gpu = submodule("ops.norm_rotary.gpu")
+        monkeypatch.setattr(gpu, "tile", lambda *_: {"num_warps": 4, **launch})
+        x, weight, cos, sin, grad = leaves(shape, torch.float32)
+        for w, c, s in ((weight, cos, sin), (None, cos, sin), (weight, None, None)):
+            y = kernel.rms_norm_rotary(x, w, c, s)
+            inputs = (x,) if w is None else (x, w)
+            got = [y, *torch.autograd.grad(y, inputs, grad, retain_graph=True)]
+            assert_close(got, exact(reference, x, w, c, s, grad), 2e-6)
+            # Also without the sum that a program walks over many blocks for.
+            assert torch.equal(torch.autograd.grad(y, x, grad)[0], got[1])
+
+    @pytest.mark.parametrize("programs", [None, 1, 3])
+    def test_the_launch_bounds_the_rows_of_sums(kernel, submodule, monkeypatch, programs) -> None:
+        gpu = submodule("ops.norm_rotary.gpu")
+        launch = {"ELEMENTS": 16, "num_warps": 4} | ({} if programs is None else {"PROGRAMS": programs})
+        monkeypatch.setattr(gpu, "tile", lambda *_: launch)
+        monkeypatch.setattr(gpu, "_multiprocessors", lambda device: 2)
+        grids, launched = [], gpu.rotary_backward_kernel
+
+        class Recorded:
+            def __getitem__(self, grid):
+                grids.append(grid)
+                return launched[grid]
+
+        monkeypatch.setattr(gpu, "rotary_backward_kernel", Recorded())
+        x, weight, cos, sin, grad = leaves((1, 20, 1, 16, 16, 1), torch.float32)
+        torch.autograd.grad(kernel.rms_norm_rotary(x, weight, cos, sin), (x, weight), grad)
+        # One a row of 20; or so many for each of the two multiprocessors.
+        assert grids == [(20 if programs is None else 2 * programs,)]
 
 
 def test_strided_and_expanded_inputs_are_read_in_place_or_copied(kernel) -> None:
@@ -323,12 +373,44 @@ if not TRITON:
     def test_largest_heads_compile_and_keep_their_values_in_registers(submodule, target) -> None:
         from kernelpress.compile import aot
 
-        specs = [s for s in submodule("ops.norm_rotary.specs").COMPILE_SPECS if "512 rotated 512" in s.label]
-        assert len(specs) == 6
+        specs = [
+            s
+            for s in submodule("ops.norm_rotary.specs").COMPILE_SPECS
+            if "512 rotated 512" in s.label and target in s.targets
+        ]
+        # Forward, backward and with the weight's gradient in two dtypes, and two for each of the optional launches.
+        assert len(specs) == 2 * 3 + 3 * 2
         for compiled in (aot.compile_one(spec, target) for spec in specs):
             assert compiled.error is None
             assert compiled.spilled == 0
             assert compiled.registers > 0
+
+    def test_every_rule_of_every_device_is_compiled(submodule) -> None:
+        tables, gpu = submodule("ops.tile_tables"), submodule("ops.norm_rotary.gpu")
+        specs = submodule("ops.norm_rotary.specs").COMPILE_SPECS
+
+        def is_compiled(name: str, launch: Any, target: str) -> bool:
+            for spec in specs:
+                c = spec.constants
+                expected = gpu.constants_of(launch, c["HEADS"], 2 * c["HALF"] + c["REST"], 2 * c["HALF"])
+                if (spec.kernel.__name__, target in spec.targets) == (f"{name}_kernel", True) and (
+                    expected.items() <= {**c, **spec.options}.items()
+                ):
+                    return True
+            return False
+
+        optional = {"PRELOAD", "BY_TOKEN", "num_stages"}
+        keys = {"rotary_forward": optional, "rotary_backward": {*optional, "PROGRAMS"}}
+        for device in tables.DEVICES:
+            target = "gfx90a" if device == tables.DEFAULT else device
+            rules = tables.load(gpu.TILES, device).rules
+            assert set(rules) == set(keys)
+            for name, own in rules.items():
+                for rule in own:
+                    assert set(rule.launch) - keys[name] == {"ELEMENTS", "num_warps"}
+                    assert is_compiled(name, rule.launch, target), f"{device} {name} {dict(rule.launch)}"
+                # The last of each element size serves every call.
+                assert {rule.bytes: dict(rule.limits) for rule in own} == {2: {}, 4: {}}
 
     # On a GPU it is the second.
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -38,6 +38,10 @@ def tile(
 ) -> dict[str, int]:
     """Block sizes, ``CHUNK`` (columns of the head that are multiplied at a time), ``num_warps`` and ``num_stages``.
 
+    Optional, and off where absent: ``ONE_LOOP`` masks every block, so that one loop goes through all; of
+    ``attention_dkdv`` ``SPLIT`` (a launch each for dK and dV) and ``PASSES`` (a program each for as many parts of the
+    head's columns); of ``attention_dq`` ``DELTA`` (it computes delta, instead of a launch before it).
+
     Args:
         kernel: ``attention_forward``, ``attention_dkdv`` or ``attention_dq``.
         like: An operand; its device and element size count.
@@ -50,7 +54,10 @@ def tile(
     """
     sizes = {"head_dim": head_dim, "same_kv": same_kv, "window": window}
     blocks = tile_tables.find(TILES, tile_tables.table_of(like.device), kernel, like.dtype, sizes)
-    return {**blocks, "CHUNK": min(blocks["CHUNK"], triton.next_power_of_2(head_dim))}
+    width = triton.next_power_of_2(head_dim)
+    # Of a part of the columns, too, a product takes 16 at least.
+    most = {"CHUNK": width, "PASSES": width // 16}
+    return {name: min(value, most.get(name, value)) for name, value in blocks.items()}
 
 
 class _Problem:
@@ -99,11 +106,11 @@ class _Problem:
         self,
         kernel: Any,
         blocks: dict[str, int],
-        *tensors: torch.Tensor,
+        *tensors: torch.Tensor | None,
         by_key: bool = False,
         **flags: bool,
     ) -> None:
-        """A program for each tile of each query head's queries, or of each key head's keys.
+        """A program for each tile of each query head's queries, or of each key head's keys and each of ``PASSES``.
 
         Nothing is launched where there is nothing to compute.
         """
@@ -114,7 +121,7 @@ class _Problem:
         )
         tiles = triton.cdiv(rows, blocks[block])
         if tiles * self.batch:
-            kernel[(tiles * heads * self.batch,)](
+            kernel[(tiles * heads * self.batch * blocks.get("PASSES", 1),)](
                 *self.inputs,
                 *tensors,
                 *self.boundaries,
@@ -153,12 +160,16 @@ def backward(
     q, k, v, *_ = problem.operands
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv = k.new_empty((0,) if v is None else k.shape)
-    delta = _delta(grad_out, out, grad_lse, lse)
-    problem.launch(attention_dq_kernel, problem.tile("attention_dq"), grad_out, lse, delta, dq)
+    blocks = problem.tile("attention_dq")
+    # dK and dV read delta, too: whichever launch computes it comes before theirs.
+    in_dq = bool(blocks.get("DELTA"))
+    delta = torch.empty_like(lse) if in_dq else _delta(grad_out, out, grad_lse, lse)
+    sources = (out, grad_lse) if in_dq else (None, None)
+    problem.launch(attention_dq_kernel, blocks, grad_out, *sources, lse, delta, dq)
 
     blocks = problem.tile("attention_dkdv")
     # Two sums of the largest heads do not fit the registers at once.
-    is_split = blocks.pop("SPLIT") and not problem.same_kv
+    is_split = blocks.pop("SPLIT", 0) and not problem.same_kv
     gradients = (dk, dk if v is None else dv)
     for want_k, want_v in ((True, False), (False, True)) if is_split else ((True, True),):
         problem.launch(

@@ -23,12 +23,23 @@ def sequence(cu_seqlens_ptr, batch, length, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def spans(first, last, own, other, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def spans(
+    first,
+    last,
+    own,
+    other,
+    left,
+    right,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+):
     """Blocks of the other side that rows ``[first, last)`` of one side meet: ``(begin, lead, full, blocks)``.
 
     Row i meets the others from ``i + other - own - left`` to ``i + other - own + right``. The blocks start at
     ``begin``; those before ``lead`` and from ``full`` on are cut by the window or by the end of the sequence, and need
-    a mask.
+    a mask. With ``ONE_LOOP`` all count as such: one loop goes through them, whose code needs registers once.
     """
     shift = other - own
     begin = shift * 0
@@ -45,6 +56,8 @@ def spans(first, last, own, other, left, right, LEFT: tl.constexpr, RIGHT: tl.co
     if LEFT:
         lead = min((max(last - 1 + shift - left - begin, 0) + BLOCK - 1) // BLOCK, blocks)
         full = max(full, lead)
+    if ONE_LOOP:
+        full = lead
     return begin, lead, full, blocks
 
 
@@ -67,8 +80,8 @@ def rows_of(ptr, row, stride, rows, d0, HEAD_DIM: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def store_rows(ptr, row, stride, rows, value, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    d = tl.arange(0, WIDTH)
+def store_rows(ptr, row, stride, rows, value, d0, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    d = d0 + tl.arange(0, COLUMNS)
     at = ptr + row[:, None].to(tl.int64) * stride + d[None, :]
     mask = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
@@ -161,6 +174,7 @@ def attention_forward_kernel(
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONE_LOOP: tl.constexpr = 0,
 ):
     """A tile of one head's queries against all the keys that they see."""
     pid = tl.program_id(0)
@@ -184,9 +198,9 @@ def attention_forward_kernel(
         q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, True)
 
     last = min(first + BLOCK_M, queries)
-    begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N)
+    begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N, ONE_LOOP)
     # First the blocks that every query sees as a whole, then those that need a mask.
-    for MASK in tl.static_range(2):
+    for MASK in tl.static_range(ONE_LOOP, 2):
         for i in range(0 if MASK else lead, lead + blocks - full if MASK else full):
             block = tl.where(i < lead, i, i - lead + full) if MASK else i
             key = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -228,7 +242,7 @@ def attention_forward_kernel(
 
     total = tl.where(total == 0, 1.0, total)
     out_base = out_ptr + batch * stride_ob + (q_start.to(tl.int64) * heads + head) * HEAD_DIM
-    store_rows(out_base, query, heads * HEAD_DIM, queries, acc / total[:, None], HEAD_DIM, WIDTH)
+    store_rows(out_base, query, heads * HEAD_DIM, queries, acc / total[:, None], 0, HEAD_DIM, WIDTH)
     lse = (top + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + batch * stride_lb + head * stride_lh + q_start + query, lse, mask=query < queries)
 

@@ -57,9 +57,17 @@ def attention_dkdv_kernel(
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONE_LOOP: tl.constexpr = 0,
+    PASSES: tl.constexpr = 1,
 ):
-    """A tile of one key head's keys against all the queries that see them, of every query head that reads it."""
-    pid = tl.program_id(0)
+    """A tile of one key head's keys against all the queries that see them, of every query head that reads it.
+
+    The head's columns are summed by as many programs as there are ``PASSES``, each of which computes the scores.
+    """
+    COLUMNS: tl.constexpr = WIDTH // PASSES
+    # Programs that read the same rows stand side by side.
+    d0 = tl.program_id(0) % PASSES * COLUMNS
+    pid = tl.program_id(0) // PASSES
     kv_head = (pid // tiles % kv_heads).to(tl.int64)
     batch = (pid // tiles // kv_heads).to(tl.int64)
     q_start, queries = sequence(cu_seqlens_q_ptr, batch, queries, VARLEN)
@@ -70,8 +78,8 @@ def attention_dkdv_kernel(
     k_base = k_ptr + 8 * (batch * stride_kb + k_start.to(tl.int64) * stride_ks + kv_head * stride_kh)
     v_base = v_ptr + 8 * (batch * stride_vb + k_start.to(tl.int64) * stride_vs + kv_head * stride_vh)
     key = first + tl.arange(0, BLOCK_N)
-    dk = tl.zeros((BLOCK_N, WIDTH), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_N, WIDTH), dtype=tl.float32)
+    dk = tl.zeros((BLOCK_N, COLUMNS), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, COLUMNS), dtype=tl.float32)
     k = 0.0
     v = 0.0
     if CHUNK == WIDTH:
@@ -84,7 +92,7 @@ def attention_dkdv_kernel(
 
     last = min(first + BLOCK_N, keys)
     # The window seen from the keys: what was left of a query is to the right of a key.
-    begin, lead, full, blocks = spans(first, last, keys, queries, right, left, RIGHT, LEFT, BLOCK_M)
+    begin, lead, full, blocks = spans(first, last, keys, queries, right, left, RIGHT, LEFT, BLOCK_M, ONE_LOOP)
     for g in range(group):
         head = kv_head * group + g
         q_base = q_ptr + 8 * (batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh)
@@ -92,7 +100,7 @@ def attention_dkdv_kernel(
         do_base = grad_out_ptr + batch * stride_ob + q_start.to(tl.int64) * stride_dos + head * HEAD_DIM
         lse_base = lse_ptr + batch * stride_lb + head * stride_lh + q_start
         delta_base = delta_ptr + batch * stride_lb + head * stride_lh + q_start
-        for MASK in tl.static_range(2):
+        for MASK in tl.static_range(ONE_LOOP, 2):
             for i in range(0 if MASK else lead, lead + blocks - full if MASK else full):
                 block = tl.where(i < lead, i, i - lead + full) if MASK else i
                 query = begin + block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -120,13 +128,17 @@ def attention_dkdv_kernel(
                 if MASK:
                     visible = sees(query[None, :], key[:, None], queries, keys, left, right, LEFT, RIGHT)
                     p = tl.where(visible, p, 0.0)
-                if WANT_V or CHUNK == WIDTH:
+                if CHUNK == WIDTH:
                     do = rows_of(do_base, query, stride_dos, queries, 0, HEAD_DIM, WIDTH, MASK)
                 if WANT_V:
-                    if SAME_KV:
-                        dk = tl.dot(p.to(do.dtype), do, dk, input_precision=PRECISION)
+                    if CHUNK == WIDTH and PASSES == 1:
+                        do_columns = do
                     else:
-                        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                        do_columns = rows_of(do_base, query, stride_dos, queries, d0, HEAD_DIM, COLUMNS, MASK)
+                    if SAME_KV:
+                        dk = tl.dot(p.to(do_columns.dtype), do_columns, dk, input_precision=PRECISION)
+                    else:
+                        dv = tl.dot(p.to(do_columns.dtype), do_columns, dv, input_precision=PRECISION)
                 if WANT_K:
                     if CHUNK == WIDTH:
                         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -145,16 +157,21 @@ def attention_dkdv_kernel(
                             PRECISION,
                             MASK,
                         )
-                        q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, MASK)
+                    if CHUNK == WIDTH and PASSES == 1:
+                        q_columns = q
+                    else:
+                        q_columns = rows_of(
+                            q_base, query, stride_qs * 8, queries, d0, HEAD_DIM, COLUMNS, MASK
+                        )
                     delta = tl.load(delta_base + query, mask=query < queries, other=0.0)
                     ds = p * (dp - delta[None, :]) * (slope * scale)
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                    dk = tl.dot(ds.to(q_columns.dtype), q_columns, dk, input_precision=PRECISION)
 
     at = batch * stride_gb + (k_start.to(tl.int64) * kv_heads + kv_head) * HEAD_DIM
     if WANT_K:
-        store_rows(dk_ptr + at, key, kv_heads * HEAD_DIM, keys, dk, HEAD_DIM, WIDTH)
+        store_rows(dk_ptr + at, key, kv_heads * HEAD_DIM, keys, dk, d0, HEAD_DIM, COLUMNS)
     if WANT_V and not SAME_KV:
-        store_rows(dv_ptr + at, key, kv_heads * HEAD_DIM, keys, dv, HEAD_DIM, WIDTH)
+        store_rows(dv_ptr + at, key, kv_heads * HEAD_DIM, keys, dv, d0, HEAD_DIM, COLUMNS)
 
 
 @triton.jit
@@ -163,6 +180,8 @@ def attention_dq_kernel(
     k_ptr,
     v_ptr,
     grad_out_ptr,
+    out_ptr,
+    grad_lse_ptr,
     lse_ptr,
     delta_ptr,
     dq_ptr,
@@ -200,8 +219,14 @@ def attention_dq_kernel(
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONE_LOOP: tl.constexpr = 0,
+    DELTA: tl.constexpr = 0,
 ):
-    """A tile of one head's queries against all the keys that they see."""
+    """A tile of one head's queries against all the keys that they see.
+
+    With ``DELTA`` it also computes what ``attention_delta_kernel`` else has computed before; ``out_ptr`` and
+    ``grad_lse_ptr`` are read for that alone, and the second may be None.
+    """
     pid = tl.program_id(0)
     head = (pid // tiles % heads).to(tl.int64)
     batch = (pid // tiles // heads).to(tl.int64)
@@ -218,17 +243,29 @@ def attention_dq_kernel(
     query = first + tl.arange(0, BLOCK_M)
     at_row = batch * stride_lb + head * stride_lh + q_start + query
     lse = tl.load(lse_ptr + at_row, mask=query < queries, other=0.0) * 1.4426950408889634
-    delta = tl.load(delta_ptr + at_row, mask=query < queries, other=0.0)
     dq = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     q = 0.0
     do = 0.0
     if CHUNK == WIDTH:
         q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, True)
         do = rows_of(grad_out_ptr + at, query, stride_dos, queries, 0, HEAD_DIM, WIDTH, True)
+    if DELTA:
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        # A few columns at a time, whatever is read again: here no register is worth a product's.
+        COLUMNS: tl.constexpr = 64 if CHUNK > 64 else CHUNK
+        for d0 in range(0, HEAD_DIM, COLUMNS):
+            do_columns = rows_of(grad_out_ptr + at, query, stride_dos, queries, d0, HEAD_DIM, COLUMNS, True)
+            o = rows_of(out_ptr + at, query, stride_dos, queries, d0, HEAD_DIM, COLUMNS, True)
+            delta += tl.sum(do_columns.to(tl.float32) * o.to(tl.float32), axis=1)
+        if grad_lse_ptr is not None:
+            delta -= tl.load(grad_lse_ptr + at_row, mask=query < queries, other=0.0)
+        tl.store(delta_ptr + at_row, delta, mask=query < queries)
+    else:
+        delta = tl.load(delta_ptr + at_row, mask=query < queries, other=0.0)
 
     last = min(first + BLOCK_M, queries)
-    begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N)
-    for MASK in tl.static_range(2):
+    begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N, ONE_LOOP)
+    for MASK in tl.static_range(ONE_LOOP, 2):
         for i in range(0 if MASK else lead, lead + blocks - full if MASK else full):
             block = tl.where(i < lead, i, i - lead + full) if MASK else i
             key = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -274,4 +311,4 @@ def attention_dq_kernel(
                 p = tl.where(visible, p, 0.0)
             ds = p * (dp - delta[:, None]) * (slope * scale)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr + at, query, heads * HEAD_DIM, queries, dq, HEAD_DIM, WIDTH)
+    store_rows(dq_ptr + at, query, heads * HEAD_DIM, queries, dq, 0, HEAD_DIM, WIDTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec
@@ -25,6 +26,23 @@ _LEAST = ("gfx90a",)
 _WINDOW = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": False}
 _CAUSAL = {**_WINDOW, "LEFT": False}
 _CAPPED = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": True}
+
+
+# What a table may turn on: for each kernel changes of the devices' own launches for heads of 512, and who takes them.
+_PASSES = {"SPLIT": 0, "PASSES": 2, "ONE_LOOP": 1}
+_OPTIONAL = {
+    "attention_forward": (({"ONE_LOOP": 1}, TARGETS),),
+    "attention_dkdv": (
+        (_PASSES, TARGETS),
+        # On sm_80 it spills.
+        (
+            {**_PASSES, "BLOCK_M": 64, "BLOCK_N": 16, "CHUNK": 64, "num_warps": 4},
+            tuple(target for target in TARGETS if target != "sm_80"),
+        ),
+    ),
+    "attention_dq": (({"DELTA": 1}, TARGETS), ({"ONE_LOOP": 1}, TARGETS)),
+}
+_OFF = {"ONE_LOOP": 0, "PASSES": 1, "DELTA": 0}
 
 
 def _type(name: str, dtype: str, head_dim: int) -> str:
@@ -77,6 +95,7 @@ def _specs_of(
     width = 1 << (head_dim - 1).bit_length()
     constants = {
         **mask,
+        **{option: off for option, off in _OFF.items() if option in _KERNELS[name].arg_names},
         **blocks,
         "SAME_KV": same_kv,
         "PRECISION": precision,
@@ -84,6 +103,8 @@ def _specs_of(
         "WIDTH": width,
         "CHUNK": min(blocks["CHUNK"], width),
     }
+    if name == "attention_dq" and not constants["DELTA"]:
+        constants.update(out_ptr=None, grad_lse_ptr=None)
     only = " K=V" if same_kv else " windows alone" if rule.limits.get("window") else ""
     label = f"{use} {head_dim}{only} {dtype} {precision}"
     if name != "attention_dkdv":
@@ -115,6 +136,14 @@ def _specs() -> Iterator[CompileSpec]:
                     yield from _specs_of(name, rule, "fp16", "ieee", (device,), "soft cap", _CAPPED, 320)
                 if rule.bytes == 4 and _largest_head(rule) == 512:
                     yield from _specs_of(name, rule, "fp32", "tf32", (device,), "window", _WINDOW)
+    for name, changes in _OPTIONAL.items():
+        for change, devices in changes:
+            use = " ".join(f"{option} {value}" for option, value in change.items())
+            for device in devices:
+                for rule in load(TILES, device).rules[name]:
+                    if (rule.bytes, dict(rule.limits)) == (2, {"head_dim": 512}):
+                        optional = replace(rule, launch={**rule.launch, **change})
+                        yield from _specs_of(name, optional, "bf16", "ieee", (device,), use, _WINDOW)
     constants = {"GRAD_LSE": True, "HEAD_DIM": 512, "WIDTH": 512, "BLOCK": delta_block(512)}
     yield _spec(attention_delta_kernel, "512 bf16", "bf16", constants, {"num_warps": 4}, TARGETS)
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+from .. import tile_tables
 from .arguments import Operands
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
 
-# Elements of a block: 16 of x for each of 128 threads, two loads of 16 bytes in bfloat16. The backward then keeps its
-# values in few enough registers for several blocks to share a multiprocessor. Reasoned, not timed.
-_BLOCK_ELEMENTS = 2048
-# Programs that sum the weight's gradient, each into a row of its own: a fixed number, so that the order of the sums,
-# and with it every bit of the result, is the same on every device.
+TILES = Path(__file__).parent / "tiles"
+# Programs that sum the weight's gradient, each into a row of its own, unless the launch says how many: a fixed number,
+# so that the order of the sums, and with it every bit of the result, is the same on every device.
 _SUMMING_PROGRAMS = 2048
-
-OPTIONS = {"num_warps": 4}
 
 
 def _refuse_float64(x: torch.Tensor) -> None:
@@ -28,19 +27,52 @@ def _refuse_float64(x: torch.Tensor) -> None:
         )
 
 
-def sizes_of(head_dim: int, rotated: int) -> dict[str, int]:
-    """The sizes that ``head_dim`` and the number of rotated columns give a kernel, as its constants."""
+def tile(kernel: str, x: torch.Tensor, rotated: int, d_weight: bool = False) -> Mapping[str, int]:
+    """The launch of ``rotary_forward`` or ``rotary_backward`` for ``x`` ``[B, S, H, D]``.
+
+    Args:
+        kernel: Name of the kernel in the tables.
+        x: Its device, element size, heads and head size count.
+        rotated: Number of rotated columns.
+        d_weight: Whether the weight's gradient is summed.
+
+    Returns:
+        ``ELEMENTS`` of ``x`` that a program holds at a time, and ``num_warps``. The rest is optional: ``PRELOAD`` reads
+        the weight ahead of the rows, once a program; ``BY_TOKEN`` lets a program go through the heads of its tokens,
+        whose cosines and sines it reads once; ``PROGRAMS`` a multiprocessor go through all blocks of the backward (else
+        there is one a block, or 2048 that sum the weight's gradient); ``num_stages`` above 1 copies ahead in loops.
+    """
+    sizes = {"head_dim": x.shape[3], "heads": x.shape[2], "rotated": rotated > 0, "d_weight": d_weight}
+    return tile_tables.find(TILES, tile_tables.table_of(x.device), kernel, x.dtype, sizes)
+
+
+def constants_of(launch: Mapping[str, int], heads: int, head_dim: int, rotated: int) -> dict[str, Any]:
+    """The kernels' constants and options that a launch and the sizes of rows give."""
     half, rest = rotated // 2, head_dim - rotated
     # Triton has no empty range: a part without columns has a width, and no code.
     widths = [triton.next_power_of_2(max(length, 1)) for length in (half, rest)]
     across = 2 * widths[0] * (half > 0) + widths[1] * (rest > 0)
+    by_token = bool(launch.get("BY_TOKEN"))
     return {
+        "HEADS": heads,
+        "INNER": heads if by_token else 1,
         "HALF": half,
         "REST": rest,
         "HALF_WIDTH": widths[0],
         "REST_WIDTH": widths[1],
-        "BLOCK": triton.next_power_of_2(_BLOCK_ELEMENTS // across // 2 + 1),
+        "PRELOAD": by_token or bool(launch.get("PRELOAD")),
+        "BLOCK": triton.next_power_of_2(launch["ELEMENTS"] // across // 2 + 1),
+        "STAGES": launch.get("num_stages", 1),
+        "num_warps": launch["num_warps"],
     }
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Those of a GPU that torch calls ``cuda``; 1 of any other device."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _strides(t: torch.Tensor | None, batch: int) -> tuple[int, int]:
@@ -65,24 +97,24 @@ def forward(operands: Operands) -> torch.Tensor:
         return out
     x_rows, cos, sin = _rows_in_place(x), _rows_in_place(cos), _rows_in_place(sin)
     assert x_rows is not None
-    sizes = sizes_of(head_dim, 0 if cos is None else cos.shape[-1])
-    blocks = triton.cdiv(tokens * heads, sizes["BLOCK"])
+    rotated = 0 if cos is None else cos.shape[-1]
+    constants = constants_of(tile("rotary_forward", x, rotated), heads, head_dim, rotated)
+    groups = tokens * heads // constants["INNER"]
+    blocks = triton.cdiv(groups, constants["BLOCK"])
     rotary_forward_kernel[(batch * blocks,)](
         x_rows,
         None if weight is None else weight.contiguous(),
         cos,
         sin,
         out,
-        tokens * heads,
+        groups,
         blocks,
         eps,
         *x_rows.stride()[:3],
         *_strides(cos, batch),
         *_strides(sin, batch),
-        HEADS=heads,
         WEIGHTED=weight is not None,
-        **sizes,
-        **OPTIONS,
+        **constants,
     )
     return out
 
@@ -102,9 +134,16 @@ def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> di
     dy_rows, x_rows, cos, sin = (_rows_in_place(t) for t in (dy, x, cos, sin))
     assert dy_rows is not None
     assert x_rows is not None
-    sizes = sizes_of(head_dim, 0 if cos is None else cos.shape[-1])
-    blocks = triton.cdiv(tokens * heads, sizes["BLOCK"])
-    programs = min(batch * blocks, _SUMMING_PROGRAMS) if summed is not None else batch * blocks
+    rotated = 0 if cos is None else cos.shape[-1]
+    launch = tile("rotary_backward", x, rotated, summed is not None)
+    constants = constants_of(launch, heads, head_dim, rotated)
+    groups = tokens * heads // constants["INNER"]
+    blocks = triton.cdiv(groups, constants["BLOCK"])
+    programs = batch * blocks
+    if "PROGRAMS" in launch:
+        programs = min(programs, launch["PROGRAMS"] * _multiprocessors(x.device))
+    elif summed is not None:
+        programs = min(programs, _SUMMING_PROGRAMS)
     sums: Any = x.new_empty((programs, head_dim), dtype=torch.float32) if summed is not None else None
     rotary_backward_kernel[(programs,)](
         dy_rows,
@@ -114,7 +153,7 @@ def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> di
         sin,
         dx,
         sums,
-        tokens * heads,
+        groups,
         blocks,
         batch * blocks,
         eps,
@@ -122,12 +161,10 @@ def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> di
         *x_rows.stride()[:3],
         *_strides(cos, batch),
         *_strides(sin, batch),
-        HEADS=heads,
         WEIGHTED=weight is not None,
         NEED_X=dx is not None,
         NEED_WEIGHT=summed is not None,
-        **sizes,
-        **OPTIONS,
+        **constants,
     )
     if summed is not None:
         gradients["weight"] = sums.sum(dim=0).to(summed.dtype)

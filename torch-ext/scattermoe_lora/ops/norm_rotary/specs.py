@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
 
 from ..compile_spec import TARGETS, CompileSpec
-from .gpu import OPTIONS, sizes_of
+from ..tile_tables import DEFAULT, DEVICES, find
+from .gpu import TILES, constants_of
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
 
-# (head_dim, rotated columns, heads, dtype): queries and keys of a sliding and of a global layer; values; and what needs
-# most masks, a partial rotation of a size that is no power of two.
+
+class _Use(NamedTuple):
+    head_dim: int
+    rotated: int
+    heads: int
+    dtype: str
+
+
+# Queries and keys of a sliding and of a global layer; values; and what needs most masks, a partial rotation of a size
+# that is no power of two.
 _USES = (
-    (256, 256, 8, "bf16"),
-    (512, 512, 8, "bf16"),
-    (512, 512, 8, "fp32"),
-    (512, 0, 4, "bf16"),
-    (80, 32, 3, "fp16"),
+    _Use(256, 256, 8, "bf16"),
+    _Use(512, 512, 8, "bf16"),
+    _Use(512, 512, 8, "fp32"),
+    _Use(512, 0, 4, "bf16"),
+    _Use(80, 32, 3, "fp16"),
 )
-_BACKWARD = {"NEED_X": True, "NEED_WEIGHT": False}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The default serves no architecture that is compiled for; this one has the least shared memory.
+_LEAST = ("gfx90a",)
+# What a table may turn on, together; of the uses above those that a table would do so for.
+_OPTIONAL = (
+    {"ELEMENTS": 2048, "PRELOAD": 1, "PROGRAMS": 4, "num_warps": 4, "num_stages": 2},
+    {"ELEMENTS": 1024, "BY_TOKEN": 1, "PROGRAMS": 8, "num_warps": 4, "num_stages": 1},
+    {"ELEMENTS": 512, "PRELOAD": 1, "PROGRAMS": 16, "num_warps": 1, "num_stages": 1},
+)
 
 
 def _kind(name: str, dtype: str) -> str:
@@ -28,30 +47,56 @@ def _kind(name: str, dtype: str) -> str:
     return "fp32" if name == "eps" else "i32:16" if name.startswith("stride") else "i32"
 
 
-def _spec(kernel: Any, use: tuple[int, int, int, str], flags: dict[str, bool]) -> CompileSpec:
-    head_dim, rotated, heads, dtype = use
+def _spec(
+    kernel: Any,
+    use: _Use,
+    launch: Mapping[str, int],
+    flags: dict[str, bool],
+    kind: str,
+    targets: tuple[str, ...],
+) -> CompileSpec:
     summed = flags.get("NEED_WEIGHT", False)
     constants: dict[str, Any] = {
-        "HEADS": heads,
-        "WEIGHTED": rotated > 0,
+        "WEIGHTED": use.rotated > 0,
         **flags,
-        **sizes_of(head_dim, rotated),
+        **constants_of(launch, use.heads, use.head_dim, use.rotated),
     }
-    absent = [] if rotated else ["weight_ptr", "cos_ptr", "sin_ptr"]
+    options = {"num_warps": constants.pop("num_warps")}
+    absent = [] if use.rotated else ["weight_ptr", "cos_ptr", "sin_ptr"]
     if kernel is rotary_backward_kernel and not summed:
         absent.append("d_weight_ptr")
     constants.update(dict.fromkeys(absent))
-    arguments = {name: _kind(name, dtype) for name in kernel.arg_names if name not in constants}
-    label = f"{dtype} {head_dim} rotated {rotated}{', d weight' if summed else ''}"
-    return CompileSpec(kernel, label, arguments, constants, OPTIONS, TARGETS)
+    arguments = {name: _kind(name, use.dtype) for name in kernel.arg_names if name not in constants}
+    label = f"{kind}{use.dtype} {use.head_dim} rotated {use.rotated}{', d weight' if summed else ''}"
+    return CompileSpec(kernel, label, arguments, constants, options, targets)
+
+
+def _launches(use: _Use) -> Iterator[tuple[Any, dict[str, bool], str]]:
+    """Kernels and their flags with which a use runs, and the kernels' names in the tables."""
+    yield rotary_forward_kernel, {}, "rotary_forward"
+    for summed in (False, True) if use.rotated else (False,):
+        yield rotary_backward_kernel, {"NEED_X": True, "NEED_WEIGHT": summed}, "rotary_backward"
 
 
 def _specs() -> Iterator[CompileSpec]:
     for use in _USES:
-        yield _spec(rotary_forward_kernel, use, {})
-        yield _spec(rotary_backward_kernel, use, _BACKWARD)
-        if use[1]:
-            yield _spec(rotary_backward_kernel, use, {**_BACKWARD, "NEED_WEIGHT": True})
+        for kernel, flags, name in _launches(use):
+            summed = flags.get("NEED_WEIGHT", False)
+            sizes = {
+                "head_dim": use.head_dim,
+                "heads": use.heads,
+                "rotated": use.rotated > 0,
+                "d_weight": summed,
+            }
+            for device in DEVICES:
+                launch = find(TILES, device, name, _DTYPES[use.dtype], sizes)
+                kind, targets = ("default ", _LEAST) if device == DEFAULT else ("", (device,))
+                yield _spec(kernel, use, launch, flags, kind, targets)
+    for use in _USES[:2]:
+        for number, launch in enumerate(_OPTIONAL, 1):
+            for kernel, flags, _ in _launches(use):
+                if kernel is rotary_forward_kernel or flags["NEED_WEIGHT"]:
+                    yield _spec(kernel, use, launch, flags, f"optional {number} ", TARGETS)
 
 
 COMPILE_SPECS = list(_specs())
