@@ -206,14 +206,16 @@ def _attention(kernel: str, sizes: Sizes, real: bool) -> Problem:
         assert eager is not None
         return eager[:2] if kernel == "attention_forward" else eager[2:]
 
-    products, tensors = {"attention_forward": (2, 2), "attention_dkdv": (4, 4), "attention_dq": (3, 3)}[
+    products, tensors = {"attention_forward": (2, 2), "attention_dkdv": (4, 4), "attention_dq": (3, 4)}[
         kernel
     ]
     own = tensors if kernel == "attention_dkdv" else 2
     moved = (2 if kernel == "attention_dkdv" else tensors) * q.numel() + own * k.numel()
     looked_up = {"head_dim": d, "same_kv": False, "window": bool(sizes["window"])}
     flop = products * 2 * heads * d * seen
-    return Problem("attention", kernel, looked_up, flop, 2 * moved, call, expected, (f"{kernel}_kernel",))
+    # delta is computed by a kernel of its own or, where a launch says so, by dq's: both count there.
+    timed = (f"{kernel}_kernel", *(["attention_delta_kernel"] if kernel == "attention_dq" else []))
+    return Problem("attention", kernel, looked_up, flop, 2 * moved, call, expected, timed)
 
 
 def _eager_attention(
@@ -267,7 +269,12 @@ def _norm(part: str, sizes: Sizes, real: bool) -> Problem:
 
     moved = (2 if part == "norm_forward" else 3) * x.numel() + angles
     kernel = {"norm_forward": "rotary_forward", "norm_backward": "rotary_backward"}[part]
-    looked_up = {"head_dim": d, "heads": heads, "rotated": d if sizes["rotary"] else 0}
+    looked_up = {
+        "head_dim": d,
+        "heads": heads,
+        "rotated": sizes["rotary"],
+        "d_weight": part == "norm_backward",
+    }
     return Problem("norm_rotary", kernel, looked_up, 0, 2 * moved, call, expected)
 
 
