@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-
 from ..compile_spec import TARGETS, CompileSpec
-from ..tile_tables import DEFAULT, DEVICES, find
+from ..tile_tables import DEFAULT, DEVICES, load
 from .gpu import TILES, constants_of
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
 
@@ -29,7 +28,7 @@ _USES = (
     _Use(512, 0, 4, "bf16"),
     _Use(80, 32, 3, "fp16"),
 )
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # The default serves no architecture that is compiled for; this one has the least shared memory.
 _LEAST = ("gfx90a",)
 # What a table may turn on, together; of the uses above those that a table would do so for.
@@ -89,9 +88,12 @@ def _specs() -> Iterator[CompileSpec]:
                 "d_weight": summed,
             }
             for device in DEVICES:
-                launch = find(TILES, device, name, _DTYPES[use.dtype], sizes)
+                table = load(TILES, device)
+                rule = next(rule for rule in table.rules[name] if rule.serves(_BYTES[use.dtype], sizes))
                 kind, targets = ("default ", _LEAST) if device == DEFAULT else ("", (device,))
-                yield _spec(kernel, use, launch, flags, kind, targets)
+                timing = table.timing(rule)
+                measured = None if timing is None else str(timing)
+                yield replace(_spec(kernel, use, rule.launch, flags, kind, targets), measured=measured)
     for use in _USES[:2]:
         for number, launch in enumerate(_OPTIONAL, 1):
             for kernel, flags, _ in _launches(use):
