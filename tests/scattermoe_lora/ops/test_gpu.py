@@ -22,6 +22,7 @@ MODULES = [
     "experts/test_module.py",
     "ops/test_attention.py",
     "ops/test_norm_rotary.py",
+    "ops/quantization/test_decode.py",
 ]
 
 

@@ -14,6 +14,7 @@ KERNELS = {
     "attention_dkdv_kernel",
     "attention_dq_kernel",
     "attention_forward_kernel",
+    "decode_kernel",
     "gate_backward_kernel",
     "gate_up_kernel",
     "grouped_matmul_kernel",
