@@ -87,6 +87,17 @@ def experts(tokens: int, count: int, size: int, rank: int, weights: bool) -> Non
     out.sum().backward()
 
 
+def decode(element: str, rows: int, columns: int, nested: int, *scales: torch.Tensor) -> None:
+    formats, stack, decoding = (
+        importlib.import_module(f"{kernel.__name__}.ops.quantization.{name}")
+        for name in ("formats", "stack", "decode")
+    )
+    layout = formats.Format(element, rows, columns, nested)
+    codes = torch.zeros(1, 1, 1, dtype=torch.uint8)
+    quantized = stack.QuantizedStack(codes, scales, layout, torch.bfloat16).check("weight")
+    decoding.decode(quantized, [0])
+
+
 experts(tokens=1, count=1, size=1, rank=1, weights=True)
 experts(tokens=1, count=3, size=16, rank=1, weights=False)
 gpu = importlib.import_module(f"{kernel.__name__}.ops.grouped_linear.gpu")
@@ -119,4 +130,7 @@ for heads, length, packed in ((1, 1, False), (1, 1, True), (2, 1, False)):
 for weight in (None, leaf(2)):
     kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight, *(2 * [torch.ones(1, 1, 2)])).sum().backward()
     kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight).sum().backward()
+decode("nf4", 0, 32, 1, torch.zeros(1, dtype=torch.uint8), torch.ones(256), torch.ones(1), torch.ones(()))
+decode("e4m3", 1, 1, 0, torch.ones(1, 1, 1))
+decode("e2m1", 1, 32, 0, torch.ones(1, 1, 1).to(torch.float8_e8m0fnu), torch.ones(1))
 print(*sorted({name for name, _ in launched}))

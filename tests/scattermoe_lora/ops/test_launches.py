@@ -15,6 +15,7 @@ KERNELS = {
     "attention_dq_kernel",
     "attention_forward_kernel",
     "count_pairs_kernel",
+    "decode_kernel",
     "gate_backward_kernel",
     "gate_up_kernel",
     "grouped_matmul_kernel",

@@ -1,0 +1,119 @@
+"""Products with quantized stacks on a CPU: those of the decoded matrices, which never exist all at once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from bits import every_code
+from helpers import error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+EXPERTS, N, K = 7, 96, 64
+
+
+@pytest.fixture(params=["nf4", "nested nf4", "float8", "mxfp4", "transposed float8"])
+def stack(request, quantization) -> Any:
+    formats, kind = quantization("formats"), request.param
+    make = quantization("stack").QuantizedStack
+    if "nf4" in kind:
+        blocks = EXPERTS * N * K // 64
+        scales: tuple[torch.Tensor, ...] = (torch.rand(blocks),)
+        if "nested" in kind:
+            codes = torch.randint(256, (blocks,), dtype=torch.uint8)
+            scales = (codes, torch.rand(256), torch.rand(-(-blocks // 256)), torch.rand(()))
+        layout = formats.Format("nf4", 0, 64, 256 if "nested" in kind else 0)
+    elif kind == "mxfp4":
+        layout, scales = formats.Format("e2m1", 1, 32), (torch.rand(EXPERTS, N, K // 32),)
+    else:
+        layout, scales = formats.Format("e4m3", 32, 32), (torch.rand(EXPERTS, N // 32, K // 32) / 100,)
+    codes = every_code(EXPERTS, N, K // layout.codes_per_byte)
+    if layout.element == "e4m3":
+        codes[(codes & 0x7F) == 0x7F] = 0
+    made = make(codes, scales, layout, torch.float32).check("w")
+    return made.mT if "transposed" in kind else made
+
+
+class Allocations(TorchDispatchMode):
+    """The largest number of bytes that results of operators held at a time, storages counted once while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, Any] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    storage.nbytes(),
+                )
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def offsets(*rows: int) -> torch.Tensor:
+    return torch.tensor([0, *rows]).cumsum(0)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward_are_those_of_the_decoded_matrices(
+    quantization, stack, dtype, installed, monkeypatch
+) -> None:
+    if installed:
+        importlib.import_module("bitsandbytes")
+        assert quantization("cpu").has_bitsandbytes()
+    else:
+        monkeypatch.setattr(quantization("cpu"), "has_bitsandbytes", lambda: False)
+    bounds = offsets(3, 0, 17, 1, 0, 40, 5)
+    dense = quantization("reference").decode(stack, dtype).double()
+    for weight, matrices in ((stack, dense), (stack.mT, dense.mT)):
+        x = torch.randn(70, weight.shape[2]).to(dtype)
+        got = quantization("product").grouped_matmul(x, weight, bounds)
+        expected = torch.zeros(70, weight.shape[1], dtype=torch.float64)
+        for e in range(EXPERTS):
+            rows = slice(int(bounds[e]), int(bounds[e + 1]))
+            expected[rows] = x[rows].double() @ matrices[e].mT
+        assert got.dtype == dtype
+        assert error(got, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(got[66:], torch.zeros(4, weight.shape[1], dtype=dtype))
+
+
+@pytest.mark.parametrize("busy", [1, EXPERTS])
+def test_one_matrix_is_held_at_a_time_and_only_those_with_rows_are_decoded(
+    quantization, stack, busy, monkeypatch
+) -> None:
+    cpu = quantization("cpu")
+    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", N * K)
+    decoded: list[int] = []
+    decode = cpu.Decoder.decode
+    monkeypatch.setattr(
+        cpu.Decoder, "decode", lambda self, e, out: (decoded.append(e), decode(self, e, out))[1]
+    )
+    bounds = offsets(*([1] * busy + [0] * (EXPERTS - busy)))
+    x = torch.randn(busy, stack.shape[2])
+    with Allocations() as allocations:
+        quantization("product").grouped_matmul(x, stack, bounds)
+    assert decoded == list(range(busy))
+    # The workspace; codes on their way to numbers, of at most 4 bytes an element; and rows and tables.
+    matrix = N * K * 4
+    assert matrix <= allocations.peak < 2.6 * matrix
+
+
+def test_matrices_are_asked_for_one_at_a_time(quantization, stack) -> None:
+    matrices = quantization("product").Matrices(stack, torch.float32)
+    assert len(matrices) == EXPERTS
+    assert torch.equal(matrices[2], quantization("reference").decode(stack)[2])
+    with pytest.raises(TypeError, match="share a workspace: ask for one at a time"):
+        matrices[:2]
