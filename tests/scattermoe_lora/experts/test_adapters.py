@@ -660,12 +660,31 @@ def test_what_is_no_adapter_is_refused(kernel: ModuleType, good: dict[str, Path]
         (tmp_path / "broken" / file).write_text(content)
         with pytest.raises(ValueError, match=message):
             kernel.convert_adapter(tmp_path / "broken", tmp_path / "out")
+    config = json.loads((good["per_expert"] / "adapter_config.json").read_text())
+    (tmp_path / "broken/adapter_config.json").write_text(
+        json.dumps({**config, "rank_pattern": {"experts.(": 4}})
+    )
+    with pytest.raises(
+        ValueError, match=r"rank_pattern: expected names or regular expressions, got 'experts\.\('"
+    ):
+        kernel.convert_adapter(tmp_path / "broken", tmp_path / "out")
     (tmp_path / "broken/adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"broken: adapter_model.safetensors: expected .*, got none"):
         kernel.convert_adapter(tmp_path / "broken", tmp_path / "out")
     with pytest.raises(ValueError, match="layout: expected 'per_expert' or 'peft', got 'vllm'"):
         kernel.convert_adapter(good["per_expert"], tmp_path / "out", layout="vllm")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_an_adapter_can_be_written_into_the_current_directory(
+    kernel: ModuleType, good: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kernel.convert_adapter(good["per_expert"], ".")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_nothing_is_replaced(kernel: ModuleType, good: dict[str, Path], tmp_path: Path) -> None:

@@ -135,6 +135,12 @@ def _read_config(file: Path) -> dict[str, Any]:
     }.items():
         if not isinstance(number, (int, float)):
             raise error(file, key, "a number", number)
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(setting) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise error(file, setting, "names or regular expressions", f"{pattern!r}, {e}") from e
     return config
 
 
@@ -177,6 +183,8 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torc
     """Writes an adapter beside its place and renames it there, so that no half of one is ever found."""
     from safetensors.torch import save_file
 
+    # Resolved, for "." has no name.
+    directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = directory.with_name(f".{directory.name}.{os.getpid()}")
     beside.mkdir()

@@ -1,8 +1,8 @@
 """Native CPU implementation: a few experts at a time, their whole chain while their rows are in cache.
 
-Nothing of size ``S x H`` is ever allocated: rows are gathered for the experts at hand and summed straight into the
-output, and the backward recomputes the activation from the gate/up projection, the one large intermediate that the
-forward keeps.
+Nothing of size ``S x H`` is allocated unless one expert has all rows: rows are gathered for the experts at hand and
+summed straight into the output, and the backward recomputes the activation from the gate/up projection, the one large
+intermediate that the forward keeps.
 """
 
 from __future__ import annotations
