@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,21 @@ def test_a_build_with_nothing_changed_writes_nothing(make_kernel):
     again = build(load_spec(root))
     assert files(again.directory) == before
     assert again == first
+
+
+def test_a_build_parses_each_file_once(make_kernel, monkeypatch):
+    root, parsed = make_kernel(), Counter()
+    parse = ast.parse
+
+    def counted(source, filename="<unknown>", *arguments, **options):
+        parsed[Path(filename)] += 1
+        return parse(source, filename, *arguments, **options)
+
+    monkeypatch.setattr(ast, "parse", counted)
+    build(load_spec(root))
+    assert {path: parsed[path] for path in (root / "torch-ext").rglob("*.py")} == dict.fromkeys(
+        (root / "torch-ext").rglob("*.py"), 1
+    )
 
 
 def test_new_content_of_the_same_size_and_time_is_built(make_kernel):

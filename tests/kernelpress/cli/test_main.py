@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -74,25 +73,6 @@ def test_bad_input_ends_in_one_message_and_no_traceback(make_kernel, changed, ar
 
 def test_the_version_is_the_installed_one():
     assert re.fullmatch(r"kernelpress \d+\.\d+\.\d+\S*\n", kernelpress("--version").stdout)
-
-
-def test_build_takes_at_most_two_seconds_of_the_processor(make_kernel):
-    root = make_kernel(
-        **{
-            f"torch-ext/demo_kernel/m{n}.py": "import torch\n\n\ndef f(x):\n    return torch.ops.aten.mm(x, x)\n"
-            for n in range(30)
-        }
-    )
-    kernelpress("build", str(root))
-    start = processor_seconds_of_children()
-    assert kernelpress("build", str(root)).returncode == 0
-    # Not by the clock, since this machine may be doing other things; and twice the goal, since it may be a slow one.
-    assert processor_seconds_of_children() - start < 4
-
-
-def processor_seconds_of_children() -> float:
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return spent.ru_utime + spent.ru_stime
 
 
 def test_a_hub_is_served_until_interrupted(tmp_path):

@@ -49,11 +49,11 @@ def found_in(make_kernel, text: str) -> list[Finding]:
 )  # fmt: skip
 def test_a_breach_is_found_where_it_stands(make_kernel, text, code, line):
     other = {f"{PACKAGE}/other.py": "from . import extra\n"} if code == "KP307" else {}
-    found = source_findings(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other))
-    assert [each.code for each in found] == [code]
-    assert found[0].severity in ("error", RULES[code].severity, "warning")
+    findings = source_findings(make_kernel(**{f"{PACKAGE}/extra.py": text}, **other))
+    assert [finding.code for finding in findings] == [code]
+    assert findings[0].severity in ("error", RULES[code].severity, "warning")
     if line is not None:
-        assert (found[0].path.name, found[0].line) == ("extra.py", line)
+        assert (findings[0].path.name, findings[0].line) == ("extra.py", line)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_what_is_allowed_is_no_finding(make_kernel, text):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python refuses it by itself")
 @pytest.mark.parametrize("text", ["d[*a]", "d[1, *a]", "d[1:2, *a]", "d[(a), *(a)]", "d[\n  *a, # why\n]"])
 def test_a_star_in_a_subscript_is_newer_syntax(make_kernel, text):
-    found = found_in(make_kernel, f"a, d = (1,), {{}}\n\n\ndef f():\n    return {text}\n")
-    assert [(each.code, each.path.name) for each in found] == [("KP301", "extra.py")]
-    assert found[0].line in (5, 6)
+    findings = found_in(make_kernel, f"a, d = (1,), {{}}\n\n\ndef f():\n    return {text}\n")
+    assert [(finding.code, finding.path.name) for finding in findings] == [("KP301", "extra.py")]
+    assert findings[0].line in (5, 6)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python refuses it by itself")
@@ -91,15 +91,15 @@ def test_newer_syntax_is_found_wherever_temporary_files_are_kept(make_kernel, tm
     temporary.mkdir(parents=True)
     (tmp_path / "pyproject.toml").write_text("[tool.ruff]\ntarget-version = 'py313'\nexclude = ['*']\n")
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    found = found_in(make_kernel, "# ruff: noqa\na, d = (1,), {}\nx = d[*a]  # noqa\n")
-    assert [(finding.code, finding.line) for finding in found] == [("KP301", 3)]
-    assert "syntax was added in Python 3.11" in found[0].message
+    findings = found_in(make_kernel, "# ruff: noqa\na, d = (1,), {}\nx = d[*a]  # noqa\n")
+    assert [(finding.code, finding.line) for finding in findings] == [("KP301", 3)]
+    assert "syntax was added in Python 3.11" in findings[0].message
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python refuses it by itself")
 def test_a_star_in_an_annotation_is_newer_syntax(make_kernel):
-    found = found_in(make_kernel, "x = 1\n\n\ndef f(*args: *tuple[int]):\n    pass\n")
-    assert [(each.code, each.line) for each in found] == [("KP301", 4)]
+    findings = found_in(make_kernel, "x = 1\n\n\ndef f(*args: *tuple[int]):\n    pass\n")
+    assert [(finding.code, finding.line) for finding in findings] == [("KP301", 4)]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_a_star_in_an_annotation_is_newer_syntax(make_kernel):
     ],
 )
 def test_what_fstrings_may_hold_since_python_3_12_is_newer_syntax(make_kernel, text):
-    found = found_in(make_kernel, f"a, d = (1,), {{}}\nx = {text}\n")
-    assert {finding.code for finding in found} == {"KP301"}
-    assert found[0].line in (2, 3)
+    findings = found_in(make_kernel, f"a, d = (1,), {{}}\nx = {text}\n")
+    assert {finding.code for finding in findings} == {"KP301"}
+    assert findings[0].line in (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -139,24 +139,24 @@ def test_what_python_3_10_reads_is_no_newer_syntax(make_kernel, text):
 
 
 def test_names_that_differ_in_case_alone_are_found(make_kernel):
-    found = source_findings(make_kernel(**{f"{PACKAGE}/A.py": "", f"{PACKAGE}/a.py": ""}))
-    assert [each.code for each in found] == ["KP107"]
+    findings = source_findings(make_kernel(**{f"{PACKAGE}/A.py": "", f"{PACKAGE}/a.py": ""}))
+    assert [finding.code for finding in findings] == ["KP107"]
 
 
 def test_sources_that_cannot_be_read_are_a_finding_too(make_kernel):
-    (found,) = found_in(make_kernel, "def f(:\n")
-    assert (found.code, found.line) == ("KP002", 1)
+    (finding,) = found_in(make_kernel, "def f(:\n")
+    assert (finding.code, finding.line) == ("KP002", 1)
 
 
 def test_optional_integrations_are_listed(make_kernel):
     text = "def f():\n    import transformers.utils\ntry:\n    import peft\nexcept ImportError:\n    pass\n"
-    made = build(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text})))
-    assert optional_packages(made.outside, made.spec) == ("peft", "transformers")
+    kernel = build(load_spec(make_kernel(**{f"{PACKAGE}/extra.py": text})))
+    assert optional_packages(kernel.outside, kernel.spec) == ("peft", "transformers")
 
 
 def test_a_declared_dependency_may_be_imported(make_kernel):
     root = make_kernel(**{f"{PACKAGE}/extra.py": "import einops\n"})
-    assert [each.code for each in source_findings(root)] == ["KP303"]
+    assert [finding.code for finding in source_findings(root)] == ["KP303"]
     text = (root / "build.toml").read_text()
     (root / "build.toml").write_text(text.replace("edition = 5", 'edition = 5\npython-depends = ["einops"]'))
     assert source_findings(root) == []
@@ -218,15 +218,15 @@ def test_every_rule_is_explained_and_a_near_miss_is_helped():
 
 
 def test_findings_are_printed_by_file_as_json_and_as_annotations(make_kernel):
-    found = found_in(make_kernel, "import numpy\nimport scipy\n")
-    text = render(found, "text")
+    findings = found_in(make_kernel, "import numpy\nimport scipy\n")
+    text = render(findings, "text")
     assert text.count("[bold]") == 1
     assert "extra.py:2: KP303 scipy" in text
-    assert [each["line"] for each in json.loads(render(found, "json"))] == [1, 2]
-    first = render(found, "github").splitlines()[0]
+    assert [finding["line"] for finding in json.loads(render(findings, "json"))] == [1, 2]
+    first = render(findings, "github").splitlines()[0]
     assert first.startswith("::error file=")
     assert ",line=1,title=KP303::numpy" in first
-    assert summary(found) == "2 errors"
+    assert summary(findings) == "2 errors"
 
 
 def test_annotations_are_escaped():

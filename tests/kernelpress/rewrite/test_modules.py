@@ -33,14 +33,14 @@ def test_a_name_from_another_module_is_changed_where_it_is_written(names, ops, w
 
 
 def test_a_name_is_followed_through_modules_that_pass_it_on():
-    made = package(
+    output = package(
         init=DEFINES,
         a__b='X = "demo::one"',
         a__init="from .b import X as Y",
         c="from demo.a import Y\nZ = Y",
         d="from .c import Z\nfrom torch.library import register_fake\nregister_fake(Z)",
     )
-    assert made["a/b.py"] == 'X = "NEW::one"\n'
+    assert output["a/b.py"] == 'X = "NEW::one"\n'
 
 
 @pytest.mark.parametrize(
@@ -66,19 +66,19 @@ def test_operators_of_another_module_and_of_the_generated_one_are_left_alone():
     ops = "import torch\n@torch.library.custom_op('demo::two')\ndef op(): ...\n"
     use = (
         "from torch.library import register_fake\nfrom .ops import op\nfrom . import ops as o, _ops\n"
-        "from ._ops import ops as made\nregister_fake(op)\nregister_fake(o.op._opoverload)\n"
-        "register_fake(made.two)\nregister_fake(_ops.ops.two)\n"
+        "from ._ops import ops as theirs\nregister_fake(op)\nregister_fake(o.op._opoverload)\n"
+        "register_fake(theirs.two)\nregister_fake(_ops.ops.two)\n"
     )
     assert package(ops=ops, use=use)["use.py"] == f"{use}\n"
 
 
 def test_another_module_may_take_a_name_for_all_operators():
-    made = package(
+    output = package(
         init=DEFINES,
         compat="import torch\nT = torch.ops",
         use="from .compat import T\nfrom . import compat\nT.demo.one(x), compat.T.demo.one(x)",
     )
-    assert made["use.py"].endswith("T.NEW.one(x), compat.T.NEW.one(x)\n")
+    assert output["use.py"].endswith("T.NEW.one(x), compat.T.NEW.one(x)\n")
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_another_module_may_take_a_name_for_all_operators():
 )  # fmt: skip
 def test_what_a_module_hands_on_of_pytorchs_is_known_in_those_that_import_it(compat, use):
     deep = "from torch import library as lib, ops as oops\nLib = lib.Library"
-    made = package(init=DEFINES.replace("demo", "spot"), compat=compat, deep=deep, use=use)
-    assert "spot" not in "".join(made.values())
+    output = package(init=DEFINES.replace("demo", "spot"), compat=compat, deep=deep, use=use)
+    assert "spot" not in "".join(output.values())
 
 
 def test_a_module_named_torch_in_the_package_is_not_pytorch():
     use = "from .torch import ops\nfrom . import torch as t\nops.demo.one, t.ops.demo.one\n"
-    made = package(init=DEFINES, torch="class ops:\n    class demo:\n        one = 1", use=use)
-    assert made["use.py"] == f"{use}\n"
+    output = package(init=DEFINES, torch="class ops:\n    class demo:\n        one = 1", use=use)
+    assert output["use.py"] == f"{use}\n"
 
 
 WRAPPER = """import torch
@@ -146,9 +146,9 @@ def my_op(name, fn=None, /, *, kind="", **kwargs):
     ],
 )  # fmt: skip
 def test_a_name_that_a_function_hands_on_is_followed_to_its_callers(wrapper, use):
-    made = package(init=DEFINES.replace("demo", "spot"), use=use, wrap=wrapper)
-    assert "spot" not in "".join(made.values())
-    assert made["wrap.py"] == f"{wrapper}\n".replace("spot", "NEW")
+    output = package(init=DEFINES.replace("demo", "spot"), use=use, wrap=wrapper)
+    assert "spot" not in "".join(output.values())
+    assert output["wrap.py"] == f"{wrapper}\n".replace("spot", "NEW")
 
 
 def test_a_function_that_hands_names_on_may_be_exported_lazily():
@@ -156,8 +156,8 @@ def test_a_function_that_hands_names_on_may_be_exported_lazily():
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .wrap import my_op\n"
         "def __getattr__(name):\n    if name == 'my_op':\n        from .wrap import my_op\n        return my_op\n"
     )
-    made = package(wrap=WRAPPER, init=lazy, use="from . import my_op\n@my_op('demo::two')\ndef f(x): ...")
-    assert "demo" not in "".join(made.values())
+    output = package(wrap=WRAPPER, init=lazy, use="from . import my_op\n@my_op('demo::two')\ndef f(x): ...")
+    assert "demo" not in "".join(output.values())
 
 
 def test_a_name_made_by_the_helper_may_be_given_to_a_function_that_hands_it_on():

@@ -27,15 +27,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def fetch(requirement: str) -> Path:
         where = tmp_path_factory.mktemp(requirement.partition("=")[0])
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "--dest", str(where), requirement],
             capture_output=True,
             text=True,
             timeout=600,
             check=False,
         )
-        if done.returncode:
-            pytest.skip(f"{requirement} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}")
+        if process.returncode:
+            pytest.skip(f"{requirement} cannot be downloaded: {process.stderr.strip().splitlines()[-1:]}")
         (archive,) = where.glob("*.whl")
         with zipfile.ZipFile(archive) as opened:
             opened.extractall(where / "unpacked")
@@ -51,10 +51,10 @@ def test_ligers_operators_load_as_a_kernel(wheel, tmp_path, run_clean):
         tmp_path, source_dir=top / "liger_kernel/ops", package="liger_kernel.ops", name="liger-ops",
         license="BSD-2-Clause", include=include,
     )  # fmt: skip
-    made = build(spec)
+    kernel = build(spec)
     names = ["LigerRMSNormFunction", "LigerSiLUMulFunction", "LigerCrossEntropyFunction"]
-    done = run_clean(LOAD, str(made.directory / "torch-cpu"), *names)
-    assert done.stdout == "[True, True, True]\n", done.stderr
+    process = run_clean(LOAD, str(kernel.directory / "torch-cpu"), *names)
+    assert process.stdout == "[True, True, True]\n", process.stderr
 
 
 def test_without_its_neighbours_liger_is_refused_line_by_line(wheel, tmp_path):
@@ -64,12 +64,12 @@ def test_without_its_neighbours_liger_is_refused_line_by_line(wheel, tmp_path):
     )
     with pytest.raises(FindingsError) as caught:
         build(spec)
-    for each in caught.value.blocking:
-        assert each.code == "KP302"
-        assert each.line is not None
-        said = each.path.read_text("utf-8").splitlines()[each.line - 1]
-        assert "import" in said
-        assert each.message.split()[0] in said, "the line is the one that imports the module it names"
+    for finding in caught.value.blocking:
+        assert finding.code == "KP302"
+        assert finding.line is not None
+        line = finding.path.read_text("utf-8").splitlines()[finding.line - 1]
+        assert "import" in line
+        assert finding.message.split()[0] in line, "the line is the one that imports the module it names"
     assert len(caught.value.blocking) > 50
 
 
@@ -80,12 +80,12 @@ def test_axolotls_scattermoe_lora_loads_as_a_kernel(wheel, tmp_path, run_clean):
         tmp_path, source_dir=top.joinpath(*dotted.split(".")), package=dotted, name="ax-scattermoe",
         license="Apache-2.0", include=["axolotl/utils/logging.py", "axolotl/utils/weight_conversions.py"],
     )  # fmt: skip
-    made = build(spec)
+    kernel = build(spec)
     assert "scattermoe::" not in "".join(
-        file.data.decode() for file in made.variants[0].files if "kernels/" in file.path
+        file.data.decode() for file in kernel.variants[0].files if "kernels/" in file.path
     )
-    done = run_clean(LOAD, str(made.directory / "torch-cpu"), "parallel_linear", "ScatterMoELoRA")
-    assert done.stdout == "[True, True]\n", done.stderr
+    process = run_clean(LOAD, str(kernel.directory / "torch-cpu"), "parallel_linear", "ScatterMoELoRA")
+    assert process.stdout == "[True, True]\n", process.stderr
 
 
 def test_flas_gla_says_which_import_by_name_keeps_it_from_loading(wheel, tmp_path, run_clean):
@@ -105,15 +105,18 @@ def test_flas_gla_says_which_import_by_name_keeps_it_from_loading(wheel, tmp_pat
     written = "f'fla.ops.{operation}.backends'"
     assert text.count(written) == 1
     backends.write_text(text.replace(written, "f'{__name__}.ops.{operation}.backends'"), "utf-8")
-    made = build(spec)
-    done = run_clean(LOAD, str(made.directory / "torch-cpu"), "chunk_gla")
-    assert "No module named 'fla'" in done.stderr
+    kernel = build(spec)
+    process = run_clean(LOAD, str(kernel.directory / "torch-cpu"), "chunk_gla")
+    assert "No module named 'fla'" in process.stderr
     by_name = [
-        each for each in made.findings if each.code == "KP305" and each.path == top / "fla/__init__.py"
+        finding
+        for finding in kernel.findings
+        if finding.code == "KP305" and finding.path == top / "fla/__init__.py"
     ]
-    (found,) = by_name
-    assert found.line is not None
+    (finding,) = by_name
+    assert finding.line is not None
     assert (
-        "importlib.import_module(module_name)" in found.path.read_text("utf-8").splitlines()[found.line - 1]
+        "importlib.import_module(module_name)"
+        in finding.path.read_text("utf-8").splitlines()[finding.line - 1]
     )
-    assert f'_vendor/fla/__init__.py", line {found.line}' in done.stderr, "the very line that then fails"
+    assert f'_vendor/fla/__init__.py", line {finding.line}' in process.stderr, "the very line that then fails"

@@ -124,8 +124,8 @@ def test_a_namespace_known_only_at_run_time_is_refused_with_its_line(text):
 )
 def test_an_operator_named_where_nothing_is_known_to_take_it_is_a_warning_with_its_line(text):
     file = SourceFile("__init__.py", f"{DEFINES}import torch\n{text}\n".encode())
-    (found,) = rewrite([file], "demo", HERE).findings
-    assert (found.code, found.severity, found.line) == ("KP304", "warning", 4 + text.count("\n"))
+    (finding,) = rewrite([file], "demo", HERE).findings
+    assert (finding.code, finding.severity, finding.line) == ("KP304", "warning", 4 + text.count("\n"))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,10 @@ def test_an_operator_itself_may_be_handed_on():
     ],
 )
 def test_an_operator_of_the_module_may_be_handed_on(text):
-    assert "register_fake(op" in (made := rewritten(f"{DEFINES}import torch\n{text}\n")) or "demo" not in made
+    assert (
+        "register_fake(op" in (output := rewritten(f"{DEFINES}import torch\n{text}\n"))
+        or "demo" not in output
+    )
 
 
 @pytest.mark.parametrize(
@@ -390,9 +393,9 @@ def test_a_constant_of_another_library_s_namespace_may_be_used_for_anything(name
         if namespace == "aten"
         else "OWN = 'demo'\ngetattr(torch.ops, OWN)\n"
     )
-    made = rewritten(text)
-    assert f"NS = '{namespace}'" in made
-    assert "'demo'" not in made
+    output = rewritten(text)
+    assert f"NS = '{namespace}'" in output
+    assert "'demo'" not in output
 
 
 @pytest.mark.parametrize(

@@ -184,8 +184,8 @@ def test_a_module_imports_the_same_in_place_and_in_the_kernel(
     ],
 )
 def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
-    found = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
-    assert [(each.code, each.line) for each in found] == [("KP302", line)]
+    findings = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
+    assert [(finding.code, finding.line) for finding in findings] == [("KP302", line)]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_a_module_of_the_project_that_does_not_ship_is_found(text, line):
     ],
 )
 def test_a_module_named_in_a_way_that_cannot_be_followed_is_refused(text):
-    found = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
-    assert [(each.code, each.severity, each.line) for each in found] == [("KP305", "error", 2)]
+    findings = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
+    assert [(finding.code, finding.severity, finding.line) for finding in findings] == [("KP305", "error", 2)]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,10 @@ def test_a_module_named_in_a_way_that_cannot_be_followed_is_refused(text):
     ],
 )
 def test_a_function_that_imports_and_is_passed_on_is_a_warning_with_its_line(text):
-    found = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
-    assert [(each.code, each.severity, each.line) for each in found] == [("KP305", "warning", 2)]
+    findings = rewrite([SourceFile("a.py", text.encode())], ModuleMap("p.q"), Path("q")).findings
+    assert [(finding.code, finding.severity, finding.line) for finding in findings] == [
+        ("KP305", "warning", 2)
+    ]
 
 
 @pytest.mark.parametrize(

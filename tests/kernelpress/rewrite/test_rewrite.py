@@ -130,9 +130,9 @@ def test_one_string_for_a_namespace_and_for_a_module_is_refused_with_its_line():
     ],
 )
 def test_a_use_gets_the_new_namespace_in_every_form(before, after):
-    made = rewritten(f"{DEFINES}import torch\n{before}\n")
-    assert after in made
-    assert "demo" not in made
+    output = rewritten(f"{DEFINES}import torch\n{before}\n")
+    assert after in output
+    assert "demo" not in output
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_a_local_name_hides_one_of_the_module():
         "def f():\n    NAME = 'demo::one'\n    torch.library.register_fake(NAME)\n"
         "def g(NAME='demo::one'):\n    return NAME\n"
     )
-    made = rewritten(text)
-    assert "NAME = 'demo::one is a text'" in made
-    assert "    NAME = 'NEW::one'" in made
-    assert "g(NAME='demo::one')" in made
+    output = rewritten(text)
+    assert "NAME = 'demo::one is a text'" in output
+    assert "    NAME = 'NEW::one'" in output
+    assert "g(NAME='demo::one')" in output
 
 
 def test_variables_assigned_over_and_over_from_one_another_take_no_time():
@@ -277,8 +277,10 @@ def test_an_import_that_binds_the_package_finds_it_under_any_name(tmp_path, run_
     for file in result.files:
         (tmp_path / "_demo_1" / file.path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "_demo_1" / file.path).write_bytes(file.render("NEW"))
-    done = run_clean(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import _demo_1; print(_demo_1.f())")
-    assert done.stdout == "(5, 5, '/')\n", done.stderr
+    process = run_clean(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import _demo_1; print(_demo_1.f())"
+    )
+    assert process.stdout == "(5, 5, '/')\n", process.stderr
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Container, Iterator
+from collections.abc import Container
 
 from kernelpress.rewrite.op_names import IN_PIECES, RUN_TIME_NAMESPACE, RUN_TIME_OPERATOR, NameReader
 from kernelpress.rewrite.references import OpReferences, Problem, Reference, Wrapped, Wrapper
@@ -19,12 +19,13 @@ from kernelpress.rewrite.torch_library import (
     is_library_method,
     naming_argument,
 )
-from kernelpress.rewrite.variables import WordVisitor, words_pattern
+from kernelpress.rewrite.variables import WordVisitor, body_span, words_pattern
 from kernelpress.syntax.expressions import unpacks
 from kernelpress.syntax.scopes import Module, Scope
 
 # Beginnings of the full names that matter; whoever names `torch` alone goes on with another word.
 _INTEREST = ("torch.library", "torch.ops", "torch._")
+_WORDS = frozenset(("ops", "_ops", "library", "_library", "_C", "define", "impl"))
 _GETATTR = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr"))
 _TYPE_CHECKS = frozenset(("builtins.isinstance", "builtins.issubclass", "typing.cast"))
 
@@ -60,9 +61,8 @@ class OpReferenceFinder(WordVisitor):
     """Collects the references that one module makes, which may be to constants of others."""
 
     def __init__(self, module: Module, resolver: Resolver, collected: OpReferences) -> None:
-        words = {"ops", "_ops", "library", "_library", "_C", "define", "impl"}
-        words.update(_names_of_interest(module.scope, resolver, collected.wrappers))
-        super().__init__(module, None if module.stars else words_pattern(words))
+        words = _words(module.scope, resolver, collected.wrappers, _WORDS) if not module.stars else None
+        super().__init__(module, words_pattern(words) if words else None)
         self.resolver = resolver
         self.collected = collected
         self.reader = NameReader(module, resolver, collected)
@@ -231,15 +231,22 @@ class OpReferenceFinder(WordVisitor):
         super().visit_FunctionDef(node)
 
 
-def _names_of_interest(scope: Scope, resolver: Resolver, wrappers: Container[str]) -> Iterator[str]:
-    """Names in a scope, and those within it, that stand for PyTorch's workings or for something in the package."""
-    for name, bindings in scope.bindings.items():
-        fulls = resolver.names(ast.Name(name, ast.Load()), scope)
-        if any(
-            full.startswith(_INTEREST) or (resolver.is_own(full) and ":" not in full) or full in wrappers
-            for full in fulls
-        ):
-            yield name
+def _words(
+    scope: Scope, resolver: Resolver, wrappers: Container[str], words: frozenset[str]
+) -> frozenset[str]:
+    """Words of which a statement has one that matters, with the names for PyTorch's workings in a scope and within."""
+    names = {
+        name
+        for name in scope.bindings
+        for full in resolver.names(ast.Name(name, ast.Load()), scope)
+        if full.startswith(_INTEREST) or (resolver.is_own(full) and ":" not in full) or full in wrappers
+    }
+    words |= names
+    file = scope.module.file
+    pattern = words_pattern(words | {"import"})
+    for bindings in list(scope.bindings.values()):
         for binding in bindings:
-            if isinstance(binding, ast.stmt):
-                yield from _names_of_interest(scope.module.within(binding, scope), resolver, wrappers)
+            # A function without any of the words gives nothing that matters a name.
+            if isinstance(binding, ast.stmt) and pattern.search(file.data, *body_span(file, binding)):
+                words |= _words(scope.module.within(binding, scope), resolver, wrappers, words)
+    return words

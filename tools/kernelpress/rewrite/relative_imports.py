@@ -8,12 +8,13 @@ import tokenize
 from dataclasses import dataclass
 
 from kernelpress.rewrite.resolve import Resolver
+from kernelpress.rewrite.variables import WordVisitor, words_pattern
 from kernelpress.source.module_map import VENDOR, ModuleMap
 from kernelpress.syntax.dynamic_imports import IMPORTERS, Named, may_name, named, readings
 from kernelpress.syntax.execution import When, execution_times
 from kernelpress.syntax.expressions import first_literal
 from kernelpress.syntax.imports import Import
-from kernelpress.syntax.scopes import Module, ScopedVisitor
+from kernelpress.syntax.scopes import Module
 from kernelpress.syntax.text import Edit
 
 # The name of a kernel's top module is the first part of any of its modules' names.
@@ -50,15 +51,15 @@ def find_imports(module: Module, resolver: Resolver, module_map: ModuleMap) -> I
     )
 
 
-class _ImportVisitor(ScopedVisitor):
+class _ImportVisitor(WordVisitor):
     def __init__(self, module: Module, resolver: Resolver, module_map: ModuleMap) -> None:
-        super().__init__(module)
+        self.calls = may_name(module.file.data)
+        super().__init__(module, None if self.calls else words_pattern({"import"}))
         self.resolver = resolver
         self.module_map = module_map
         self.text = module.file.text
         self.path = module.file.path
         self.depth = self.path.count("/")
-        self.calls = may_name(module.file.data)
         self.in_text = 0
         # Expressions that stand for a function that imports, and are called or assigned.
         self.followed: set[int] = set()

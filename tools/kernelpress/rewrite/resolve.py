@@ -12,7 +12,7 @@ from kernelpress.syntax.source_file import SourceFile
 
 # Variables that one expression's value may go through; one that goes through more is not known.
 MOST_VARIABLES = 200
-_CONTAINERS = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.BinOp, ast.BoolOp, ast.IfExp)
+CONTAINERS = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.BinOp, ast.BoolOp, ast.IfExp)
 _CONSTRUCTORS = frozenset(("dict", "frozenset", "list", "set", "sorted", "tuple"))
 _Partial = dict[tuple[int, str], frozenset[str]]
 
@@ -171,14 +171,16 @@ class Resolver:
                 break
         return pieces
 
-    def texts(self, node: ast.expr, scope: Scope, *, code: bool) -> Iterator[tuple[ast.Constant, Scope]]:
-        """The strings that an expression's value may be made of, with those that its variables are assigned.
+    def texts(
+        self, node: ast.expr, scope: Scope, into: tuple[type[ast.expr], ...] = ()
+    ) -> Iterator[tuple[ast.Constant, Scope]]:
+        """The strings that an expression's value may be, or be made of, with those that its variables are assigned.
 
         Args:
             node: The expression.
             scope: Its scope.
-            code: Follow calls as well, and what a dictionary holds: the whole may be a text that is put together.
-                Otherwise the strings are what one may compare with: the elements of a container and keys.
+            into: Expressions whose parts are followed: none, those in ``CONTAINERS`` (of a dictionary the keys), or
+                all, since any may put a text together.
         """
         pending = [(node, scope)]
         visited: set[int] = set()
@@ -191,14 +193,15 @@ class Resolver:
             if isinstance(node, ast.Constant):
                 if isinstance(node.value, str):
                     yield node, scope
-            elif values or (isinstance(node, ast.Attribute | ast.Subscript) and not code):
+            elif values:
                 pending += values
-            elif code or isinstance(node, _CONTAINERS):
-                children = (
-                    node.keys if isinstance(node, ast.Dict) and not code else ast.iter_child_nodes(node)
-                )
+            elif into is CONTAINERS and isinstance(node, ast.Subscript):
+                pending.append((node.value, scope))
+            elif isinstance(node, into):
+                keys = node.keys if isinstance(node, ast.Dict) and into is CONTAINERS else None
+                children = ast.iter_child_nodes(node) if keys is None else keys
                 pending += [(child, scope) for child in children if isinstance(child, ast.expr)]
-            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in _CONSTRUCTORS:
+            elif into and isinstance(node, ast.Call) and getattr(node.func, "id", "") in _CONSTRUCTORS:
                 pending += [(argument, scope) for argument in node.args]
 
     def _values(self, node: ast.expr, scope: Scope) -> list[tuple[ast.expr, Scope]]:

@@ -8,11 +8,11 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
 from kernelpress.rewrite.references import OpReferences, Problem
-from kernelpress.rewrite.resolve import Resolver
+from kernelpress.rewrite.resolve import CONTAINERS, Resolver
 from kernelpress.rewrite.torch_library import LIBRARY_METHODS
 from kernelpress.rewrite.variables import WordVisitor, variables_at, words_pattern
 from kernelpress.syntax.expressions import first_literal
-from kernelpress.syntax.scopes import Module
+from kernelpress.syntax.scopes import Module, Scope
 
 # Functions that take code, a pattern, or the dotted name of something, as text.
 _READERS = frozenset(
@@ -24,6 +24,8 @@ _READERS = frozenset(
 _READS = re.compile(rb"\b(?:%s)\s*\(|\b__(?:name|module|package)__\b" % "|".join(sorted(_READERS)).encode())
 _LOOKUPS = frozenset(("__contains__", "__getitem__", "get", "index", "pop", "setdefault"))
 TESTS = frozenset(("startswith", "removeprefix"))
+# A value that a variable or a caller gets as it is.
+_PASSED = (ast.Constant, ast.Name, ast.Attribute)
 _MODULE_NAMES = frozenset(("__name__", "__module__", "__package__"))
 # Methods of a log, and functions, that show text to somebody.
 _SHOWS = frozenset(
@@ -46,8 +48,8 @@ def find_names_in_text(
 ) -> dict[str, set[int]]:
     """Find operators of the package that are named in text, which become problems of ``operators``, and its modules.
 
-    Strings that name an operator count wherever they stand, but for what is only shown or returned, and those that
-    are a mere namespace where they are compared or looked up.
+    Strings that name an operator count wherever they or their variables stand, but for what is only shown or returned,
+    and those that are a mere namespace where they are compared or looked up.
 
     Args:
         resolver: The package's modules.
@@ -101,26 +103,28 @@ class _TextVisitor(WordVisitor):
         self.starts = sorted(operators.starts(module.file.path))
         names = "|".join(sorted(map(re.escape, own))) or r"(?!)"
         # A name or a schema as a whole, or the beginning of a name; and as graphs of torch.fx have it.
-        self.whole = re.compile(rf"(?:{names})(?:::\S*|::\w+(?:\.\w+)?\(.*|\.\w+\.default)", re.DOTALL)
+        self.whole = re.compile(rf"({names})(?:::\S*|::\w+(?:\.\w+)?\(.*|\.\w+\.default)", re.DOTALL)
         self.in_code = re.compile(rf"(?:\bops\.(?=\w+\.)|\b(?=\w+::))(?:{names})\b")
         projects = "|".join(sorted(map(re.escape, tops)))
         self.in_modules = re.compile(rf"(?:^|\bimport\s+|\bfrom\s+)(?:{projects})(?:\.\w|:(?!:)|\s|$)")
         self.module_lines: set[int] = set()
+        self.passed: set[int] = set()
         # Arguments of what may be a method of a `Library`.
         self.registering: set[int] = set()
 
     def visit(self, node: ast.AST) -> None:
-        """Leave out what is only shown or returned."""
+        """Leave out what is only shown, or returned, or given to a variable, whose uses count."""
         if isinstance(node, ast.Raise) or (
             isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         ):
             return
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant):
-            return
+        if isinstance(node, ast.Return | ast.Assign | ast.AnnAssign):
+            self.passed.add(id(node.value))
         if isinstance(node, ast.expr):
             if shows(node):
                 return
-            self.name(node)
+            if not (id(node) in self.passed and isinstance(node, _PASSED)):
+                self.name(node)
             self.attribute_of_ops(node)
         if isinstance(node, ast.Call):
             self.code(node)
@@ -142,6 +146,11 @@ class _TextVisitor(WordVisitor):
             index = bisect_left(self.starts, start)
             if index == len(self.starts) or self.starts[index] >= end:
                 self.note(node, registers=id(node) in self.registering)
+        if isinstance(getattr(node, "ctx", None), ast.Load):
+            for literal, scope in self.resolver.texts(node, self.scope):
+                file, match = scope.module.file, self.whole.fullmatch(str(literal.value))
+                if match and file.text.literal(literal, match[1]) not in self.operators.starts(file.path):
+                    self.note(node, registers=id(node) in self.registering)
 
     def attribute_of_ops(self, node: ast.expr) -> None:
         """Note an operator of an ``ops`` that may be any."""
@@ -157,28 +166,31 @@ class _TextVisitor(WordVisitor):
         arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
         if function in LIBRARY_METHODS or function in self.operators.registrars:
             self.registering.update(map(id, arguments))
-        if function in _READERS:
-            texts = [
-                str(literal.value)
-                for argument in arguments
-                for literal, _ in self.resolver.texts(argument, self.scope, code=True)
-            ]
-            if any(map(self.in_code.search, texts)):
-                self.note(call)
-            if any(map(self.in_modules.search, texts)):
-                self.module_lines.add(call.lineno)
+        texts = [
+            literal
+            for argument in (arguments if function in _READERS else ())
+            for literal in self.resolver.texts(argument, self.scope, (ast.expr,))
+        ]
+        if any(
+            self.in_code.search(str(literal.value)) or self.is_own(literal, scope) for literal, scope in texts
+        ):
+            self.note(call)
+        if any(self.in_modules.search(str(literal.value)) for literal, _ in texts):
+            self.module_lines.add(call.lineno)
+
+    def is_own(self, literal: ast.Constant, scope: Scope) -> bool:
+        """True for a text that is a namespace of the package and stays as it is."""
+        text, file = str(literal.value), scope.module.file
+        return text in self.own and file.text.literal(literal, text) not in self.operators.starts(file.path)
 
     def compare(self, node: ast.AST, value: ast.expr) -> None:
         """Note a namespace, or the name of a module, that something is compared with."""
         subjects = {_last_name(part) for part in ast.walk(node) if isinstance(part, ast.expr)}
         of_module = not _MODULE_NAMES.isdisjoint(subjects)
-        for literal, scope in self.resolver.texts(value, self.scope, code=False):
-            text, file = str(literal.value), scope.module.file
-            if of_module and self.in_modules.match(text):
+        for literal, scope in self.resolver.texts(value, self.scope, CONTAINERS):
+            if of_module and self.in_modules.match(str(literal.value)):
                 self.module_lines.add(value.lineno)
-            elif text in self.own and file.text.literal(literal, text) not in self.operators.starts(
-                file.path
-            ):
+            elif self.is_own(literal, scope):
                 self.note(value)
 
 

@@ -68,6 +68,11 @@ def nodes_at(file: SourceFile, offsets: Sequence[int]) -> Iterator[ast.AST]:
         pending.extend(ast.iter_child_nodes(node))
 
 
+def body_span(file: SourceFile, statement: ast.stmt) -> tuple[int, int]:
+    """The range of a function's or class's body."""
+    return _span(file, statement.body[0])[0], file.text.span(statement)[1]  # type: ignore[attr-defined]
+
+
 def _span(file: SourceFile, statement: ast.stmt) -> tuple[int, int]:
     """The range of a statement with its decorators, which stand before it."""
     first = next(iter(getattr(statement, "decorator_list", ())), statement)
@@ -83,8 +88,14 @@ class WordVisitor(ScopedVisitor):
 
     def visit(self, node: ast.AST) -> None:
         """Visit a node, or leave it out; without words, visit all."""
-        if self.words is not None and isinstance(node, ast.stmt):
-            file = self.module.file
-            if not self.words.search(file.data, *_span(file, node)):
-                return
-        super().visit(node)
+        if not isinstance(node, ast.stmt) or self.has_words(*_span(self.module.file, node)):
+            super().visit(node)
+
+    def has_words(self, start: int, end: int) -> bool:
+        """True if a range of the file holds one of the words."""
+        return self.words is None or self.words.search(self.module.file.data, start, end) is not None
+
+    def visit_body(self, node: ast.AST, body: Sequence[ast.AST]) -> None:
+        """Visit the body of a function or class, if it holds any of the words and not its head alone."""
+        if not isinstance(node, ast.stmt) or self.has_words(*body_span(self.module.file, node)):
+            super().visit_body(node, body)

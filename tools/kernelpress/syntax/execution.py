@@ -15,16 +15,21 @@ _CAUGHT = frozenset(("ImportError", "ModuleNotFoundError", "Exception", "BaseExc
 def execution_times(
     tree: ast.AST, when: When = "load", *, calls: bool = True
 ) -> Iterator[tuple[ast.AST, When]]:
-    """Every node below one, with the time it executes at; without ``calls``, expressions are left out."""
+    """Every node below one, with the time it executes at; without ``calls``, imports and what may hold some alone."""
     for name, value in ast.iter_fields(tree):
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or (not calls and isinstance(child, ast.expr)):
+            if not isinstance(child, ast.AST) or not (calls or _may_import(child)):
                 continue
             inner = _inner(tree, name, when)
             yield child, inner
-            # Without expressions there is nothing below a simple statement.
-            if calls or hasattr(child, "body") or isinstance(child, ast.Match):
-                yield from execution_times(child, inner, calls=calls)
+            yield from execution_times(child, inner, calls=calls)
+
+
+def _may_import(node: ast.AST) -> bool:
+    """True for an import, and for a statement with others in it."""
+    return isinstance(node, ast.Import | ast.ImportFrom | ast.Match) or (
+        hasattr(node, "body") and not isinstance(node, ast.expr)
+    )
 
 
 def _inner(parent: ast.AST, field: str, when: When) -> When:

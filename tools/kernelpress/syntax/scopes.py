@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from kernelpress.syntax.source_file import SourceFile
@@ -146,7 +146,7 @@ class ScopedVisitor(ast.NodeVisitor):
         for outside in (*node.decorator_list, node.args, node.returns):
             if outside is not None:
                 self.visit(outside)
-        self._within(node, node.body)
+        self.visit_body(node, node.body)
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
         """As any function."""
@@ -155,13 +155,13 @@ class ScopedVisitor(ast.NodeVisitor):
     def visit_Lambda(self, node: ast.Lambda) -> None:
         """Likewise."""
         self.visit(node.args)
-        self._within(node, [node.body])
+        self.visit_body(node, [node.body])
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         """Decorators and bases belong to the scope around the class."""
         for outside in (*node.decorator_list, *node.bases, *node.keywords):
             self.visit(outside)
-        self._within(node, node.body)
+        self.visit_body(node, node.body)
 
     def generic_visit(self, node: ast.AST) -> None:
         """Comprehensions are scopes too."""
@@ -172,7 +172,8 @@ class ScopedVisitor(ast.NodeVisitor):
         else:
             super().generic_visit(node)
 
-    def _within(self, node: ast.AST, body: list[ast.stmt] | list[ast.expr]) -> None:
+    def visit_body(self, node: ast.AST, body: Sequence[ast.AST]) -> None:
+        """Visit what stands in the scope that a node opens."""
         outside, self.scope = self.scope, self.module.within(node, self.scope)
         for child in body:
             self.visit(child)
