@@ -15,7 +15,7 @@ WIDE = Shape(tokens=60, experts=3, top_k=2, hidden=256, intermediate=256, rank=7
 
 @pytest.mark.parametrize("shape", AWKWARD)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize("elements", [200, 1 << 18])
+@pytest.mark.parametrize("block_bytes", [800, 1 << 20])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_products_of_any_size_through_either_library_match_the_reference(
     kernel,
@@ -24,14 +24,14 @@ def test_products_of_any_size_through_either_library_match_the_reference(
     shape: Shape,
     dtype: torch.dtype,
     tolerance: float,
-    elements: int,
+    block_bytes: int,
     onednn: bool,
 ) -> None:
     # At these sizes every float32 product would be left to torch's own choice.
     cpu_matmul, projections = submodule("ops.cpu_matmul"), submodule("ops.grouped_linear.cpu")
     monkeypatch.setattr(cpu_matmul, "_LARGE", 1)
     monkeypatch.setattr(cpu_matmul, "prefers_onednn", lambda: onednn and cpu_matmul.has_onednn())
-    monkeypatch.setattr(submodule("ops.cpu_blocks"), "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(submodule("ops.cpu_blocks"), "_BLOCK_BYTES", block_bytes)
     row_counts = []
 
     def watched(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -48,18 +48,18 @@ def test_products_of_any_size_through_either_library_match_the_reference(
 @pytest.mark.parametrize(
     "counts", [[0], [3], [0, 0, 5, 0], [1] * 64, [40, 31, 64, 17] * 8, [900, 1, 1, 0, 2, 700]]
 )
-@pytest.mark.parametrize("width", [1, 1000, 1 << 22])
-def test_blocks_hold_every_row_once_and_little_padding(submodule, counts: list[int], width: int) -> None:
+@pytest.mark.parametrize("row_bytes", [4, 4000, 1 << 24])
+def test_blocks_hold_every_row_once_and_little_padding(submodule, counts: list[int], row_bytes: int) -> None:
     cpu_blocks = submodule("ops.cpu_blocks")
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    blocks = cpu_blocks.split(offsets, width)
+    blocks = cpu_blocks.split(offsets, row_bytes)
     positions = [p for block in blocks for p in range(block.positions.start, block.positions.stop)]
     assert positions == list(range(sum(counts)))
     for block in blocks:
         assert block.counts == counts[block.experts]
         needed = sum(cpu_blocks.padded(count) for count in block.counts)
         assert block.size <= 1.5 * needed
-        assert len(block.counts) == 1 or block.size * width <= cpu_blocks._BLOCK_ELEMENTS
+        assert len(block.counts) == 1 or block.size * row_bytes <= cpu_blocks._BLOCK_BYTES
 
 
 def test_rows_of_a_block_are_gathered_and_returned_in_order(submodule) -> None:

@@ -210,11 +210,11 @@ def test_the_reference_is_what_transformers_computes(submodule) -> None:
     assert error(ours, module(x, index, weights)) < 1e-12
 
 
-@pytest.mark.parametrize("elements", [1, 200, 1000])
+@pytest.mark.parametrize("block_bytes", [1, 800, 4000])
 def test_experts_taken_a_few_at_a_time_match_the_reference(
-    kernel, submodule, monkeypatch: pytest.MonkeyPatch, elements: int
+    kernel, submodule, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     # At these sizes all experts would fit the CPU code's buffers at once.
-    monkeypatch.setattr(submodule("ops.cpu_blocks"), "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(submodule("ops.cpu_blocks"), "_BLOCK_BYTES", block_bytes)
     arguments = problem(AWKWARD[1], "silu", torch.float32, targets=BOTH, train_base=True, sentinels=True)
     assert_close(run(kernel, *arguments), exact(submodule, *arguments, "silu"), 2e-5)

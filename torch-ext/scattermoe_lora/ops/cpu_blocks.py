@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-# Elements of a buffer of one block's rows: the half dozen of them stay in cache.
-_BLOCK_ELEMENTS = 1 << 20
+# Bytes of a buffer of one block's rows, of which there are a dozen; less costs time, and more memory.
+_BLOCK_BYTES = 1 << 21
 # Rows of a block may be so many times those that its experts need one by one.
 _MOST_PADDING = 1.5
 
@@ -60,14 +60,14 @@ class Block:
         return rows.view(len(self.counts), self.rows, rows.shape[1])
 
 
-def split(offsets: torch.Tensor, width: int) -> list[Block]:
-    """Every expert that has rows, in blocks of about as many rows as stay in cache at ``width`` columns.
+def split(offsets: torch.Tensor, row_bytes: int) -> list[Block]:
+    """Every expert that has rows, in blocks of as many rows as fit their buffers.
 
     Blocks come of halving, so that few sizes occur: oneDNN generates code for every size that it meets.
 
     Args:
         offsets: ``[E + 1]``, of a :class:`scattermoe_lora.ops.routing.Routing`.
-        width: The number of columns of the widest buffer.
+        row_bytes: The size of a row of the widest buffer.
     """
     starts = offsets.tolist()
     all_counts = offsets.diff().tolist()
@@ -77,7 +77,7 @@ def split(offsets: torch.Tensor, width: int) -> list[Block]:
         first, last = ranges.pop()
         counts = all_counts[first:last]
         size = len(counts) * padded(max(counts, default=0))
-        too_large = size * width > _BLOCK_ELEMENTS or size > _MOST_PADDING * sum(map(padded, counts))
+        too_large = size * row_bytes > _BLOCK_BYTES or size > _MOST_PADDING * sum(map(padded, counts))
         if too_large and len(counts) > 1:
             middle = (first + last) // 2
             ranges += [(middle, last), (first, middle)]

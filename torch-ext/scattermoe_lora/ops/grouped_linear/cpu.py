@@ -108,7 +108,7 @@ def sum_rows(block: Block, rows: torch.Tensor, out: torch.Tensor) -> None:
 def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
     x, weight, a, b, bias, order, offsets = operands
-    blocks = split(offsets, max(weight.shape[1:]))
+    blocks = split(offsets, max(weight.shape[1:]) * x.element_size())
     pairs = order.shape[0]
     y = x.new_zeros((pairs, weight.shape[1]))
     low = x.new_zeros((pairs, 0 if a is None else a.shape[1]))
@@ -130,7 +130,7 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
     x, weight, a, b, _, order, offsets = operands
-    blocks = split(offsets, max(weight.shape[1:]))
+    blocks = split(offsets, max(weight.shape[1:]) * x.element_size())
     rows_of = operands.rows(top_k)
     sorted_rows = torch.arange(order.shape[0])
     gradients = {name: per_expert(getattr(operands, name), blocks) for name in names if name != "x"}
