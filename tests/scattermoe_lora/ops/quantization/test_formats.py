@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("bfloat16")
 
 
 def bitsandbytes() -> Any:
-    return importlib.import_module("bitsandbytes")
+    return pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 128), (4, 70, 66), (1, 5, 2), (3, 33, 704)], ids=str)
@@ -162,7 +161,7 @@ def test_float8_tensors_decode_as_torchao_does(quantization, decoded) -> None:
 
 
 def test_a_parametrized_parameter_is_read_without_evaluating_it(quantization, decoded, monkeypatch) -> None:
-    parametrize = importlib.import_module("bitsandbytes.nn.parametrize")
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
     read = quantization("bitsandbytes").read_parametrized
     module = torch.nn.Module()
     module.up = torch.nn.Parameter(torch.randn(3, 32, 64, dtype=torch.bfloat16))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -72,7 +71,7 @@ def test_forward_and_backward_are_those_of_the_decoded_matrices(
     quantization, stack, dtype, installed, monkeypatch
 ) -> None:
     if installed:
-        importlib.import_module("bitsandbytes")
+        pytest.importorskip("bitsandbytes")
         assert quantization("cpu").has_bitsandbytes()
     else:
         monkeypatch.setattr(quantization("cpu"), "has_bitsandbytes", lambda: False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,7 +73,7 @@ def test_float8_that_does_not_fit_is_refused_by_name(quantization, changes, kind
 
 def quantized(**changes: Any) -> tuple[torch.Tensor, Any]:
     """Codes of a ``[2, 32, 64]`` in nested NF4, and its state but for ``changes`` (None: left out)."""
-    functional = importlib.import_module("bitsandbytes.functional")
+    functional = pytest.importorskip("bitsandbytes.functional")
     codes, state = functional.quantize_4bit(
         torch.randn(2, 32, 64), quant_type="nf4", compress_statistics=True
     )
@@ -162,7 +161,7 @@ def test_scales_that_are_not_finite_are_refused_where_weights_are_loaded(quantiz
 
 
 def test_another_parametrization_beside_it_is_refused_and_others_are_not_its(quantization) -> None:
-    parametrize = importlib.import_module("bitsandbytes.nn.parametrize")
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
     read = quantization("bitsandbytes").read_parametrized
     module = torch.nn.Module()
     module.up, module.down = (torch.nn.Parameter(torch.randn(3, 32, 64)) for _ in range(2))
@@ -189,7 +188,7 @@ def test_torchao_tensors_of_other_kinds_are_refused_and_plain_ones_are_not_torch
         read(swizzled, "w")
     with pytest.raises(NotImplementedError, match=r"w: expected float8_e4m3fn, got torch.float8_e5m2"):
         read(mx.MXTensor.to_mx(weight, torch.float8_e5m2, 32), "w")
-    nf4 = importlib.import_module("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     flat = nf4.NF4Tensor.from_tensor(torch.randn(256, 256), 64, 256)
     with pytest.raises(NotImplementedError, match=r"w: expected one of torchao's .*, got NF4Tensor"):
         read(flat, "w")
