@@ -229,9 +229,10 @@ _ALL = (
         "variables that are assigned once, constants that begin a name (`f\"{NS}::op\"`), imports within the package, "
         "functions that hand a parameter on to torch.library, and variables that stand for `torch.ops`. It cannot "
         "follow a name that is only known when the code runs or taken out of a table, nor `torch.ops` handed on as a "
-        "value, nor a constant that names a namespace here and something else there. A string that is an operator's "
-        "name or a namespace, but is compared, looked up or handed to anything else, is a warning: it stays, and is "
-        "another name than the operator's in the build.",
+        "value, nor a constant that names a namespace here and something else there. Text that names an operator and "
+        "is no such name, a pattern or code with one included, and a namespace that is compared or looked up, written "
+        "there or held by a variable or a container, is a warning: it stays, and is another name than the operator's "
+        "in the build. So is a variable with an operator's name that is a key or text as well: it changes there, too.",
         'Write `"namespace::operator"` out, give the operator itself, or use add_op_namespace_prefix from ._ops.',
     ),
     Rule(
@@ -249,7 +250,8 @@ _ALL = (
         "error",
         "operators of several namespaces differ in name",
         "All namespaces of the package become a single one in the build, so two operators of one name would "
-        "collide there, and so would two libraries of kind DEF, of which PyTorch allows one for a namespace.",
+        "collide there, and so would two libraries of kind DEF, of which PyTorch allows one for a namespace. An "
+        "operator whose name or library is only known when the code runs may be such a one.",
         'Rename one of the operators; make all libraries but one a "FRAGMENT".',
     ),
     Rule(
