@@ -3,7 +3,7 @@
 bfloat16 is multiplied by oneDNN, which generates code for every shape it meets, half a megabyte and a third of a
 millisecond each; and a router gives an expert another number of rows each time. So it is asked for few different
 numbers of rows. float32 torch hands to MKL, which with the few dozen rows of an expert spends as much on packing the
-weight as on the product, and on AMD leaves half of the vector width unused: oneDNN takes 10% less of a training step
+weight as on the product, and on AMD leaves half of the vector width unused: oneDNN was faster
 there. Where the processor has AMX it is Intel's, and MKL was ahead; on others than x86 torch chooses.
 
 No public function reaches oneDNN with float32 without first copying the weight. The one called here is what

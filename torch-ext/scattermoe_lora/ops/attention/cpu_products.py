@@ -88,7 +88,7 @@ def forward(
         scores, _ = _scores(_flat(q[row, heads], dtype), keys, mask, scale, softcap)
         highest = scores.amax(dim=-1)
         p = scores.softmax(dim=-1)
-        # The largest probability is exp(highest - lse): torch's logsumexp takes 15 times as long as its softmax.
+        # The largest probability is exp(highest - lse): torch's logsumexp takes far longer than its softmax.
         lse[row, heads] = (highest - p.amax(dim=-1).log_()).view(-1, q.shape[2])
         out[row, heads] = torch.mm(p.to(dtype), values).view(-1, *q.shape[2:])
     return out, lse
