@@ -9,6 +9,7 @@ as vLLM and SGLang read it. Importing the package needs torch alone.
 from .integration.attention.register import register_attention, unregister_attention
 from .integration.experts.adapters import convert_adapter
 from .integration.experts.forward import experts_forward
+from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
 from .integration.gemma4.attention import apply_to, remove_from
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
@@ -22,6 +23,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "grouped_linear",
+    "quantization_config",
     "register",
     "register_attention",
     "remove_from",

@@ -6,6 +6,7 @@ from .. import copied_configs
 from . import choice, peft
 from .forward import experts_forward
 from .module import mark_constants
+from .quantized.loading import register_quantizer, unregister_quantizer
 
 _registered: set[str] = set()
 
@@ -13,6 +14,7 @@ _registered: set[str] = set()
 def register(name: str = "scattermoe") -> None:
     """Make ``experts_implementation=name`` available to transformers' models, with PEFT's expert LoRA fused into it.
 
+    Experts can then be quantized while they are loaded, too: :func:`scattermoe_lora.quantization_config`.
     Nothing changes for models that use another experts implementation. A model whose experts do not ask for one
     (Llama 4) warns when it is given this one. Calling it again does nothing.
 
@@ -37,11 +39,13 @@ def register(name: str = "scattermoe") -> None:
     choice.watch(_registered)
     copied_configs.follow("set_experts_implementation")
     mark_constants()
+    register_quantizer()
 
 
 def unregister() -> None:
     """Undo every :func:`register`: transformers and PEFT are as they were. Calling it again does nothing."""
     peft.unhook()
+    unregister_quantizer()
     if _registered:
         choice.unwatch()
         copied_configs.unfollow("set_experts_implementation")

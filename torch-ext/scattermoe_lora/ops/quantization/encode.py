@@ -75,8 +75,7 @@ def _encode_flat(element: str, weight: torch.Tensor) -> QuantizedStack:
         index = torch.bucketize(torch.cat(parts).clamp_(-1, 1), bounds, out_int32=True)
         code = order[index]
         codes[start // 2 : end // 2] = (code[::2] << 4) | code[1::2]
-    layout = Format(element, 0, FLAT_BLOCK)
-    return QuantizedStack(codes.view(experts, n, k // 2), (scales,), layout, weight.dtype)
+    return QuantizedStack(codes.view(experts, n, k // 2), (scales,), layout_of(element), weight.dtype)
 
 
 @functools.cache
@@ -104,7 +103,7 @@ def _encode_float8(weight: torch.Tensor) -> QuantizedStack:
                 -_GREATEST, _GREATEST
             )
             codes[expert, rows] = scaled.flatten(1)[:, :k].to(torch.float8_e4m3fn).view(torch.uint8)
-    return QuantizedStack(codes, (scales,), Format("e4m3", GRID_BLOCK, GRID_BLOCK), weight.dtype)
+    return QuantizedStack(codes, (scales,), layout_of("fp8"), weight.dtype)
 
 
 _ENCODERS: dict[str, Callable[[torch.Tensor], QuantizedStack]] = {
@@ -114,3 +113,10 @@ _ENCODERS: dict[str, Callable[[torch.Tensor], QuantizedStack]] = {
 }
 FORMATS = tuple(_ENCODERS)
 """The formats that :func:`quantize` has."""
+
+
+def layout_of(format: str) -> Format:
+    """The elements and blocks of a stack that :func:`quantize` makes in one of :data:`FORMATS`."""
+    if format == "fp8":
+        return Format("e4m3", GRID_BLOCK, GRID_BLOCK)
+    return Format(format, 0, FLAT_BLOCK)

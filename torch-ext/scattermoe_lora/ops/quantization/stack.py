@@ -131,6 +131,18 @@ class QuantizedStack:
                 raise ValueError(f"{name}: expected finite scales, got {count} that are NaN or infinite")
 
 
+def concatenate(stacks: Sequence[QuantizedStack]) -> QuantizedStack:
+    """One stack of all the matrices, in order; all of one format with a single level of scales.
+
+    Raises:
+        ValueError: Flat blocks that would cross from one stack to the next.
+    """
+    first = stacks[0]
+    codes = torch.cat([stack.codes for stack in stacks])
+    scales = torch.cat([stack.scales[0] for stack in stacks])
+    return QuantizedStack(codes, (scales,), first.format, first.dtype).check("concatenate")
+
+
 def _expect(name: str, quality: str, expected: object, got: object) -> None:
     if expected != got:
         raise ValueError(f"{name}: expected {quality} {expected}, got {got}")
