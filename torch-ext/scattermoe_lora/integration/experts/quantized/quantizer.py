@@ -181,9 +181,13 @@ class _Deserialize(ConversionOps):
         module, name = get_module_from_name(model, full_layer_name)
         dense = getattr(module, name)
         parts = [input_dict.get(part) for part in _part_names(name)]
-        missing = [part for part, value in zip(_part_names(full_layer_name), parts, strict=True) if value is None]
+        missing = [
+            part for part, value in zip(_part_names(full_layer_name), parts, strict=True) if value is None
+        ]
         if missing:
-            raise ValueError(f"expected codes and scales in the checkpoint, got none of the name {missing[0]}")
+            raise ValueError(
+                f"expected codes and scales in the checkpoint, got none of the name {missing[0]}"
+            )
         codes, scales = (value[0] if isinstance(value, list) else value for value in parts)
         layout = layout_of(self.hf_quantizer.quantization_config.quant_type)
         stack = QuantizedStack(codes, (scales,), layout, dense.dtype).check(full_layer_name)
@@ -216,7 +220,8 @@ class _ByExpert(WeightConverter):
             if tensors[0] is None:
                 continue  # Another process has this expert.
             self.collected_tensors = {
-                pattern: [lambda tensor=tensor: tensor] for pattern, tensor in zip(loads, tensors, strict=True)
+                pattern: [lambda tensor=tensor: tensor]
+                for pattern, tensor in zip(loads, tensors, strict=True)
             }
             ((name, parameter),) = super().convert(layer_name, model=model, **kwargs).items()
             stacks.append(parameter.stack)

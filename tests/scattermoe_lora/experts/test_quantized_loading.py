@@ -1,0 +1,189 @@
+"""Experts quantized while transformers loads them, and checkpoints of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from allocations import Allocations
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "vocab_size": 64,
+}
+IDS = torch.arange(12).view(2, 6)
+CODES, SCALES = ("model.layers.1.mlp.experts.down_proj" + part for part in ("_codes", "_scales"))
+
+
+def qwen3(experts: int = 4, **sizes: int) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(**{**SIZES, "moe_intermediate_size": 48, **sizes}, num_experts=experts)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[[Any], tuple[Any, Path]]:
+    """``checkpoint(config)``: a dense model in bfloat16, and a folder where it is saved."""
+
+    def make(config: Any) -> tuple[Any, Path]:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / "dense")
+        return model, tmp_path / "dense"
+
+    return make
+
+
+def load(folder: Path, **arguments: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **arguments)
+
+
+def stacks(model: Any) -> dict[str, Any]:
+    return {name: p.stack for name, p in model.named_parameters() if hasattr(p, "stack")}
+
+
+def assert_same_bits(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    for name, stack in expected.items():
+        assert (got[name].format, got[name].dtype) == (stack.format, stack.dtype)
+        assert torch.equal(got[name].codes, stack.codes)
+        assert torch.equal(got[name].scales[0], stack.scales[0])
+
+
+# A tensor for each expert in the checkpoint; one for all of them, transposed; and blocks that cross from one expert to
+# the next.
+CONFIGS = {
+    "by expert": qwen3(),
+    "fused": GptOssConfig(**SIZES, num_local_experts=4),
+    "crossing": qwen3(hidden_size=30, moe_intermediate_size=6),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "quant_type"),
+    [("by expert", "nf4"), ("by expert", "fp8"), ("fused", "fp4"), ("fused", "fp8"), ("crossing", "nf4")],
+)
+def test_loading_quantizes_and_saving_keeps_the_bits(
+    registered: ModuleType, submodule, checkpoint, tmp_path: Path, kind: str, quant_type: str
+) -> None:
+    dense, folder = checkpoint(CONFIGS[kind])
+    quantize = submodule("ops.quantization.encode").quantize
+    expected = {
+        name: quantize(parameter, quant_type)
+        for name, parameter in dense.named_parameters()
+        if name.endswith(("gate_up_proj", "down_proj"))
+    }
+    assert len(expected) == 4
+
+    model = load(folder, quantization_config=registered.quantization_config(quant_type))
+    assert_same_bits(stacks(model), expected)
+    assert all(
+        torch.equal(p, dense.get_parameter(n)) for n, p in model.named_parameters() if n not in expected
+    )
+    for again in ("once", "twice"):
+        model.save_pretrained(tmp_path / again)
+        model = load(tmp_path / again)
+        assert_same_bits(stacks(model), expected)
+    assert model.is_quantized
+    assert model.hf_quantizer.is_trainable
+
+
+@pytest.mark.parametrize("kind", ["by expert", "fused"])
+def test_the_dense_model_never_exists(registered: ModuleType, checkpoint, kind: str) -> None:
+    sizes: dict[str, Any] = {**SIZES, "hidden_size": 64, "num_hidden_layers": 3}
+    config = (
+        qwen3(16, **{**sizes, "moe_intermediate_size": 64})
+        if kind == "by expert"
+        else GptOssConfig(**{**sizes, "intermediate_size": 64}, num_local_experts=16)
+    )
+    _, folder = checkpoint(config)
+    with Allocations() as allocations:
+        model = load(folder, quantization_config=registered.quantization_config("nf4"))
+    kept = allocations.now()
+    stack = next(iter(stacks(model).values()))
+    # Float32 of what is encoded at a time, and what becomes of it. A checkpoint's one tensor of all experts is dense.
+    expert_bytes = 4 * stack.shape[1] * stack.shape[2]
+    encoded = 16 if kind == "fused" else 1
+    assert allocations.peak - kept < 6 * encoded * expert_bytes + stack.nbytes
+
+
+def test_modules_to_skip_stay_dense(registered: ModuleType, checkpoint) -> None:
+    _, folder = checkpoint(qwen3())
+    config = registered.quantization_config("nf4", skip_modules=["layers.0.mlp.experts"])
+    model = load(folder, quantization_config=config)
+    assert list(stacks(model)) == [f"model.layers.1.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")]
+    model.save_pretrained(folder / "quantized")
+    assert_same_bits(stacks(load(folder / "quantized")), stacks(model))
+
+
+def test_linear_layers_are_another_quantizers(registered: ModuleType, checkpoint, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    # On a CPU with AVX-512, bitsandbytes multiplies no rows shorter than its blocks.
+    _, folder = checkpoint(qwen3(hidden_size=64, head_dim=64))
+    linears = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = load(folder, quantization_config=registered.quantization_config("fp8", linears=linears))
+    model.save_pretrained(tmp_path / "quantized")
+    again = load(tmp_path / "quantized")
+    for each in (model, again):
+        assert isinstance(each.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
+        assert type(each.model.layers[0].mlp.gate.weight) is torch.nn.Parameter
+        assert len(stacks(each)) == 4
+    assert_same_bits(stacks(again), stacks(model))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(SCALES), r"expected codes and scales in the checkpoint"),
+        (lambda tensors: tensors[SCALES].fill_(float("nan")), r"expected finite scales, got 96"),
+        (
+            lambda tensors: tensors.update({SCALES: tensors[SCALES][:-1].clone()}),
+            r"of shape \[96\], got \[95\]",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {CODES: tensors[CODES][:, :16].clone(), SCALES: tensors[SCALES][:48].clone()}
+            ),
+            r"expected codes of \[4, 32, 48\], got \[4, 16, 48\]",
+        ),
+    ],
+    ids=["missing scales", "NaN", "another number of scales", "another shape"],
+)
+def test_a_damaged_checkpoint_is_refused(
+    registered: ModuleType, checkpoint, change, message, monkeypatch, caplog
+) -> None:
+    _, folder = checkpoint(qwen3())
+    load(folder, quantization_config=registered.quantization_config("nf4")).save_pretrained(
+        folder / "quantized"
+    )
+    file = folder / "quantized" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(RuntimeError, match="automatic conversion"):
+        load(folder / "quantized")
+    assert re.search(message, caplog.text)
+
+
+def test_bad_arguments(kernel: ModuleType, registered: ModuleType) -> None:
+    with pytest.raises(ValueError, match="quant_type: expected one of nf4, fp4, fp8, got 'int3'"):
+        registered.quantization_config("int3")
+    kernel.unregister()
+    with pytest.raises(RuntimeError, match=r"expected register\(\) to be called first"):
+        kernel.quantization_config()
