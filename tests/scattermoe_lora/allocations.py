@@ -19,13 +19,13 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        before = {
+        inputs = {
             t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
         }
         for tensor in tree_leaves(result):
             if (
                 isinstance(tensor, torch.Tensor)
-                and tensor.untyped_storage()._cdata not in before
+                and tensor.untyped_storage()._cdata not in inputs
                 and not tensor.is_meta
             ):
                 storage = tensor.untyped_storage()

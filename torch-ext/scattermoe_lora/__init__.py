@@ -2,13 +2,15 @@
 
 ``register()`` makes ``experts_implementation="scattermoe"`` available to transformers' models, and PEFT's LoRA on
 expert parameters runs fused in it; ``register_attention()`` does the same for ``attn_implementation``;
-``apply_to(model)`` fuses norm and rotary embedding in Gemma 4's attention; ``convert_adapter`` writes a trained adapter
-as vLLM and SGLang read it. Importing the package needs torch alone.
+``apply_to(model)`` fuses norm and rotary embedding in Gemma 4's attention; ``quantize_experts(model, "nf4")`` quantizes
+a loaded model's experts; ``convert_adapter`` writes a trained adapter as vLLM and SGLang read it. Importing the package
+needs torch alone.
 """
 
 from .integration.attention.register import register_attention, unregister_attention
 from .integration.experts.adapters import convert_adapter
 from .integration.experts.forward import experts_forward
+from .integration.experts.quantized.convert import dequantize_experts, quantize_experts
 from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
 from .integration.gemma4.attention import apply_to, remove_from
@@ -19,11 +21,13 @@ from .ops.norm_rotary.api import rms_norm_rotary
 __all__ = [
     "apply_to",
     "convert_adapter",
+    "dequantize_experts",
     "experts_forward",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "grouped_linear",
     "quantization_config",
+    "quantize_experts",
     "register",
     "register_attention",
     "remove_from",

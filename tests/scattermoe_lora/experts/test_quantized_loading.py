@@ -99,6 +99,34 @@ def test_loading_quantizes_and_saving_keeps_the_bits(
     assert model.hf_quantizer.is_trainable
 
 
+@pytest.mark.parametrize("how", ["quantize_experts", "from_pretrained"])
+def test_a_model_made_dense_again_is_saved_as_a_dense_one(
+    registered: ModuleType, checkpoint, tmp_path: Path, how: str
+) -> None:
+    _, folder = checkpoint(qwen3())
+    quantization = registered.quantization_config("nf4")
+    model = load(folder, **({} if how == "quantize_experts" else {"quantization_config": quantization}))
+    if how == "quantize_experts":
+        registered.quantize_experts(model, "nf4")
+    model.save_pretrained(tmp_path / "quantized")
+    model = load(tmp_path / "quantized")
+    expected = {name: model.get_parameter(name).dequantize() for name in stacks(model)}
+    assert len(expected) == 4
+    if how == "quantize_experts":
+        registered.dequantize_experts(model)
+    else:
+        model = model.dequantize()
+    model.save_pretrained(tmp_path / "dense again")
+    assert not hasattr(model.config, "quantization_config")
+    # By expert, as other programs read it.
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in load_file(
+        tmp_path / "dense again/model.safetensors"
+    )
+    again = load(tmp_path / "dense again")
+    assert not stacks(again)
+    assert all(torch.equal(again.get_parameter(name), dense) for name, dense in expected.items())
+
+
 @pytest.mark.parametrize("kind", ["by expert", "fused"])
 def test_the_dense_model_never_exists(registered: ModuleType, checkpoint, kind: str) -> None:
     sizes: dict[str, Any] = {**SIZES, "hidden_size": 64, "num_hidden_layers": 3}

@@ -63,8 +63,8 @@ def test_zeros_and_transposed_stacks(encode: ModuleType, submodule: Any, format:
     ("weight", "format", "message"),
     [
         (torch.randn(2, 4, 6), "nf5", "expected a format among nf4, fp4, fp8, got 'nf5'"),
-        (torch.randn(4, 6), "nf4", r"expected a weight \[E, N, K\], got \[4, 6\]"),
-        (torch.randn(2, 4, 6).double(), "fp8", "expected a weight of .*, got torch.float64"),
+        (torch.randn(4, 6), "nf4", r"w: expected \[E, N, K\], got \[4, 6\]"),
+        (torch.randn(2, 4, 6).double(), "fp8", "w: expected one of .*, got torch.float64"),
         (torch.randn(2, 4, 7), "fp4", "expected an even number of columns for fp4, got 7"),
         (torch.full((2, 4, 6), torch.nan), "nf4", "expected finite weights"),
         (torch.full((2, 4, 6), torch.inf), "fp8", "expected finite weights"),
@@ -74,7 +74,7 @@ def test_what_cannot_be_quantized_is_refused(
     encode: ModuleType, weight: torch.Tensor, format: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        encode.quantize(weight, format)
+        encode.quantize(weight, format, "w")
 
 
 class Allocations(TorchDispatchMode):

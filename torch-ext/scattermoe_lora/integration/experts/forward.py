@@ -9,11 +9,12 @@ import torch
 
 from ...ops.dispatch import refuse_transforms
 from ...ops.experts.arguments import Operands
-from ...ops.experts.op import experts_forward as fused_experts
-from ...ops.grouped_linear.op import grouped_linear_forward
+from ...ops.grouped_linear.arguments import Operands as LinearOperands
 from ...ops.routing import sort_by_expert
 from .checks import LowRank, check_inputs
 from .expert_parallel import handed_factors
+from .fallback import experts as fused_experts
+from .fallback import linear
 from .module import fused_gate, read_weights
 
 
@@ -40,17 +41,20 @@ def experts_forward(
     Raises:
         NotImplementedError: The module has not the parameters that its layout flags promise, or the kernels do not
             compute in their dtype; forward-mode differentiation, ``torch.func.grad`` and second derivatives.
-        ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
+        ValueError: Shapes, dtypes, devices or scales that do not fit together; the message names argument, expected
+            and got.
     """
     experts: Any = module
     weights = read_weights(experts)
     lora = lora or handed_factors(experts)
     check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
-    factors = (factor for pair in lora.values() for factor in pair)
-    refuse_transforms("experts_forward", hidden_states, top_k_weights, *weights[1:], *factors)
+    tensors = [*weights[1:], *(factor for pair in lora.values() for factor in pair)]
+    dense = (tensor for tensor in tensors if isinstance(tensor, torch.Tensor))
+    refuse_transforms("experts_forward", hidden_states, top_k_weights, *dense)
     a1, b1 = _contiguous(lora.get(weights.up_name))
     a2, b2 = _contiguous(lora.get("down_proj"))
-    up, down = weights.up, weights.down
+    up: Any = weights.up
+    down: Any = weights.down
     order, offsets = sort_by_expert(top_k_index, down.shape[0])
     # Before transformers 5.18 no module says so, and sentinels may come to any.
     sentinels = getattr(experts, "_is_expert_parallel", True)
@@ -62,15 +66,15 @@ def experts_forward(
         operands = Operands(
             x, up, down, top_k_weights, a1, b1, a2, b2, weights.up_bias, weights.down_bias, order, offsets
         )
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-        out, *_ = fused_experts(*operands, *gate, sentinels, keep)
+        keep = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in operands)
+        out, *_ = fused_experts(operands, gate, sentinels, keep)
         return out.to(hidden_states.dtype)
 
     tokens, top_k = top_k_index.shape
-    h, _ = grouped_linear_forward(x, up, a1, b1, weights.up_bias, order, offsets, top_k, sentinels)
+    h, _ = linear(LinearOperands(x, up, a1, b1, weights.up_bias, order, offsets), top_k, sentinels)
     h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
     h = h.to(down.dtype).contiguous()
-    y, _ = grouped_linear_forward(h, down, a2, b2, weights.down_bias, order, offsets, top_k, sentinels)
+    y, _ = linear(LinearOperands(h, down, a2, b2, weights.down_bias, order, offsets), top_k, sentinels)
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
     weighted = y.view(tokens, top_k, y.shape[-1]) * top_k_weights.unsqueeze(-1)

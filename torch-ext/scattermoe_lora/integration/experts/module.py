@@ -12,6 +12,10 @@ import torch.nn.functional as F
 
 from ...ops import activation
 from ...ops.activation import Gate
+from ...ops.quantization.stack import QuantizedStack
+from .quantized.read import read_stack
+
+Weight = torch.Tensor | QuantizedStack
 
 
 class Weights(NamedTuple):
@@ -19,14 +23,15 @@ class Weights(NamedTuple):
 
     Attributes:
         up_name: ``gate_up_proj``, or ``up_proj`` where the module has no gate.
-        up: ``[E, 2I, H]`` (``[E, I, H]`` without a gate); a view where the module keeps it transposed.
+        up: ``[E, 2I, H]`` (``[E, I, H]`` without a gate), dense or quantized; a view where the module keeps it
+            transposed.
         down: ``[E, H, I]``, likewise.
         up_bias, down_bias: ``[E, 2I]`` (``[E, I]``) and ``[E, H]``, or None.
     """
 
     up_name: str
-    up: torch.Tensor
-    down: torch.Tensor
+    up: Weight
+    down: Weight
     up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
 
@@ -35,17 +40,24 @@ def read_weights(module: Any) -> Weights:
     """The weights of an experts module (its class carries ``@use_experts_implementation``).
 
     Raises:
-        NotImplementedError: The module lacks a parameter that its layout flags promise; the message names it.
+        NotImplementedError: The module lacks a parameter that its layout flags promise, or it is quantized in a way
+            that is not known; the message names it.
+        ValueError: Parts of a quantized parameter that do not fit together.
     """
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up, down = _parameter(module, up_name), _parameter(module, "down_proj")
+    up, down = _weight(module, up_name), _weight(module, "down_proj")
     up_bias = down_bias = None
     if module.has_bias:
         up_bias = _parameter(module, f"{up_name}_bias").to(up.dtype).contiguous()
         down_bias = _parameter(module, "down_proj_bias").to(down.dtype).contiguous()
     if module.is_transposed:
         up, down = up.mT, down.mT
-    return Weights(up_name, _dense(up), _dense(down), up_bias, down_bias)
+    return Weights(up_name, up, down, up_bias, down_bias)
+
+
+def _weight(module: Any, name: str) -> Weight:
+    stack = read_stack(module, name)
+    return _either_way_round(_parameter(module, name)) if stack is None else stack
 
 
 def _parameter(module: Any, name: str) -> torch.Tensor:
@@ -64,7 +76,7 @@ def _parameter(module: Any, name: str) -> torch.Tensor:
     return parameter
 
 
-def _dense(weight: torch.Tensor) -> torch.Tensor:
+def _either_way_round(weight: torch.Tensor) -> torch.Tensor:
     # The kernels take both orientations; whatever else (an expanded weight) is rare enough to be copied.
     return weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
 

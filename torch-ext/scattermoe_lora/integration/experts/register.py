@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .. import copied_configs
 from . import choice, peft
 from .forward import experts_forward
 from .module import mark_constants
+from .quantized import peft as quantized_peft
 from .quantized.loading import register_quantizer, unregister_quantizer
 
 _registered: set[str] = set()
@@ -33,9 +36,11 @@ def register(name: str = "scattermoe") -> None:
             f"register: name: transformers already has an experts implementation {name!r}; "
             "choose another name, or unregister the build that took it"
         )
-    ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+    for interface in _interfaces():
+        interface.register(name, experts_forward)
     _registered.add(name)
     peft.hook(_registered)
+    quantized_peft.hook(_registered)
     choice.watch(_registered)
     copied_configs.follow("set_experts_implementation")
     mark_constants()
@@ -44,6 +49,7 @@ def register(name: str = "scattermoe") -> None:
 
 def unregister() -> None:
     """Undo every :func:`register`: transformers and PEFT are as they were. Calling it again does nothing."""
+    quantized_peft.unhook()
     peft.unhook()
     unregister_quantizer()
     if _registered:
@@ -54,8 +60,15 @@ def unregister() -> None:
 
 
 def _remove(name: str) -> None:
-    from transformers.integrations.moe import ExpertsInterface
+    # The interfaces offer no removal of their own from the mappings that register() writes to.
+    for interface in _interfaces():
+        if interface._global_mapping.get(name) is experts_forward:
+            del interface._global_mapping[name]
 
-    # The interface offers no removal of its own from the mapping that register() writes to.
-    if ExpertsInterface._global_mapping.get(name) is experts_forward:
-        del ExpertsInterface._global_mapping[name]
+
+def _interfaces() -> list[Any]:
+    """transformers' registries of experts implementations: that of dense experts, and that of its fine-grained FP8."""
+    from transformers.integrations import finegrained_fp8, moe
+
+    kinds = [moe.ExpertsInterface, getattr(finegrained_fp8, "FP8ExpertsInterface", None)]
+    return [kind for kind in kinds if kind is not None]

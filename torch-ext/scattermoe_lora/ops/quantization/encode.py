@@ -26,36 +26,37 @@ _CHUNK_ELEMENTS = 1 << 20
 _GREATEST = 448.0  # in E4M3
 
 
-def quantize(weight: torch.Tensor, format: str) -> QuantizedStack:
+def quantize(weight: torch.Tensor, format: str, name: str = "weight") -> QuantizedStack:
     """The stack that stands for a dense one. Beside it a few megabytes are allocated.
 
     Args:
         weight: ``[E, N, K]`` of float32, bfloat16 or float16, which is left as it is.
         format: ``"nf4"``, ``"fp4"`` or ``"fp8"``.
+        name: The parameter's, for messages.
 
     Raises:
         ValueError: Another format, shape or dtype, an odd K in 4 bits, or numbers that are NaN or infinite.
     """
     if format not in _ENCODERS:
-        raise ValueError(f"quantize: expected a format among {', '.join(FORMATS)}, got {format!r}")
+        raise ValueError(f"{name}: expected a format among {', '.join(FORMATS)}, got {format!r}")
     if weight.dim() != 3 or 0 in weight.shape:
-        raise ValueError(f"quantize: expected a weight [E, N, K], got {list(weight.shape)}")
+        raise ValueError(f"{name}: expected [E, N, K], got {list(weight.shape)}")
     if weight.dtype not in FLOATS:
-        raise ValueError(f"quantize: expected a weight of {', '.join(map(str, FLOATS))}, got {weight.dtype}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, FLOATS))}, got {weight.dtype}")
     if not weight.is_contiguous():
         if weight.mT.is_contiguous():
-            return quantize(weight.mT, format).mT
+            return quantize(weight.mT, format, name).mT
         weight = weight.contiguous()
+    if format != "fp8" and weight.shape[-1] % 2:
+        raise ValueError(f"{name}: expected an even number of columns for {format}, got {weight.shape[-1]}")
     stack = _ENCODERS[format](weight.detach())
     if not weight.is_meta and not bool(stack.scales[0].isfinite().all()):
-        raise ValueError("quantize: expected finite weights, got some that are NaN or infinite")
+        raise ValueError(f"{name}: expected finite weights, got some that are NaN or infinite")
     return stack
 
 
 def _encode_flat(element: str, weight: torch.Tensor) -> QuantizedStack:
     experts, n, k = weight.shape
-    if k % 2:
-        raise ValueError(f"quantize: expected an even number of columns for {element}, got {k}")
     elements = weight.view(-1)
     codes = weight.new_empty(elements.numel() // 2, dtype=torch.uint8)
     scales = weight.new_empty(-(-elements.numel() // FLAT_BLOCK), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The quantization of experts that ``from_pretrained(..., quantization_config=...)`` does, registered with transformers."""
+"""Quantized experts as transformers loads and saves them; what does it is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ def quantization_config(
 ) -> Any:
     """The ``quantization_config`` with which ``from_pretrained`` quantizes experts as they are read.
 
-    ``from_pretrained(name, quantization_config=kernel.quantization_config("nf4"), experts_implementation="scattermoe")``
-    after ``kernel.register()``. Where a checkpoint has a tensor for each expert, one expert is dense at a time; where it
-    has one for all experts of a layer, that one is. ``save_pretrained`` writes codes and scales beside the
-    configuration, from which ``from_pretrained`` then loads the same bits.
+    Where a checkpoint has a tensor for each expert, one expert is dense at a time; where it has one for all experts of
+    a layer, that one is. ``save_pretrained`` writes codes and scales beside the configuration, from which
+    ``from_pretrained`` loads the same bits, once :func:`scattermoe_lora.register` was called.
 
     Args:
         quant_type: ``"nf4"``, ``"fp4"`` (blocks of 64, as bitsandbytes') or ``"fp8"`` (E4M3, blocks of 128 x 128).
@@ -34,6 +33,20 @@ def quantization_config(
     if _registered is None:
         raise RuntimeError("quantization_config: expected register() to be called first, got no registration")
     return _registered(quant_type, linears, skip_modules)
+
+
+def describe_quantized(model: Any, quant_type: str) -> None:
+    """Lets ``save_pretrained`` write the experts of a model, quantized since it was loaded, as codes and scales."""
+    from .quantizer import attach
+
+    attach(model, quant_type)
+
+
+def describe_dense(model: Any) -> None:
+    """Lets ``save_pretrained`` write a model whose experts are no longer quantized."""
+    from .quantizer import detach
+
+    detach(model)
 
 
 def register_quantizer() -> None:

@@ -5,11 +5,13 @@ Linear layers are another quantizer's (bitsandbytes' for example), or stay as th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -106,6 +108,7 @@ class ExpertsQuantizer(HfQuantizer):
         return [*conversions, *own]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        keep_saved_names(model)
         state, metadata = self.linears.get_state_dict_and_metadata(model)
         parts: dict[str, torch.Tensor] = {}
         for name, tensor in (model.state_dict() if state is None else state).items():
@@ -123,6 +126,15 @@ class ExpertsQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return self.linears.is_trainable
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if isinstance(parameter, QuantizedWeight):
+                module, last = get_module_from_name(model, name)
+                dense = parameter.to(dtype or parameter.dtype).dequantize()
+                setattr(module, last, torch.nn.Parameter(dense.contiguous(), requires_grad=False))
+        keep_saved_names(model)
+        return model if isinstance(self.linears, _Dense) else self.linears._dequantize(model, dtype=dtype)
+
     # What is for the quantizer of the linear layers alone.
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -138,6 +150,8 @@ class ExpertsQuantizer(HfQuantizer):
         return self.linears.adjust_max_memory(max_memory)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # transformers and accelerate ask for it where bitsandbytes' layers need care.
+        model.quantization_method = self.linears.quantization_config.quant_method
         return self.linears._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -151,6 +165,56 @@ class _Dense(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+
+def attach(model: torch.nn.Module, quant_type: str) -> None:
+    """Lets ``save_pretrained`` write the experts of a model, quantized since it was loaded, as codes and scales."""
+    for base in _pretrained(model):
+        linears = getattr(base, "hf_quantizer", None)
+        config = ExpertsQuantizationConfig(
+            quant_type, None if linears is None else linears.quantization_config
+        )
+        base.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
+        if linears is not None:
+            base.hf_quantizer.linears = linears
+        base.config.quantization_config = config
+        base.is_quantized = base.config._is_quantized = True
+        base.quantization_method = base.hf_quantizer.linears.quantization_config.quant_method
+
+
+def detach(model: torch.nn.Module) -> None:
+    """Leaves to ``save_pretrained`` a model without quantized experts: dense, but for quantized linear layers."""
+    for base in _pretrained(model):
+        quantizer = getattr(base, "hf_quantizer", None)
+        if not isinstance(quantizer, ExpertsQuantizer):
+            continue
+        keep_saved_names(base)
+        if isinstance(quantizer.linears, _Dense):
+            quantizer.remove_quantization_config(base)
+            base.config._is_quantized = False
+        else:
+            base.hf_quantizer = quantizer.linears
+            base.config.quantization_config = quantizer.linears.quantization_config
+
+
+def keep_saved_names(model: Any) -> None:
+    """Takes the reading of codes out of what ``save_pretrained`` reverses, which would take dense weights for them."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        return
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not any(isinstance(operation, _Deserialize) for operation in getattr(conversion, "operations", ()))
+    ]
+    if not model._weight_conversions:
+        # transformers then takes its own for the model's class.
+        del model._weight_conversions
+
+
+def _pretrained(model: torch.nn.Module) -> Iterator[Any]:
+    """The outermost model of transformers' in ``model``."""
+    return islice((module for module in model.modules() if isinstance(module, PreTrainedModel)), 1)
 
 
 class _Quantize(ConversionOps):

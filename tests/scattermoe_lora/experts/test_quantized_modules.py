@@ -1,0 +1,251 @@
+"""Experts modules whose weights are quantized, in every way that libraries keep them, compute as the dense ones do."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers import Shape, assert_close, experts_module, low_rank, route
+
+SHAPE = Shape(tokens=9, experts=4, top_k=2, hidden=64, intermediate=32, rank=3)
+WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(SHAPE.tokens, SHAPE.hidden, requires_grad=True)
+    return x, route(SHAPE), torch.rand(SHAPE.tokens, SHAPE.top_k, requires_grad=True)
+
+
+def factors() -> dict[str, Any]:
+    shapes = {
+        "gate_up_proj": (2 * SHAPE.intermediate, SHAPE.hidden),
+        "down_proj": (SHAPE.hidden, SHAPE.intermediate),
+    }
+    return {
+        name: tuple(t.requires_grad_() for t in low_rank(SHAPE.experts, n_out, n_in, SHAPE.rank))
+        for name, (n_out, n_in) in shapes.items()
+    }
+
+
+def run(forward: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any, lora: Any) -> list[torch.Tensor]:
+    out = forward(x, *rest, lora=lora)
+    leaves = [x, rest[1], *(factor for pair in lora.values() for factor in pair)]
+    return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+
+def ours(kernel: ModuleType, format: str) -> Any:
+    module = experts_module(SHAPE)
+    kernel.quantize_experts(module, format)
+    return module
+
+
+def bitsandbytes(kernel: ModuleType, kind: str, nested: bool) -> Any:
+    replace = pytest.importorskip("bitsandbytes.nn.parametrize").replace_parameter_4bit
+    module = experts_module(SHAPE)
+    for name in WEIGHTS:
+        replace(module, name, compress_statistics=nested, quant_type=kind)
+    return module
+
+
+def fine_grained(kernel: ModuleType, expert_dtype: str) -> Any:
+    from transformers.integrations import finegrained_fp8, moe
+
+    dense = experts_module(SHAPE)
+    kind = moe.use_experts_implementation(
+        experts_class=type("Experts", (finegrained_fp8.FP8Experts,), {}),
+        experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS,
+    )
+    config = copy.deepcopy(dense.config)
+    config._experts_implementation, config.dtype = "scattermoe", torch.float32
+    module = kind(config, block_size=(32, 16), expert_dtype=expert_dtype)
+    for name in WEIGHTS:
+        codes = getattr(module, name)
+        codes.data.copy_(torch.randint(0, 100, codes.shape, dtype=torch.uint8).view(codes.dtype))
+        scales = getattr(module, f"{name}_scale_inv")
+        scales.data.copy_(torch.rand(scales.shape) / 64)
+    return module
+
+
+def mxfp4(kernel: ModuleType) -> Any:
+    module = experts_module(SHAPE)
+    for name in WEIGHTS:
+        experts, n, k = getattr(module, name).shape
+        delattr(module, name)
+        blocks = torch.randint(256, (experts, n, k // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 122, (experts, n, k // 32), dtype=torch.uint8)
+        for part, tensor in (("blocks", blocks), ("scales", scales)):
+            module.register_parameter(f"{name}_{part}", torch.nn.Parameter(tensor, requires_grad=False))
+    module.config.dtype = torch.float32
+    return module
+
+
+def torchao(kernel: ModuleType) -> Any:
+    workflow = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    module = experts_module(SHAPE)
+    for name in WEIGHTS:
+        weight = getattr(module, name).data
+        tensor = workflow.MXTensor.to_mx(weight, torch.float8_e4m3fn, block_size=32)
+        setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda kernel: ours(kernel, "nf4"),
+        lambda kernel: ours(kernel, "fp4"),
+        lambda kernel: ours(kernel, "fp8"),
+        lambda kernel: bitsandbytes(kernel, "nf4", nested=False),
+        lambda kernel: bitsandbytes(kernel, "fp4", nested=True),
+        lambda kernel: fine_grained(kernel, "fp8"),
+        lambda kernel: fine_grained(kernel, "fp4"),
+        mxfp4,
+        torchao,
+    ],
+    ids=["nf4", "fp4", "fp8", "bnb nf4", "bnb nested fp4", "FP8Experts", "FP4 experts", "mxfp4", "torchao"],
+)
+def test_quantized_experts_compute_what_the_dense_ones_do(
+    registered: ModuleType, submodule: Any, monkeypatch: Any, make: Callable[[ModuleType], Any]
+) -> None:
+    module = make(registered)
+    read = submodule("integration.experts.quantized.read").read_stack
+    decode = submodule("ops.quantization.reference").decode
+    dense = experts_module(SHAPE)
+    for name in WEIGHTS:
+        setattr(dense, name, torch.nn.Parameter(decode(read(module, name)).float(), requires_grad=False))
+    # None of its own ways to a dense weight is taken.
+    if hasattr(module, "parametrizations"):
+        for name in WEIGHTS:
+            monkeypatch.setattr(type(module.parametrizations[name][0]), "forward", lambda *_: 1 / 0)
+    arguments, lora = inputs(), factors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = run(lambda *a, lora: registered.experts_forward(module, *a, lora), *arguments, lora=lora)
+    assert_close(
+        got, run(lambda *a, lora: registered.experts_forward(dense, *a, lora), *arguments, lora=lora), 2e-5
+    )
+    if hasattr(module, "gate_up_proj_scale_inv"):
+        # Its class asks the other interface, for the implementation of its config.
+        plain = module(*arguments)
+        assert_close([plain], [registered.experts_forward(dense, *arguments)], 2e-5)
+
+
+def test_registration_reaches_and_leaves_the_interface_of_fine_grained_fp8(kernel: ModuleType) -> None:
+    from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+
+    kernel.register("fast")
+    assert FP8ExpertsInterface._global_mapping["fast"] is kernel.experts_forward
+    kernel.unregister()
+    assert "fast" not in FP8ExpertsInterface._global_mapping
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.mT.contiguous(),
+            r"Experts\.gate_up_proj_scale_inv: expected \[4, 2, 4\] for blocks of 32 x 16, got",
+        ),
+        (
+            lambda t: t[:, :1],
+            r"Experts\.gate_up_proj_scale_inv: expected \[4, 2, 4\] for blocks of 32 x 16, got",
+        ),
+        (lambda t: t.to("meta"), r"Experts\.gate_up_proj: expected device of its scales cpu, got meta"),
+    ],
+    ids=["transposed", "another block", "another device"],
+)
+def test_scales_that_do_not_fit_are_refused(
+    registered: ModuleType, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    module = fine_grained(registered, "fp8")
+    module.gate_up_proj_scale_inv = torch.nn.Parameter(change(module.gate_up_proj_scale_inv.data))
+    with pytest.raises(ValueError, match=message):
+        module(*inputs())
+
+
+def test_model_is_quantized_and_decoded_in_place(kernel: ModuleType) -> None:
+    model = torch.nn.ModuleDict({"a": experts_module(SHAPE), "b": experts_module(SHAPE)})
+    model["b"].down_proj = model["a"].down_proj
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kernel.quantize_experts(model, "fp8")
+    assert model["a"].down_proj is model["b"].down_proj
+    assert not any(p.requires_grad for p in model.parameters())
+    assert sum(p.stack.nbytes for p in model.parameters()) < 0.52 * sum(
+        2 * t.numel() for t in before.values()
+    )
+    kernel.dequantize_experts(model)
+    assert model["a"].down_proj is model["b"].down_proj
+    for name, parameter in model.named_parameters():
+        assert type(parameter) is torch.nn.Parameter
+        assert_close([parameter], [before[name]], 0.04)
+
+
+def _trained(model: Any) -> None:
+    model.experts.down_proj.grad = torch.zeros_like(model.experts.down_proj)
+
+
+def _bad(model: Any) -> None:
+    model.experts.down_proj.data[0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("format", "prepare", "message"),
+    [
+        ("int4", lambda model: None, "quantize_experts: format: expected one of nf4, fp4, fp8, got 'int4'"),
+        (
+            "nf4",
+            lambda model: delattr(model, "experts"),
+            "quantize_experts: expected experts modules .* got none",
+        ),
+        ("nf4", _trained, r"quantize_experts: experts\.down_proj: being trained .* train LoRA on it"),
+        ("nf4", _bad, r"quantize_experts: experts\.down_proj: expected finite weights"),
+    ],
+    ids=["format", "no experts", "trained", "NaN"],
+)
+def test_models_that_cannot_be_quantized(
+    kernel: ModuleType, format: str, prepare: Callable[[Any], None], message: str
+) -> None:
+    model = torch.nn.Module()
+    model.experts = experts_module(SHAPE)
+    prepare(model)
+    with pytest.raises(ValueError, match=message):
+        kernel.quantize_experts(model, format)
+
+
+def test_quantized_or_dense_twice_is_refused(kernel: ModuleType) -> None:
+    module = experts_module(SHAPE)
+    with pytest.raises(ValueError, match="expected quantized experts in Gemma4TextExperts, got none"):
+        kernel.dequantize_experts(module)
+    kernel.quantize_experts(module)
+    with pytest.raises(ValueError, match="gate_up_proj: already quantized; call dequantize_experts"):
+        kernel.quantize_experts(module)
+
+
+def test_codes_that_a_class_computes_with_stay(registered: ModuleType) -> None:
+    with pytest.raises(
+        NotImplementedError, match="Experts computes with codes alone; load the model with dequantize"
+    ):
+        registered.dequantize_experts(fine_grained(registered, "fp8"))
+
+
+def test_dense_weights_are_freed_one_by_one(kernel: ModuleType) -> None:
+    module = experts_module(SHAPE)
+    dense = [weakref.ref(getattr(module, name)) for name in WEIGHTS]
+    alive = []
+    register = type(module).__setattr__
+
+    class Watched(type(module)):
+        def __setattr__(self, name: str, value: object) -> None:
+            register(self, name, value)
+            alive.append(sum(reference() is not None for reference in dense))
+
+    module.__class__ = Watched
+    kernel.quantize_experts(module)
+    assert alive == [1, 0]

@@ -1,0 +1,117 @@
+"""Quantizing the experts of a loaded model, and decoding them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ....ops.quantization.encode import FORMATS, quantize
+from .loading import describe_dense, describe_quantized
+from .parameter import QuantizedWeight
+from .read import read_stack
+
+
+def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
+    """Quantizes a loaded model's experts in place, one weight after the other; they are frozen then.
+
+    ``experts_implementation="scattermoe"`` computes with the codes; what else reads a weight decodes it. Beside the
+    model one quantized weight and a few megabytes are allocated at a time, and each dense weight is freed at once if
+    nothing else holds it. LoRA may be added before or after (PEFT's ``target_parameters``).
+
+    Args:
+        model: A model of transformers, or of PEFT around one.
+        format: ``"nf4"`` or ``"fp4"`` as bitsandbytes has them (4.5 bits a weight), or ``"fp8"``: float8 (E4M3) with a
+            scale for blocks of 128 x 128 (8 bits).
+
+    Raises:
+        ValueError: An unknown format; a model without experts modules; experts that are quantized already or being
+            trained, or whose numbers cannot be quantized. Nothing has been changed then, but for NaN and infinity,
+            which are found in the weight that has them.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"quantize_experts: format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    places = list(_weights(model))
+    if not places:
+        raise ValueError(f"quantize_experts: {_no_experts(model)}")
+    holders: dict[int, list[tuple[torch.nn.Module, str, str]]] = {}
+    for path, module, name in places:
+        label = f"quantize_experts: {path}.{name}"
+        if read_stack(module, name) is not None:
+            raise ValueError(f"{label}: already quantized; call dequantize_experts(model) first")
+        parameter = getattr(module, name)
+        if parameter.grad is not None or (parameter.requires_grad and "modules_to_save" in path.split(".")):
+            raise ValueError(
+                f"{label}: being trained (it has a gradient, or is a copy in PEFT's modules_to_save), and a quantized "
+                "weight cannot be; train LoRA on it"
+            )
+        holders.setdefault(id(parameter), []).append((module, name, label))
+    del parameter
+    for (module, name, label), *others in holders.values():
+        weight = QuantizedWeight(quantize(getattr(module, name), format, label))
+        parameter = torch.nn.Parameter(weight, requires_grad=False)
+        for module_with_it, its_name, _ in ((module, name, label), *others):
+            setattr(module_with_it, its_name, parameter)
+    describe_quantized(model, format)
+
+
+def dequantize_experts(model: torch.nn.Module) -> None:
+    """Decodes a model's quantized experts in place, one weight after the other; they stay frozen.
+
+    Args:
+        model: A model whose experts :func:`quantize_experts` quantized, or ``bitsandbytes.nn.parametrize``.
+
+    Raises:
+        ValueError: A model without quantized experts.
+        NotImplementedError: Experts whose own class computes with codes (transformers' fine-grained FP8).
+    """
+    quantized = [(path, *place) for path, *place in _weights(model) if read_stack(*place) is not None]
+    if not quantized:
+        raise ValueError(
+            f"dequantize_experts: expected quantized experts in {type(model).__name__}, got none"
+        )
+    # A parameter that modules share stays one.
+    dense: dict[int, torch.nn.Parameter] = {}
+    for path, module, name in quantized:
+        held = module._parameters.get(name)
+        if id(held) in dense and held is not None:
+            setattr(module, name, dense[id(held)])
+        else:
+            make_dense(module, name, f"dequantize_experts: {path}.{name}")
+            dense[id(held)] = module._parameters[name]
+    describe_dense(model)
+
+
+def make_dense(module: Any, name: str, label: str) -> None:
+    """Puts a dense, frozen parameter in a quantized one's place.
+
+    Raises:
+        NotImplementedError: The module's class computes with codes.
+    """
+    stack = read_stack(module, name)
+    assert stack is not None
+    if hasattr(module, f"{name}_scale_inv") or hasattr(module, f"{name}_blocks"):
+        raise NotImplementedError(
+            f"{label}: {type(module).__name__} computes with codes alone; load the model with dequantize=True in its "
+            "quantization config instead"
+        )
+    weight = QuantizedWeight(stack).dequantize().contiguous()
+    if name in module._parameters:
+        module._parameters[name] = None
+    else:
+        torch.nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+
+
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Path, module and parameter's name of each weight of each experts module, of transformers' common kind."""
+    for path, module in model.named_modules():
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+            for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+                if hasattr(module, name) or hasattr(module, f"{name}_blocks"):
+                    yield path, module, name
+
+
+def _no_experts(model: torch.nn.Module) -> str:
+    return f"expected experts modules (classes with @use_experts_implementation) in {type(model).__name__}, got none"
