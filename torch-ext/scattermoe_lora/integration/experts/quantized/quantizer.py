@@ -222,7 +222,7 @@ class _Quantize(ConversionOps):
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(  # type: ignore[override]
+    def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **kwargs: Any
     ) -> dict[str, Any]:
         if not self.quantizer.quantizes(model, full_layer_name):
@@ -239,19 +239,17 @@ class _Deserialize(ConversionOps):
         # transformers knows by this name that codes and scales keep their dtypes.
         self.hf_quantizer = quantizer
 
-    def convert(  # type: ignore[override]
+    def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **kwargs: Any
     ) -> dict[str, Any]:
         module, name = get_module_from_name(model, full_layer_name)
         dense = getattr(module, name)
-        parts = [input_dict.get(part) for part in _part_names(name)]
-        missing = [
-            part for part, value in zip(_part_names(full_layer_name), parts, strict=True) if value is None
-        ]
+        missing = [part for part in _part_names(name) if part not in input_dict]
         if missing:
             raise ValueError(
-                f"expected codes and scales in the checkpoint, got none of the name {missing[0]}"
+                f"{full_layer_name}: expected codes and scales in the checkpoint, got no {missing[0]}"
             )
+        parts = (input_dict[part] for part in _part_names(name))
         codes, scales = (value[0] if isinstance(value, list) else value for value in parts)
         layout = layout_of(self.hf_quantizer.quantization_config.quant_type)
         stack = QuantizedStack(codes, (scales,), layout, dense.dtype).check(full_layer_name)
@@ -271,7 +269,7 @@ class _Deserialize(ConversionOps):
 class _ByExpert(WeightConverter):
     """A converter of one tensor an expert, by which at most one expert of a weight is dense at a time."""
 
-    __slots__ = ()
+    collected_tensors: Any
 
     def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         operation = self.quantization_operation
