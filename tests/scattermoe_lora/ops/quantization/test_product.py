@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from bits import every_code
+from bits import Allocations, every_code
 from helpers import error
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 EXPERTS, N, K = 7, 96, 64
 
@@ -34,31 +32,6 @@ def stack(request, quantization) -> Any:
         codes[(codes & 0x7F) == 0x7F] = 0
     made = make(codes, scales, layout, torch.float32).check("w")
     return made.mT if "transposed" in kind else made
-
-
-class Allocations(TorchDispatchMode):
-    """The largest number of bytes that results of operators held at a time, storages counted once while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, Any] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        before = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = (
-                    torch.multiprocessing.reductions.StorageWeakRef(storage),
-                    storage.nbytes(),
-                )
-        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
 
 
 def offsets(*rows: int) -> torch.Tensor:
