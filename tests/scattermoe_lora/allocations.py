@@ -10,12 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """The largest number of bytes that results of operators held at a time, storages counted once while they live."""
+    """The largest number of bytes that results of operators held at a time, storages counted once while they live.
+
+    ``largest`` is that of one storage.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[int, Any] = {}
-        self.peak = 0
+        self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -33,6 +36,7 @@ class Allocations(TorchDispatchMode):
                     torch.multiprocessing.reductions.StorageWeakRef(storage),
                     storage.nbytes(),
                 )
+        self.largest = max([self.largest, *(size for _, size in self.live.values())])
         self.peak = max(self.peak, self.now())
         return result
 

@@ -13,6 +13,7 @@ MODULES = (
     "ops/test_attention.py",
     "ops/test_norm_rotary.py",
     "ops/quantization/test_decode.py",
+    "ops/quantization/test_operators.py",
 )
 # Small, awkward shapes: under a memory checker each launch takes many times longer.
 CHECKED = "gradients_match_the_reference"

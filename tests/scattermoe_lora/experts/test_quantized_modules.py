@@ -131,6 +131,10 @@ def test_quantized_experts_compute_what_the_dense_ones_do(
     assert_close(
         got, run(lambda *a, lora: registered.experts_forward(dense, *a, lora), *arguments, lora=lora), 2e-5
     )
+    torch._dynamo.reset()
+    compiled = torch.compile(registered.experts_forward, fullgraph=True, backend="aot_eager")
+    again = run(lambda *a, lora: compiled(module, *a, lora), *arguments, lora=lora)
+    assert_close(again, got, 1e-6)
     if hasattr(module, "gate_up_proj_scale_inv"):
         # Its class asks the other interface, for the implementation of its config.
         plain = module(*arguments)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 T = TypeVar("T")
 
@@ -16,7 +17,8 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     """The function with each parameter that is a named tuple replaced by the tuple's fields.
 
     An operator takes tensors and numbers, no structures. The result's signature, from which
-    ``torch.library.custom_op`` infers the schema, has the fields with their own names and types.
+    ``torch.library.custom_op`` infers the schema, has the fields with their own names and types; of
+    ``Annotated[T, S]`` the type is ``S``.
 
     Args:
         function: Takes positional arguments without defaults; every one and the result are annotated.
@@ -28,9 +30,10 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     result = hints.pop("return")
     for name, hint in hints.items():
         is_tuple = hasattr(hint, "_fields")
-        fields = get_type_hints(hint) if is_tuple else {name: hint}
+        fields = get_type_hints(hint, include_extras=True) if is_tuple else {name: hint}
         start = len(parameters)
         for field, kind in fields.items():
+            (kind,) = getattr(kind, "__metadata__", (kind,))
             parameters.append(
                 inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
             )
@@ -55,10 +58,48 @@ def names_needed(operands: NamedTuple, needs: Iterable[bool]) -> list[str]:
     return [name for name, value, need in flagged if need and value is not None]
 
 
-def by_argument(
-    ctx: Any, gradients: Iterable[torch.Tensor], needs: Sequence[bool]
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients that ``needs`` flags, as autograd takes them: one entry for each argument of the forward."""
+def register_gradients(
+    forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef, operands: type[Any], dropped: int
+) -> None:
+    """Lets autograd compute the gradients of an operator's first result by another operator.
+
+    Args:
+        forward: Takes the fields of ``operands``, the last two of which have no gradient, and other arguments; its
+            results but the first are not differentiable.
+        backward: Takes the first result's gradient, the operands, the other results, the other arguments but for the
+            last, and a flag for each operand that tells whether its gradient is needed; returns those that are.
+        operands: A named tuple.
+        dropped: The number of last arguments that the backward does not take.
+    """
+    tensors = len(operands._fields)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        kept = (*inputs[:tensors], *output[1:], *inputs[tensors : len(inputs) - dropped])
+        # Only tensors can be saved, and lists of them have to be taken apart.
+        leaves, ctx.structure = tree_flatten(kept)
+        ctx.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def run_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return by_argument(ctx, (), ())
+        needs = [bool(need) for need in ctx.needs_input_grad[: tensors - 2]]
+        leaves = [
+            other if saved is None else saved
+            for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+        ]
+        gradients = backward(grad.contiguous(), *tree_unflatten(leaves, ctx.structure), needs)
+        return by_argument(ctx, gradients, needs)
+
+    forward.register_autograd(run_backward, setup_context=setup_context)
+
+
+def by_argument(ctx: Any, gradients: Iterable[torch.Tensor], needs: Sequence[bool]) -> tuple[Any, ...]:
+    """The gradients that ``needs`` flags, as autograd takes them: one entry for each argument of the forward, and of a
+    list of tensors one for each of these."""
     remaining = iter(gradients)
     flagged = [next(remaining) if need else None for need in needs]
-    return (*flagged, *(None,) * (len(ctx.needs_input_grad) - len(flagged)))
+    rest = ctx.needs_input_grad[len(flagged) :]
+    return (*flagged, *([None] * len(need) if isinstance(need, list) else None for need in rest))

@@ -9,12 +9,12 @@ import torch
 
 from ...ops.dispatch import refuse_transforms
 from ...ops.experts.arguments import Operands
+from ...ops.experts.op import experts as fused_experts
 from ...ops.grouped_linear.arguments import Operands as LinearOperands
+from ...ops.grouped_linear.op import linear
 from ...ops.routing import sort_by_expert
 from .checks import LowRank, check_inputs
 from .expert_parallel import handed_factors
-from .fallback import experts as fused_experts
-from .fallback import linear
 from .module import fused_gate, read_weights
 
 
@@ -53,8 +53,7 @@ def experts_forward(
     refuse_transforms("experts_forward", hidden_states, top_k_weights, *dense)
     a1, b1 = _contiguous(lora.get(weights.up_name))
     a2, b2 = _contiguous(lora.get("down_proj"))
-    up: Any = weights.up
-    down: Any = weights.down
+    up, down = weights.up, weights.down
     order, offsets = sort_by_expert(top_k_index, down.shape[0])
     # Before transformers 5.18 no module says so, and sentinels may come to any.
     sentinels = getattr(experts, "_is_expert_parallel", True)

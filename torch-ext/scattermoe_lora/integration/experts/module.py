@@ -12,10 +12,8 @@ import torch.nn.functional as F
 
 from ...ops import activation
 from ...ops.activation import Gate
-from ...ops.quantization.stack import QuantizedStack
+from ...ops.quantization.stack import Weight
 from .quantized.read import read_stack
-
-Weight = torch.Tensor | QuantizedStack
 
 
 class Weights(NamedTuple):

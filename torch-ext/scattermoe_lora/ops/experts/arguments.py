@@ -6,7 +6,22 @@ from typing import NamedTuple
 
 import torch
 
+from ..quantization.stack import Weight, put_together, take_apart
 from ..routing import Routing
+
+
+class Quantization(NamedTuple):
+    """What the codes in the weights' places mean; for a dense weight no scales and an empty format.
+
+    Attributes:
+        gate_up_scales, down_scales: Those of a :class:`scattermoe_lora.ops.quantization.stack.QuantizedStack`.
+        gate_up_format, down_format: Its format as text.
+    """
+
+    gate_up_scales: list[torch.Tensor]
+    gate_up_format: str
+    down_scales: list[torch.Tensor]
+    down_format: str
 
 
 class Operands(NamedTuple):
@@ -14,7 +29,7 @@ class Operands(NamedTuple):
 
     Attributes:
         x: ``[T, H]``.
-        gate_up: ``[E, 2I, H]``, contiguous or a transposed view of a contiguous ``[E, H, 2I]``.
+        gate_up: ``[E, 2I, H]``, contiguous, a transposed view of a contiguous ``[E, H, 2I]``, or quantized.
         down: ``[E, H, I]``, likewise.
         routing_weights: ``[T, K]``, any floating dtype.
         gate_up_a, gate_up_b: ``[E, r1, H]`` and ``[E, 2I, r1]``, the scaling already in ``b``, or None.
@@ -24,8 +39,8 @@ class Operands(NamedTuple):
     """
 
     x: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
     routing_weights: torch.Tensor
     gate_up_a: torch.Tensor | None
     gate_up_b: torch.Tensor | None
@@ -35,6 +50,18 @@ class Operands(NamedTuple):
     down_bias: torch.Tensor | None
     order: torch.Tensor
     offsets: torch.Tensor
+
+    def take_apart(self) -> tuple[Operands, Quantization]:
+        """The operands with codes for quantized weights, and what these mean."""
+        gate_up, gate_up_scales, gate_up_format = take_apart(self.gate_up)
+        down, down_scales, down_format = take_apart(self.down)
+        quantization = Quantization(gate_up_scales, gate_up_format, down_scales, down_format)
+        return self._replace(gate_up=gate_up, down=down), quantization
+
+    def put_together(self, quantization: Quantization) -> Operands:
+        """The operands of :meth:`take_apart`."""
+        gate_up = put_together(self.gate_up, *quantization[:2], self.x.dtype)
+        return self._replace(gate_up=gate_up, down=put_together(self.down, *quantization[2:], self.x.dtype))
 
     @property
     def routing(self) -> Routing:

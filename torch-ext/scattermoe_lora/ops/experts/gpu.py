@@ -11,7 +11,6 @@ import triton
 
 from ..activation import Gate
 from ..grouped_linear.gpu import (
-    LowRank,
     bias_gradient,
     grouped_matmul,
     grouped_outer,
@@ -20,7 +19,8 @@ from ..grouped_linear.gpu import (
 )
 from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
-from ..routing import Routing
+from ..grouped_linear.workspace import LowRank, shares
+from ..quantization.stack import Weight
 from .arguments import Kept, Operands
 from .kernels import gate_backward_kernel, gate_up_kernel
 
@@ -38,8 +38,8 @@ def _constants(gate: Gate) -> dict[str, Any]:
 
 def project_and_gate(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    routing: Routing,
+    weight: Weight,
+    routing: Scheduled,
     top_k: int,
     low: LowRank | None,
     bias: torch.Tensor | None,
@@ -51,11 +51,12 @@ def project_and_gate(
     hidden, a = x.new_empty((pairs if keep else 0, width)), x.new_empty((pairs, width // 2))
     if pairs:
         parts = 1 if gate.interleaved else 2
-        # A program a tile, always: the sum over the hidden size is long.
-        tiles, arguments, constants, *_ = matmul_launch(
-            x, weight, routing, top_k=top_k, low=low, bias=bias, parts=parts
-        )
-        gate_up_kernel[(tiles,)](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
+        for dense, share, factors, own_bias in shares(weight, routing, low, bias):
+            # A program a tile, always: the sum over the hidden size is long.
+            tiles, arguments, constants, *_ = matmul_launch(
+                x, dense, share, top_k=top_k, low=factors, bias=own_bias, parts=parts
+            )
+            gate_up_kernel[(tiles,)](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
     return hidden, a
 
 

@@ -1,4 +1,7 @@
-"""The fused experts layer as torch operators, with fake implementations and autograd."""
+"""The fused experts layer as torch operators, with fake implementations and autograd.
+
+Quantized weights have operators of their own, which differ in their arguments alone.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,21 @@ import torch
 
 from .. import dispatch
 from ..activation import Gate
-from ..operator import by_argument, flattened, names_needed
+from ..operator import flattened, names_needed, register_gradients
+from ..quantization.stack import QuantizedStack
 from ..routing import empty_gradient, refuse_index_outside
 from . import cpu
-from .arguments import Kept, Operands
+from .arguments import Kept, Operands, Quantization
 
-_TENSORS = len(Operands._fields)
-# Those before the routing, which has no gradient.
-_DIFFERENTIABLE = _TENSORS - 2
+Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def experts(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
+    """:func:`experts_forward` of weights each of which is dense or quantized."""
+    if not any(isinstance(weight, QuantizedStack) for weight in (operands.gate_up, operands.down)):
+        return experts_forward(*operands, *gate, sentinels, keep)
+    codes, quantization = operands.take_apart()
+    return experts_quantized_forward(*codes, *quantization, *gate, sentinels, keep)
 
 
 def _implementation(x: torch.Tensor) -> Any:
@@ -26,11 +36,35 @@ def _implementation(x: torch.Tensor) -> Any:
     return cpu
 
 
+def _forward(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
+    refuse_index_outside(operands.order, operands.offsets, sentinels)
+    with dispatch.undisturbed(operands.x):
+        return _implementation(operands.x).forward(operands, gate, keep)
+
+
+def _fake_forward(operands: Operands, keep: bool) -> Result:
+    x, rows = operands.x, operands.order.shape[0] if keep else 0
+    hidden, low1, low2 = (x.new_empty((rows, n)) for n in (operands.gate_up.shape[1], *operands.ranks))
+    return x.new_empty(x.shape), hidden, low1, low2
+
+
+def _backward(
+    grad_out: torch.Tensor, operands: Operands, kept: Kept, gate: Gate, needs: list[bool]
+) -> list[torch.Tensor]:
+    assert kept.hidden.shape[0] == operands.order.shape[0], "autograd needs what only keep=True returns"
+    names = names_needed(operands, needs)
+    with dispatch.undisturbed(operands.x):
+        gradients = _implementation(operands.x).backward(grad_out, operands, kept, gate, names)
+    return [gradients[name] for name in names]
+
+
+def _fake_backward(operands: Operands, needs: list[bool]) -> list[torch.Tensor]:
+    return [empty_gradient(getattr(operands, name)) for name in names_needed(operands, needs)]
+
+
 @torch.library.custom_op("scattermoe_lora::experts_forward", mutates_args=())
 @flattened
-def experts_forward(
-    operands: Operands, gate: Gate, sentinels: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def experts_forward(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
     """Gated experts with low-rank factors: ``sum_k w[t, k] * down(gate(gate_up(x[t])))``.
 
     Args:
@@ -42,19 +76,28 @@ def experts_forward(
     Returns:
         The output ``[T, H]``, and the fields of a :class:`scattermoe_lora.ops.experts.arguments.Kept`.
     """
-    refuse_index_outside(operands.order, operands.offsets, sentinels)
-    with dispatch.undisturbed(operands.x):
-        return _implementation(operands.x).forward(operands, gate, keep)
+    return _forward(operands, gate, sentinels, keep)
 
 
 @experts_forward.register_fake
 @flattened
-def _(
-    operands: Operands, gate: Gate, sentinels: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, rows = operands.x, operands.order.shape[0] if keep else 0
-    hidden, low1, low2 = (x.new_empty((rows, n)) for n in (operands.gate_up.shape[1], *operands.ranks))
-    return x.new_empty(x.shape), hidden, low1, low2
+def _(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
+    return _fake_forward(operands, keep)
+
+
+@torch.library.custom_op("scattermoe_lora::experts_quantized_forward", mutates_args=())
+@flattened
+def experts_quantized_forward(
+    operands: Operands, quantization: Quantization, gate: Gate, sentinels: bool, keep: bool
+) -> Result:
+    """:func:`experts_forward` with codes in a weight's place, or in both weights'."""
+    return _forward(operands.put_together(quantization), gate, sentinels, keep)
+
+
+@experts_quantized_forward.register_fake
+@flattened
+def _(operands: Operands, quantization: Quantization, gate: Gate, sentinels: bool, keep: bool) -> Result:
+    return _fake_forward(operands.put_together(quantization), keep)
 
 
 @torch.library.custom_op("scattermoe_lora::experts_backward", mutates_args=())
@@ -67,17 +110,14 @@ def experts_backward(
     Args:
         grad_out: ``[T, H]``.
         operands, gate: As in the forward.
-        kept: What the forward kept.
+        kept: What the forward kept, called with ``keep``.
         needs: One flag for each operand but the routing.
 
     Returns:
         The gradients that ``needs`` asks for, in the order of the operands. With ``gate_up`` and ``down`` frozen
         nothing of their size is allocated.
     """
-    names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.x):
-        gradients = _implementation(operands.x).backward(grad_out, operands, kept, gate, names)
-    return [gradients[name] for name in names]
+    return _backward(grad_out, operands, kept, gate, needs)
 
 
 @experts_backward.register_fake
@@ -85,24 +125,39 @@ def experts_backward(
 def _(
     grad_out: torch.Tensor, operands: Operands, kept: Kept, gate: Gate, needs: list[bool]
 ) -> list[torch.Tensor]:
-    return [empty_gradient(getattr(operands, name)) for name in names_needed(operands, needs)]
+    return _fake_backward(operands, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *ctx.gate, _, keep = inputs[_TENSORS:]
-    assert keep, "autograd needs what only keep=True returns"
-    ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+@torch.library.custom_op("scattermoe_lora::experts_quantized_backward", mutates_args=())
+@flattened
+def experts_quantized_backward(
+    grad_out: torch.Tensor,
+    operands: Operands,
+    kept: Kept,
+    quantization: Quantization,
+    gate: Gate,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of :func:`experts_quantized_forward`, which has none of a quantized weight."""
+    return _backward(grad_out, operands.put_together(quantization), kept, gate, needs)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    if grad_out is None:
-        return by_argument(ctx, (), ())
-    needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
-    gradients = experts_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.gate, needs)
-    return by_argument(ctx, gradients, needs)
+@experts_quantized_backward.register_fake
+@flattened
+def _(
+    grad_out: torch.Tensor,
+    operands: Operands,
+    kept: Kept,
+    quantization: Quantization,
+    gate: Gate,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    return _fake_backward(operands.put_together(quantization), needs)
 
 
-experts_forward.register_autograd(_backward, setup_context=_setup_context)
-dispatch.refuse_second_derivative("experts_forward", experts_backward)
+for _of, _by in (
+    (experts_forward, experts_backward),
+    (experts_quantized_forward, experts_quantized_backward),
+):
+    register_gradients(_of, _by, Operands, dropped=2)
+    dispatch.refuse_second_derivative("experts_forward", _by)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from .. import dispatch
+from ..quantization.stack import QuantizedStack
 from ..routing import sort_by_expert
-from .op import grouped_linear_forward
+from .arguments import Operands
+from .op import linear
 
 
 def grouped_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedStack,
     expert_index: torch.Tensor,
     lora_a: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
@@ -26,7 +28,8 @@ def grouped_linear(
     Args:
         x: ``[T, N_in]``, or ``[T, K, N_in]`` where each token-expert pair has a row of its own; float64, float32,
             bfloat16 or float16, on the device of all other arguments.
-        weight: ``[E, N_out, N_in]``, dtype of ``x``.
+        weight: ``[E, N_out, N_in]``, dtype of ``x``; or a quantized stack that stands for that, which has no gradient:
+            its matrices are decoded when they are multiplied.
         expert_index: ``[T, K]``, int32 or int64. Values ``>= E`` are sentinels: zeros come out and no work is done.
         lora_a: ``[E, r, N_in]``, any floating dtype; used in the dtype of ``x``.
         lora_b: ``[E, N_out, r]``, likewise; given with ``lora_a`` or not at all.
@@ -38,20 +41,22 @@ def grouped_linear(
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; the message names argument, expected and got.
-        NotImplementedError: Forward-mode differentiation, ``torch.func.grad`` and second derivatives.
+        NotImplementedError: A quantized weight whose scales require a gradient; forward-mode differentiation,
+            ``torch.func.grad`` and second derivatives.
     """
     _check(x, weight, expert_index, lora_a, lora_b, bias)
-    dispatch.refuse_transforms("grouped_linear", x, weight, lora_a, lora_b, bias)
+    dense = None if isinstance(weight, QuantizedStack) else weight
+    dispatch.refuse_transforms("grouped_linear", x, dense, lora_a, lora_b, bias)
     tokens, top_k = expert_index.shape
     if lora_a is not None and lora_b is not None:
         lora_a = lora_a.to(x.dtype).contiguous()
         lora_b = (lora_b * scaling).to(x.dtype).contiguous()
     order, offsets = sort_by_expert(expert_index, weight.shape[0])
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if not weight.mT.is_contiguous():
-        weight = weight.contiguous()
+    if dense is not None and not dense.mT.is_contiguous():
+        weight = dense.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y, _ = grouped_linear_forward(rows, weight, lora_a, lora_b, bias, order, offsets, top_k, True)
+    y, _ = linear(Operands(rows, weight, lora_a, lora_b, bias, order, offsets), top_k, True)
     return y.view(tokens, top_k, weight.shape[1])
 
 
@@ -62,7 +67,7 @@ def _expect(name: str, quality: str, expected: object, got: object) -> None:
 
 def _check(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedStack,
     expert_index: torch.Tensor,
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
@@ -73,7 +78,9 @@ def _check(
             "grouped_linear: expert_index: expected [T, K] of int32 or int64, "
             f"got {list(expert_index.shape)} of {expert_index.dtype}"
         )
-    if weight.dim() != 3 or 0 in weight.shape:
+    if isinstance(weight, QuantizedStack):
+        weight.check("grouped_linear: weight")
+    elif weight.dim() != 3 or 0 in weight.shape:
         raise ValueError(f"grouped_linear: weight: expected [E, N_out, N_in], got {list(weight.shape)}")
     experts, n_out, n_in = weight.shape
     leading = list(expert_index.shape) if x.dim() == 3 else [expert_index.shape[0]]
@@ -83,7 +90,7 @@ def _check(
     _expect("weight", "dtype of x,", x.dtype, weight.dtype)
     if (lora_a is None) != (lora_b is None):
         raise ValueError("grouped_linear: lora_a and lora_b are given together or not at all")
-    tensors = {"weight": weight, "expert_index": expert_index}
+    tensors: dict[str, torch.Tensor | QuantizedStack] = {"weight": weight, "expert_index": expert_index}
     if lora_a is not None and lora_b is not None:
         rank = lora_a.shape[1] if lora_a.dim() == 3 else 0
         if rank == 0:

@@ -6,12 +6,14 @@ large term, and not twice.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
 from ..cpu_blocks import Block, split
 from ..cpu_matmul import add_matmul, rounded
+from ..quantization.product import Matrices
+from ..quantization.stack import QuantizedStack, Weight
 from ..routing import empty_gradient
 from .arguments import Operands
 
@@ -47,20 +49,23 @@ class Projection:
     """A linear map for each expert, applied to the rows of a block.
 
     Args:
-        weight: ``[E, N_out, N_in]``.
+        weight: ``[E, N_out, N_in]``; a quantized one decodes to the dtype that it stands for.
         a, b: ``[E, r, N_in]`` and ``[E, N_out, r]``, or None.
         bias: ``[E, N_out]`` or None.
     """
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: Weight,
         a: torch.Tensor | None,
         b: torch.Tensor | None,
         bias: torch.Tensor | None = None,
     ) -> None:
-        # Views of all experts at once: one by one they would cost as much as the smaller products.
-        self._weights = weight.mT.unbind()
+        # Views of all experts at once: one by one they would cost as much as the smaller products. A quantized matrix
+        # is decoded when it is taken.
+        self._weights: Sequence[torch.Tensor] = (
+            Matrices(weight.mT) if isinstance(weight, QuantizedStack) else weight.mT.unbind()
+        )
         self._factors = None if a is None or b is None else (a.mT, b.mT)
         self._bias = bias
 
@@ -82,12 +87,11 @@ class Projection:
         else:
             b = self._factors[1][block.experts]
             torch.bmm(low, b, out=sums) if bias is None else torch.baddbmm(bias, low, b, out=sums)
-        weights = self._weights[block.experts]
         rows = block.by_expert(x).unbind()
-        for x_e, weight, count, sum_e in zip(rows, weights, block.counts, sums.unbind(), strict=True):
+        for i, (x_e, count, sum_e) in enumerate(zip(rows, block.counts, sums.unbind(), strict=True)):
             if count:
                 n = rounded(count)
-                add_matmul(x_e[:n], weight, sum_e[:n])
+                add_matmul(x_e[:n], self._weights[block.experts.start + i], sum_e[:n])
         return out
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from .. import tile_tables
+from ..quantization.stack import Weight
 from ..routing import Routing
 from .arguments import Operands
 from .descriptors import describe
@@ -17,6 +18,7 @@ from .kernels import grouped_matmul_kernel
 from .kernels_outer import grouped_outer_kernel
 from .pairs import TILES, sum_choices
 from .schedule import Scheduled, most_tiles
+from .workspace import LowRank, shares
 
 # What a rule's launch may ask of a product besides block sizes, and what a launch without it does:
 OPTIONS = {
@@ -36,10 +38,6 @@ def float32_precision(x: torch.Tensor) -> str:
     AMD's matrix cores multiply float32 as it is."""
     is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if is_tf32 and x.dtype == torch.float32 and not torch.version.hip else "ieee"
-
-
-LowRank = tuple[torch.Tensor, torch.Tensor]
-"""``[S, r]`` in sorted order and ``[E, N_out, r]``, any strides: the factors of a low-rank term."""
 
 
 def tile(kernel: str, like: torch.Tensor, rows: float, n: int, k: int) -> Mapping[str, int]:
@@ -85,7 +83,7 @@ class Launch(NamedTuple):
 def matmul_launch(
     x: torch.Tensor,
     weight: torch.Tensor,
-    routing: Routing,
+    routing: Scheduled,
     *,
     top_k: int | None,
     low: LowRank | None,
@@ -101,7 +99,7 @@ def matmul_launch(
     # Pointers that are not used still have to be pointers.
     left, right = low or (x, weight)
     rank = left.shape[1] if low else 0
-    blocks = tile("grouped_matmul", x, pairs / num_experts, n_out, n_in)
+    blocks = tile("grouped_matmul", x, routing.rows, n_out, n_in)
     tiles_m = most_tiles(pairs, num_experts, blocks["BLOCK_M"])
     schedule = routing.offsets
     options: dict[str, Any] = {**OPTIONS, **blocks}
@@ -109,8 +107,7 @@ def matmul_launch(
     # Programs that walk over the tiles have to know how many there are.
     options["SCHEDULE"] = options["SCHEDULE"] or persistent > 0
     if options["SCHEDULE"]:
-        shared = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
-        schedule = shared.schedule(blocks["BLOCK_M"])
+        schedule = routing.schedule(blocks["BLOCK_M"])
     described, options["TMA"] = (
         describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"]) if options["TMA"] else (weight, "")
     )
@@ -122,7 +119,7 @@ def matmul_launch(
         weight if bias is None else bias,
         *routing,
         schedule,
-        pairs,
+        routing.last,
         num_experts,
         n_out,
         n_in,
@@ -150,7 +147,7 @@ def matmul_launch(
 
 def grouped_matmul(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     routing: Routing,
     *,
     top_k: int | None = None,
@@ -164,7 +161,7 @@ def grouped_matmul(
     Args:
         x: Rows: ``[S, N_in]`` in sorted order if ``top_k`` is None, else the row of pair p is ``p // top_k``
             (``top_k=1``: by pair).
-        weight: ``[E, N_out, N_in]``, any strides (a transposed view serves the backward).
+        weight: ``[E, N_out, N_in]``, any strides (a transposed view serves the backward), or quantized.
         routing: The pairs, sorted by expert.
         low: Factors of a low-rank term, or None.
         bias: ``[E, N_out]``, contiguous; or None.
@@ -178,23 +175,25 @@ def grouped_matmul(
     out = x.new_empty((pairs, weight.shape[1]))
     if pairs == 0:
         return out
-    programs, arguments, constants, persistent, flatten = matmul_launch(
-        x, weight, routing, top_k=top_k, low=low, bias=bias
-    )
-    if persistent:
-        programs = min(programs, persistent * multiprocessors(x.device))
-    grouped_matmul_kernel[(programs,)](
-        *arguments,
-        x if row_weight is None else row_weight,
-        out,
-        SCATTER=scatter,
-        WEIGHTED=row_weight is not None,
-        PERSISTENT=persistent > 0,
-        FLATTEN=flatten,
-        # Only a product without a second loop, over the rank, becomes one loop.
-        SHORT_RANK=flatten and low is not None and low[0].shape[1] <= constants["BLOCK_R"],
-        **constants,
-    )
+    routing = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
+    for dense, share, factors, own_bias in shares(weight, routing, low, bias):
+        programs, arguments, constants, persistent, flatten = matmul_launch(
+            x, dense, share, top_k=top_k, low=factors, bias=own_bias
+        )
+        if persistent:
+            programs = min(programs, persistent * multiprocessors(x.device))
+        grouped_matmul_kernel[(programs,)](
+            *arguments,
+            x if row_weight is None else row_weight,
+            out,
+            SCATTER=scatter,
+            WEIGHTED=row_weight is not None,
+            PERSISTENT=persistent > 0,
+            FLATTEN=flatten,
+            # Only a product without a second loop, over the rank, becomes one loop.
+            SHORT_RANK=flatten and factors is not None and factors[0].shape[1] <= constants["BLOCK_R"],
+            **constants,
+        )
     return out
 
 
@@ -244,7 +243,7 @@ def grouped_outer(
 
 
 def weight_gradient(
-    weight: torch.Tensor,
+    weight: Weight,
     p: torch.Tensor,
     q: torch.Tensor,
     routing: Routing,
@@ -254,6 +253,7 @@ def weight_gradient(
     row_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`grouped_outer` in the layout of ``weight``: where that is a transposed view, so is the result."""
+    assert isinstance(weight, torch.Tensor)
     if not weight.is_contiguous() and weight.mT.is_contiguous():
         return grouped_outer(q, p, routing, top_k_p=top_k_q, top_k_q=top_k_p, row_weight=row_weight).mT
     return grouped_outer(p, q, routing, top_k_p=top_k_p, top_k_q=top_k_q, row_weight=row_weight)

@@ -10,12 +10,16 @@ import triton.language as tl
 
 @triton.jit
 def _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
-    """``(segment, start, end, tiles)`` of every segment; those past the last have no tiles."""
+    """``(segment, start, end, tiles)`` of every segment; those past the last have no tiles.
+
+    The pairs without an expert end at ``pairs``; a launch that leaves them to another passes 0.
+    """
     segment = tl.arange(0, EXPERTS_POW2)
     start = tl.load(offsets_ptr + segment, mask=segment <= num_experts, other=0)
     end = tl.load(offsets_ptr + segment + 1, mask=segment < num_experts, other=0)
     end = tl.where(segment == num_experts, pairs, end)
-    tiles = tl.where(segment <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    is_segment = (segment <= num_experts) & (end > start)
+    tiles = tl.where(is_segment, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
     return segment, start, end, tiles
 
 

@@ -1,4 +1,7 @@
-"""Per-expert linear over routed tokens as torch operators, with fake implementations and autograd."""
+"""Per-expert linear over routed tokens as torch operators, with fake implementations and autograd.
+
+A quantized weight has operators of its own, which differ in their arguments alone.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,21 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import by_argument, flattened, names_needed
+from ..operator import flattened, names_needed, register_gradients
+from ..quantization.stack import QuantizedStack
 from ..routing import empty_gradient, refuse_index_outside
 from . import cpu
-from .arguments import Operands
+from .arguments import Operands, Quantization
 
-_TENSORS = len(Operands._fields)
-# Those before the routing, which has no gradient.
-_DIFFERENTIABLE = _TENSORS - 2
+Result = tuple[torch.Tensor, torch.Tensor]
+
+
+def linear(operands: Operands, top_k: int, sentinels: bool) -> Result:
+    """:func:`grouped_linear_forward` of a dense or a quantized weight."""
+    if not isinstance(operands.weight, QuantizedStack):
+        return grouped_linear_forward(*operands, top_k, sentinels)
+    codes, quantization = operands.take_apart()
+    return grouped_linear_quantized_forward(*codes, *quantization, top_k, sentinels)
 
 
 def _implementation(x: torch.Tensor) -> Any:
@@ -25,11 +35,34 @@ def _implementation(x: torch.Tensor) -> Any:
     return cpu
 
 
+def _forward(operands: Operands, top_k: int, sentinels: bool) -> Result:
+    refuse_index_outside(operands.order, operands.offsets, sentinels)
+    with dispatch.undisturbed(operands.x):
+        return _implementation(operands.x).forward(operands, top_k)
+
+
+def _fake_forward(operands: Operands) -> Result:
+    x, weight, a, *_ = operands
+    pairs = operands.order.shape[0]
+    return x.new_empty((pairs, weight.shape[1])), x.new_empty((pairs, 0 if a is None else a.shape[1]))
+
+
+def _backward(
+    dy: torch.Tensor, operands: Operands, low: torch.Tensor, top_k: int, needs: list[bool]
+) -> list[torch.Tensor]:
+    names = names_needed(operands, needs)
+    with dispatch.undisturbed(operands.x):
+        gradients = _implementation(operands.x).backward(dy, operands, low, top_k, names)
+    return [gradients[name] for name in names]
+
+
+def _fake_backward(operands: Operands, needs: list[bool]) -> list[torch.Tensor]:
+    return [empty_gradient(getattr(operands, name)) for name in names_needed(operands, needs)]
+
+
 @torch.library.custom_op("scattermoe_lora::grouped_linear_forward", mutates_args=())
 @flattened
-def grouped_linear_forward(
-    operands: Operands, top_k: int, sentinels: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped_linear_forward(operands: Operands, top_k: int, sentinels: bool) -> Result:
     """``y[s] = (W[e] + B[e] A[e]) x[row] + bias[e]`` for every token-expert pair s.
 
     Args:
@@ -41,17 +74,28 @@ def grouped_linear_forward(
         ``y`` ``[S, N_out]`` by pair, zero where no expert here handles it; and ``x A^T`` ``[S, r]`` in sorted order for
         the backward.
     """
-    refuse_index_outside(operands.order, operands.offsets, sentinels)
-    with dispatch.undisturbed(operands.x):
-        return _implementation(operands.x).forward(operands, top_k)
+    return _forward(operands, top_k, sentinels)
 
 
 @grouped_linear_forward.register_fake
 @flattened
-def _(operands: Operands, top_k: int, sentinels: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, weight, a, *_ = operands
-    pairs = operands.order.shape[0]
-    return x.new_empty((pairs, weight.shape[1])), x.new_empty((pairs, 0 if a is None else a.shape[1]))
+def _(operands: Operands, top_k: int, sentinels: bool) -> Result:
+    return _fake_forward(operands)
+
+
+@torch.library.custom_op("scattermoe_lora::grouped_linear_quantized_forward", mutates_args=())
+@flattened
+def grouped_linear_quantized_forward(
+    operands: Operands, quantization: Quantization, top_k: int, sentinels: bool
+) -> Result:
+    """:func:`grouped_linear_forward` with codes in the weight's place."""
+    return _forward(operands.put_together(quantization), top_k, sentinels)
+
+
+@grouped_linear_quantized_forward.register_fake
+@flattened
+def _(operands: Operands, quantization: Quantization, top_k: int, sentinels: bool) -> Result:
+    return _fake_forward(operands.put_together(quantization))
 
 
 @torch.library.custom_op("scattermoe_lora::grouped_linear_backward", mutates_args=())
@@ -70,10 +114,7 @@ def grouped_linear_backward(
     Returns:
         The gradients that ``needs`` asks for, in that order. With ``weight`` frozen nothing of its size is allocated.
     """
-    names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.x):
-        gradients = _implementation(operands.x).backward(dy, operands, low, top_k, names)
-    return [gradients[name] for name in names]
+    return _backward(dy, operands, low, top_k, needs)
 
 
 @grouped_linear_backward.register_fake
@@ -81,23 +122,39 @@ def grouped_linear_backward(
 def _(
     dy: torch.Tensor, operands: Operands, low: torch.Tensor, top_k: int, needs: list[bool]
 ) -> list[torch.Tensor]:
-    return [empty_gradient(getattr(operands, name)) for name in names_needed(operands, needs)]
+    return _fake_backward(operands, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.top_k = inputs[_TENSORS]
-    ctx.save_for_backward(*inputs[:_TENSORS], output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+@torch.library.custom_op("scattermoe_lora::grouped_linear_quantized_backward", mutates_args=())
+@flattened
+def grouped_linear_quantized_backward(
+    dy: torch.Tensor,
+    operands: Operands,
+    low: torch.Tensor,
+    quantization: Quantization,
+    top_k: int,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of :func:`grouped_linear_quantized_forward`, which has none of the weight."""
+    return _backward(dy, operands.put_together(quantization), low, top_k, needs)
 
 
-def _backward(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
-    if dy is None:
-        return by_argument(ctx, (), ())
-    needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
-    gradients = grouped_linear_backward(dy.contiguous(), *ctx.saved_tensors, ctx.top_k, needs)
-    return by_argument(ctx, gradients, needs)
+@grouped_linear_quantized_backward.register_fake
+@flattened
+def _(
+    dy: torch.Tensor,
+    operands: Operands,
+    low: torch.Tensor,
+    quantization: Quantization,
+    top_k: int,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    return _fake_backward(operands.put_together(quantization), needs)
 
 
-grouped_linear_forward.register_autograd(_backward, setup_context=_setup_context)
-dispatch.refuse_second_derivative("grouped_linear", grouped_linear_backward)
+for _of, _by in (
+    (grouped_linear_forward, grouped_linear_backward),
+    (grouped_linear_quantized_forward, grouped_linear_quantized_backward),
+):
+    register_gradients(_of, _by, Operands, dropped=1)
+    dispatch.refuse_second_derivative("grouped_linear", _by)

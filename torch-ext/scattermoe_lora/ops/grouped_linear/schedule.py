@@ -27,8 +27,9 @@ def tile_schedule(routing: Routing, block: int) -> torch.Tensor:
     The first entry counts the tiles of experts, and all that have rows; its third number is not written. The others are
     segment, first row and end of each tile, in order; those past the last tile have no rows.
     """
-    pairs, num_experts = routing.order.shape[0], routing.offsets.shape[0] - 1
-    capacity = most_tiles(pairs, num_experts, block)
+    num_experts = routing.offsets.shape[0] - 1
+    capacity = most_tiles(routing.order.shape[0], num_experts, block)
+    pairs = routing.last if isinstance(routing, Scheduled) else routing.order.shape[0]
     schedule = torch.empty((1 + capacity, 3), dtype=torch.int32, device=routing.offsets.device)
     tile_schedule_kernel[(num_experts + 1,)](
         routing.offsets,
@@ -44,10 +45,26 @@ def tile_schedule(routing: Routing, block: int) -> torch.Tensor:
 
 
 class Scheduled(Routing):
-    """A routing with the schedules that the launches of one call share: each is made when it is first asked for."""
+    """A routing with the schedules that the launches of one call share: each is made when it is first asked for.
+
+    Attributes:
+        rows: Rows an expert, on average.
+        last: The position behind the last pair that a launch writes, those without an expert among them; 0 where it
+            writes only the pairs of its experts.
+    """
 
     def __init__(self, order: torch.Tensor, offsets: torch.Tensor) -> None:
         self._schedules: dict[int, torch.Tensor] = {}
+        self.rows = order.shape[0] / (offsets.shape[0] - 1)
+        self.last = order.shape[0]
+
+    def share(self, experts: slice) -> Scheduled:
+        """The pairs of some consecutive experts; to the last expert's belong the pairs that have none."""
+        share = Scheduled(self.order, self.offsets[experts.start : experts.stop + 1])
+        share.rows = self.rows
+        if experts.stop < self.offsets.shape[0] - 1:
+            share.last = 0
+        return share
 
     def schedule(self, block: int) -> torch.Tensor:
         """:func:`tile_schedule` of this routing."""

@@ -62,7 +62,12 @@ def decode(stack: QuantizedStack, experts: Sequence[int], out: torch.Tensor) -> 
     """See :func:`scattermoe_lora.ops.quantization.decode.decode`."""
     _, n, k = stack.stored_shape
     operands = kernel_operands(stack)
-    numbers = torch.tensor(experts, dtype=torch.int32, device=stack.device)
+    # A range is written by the device; a list would be copied to it.
+    numbers = (
+        torch.arange(experts.start, experts.stop, experts.step, dtype=torch.int32, device=stack.device)
+        if isinstance(experts, range)
+        else torch.tensor(experts, dtype=torch.int32, device=stack.device)
+    )
     tiles = triton.cdiv(n, BLOCKS["BLOCK_N"]) * triton.cdiv(k, BLOCKS["BLOCK_K"])
     decode_kernel[(tiles, len(experts))](
         *operands.pointers, numbers, out, n, k, *operands.strides, **operands.constants, **BLOCKS, **OPTIONS

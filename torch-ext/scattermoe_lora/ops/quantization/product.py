@@ -20,12 +20,12 @@ class Matrices(Sequence[torch.Tensor]):
 
     Args:
         stack: Quantized matrices ``[E, N, K]``.
-        dtype: The dtype to decode to.
+        dtype: The dtype to decode to; by default the one that the stack stands for.
     """
 
-    def __init__(self, stack: QuantizedStack, dtype: torch.dtype) -> None:
+    def __init__(self, stack: QuantizedStack, dtype: torch.dtype | None = None) -> None:
         self._stack, self._decoder = stack, Decoder(stack)
-        self._workspace = torch.empty(stack.stored_shape[1:], dtype=dtype, device=stack.device)
+        self._workspace = torch.empty(stack.stored_shape[1:], dtype=dtype or stack.dtype, device=stack.device)
 
     def __len__(self) -> int:
         return self._stack.shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -60,6 +61,11 @@ class QuantizedStack:
         return QuantizedStack(self.codes, self.scales, self.format.mT, self.dtype)
 
     @property
+    def requires_grad(self) -> bool:
+        """True if a scale requires a gradient, which nothing computes: see :meth:`check`."""
+        return any(scale.requires_grad for scale in self.scales)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors; an expanded one counts as stored."""
         return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (self.codes, *self.scales))
@@ -83,6 +89,7 @@ class QuantizedStack:
 
         Raises:
             ValueError: A part has the wrong shape, dtype or device; the message names parameter, expected and got.
+            NotImplementedError: A scale requires a gradient.
         """
         element = ELEMENTS[self.format.element]
         _expect(name, "dtype of its codes", torch.uint8, self.codes.dtype)
@@ -92,9 +99,18 @@ class QuantizedStack:
                 f"{list(self.codes.shape)} with strides {list(self.codes.stride())}"
             )
         _expect_dtype(name, "the dtype it stands for", FLOATS, self.dtype)
+        numbers = ((4,) if self.format.nested else (1,)) if self.format.is_flat else (1, 2)
+        if len(self.scales) not in numbers:
+            expected = " or ".join(map(str, numbers))
+            raise ValueError(f"{name}: expected {expected} tensors for its scales, got {len(self.scales)}")
         (self._check_flat if self.format.is_flat else self._check_grid)(name)
         for scale in self.scales:
             _expect(name, "device of its scales", self.device, scale.device)
+        if self.requires_grad:
+            raise NotImplementedError(
+                f"{name}: a quantized weight is frozen, but one of its scales requires a gradient; train low-rank "
+                "factors beside it, or the dense weight"
+            )
         return self
 
     def _check_grid(self, name: str) -> None:
@@ -141,6 +157,23 @@ def concatenate(stacks: Sequence[QuantizedStack]) -> QuantizedStack:
     codes = torch.cat([stack.codes for stack in stacks])
     scales = torch.cat([stack.scales[0] for stack in stacks])
     return QuantizedStack(codes, (scales,), first.format, first.dtype).check("concatenate")
+
+
+Weight = Annotated[torch.Tensor | QuantizedStack, torch.Tensor]
+"""A dense stack of matrices or a quantized one. An operator takes a tensor: the dense stack, or the codes."""
+
+
+def take_apart(weight: Weight) -> tuple[torch.Tensor, list[torch.Tensor], str]:
+    """A weight as an operator takes it: tensor, scales and format, which is empty for a dense weight."""
+    return weight.operands() if isinstance(weight, QuantizedStack) else (weight, [], "")
+
+
+def put_together(weight: Weight, scales: Sequence[torch.Tensor], text: str, dtype: torch.dtype) -> Weight:
+    """The weight of :func:`take_apart`; the matrices of a quantized one stand for ``dtype``."""
+    if not text:
+        return weight
+    assert isinstance(weight, torch.Tensor)
+    return QuantizedStack.from_operands(weight, scales, text, dtype)
 
 
 def _expect(name: str, quality: str, expected: object, got: object) -> None:
