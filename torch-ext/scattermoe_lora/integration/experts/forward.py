@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ import torch
 from ...ops.dispatch import refuse_transforms
 from ...ops.experts.arguments import Operands
 from ...ops.experts.op import experts as fused_experts
+from ...ops.grouped_linear.adapters import Adapter, Update, combine, finish
 from ...ops.grouped_linear.arguments import Operands as LinearOperands
 from ...ops.grouped_linear.op import linear
+from ...ops.quantization.stack import Weight
 from ...ops.routing import sort_by_expert
 from .checks import LowRank, check_inputs
 from .expert_parallel import handed_factors
@@ -24,6 +26,7 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     lora: Mapping[str, LowRank] | None = None,
+    adapters: Mapping[str, Sequence[Adapter]] | None = None,
 ) -> torch.Tensor:
     """Forward of a transformers experts module, the signature that its ``ExpertsInterface`` calls.
 
@@ -34,6 +37,7 @@ def experts_forward(
             work; where the module is not expert-parallel they are an error (which a GPU does not look for).
         top_k_weights: ``[T, K]``, floating point.
         lora: Low-rank factors by parameter name; the PEFT integration passes them.
+        adapters: Instead of ``lora``, for parameters whose adapters have settings beyond factors; likewise.
 
     Returns:
         ``[T, H]``, dtype of ``hidden_states``.
@@ -48,12 +52,11 @@ def experts_forward(
     weights = read_weights(experts)
     lora = lora or handed_factors(experts)
     check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
-    tensors = [*weights[1:], *(factor for pair in lora.values() for factor in pair)]
-    dense = (tensor for tensor in tensors if isinstance(tensor, torch.Tensor))
-    refuse_transforms("experts_forward", hidden_states, top_k_weights, *dense)
-    a1, b1 = _contiguous(lora.get(weights.up_name))
-    a2, b2 = _contiguous(lora.get("down_proj"))
     up, down = weights.up, weights.down
+    first = _update(weights.up_name, up, weights.up_bias, lora, adapters)
+    second = _update("down_proj", down, weights.down_bias, lora, adapters)
+    dense = (tensor for tensor in (up, down) if isinstance(tensor, torch.Tensor))
+    refuse_transforms("experts_forward", hidden_states, top_k_weights, *dense, *first[:4], *second[:4])
     order, offsets = sort_by_expert(top_k_index, down.shape[0])
     # Before transformers 5.18 no module says so, and sentinels may come to any.
     sentinels = getattr(experts, "_is_expert_parallel", True)
@@ -61,24 +64,48 @@ def experts_forward(
     # transformers' own grouped_mm.
     x = hidden_states.to(up.dtype).contiguous()
     gate = fused_gate(experts)
-    if gate is not None:
+    if gate is not None and not first.terms and not second.terms:
         operands = Operands(
-            x, up, down, top_k_weights, a1, b1, a2, b2, weights.up_bias, weights.down_bias, order, offsets
+            x,
+            up,
+            down,
+            top_k_weights,
+            first.a,
+            first.b,
+            second.a,
+            second.b,
+            first.bias,
+            second.bias,
+            order,
+            offsets,
         )
         keep = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in operands)
         out, *_ = fused_experts(operands, gate, sentinels, keep)
         return out.to(hidden_states.dtype)
 
     tokens, top_k = top_k_index.shape
-    h, _ = linear(LinearOperands(x, up, a1, b1, weights.up_bias, order, offsets), top_k, sentinels)
+    h, _ = linear(LinearOperands(x, up, *first[:3], order, offsets), top_k, sentinels)
+    h = finish(first, h, x, order, offsets, top_k)
     h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
     h = h.to(down.dtype).contiguous()
-    y, _ = linear(LinearOperands(h, down, a2, b2, weights.down_bias, order, offsets), top_k, sentinels)
+    y, _ = linear(LinearOperands(h, down, *second[:3], order, offsets), top_k, sentinels)
+    y = finish(second, y, h, order, offsets, top_k)
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
     weighted = y.view(tokens, top_k, y.shape[-1]) * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
-def _contiguous(factors: LowRank | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (None, None) if factors is None else (factors[0].contiguous(), factors[1].contiguous())
+def _update(
+    name: str,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    lora: Mapping[str, LowRank],
+    adapters: Mapping[str, Sequence[Adapter]] | None,
+) -> Update:
+    if adapters and name in adapters:
+        return combine(adapters[name], weight, bias)
+    if name not in lora:
+        return Update(None, None, bias)
+    a, b = lora[name]
+    return Update(a.contiguous(), b.contiguous(), bias)
