@@ -11,6 +11,7 @@ import triton
 
 from .. import tile_tables
 from ..routing import Routing
+from . import library
 from .arguments import Operands
 from .descriptors import describe
 from .kernels import grouped_matmul_kernel
@@ -28,6 +29,8 @@ OPTIONS = {
     "FLATTEN": 0,
     # 1: copy the weights by tensor descriptors (TMA). 0: by pointers.
     "TMA": 0,
+    # 1: torch's grouped matrix product multiplies, and the kernel adds the rest. 0: the kernel does both.
+    "LIBRARY": 0,
 }
 
 
@@ -111,6 +114,9 @@ def matmul_launch(
     if options["SCHEDULE"]:
         shared = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
         schedule = shared.schedule(blocks["BLOCK_M"])
+    options["LIBRARY"] = bool(options["LIBRARY"]) and library.serves(x, weight)
+    if options["LIBRARY"]:
+        x, top_k, options["TMA"] = library.product(x, weight, routing, top_k), None, 0
     described, options["TMA"] = (
         describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"]) if options["TMA"] else (weight, "")
     )
