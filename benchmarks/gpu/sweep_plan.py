@@ -28,15 +28,16 @@ class Entry:
 
 
 def load_plan(path: Path = PLAN) -> list[Entry]:
-    """The problems in order of worth. The first three candidates are also tried with each of their list's options."""
+    """The problems in order of worth. Each names lists of candidates, whose first three are also tried with each of the
+    list's options."""
     plan = json.loads(path.read_text())
     entries = []
-    for part, of, candidates in plan["sweep"]:
+    for part, of, *lists in plan["sweep"]:
         launches: list[Launch] = []
-        if candidates:
-            given = plan["candidates"][candidates]
-            launches = [dict(zip(given["names"], row, strict=True)) for row in given["launches"]]
-            launches += [{**launch, **options} for options in given["options"] for launch in launches[:3]]
+        for candidates in map(plan["candidates"].__getitem__, filter(None, lists)):
+            rows = [dict(zip(candidates["names"], row, strict=True)) for row in candidates["launches"]]
+            launches += rows
+            launches += [{**launch, **options} for options in candidates["options"] for launch in rows[:3]]
         entries.append(Entry(f"{part} {of}", part, plan["sizes"][of], tuple(launches)))
     return entries
 

@@ -57,18 +57,20 @@ def test_candidates_are_tried_with_options_too(plan, tmp_path) -> None:
     content = {
         "sizes": {"one": {"tokens": 8}},
         "candidates": {
-            "c": {"names": ["A", "B"], "launches": [[1, 2], [3, 4], [5, 6], [7, 8]], "options": [{"NEW": 1}]}
+            "c": {"names": ["A", "B"], "launches": [[1, 2], [3, 4], [5, 6], [7, 8]], "options": [{"NEW": 1}]},
+            "d": {"names": ["A", "C"], "launches": [[9, 1]], "options": []},
         },
-        "sweep": [["gate_up", "one", "c"], ["norm_forward", "one", None]],
+        "sweep": [["gate_up", "one", "c"], ["norm_forward", "one", None], ["down", "one", "c", "d"]],
     }
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(content))
-    first, second = plan.load_plan(path)
+    first, second, third = plan.load_plan(path)
     assert [dict(launch) for launch in first.candidates] == [
         {"A": 1, "B": 2}, {"A": 3, "B": 4}, {"A": 5, "B": 6}, {"A": 7, "B": 8},
         {"A": 1, "B": 2, "NEW": 1}, {"A": 3, "B": 4, "NEW": 1}, {"A": 5, "B": 6, "NEW": 1},
     ]  # fmt: skip
     assert second.candidates == ()
+    assert third.candidates == (*first.candidates, {"A": 9, "C": 1})
 
 
 @pytest.mark.parametrize("workers", [1, 3, 15])
@@ -217,6 +219,18 @@ def test_nothing_is_compiled_or_timed_when_its_time_is_up(worker, sweep, gpu, mo
     assert lines(gpu, tmp_path) == []
 
 
+def test_torchs_product_is_left_out_while_launches_compile(sweep, monkeypatch) -> None:
+    library, multiplied = sweep.library, []
+    monkeypatch.setattr(library, "grouped_mm", lambda x, *_, **__: multiplied.append(1) or x)
+    x, weight = torch.zeros(4, 16), torch.zeros(2, 8, 16)
+    routing = sweep.Routing(torch.arange(4), torch.tensor([0, 1, 4]))
+    with sweep.Launcher().compiling():
+        assert library.product(x, weight, routing, None).shape == (4, 8)
+    assert not multiplied
+    library.product(x, weight, routing, None)
+    assert multiplied
+
+
 def result(ms, ships=False, **launch):
     return {"ms": ms, "launch": launch, "ships": ships}
 
@@ -329,7 +343,7 @@ from gpu import problems, sweep
 from gpu.sweep_plan import PLAN, Entry, small_plan
 problems.DTYPE = sweep.DTYPE = torch.float32
 plan = small_plan(json.loads(PLAN.read_text()), problems.PARTS)
-small = {part: plan["sizes"][of] for part, of, _ in plan["sweep"]}
+small = {part: plan["sizes"][of] for part, of, *_ in plan["sweep"]}
 for part, launch in json.loads(sys.argv[1]):
     sizes = {**small[part], "tokens": 20}
     problem = problems.make(Entry(part, part, sizes, ()), real=True)
@@ -354,6 +368,9 @@ def test_what_is_timed_computes_what_torch_computes_and_so_does_each_launch_that
     cases = [(part_of.get(name, name), launch) for name, launch in launches.items()]
     parts = set(gpu("problems").PARTS)
     cases += [(part, {}) for part in sorted(parts - {part for part, _ in cases})]
+    by_torch = json.loads(gpu("sweep_plan").PLAN.read_text())["candidates"]["library"]
+    by_torch = dict(zip(by_torch["names"], by_torch["launches"][1], strict=True))
+    cases += [(part, by_torch) for part in ("gate_up", "d_hidden", "down", "d_activation")]
     assert {part for part, _ in cases} == parts
     folders = [str(REPOSITORY / name) for name in ("benchmarks", "torch-ext")]
     process = subprocess.run(

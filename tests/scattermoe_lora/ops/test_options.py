@@ -5,9 +5,11 @@ Only Triton launches have options, so most of this runs in Triton's interpreter 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,8 +20,11 @@ OPTIONS = {
     "tma": {"TMA": 1},
     "persistent": {"PERSISTENT": 3},
     "persistent, flat, tma": {"PERSISTENT": 2, "FLATTEN": 1, "TMA": 1},
+    "library, schedule": {"LIBRARY": 1, "SCHEDULE": 1},
     "own sort and sums": {},
 }
+# One test has what torch multiplies: most shapes of the others are not.
+OWN_PRODUCTS = [option for option in OPTIONS if option != "library, schedule"]
 MATMUL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
 OUTER = {"BLOCK_P": 16, "BLOCK_Q": 32, "BLOCK_S": 16}
 # Kernels that stand in for torch's where a table has a rule for them.
@@ -102,9 +107,63 @@ def test_a_descriptor_serves_what_the_hardware_copies(submodule) -> None:
     assert along(weight[:1].expand(3, 48, 16)) == ""
 
 
+def test_torch_multiplies_what_it_can_in_one_launch(submodule) -> None:
+    serves = submodule("ops.grouped_linear.library").serves
+    x, weight = torch.empty(5, 16, dtype=torch.bfloat16), torch.empty(3, 48, 16, dtype=torch.bfloat16)
+    assert serves(x, weight)
+    assert serves(x[:, :48].expand(5, 16), weight)
+    assert serves(torch.empty(5, 48, dtype=torch.bfloat16), weight.mT)
+    # Of rows of 8 bytes, of an address 2 bytes behind a multiple of 16, of no dimension that is contiguous.
+    assert not serves(x[:, :4].contiguous(), weight[..., :4].contiguous())
+    assert not serves(x, torch.empty(3 * 48 * 16 + 1, dtype=torch.bfloat16)[1:].view(3, 48, 16))
+    assert not serves(x[:, ::2], weight[..., ::2])
+    # More experts than its kernel counts, and on a GPU other types than bfloat16, one expert after another.
+    assert not serves(x, weight[:1].expand(1024, 48, 16))
+    on_gpu = [t.to("meta") for t in (x, weight)]
+    assert not serves(*(t.half() for t in on_gpu))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_torch_multiplies_the_rows_of_each_expert(submodule, transposed, top_k) -> None:
+    library, sort = submodule("ops.grouped_linear.library"), submodule("ops.routing").sort_by_expert
+    index = torch.tensor([[2, 0], [2, 3], [0, 1]])
+    routing, weight = sort(index, 3), torch.randn(3, 32, 16).bfloat16()
+    weight = weight.mT.contiguous().mT if transposed else weight
+    rows = {None: 6, 1: 6, 2: 3}[top_k]
+    x = torch.randn(rows, 16).bfloat16()
+    y = library.product(x, weight, routing, top_k)
+    taken = x if top_k is None else x[routing.order // top_k]
+    for expert, (begin, end) in enumerate(itertools.pairwise(routing.offsets.tolist())):
+        assert_close([y[begin:end]], [taken[begin:end].double() @ weight[expert].double().T], 1e-2)
+
+
 if TRITON:
 
-    @pytest.mark.parametrize("option", OPTIONS)
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("gate", [("silu",), ("silu", True, 1.702, 7.0, 1.0)], ids=["silu", "gpt-oss"])
+    def test_torch_does_the_four_wide_products_of_a_layer(
+        submodule, launched, monkeypatch, gate, transposed
+    ) -> None:
+        library = submodule("ops.grouped_linear.library")
+        served, product = [], library.product
+        monkeypatch.setattr(
+            library,
+            "product",
+            lambda x, weight, *rest: served.append(tuple(weight.shape[1:])) or product(x, weight, *rest),
+        )
+        shape = Shape(tokens=21, experts=4, top_k=2, hidden=48, intermediate=32, rank=3)
+        gate = submodule("ops.activation").Gate(*gate)
+        # Of a table's rule for wide products: a rank's columns are few.
+        only_wide = mock.patch.object(library, "serves", lambda x, weight: min(weight.shape[1:]) > 3)
+        with launched(OPTIONS["library, schedule"]), only_wide:
+            got, exact = layer(
+                submodule, shape, route(shape, True), gate, transposed=transposed, factors=True, bias=True
+            )
+        assert served == [(64, 48), (48, 32), (32, 48), (48, 64)]
+        assert_close(got, exact, 2e-5)
+
+    @pytest.mark.parametrize("option", OWN_PRODUCTS)
     @pytest.mark.parametrize("sentinels", [False, True])
     @pytest.mark.parametrize("shape", AWKWARD, ids=str)
     def test_a_layer_matches_the_reference(submodule, launched, shape, sentinels, option) -> None:
@@ -115,7 +174,7 @@ if TRITON:
             )
         assert_close(got, exact, 2e-5)
 
-    @pytest.mark.parametrize("option", OPTIONS)
+    @pytest.mark.parametrize("option", OWN_PRODUCTS)
     @pytest.mark.parametrize("factors", [False, True])
     def test_transposed_weights_with_biases_match_the_reference(submodule, launched, factors, option) -> None:
         gate = submodule("ops.activation").Gate("silu", True, 1.702, 1.0, 1.0)

@@ -83,6 +83,7 @@ def gate_up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
+    LIBRARY: tl.constexpr,
     SCHEDULE: tl.constexpr,
     TMA: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
@@ -125,7 +126,7 @@ def gate_up_kernel(
         acc = multiply_rows(
             x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, first_n, n, in_n,
             N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
-            GATHER, TOP_K, LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            GATHER, TOP_K, LOW_RANK, BIAS, LIBRARY, TMA, PRECISION, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
         )
         # fmt: on
     # Rounded as it is kept: the backward computes the same activation from it, to the bit.

@@ -192,7 +192,7 @@ def row_norms(weight: Weight, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             chunk = slice(start, start + few)
             low, high = a[chunk], b[chunk].to(wide)
             if isinstance(weight, QuantizedStack):
-                matrices = decode(weight, range(*chunk.indices(experts)))
+                matrices = decode(weight, chunk)
             else:
                 matrices = weight[chunk]
             squares = torch.linalg.vector_norm(matrices, dim=-1, dtype=wide).square()

@@ -12,6 +12,7 @@ import triton
 from .. import tile_tables
 from ..quantization.stack import Weight
 from ..routing import Routing
+from . import library
 from .arguments import Operands
 from .descriptors import describe
 from .kernels import grouped_matmul_kernel
@@ -30,6 +31,8 @@ OPTIONS = {
     "FLATTEN": 0,
     # 1: copy the weights by tensor descriptors (TMA). 0: by pointers.
     "TMA": 0,
+    # 1: torch's grouped matrix product multiplies, and the kernel adds the rest. 0: the kernel does both.
+    "LIBRARY": 0,
 }
 
 
@@ -108,6 +111,10 @@ def matmul_launch(
     options["SCHEDULE"] = options["SCHEDULE"] or persistent > 0
     if options["SCHEDULE"]:
         schedule = routing.schedule(blocks["BLOCK_M"])
+    # What torch multiplies begins with the first pair.
+    options["LIBRARY"] = bool(options["LIBRARY"]) and routing.is_whole and library.serves(x, weight)
+    if options["LIBRARY"]:
+        x, top_k, options["TMA"] = library.product(x, weight, routing, top_k), None, 0
     described, options["TMA"] = (
         describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"]) if options["TMA"] else (weight, "")
     )

@@ -46,6 +46,7 @@ def multiply_rows(
     TOP_K: tl.constexpr,
     LOW_RANK: tl.constexpr,
     BIAS: tl.constexpr,
+    LIBRARY: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -57,10 +58,15 @@ def multiply_rows(
 ):
     """``x[row] W[expert]^T (+ u B[expert]^T) (+ bias[expert])`` of a tile of rows and columns ``n``, in float32.
 
+    ``LIBRARY`` tells that ``x`` holds the base product itself, in sorted order; nothing is read of the weight then.
     ``TMA`` is ``K`` or ``N``, along which the weight behind the descriptor ``w_ptr`` is contiguous, or empty.
     ``SHORT_RANK`` promises that the rank is at most ``BLOCK_R``.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if LIBRARY:
+        base_tile = x_ptr + position[:, None].to(tl.int64) * stride_xm + n[None, :]
+        acc = tl.load(base_tile, mask=in_tile[:, None] & in_n[None, :], other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     k = tl.arange(0, BLOCK_K)
     # 64-bit from here on: a stack of experts passes 2^31 elements, and so does a matrix of rows.
     e = expert.to(tl.int64)
@@ -70,7 +76,7 @@ def multiply_rows(
         w_tile = (
             w_ptr + e * stride_we + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
         )
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in range(0, 0 if LIBRARY else K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_tile, mask=in_tile[:, None], other=0.0)
         else:
@@ -154,6 +160,7 @@ def grouped_matmul_kernel(
     LOW_RANK: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    LIBRARY: tl.constexpr,
     SCHEDULE: tl.constexpr,
     PERSISTENT: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -184,7 +191,7 @@ def grouped_matmul_kernel(
             acc = multiply_rows(
                 x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
                 N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br, GATHER, TOP_K,
-                LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                LOW_RANK, BIAS, LIBRARY, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )
             # fmt: on
             if WEIGHTED:
@@ -212,7 +219,7 @@ def grouped_matmul_kernel(
             acc = multiply_rows(
                 x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
                 N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br, GATHER, TOP_K,
-                LOW_RANK, BIAS, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                LOW_RANK, BIAS, LIBRARY, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )
             # fmt: on
             if WEIGHTED:

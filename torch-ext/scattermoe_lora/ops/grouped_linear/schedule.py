@@ -51,17 +51,19 @@ class Scheduled(Routing):
         rows: Rows an expert, on average.
         last: The position behind the last pair that a launch writes, those without an expert among them; 0 where it
             writes only the pairs of its experts.
+        is_whole: Whether the experts are all, and not a share.
     """
 
     def __init__(self, order: torch.Tensor, offsets: torch.Tensor) -> None:
         self._schedules: dict[int, torch.Tensor] = {}
         self.rows = order.shape[0] / (offsets.shape[0] - 1)
         self.last = order.shape[0]
+        self.is_whole = True
 
     def share(self, experts: slice) -> Scheduled:
         """The pairs of some consecutive experts; to the last expert's belong the pairs that have none."""
         share = Scheduled(self.order, self.offsets[experts.start : experts.stop + 1])
-        share.rows = self.rows
+        share.rows, share.is_whole = self.rows, False
         if experts.stop < self.offsets.shape[0] - 1:
             share.last = 0
         return share

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,9 +32,17 @@ OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
     # Triton 3.9 cannot compile it for sm_100, and before Hopper it spills.
     "FLATTEN": ("sm_90",),
     "TMA": ("sm_90", "sm_100", "sm_120"),
+    # Elsewhere torch has no kernel of its own for a grouped product.
+    "LIBRARY": ("sm_90", "sm_100"),
 }
 # Options that are compiled together for every architecture that may take them, whether its table does or not.
-_TRIALS = (("SCHEDULE",), ("PERSISTENT",), ("TMA",), ("PERSISTENT", "FLATTEN", "TMA"))
+_TRIALS = (
+    ("SCHEDULE",),
+    ("PERSISTENT",),
+    ("TMA",),
+    ("PERSISTENT", "FLATTEN", "TMA"),
+    ("SCHEDULE", "LIBRARY"),
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,13 @@ def _trials(rule: Rule, device: str) -> Iterator[Rule]:
             yield replace(rule, launch={**rule.launch, **dict.fromkeys(options, 1)}, measured=None)
 
 
+def _without_library(rules: Iterable[Rule]) -> Iterator[Rule]:
+    """The rules that ask for torch's product, as they are launched where it does not serve a call."""
+    for rule in rules:
+        if rule.launch.get("LIBRARY"):
+            yield replace(rule, launch={**rule.launch, "LIBRARY": 0})
+
+
 def tiles_of(kernel: str) -> Iterator[Tile]:
     """Every rule that ships for a kernel, for each type and precision that it is launched with."""
     for device in DEVICES:
@@ -140,8 +155,8 @@ def tiles_of(kernel: str) -> Iterator[Tile]:
         rules = table.rules[kernel]
         last = {rule.bytes: rule for rule in rules}
         trials = _trials(last[2], device) if kernel == "grouped_matmul" else ()
-        for rule in (*rules, *trials):
-            for dtype in _DTYPES[rule.bytes]:
+        for rule in (*rules, *trials, *_without_library(rules)):
+            for dtype in ("bf16",) if rule.launch.get("LIBRARY") else _DTYPES[rule.bytes]:
                 every_use = aligned and (rule is last[rule.bytes] or _is_timed_and_wide(rule))
                 for precision, fit in (("ieee", targets), ("tf32", nvidia)):
                     if fit and (precision == "ieee" or dtype == "fp32"):
@@ -170,6 +185,11 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
     }
     persistent, flatten = (bool(constants.pop(name, False)) for name in ("PERSISTENT", "FLATTEN"))
     constants["SCHEDULE"] = bool(constants["SCHEDULE"]) or persistent
+    # Torch's product has its rows in order.
+    constants |= {
+        "LIBRARY": bool(constants["LIBRARY"]),
+        "GATHER": constants["GATHER"] and not constants["LIBRARY"],
+    }
     if "PERSISTENT" in kernel.arg_names:
         constants |= {"PERSISTENT": persistent, "FLATTEN": flatten, "SHORT_RANK": flatten}
     spec = tile.spec(kernel, tile.label(use.label, "MNK"), constants)
