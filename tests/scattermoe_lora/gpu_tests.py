@@ -12,6 +12,7 @@ MODULES = (
     "experts/test_module.py",
     "ops/test_attention.py",
     "ops/test_norm_rotary.py",
+    "ops/gated_activation/test_gated_activation.py",
     "ops/quantization/test_decode.py",
 )
 # Small, awkward shapes: under a memory checker each launch takes many times longer.

@@ -12,6 +12,7 @@ from .integration.experts.forward import experts_forward
 from .integration.experts.register import register, unregister
 from .integration.gemma4.attention import apply_to, remove_from
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
+from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
 from .ops.norm_rotary.api import rms_norm_rotary
 
@@ -21,6 +22,8 @@ __all__ = [
     "experts_forward",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "gated_activation",
+    "gated_mlp",
     "grouped_linear",
     "register",
     "register_attention",
