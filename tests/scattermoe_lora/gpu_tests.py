@@ -13,6 +13,7 @@ MODULES = (
     "ops/test_attention.py",
     "ops/test_norm_rotary.py",
     "ops/gated_activation/test_gated_activation.py",
+    "ops/rms_norm/test_rms_norm.py",
     "ops/quantization/test_decode.py",
 )
 # Small, awkward shapes: under a memory checker each launch takes many times longer.

@@ -15,8 +15,10 @@ from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
 from .ops.norm_rotary.api import rms_norm_rotary
+from .ops.rms_norm.api import add_rms_norm, rms_norm
 
 __all__ = [
+    "add_rms_norm",
     "apply_to",
     "convert_adapter",
     "experts_forward",
@@ -28,6 +30,7 @@ __all__ = [
     "register",
     "register_attention",
     "remove_from",
+    "rms_norm",
     "rms_norm_rotary",
     "unregister",
     "unregister_attention",
