@@ -12,6 +12,8 @@ MODULES = (
     "experts/test_module.py",
     "ops/test_attention.py",
     "ops/test_norm_rotary.py",
+    "ops/gated_activation/test_gated_activation.py",
+    "ops/rms_norm/test_rms_norm.py",
     "ops/quantization/test_decode.py",
     "ops/quantization/test_operators.py",
 )

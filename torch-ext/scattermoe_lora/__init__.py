@@ -15,22 +15,28 @@ from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
 from .integration.gemma4.attention import apply_to, remove_from
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
+from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
 from .ops.norm_rotary.api import rms_norm_rotary
+from .ops.rms_norm.api import add_rms_norm, rms_norm
 
 __all__ = [
+    "add_rms_norm",
     "apply_to",
     "convert_adapter",
     "dequantize_experts",
     "experts_forward",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "gated_activation",
+    "gated_mlp",
     "grouped_linear",
     "quantization_config",
     "quantize_experts",
     "register",
     "register_attention",
     "remove_from",
+    "rms_norm",
     "rms_norm_rotary",
     "unregister",
     "unregister_attention",

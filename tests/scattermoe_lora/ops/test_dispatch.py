@@ -52,6 +52,8 @@ CALLS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
         torch.randn(5, 16), x[0], torch.zeros(5, 1, dtype=torch.int64)
     ),
     "flash_attn_func": lambda kernel, x: kernel.flash_attn_func(torch.randn_like(x), x, x),
+    "gated_activation": lambda kernel, x: kernel.gated_activation(torch.randn_like(x), x),
+    "rms_norm": lambda kernel, x: kernel.rms_norm(x),
     "rms_norm_rotary": lambda kernel, x: kernel.rms_norm_rotary(x),
     "experts_forward": lambda kernel, x: kernel.experts_forward(
         EXPERTS,

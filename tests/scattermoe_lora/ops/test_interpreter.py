@@ -26,6 +26,8 @@ TESTS = Path(__file__).parents[1]
         "ops/test_attention.py",
         "ops/quantization/test_decode.py",
         "ops/quantization/test_operators.py",
+        "ops/gated_activation/test_gated_activation.py",
+        "ops/rms_norm/test_rms_norm.py",
     ],
 )
 def test_triton_passes_the_same_tests(module: str) -> None:

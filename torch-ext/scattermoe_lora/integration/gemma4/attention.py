@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from ...ops.norm_rotary.api import rms_norm_rotary
+from ..subclasses import has_hooks, install, remove, replaced_forward
 from . import shared_kv
 
 _PARAMETERS = [
@@ -24,8 +23,6 @@ _PARAMETERS = [
     "past_key_values",
     "kwargs",
 ]
-# accelerate's hooks put a function of their own under the first name, and the module's under the second.
-_PLACES = ("forward", "_old_forward")
 
 
 class _Family(NamedTuple):
@@ -81,8 +78,7 @@ def apply_to(model: torch.nn.Module) -> int:
         _check(name, layer, family)
     for _, layer, family in layers:
         if not _is_fused(layer, family):
-            plain: Any = type(layer)  # mypy takes a Module's class for unhashable
-            _become(layer, _fused_class(plain, family))
+            install(layer, _fused_forward(family))
     return len(layers)
 
 
@@ -96,14 +92,7 @@ def remove_from(model: torch.nn.Module) -> int:
         NotImplementedError: A fused layer's class was subclassed since then; the message names it. Nothing is changed.
     """
     fused = [(name, layer) for name, layer, family in _layers(model) if _is_fused(layer, family)]
-    for name, layer in fused:
-        if "forward" not in vars(type(layer)):
-            raise NotImplementedError(
-                f"remove_from: {name or type(layer).__name__}: something else made it a {type(layer).__name__} after "
-                "apply_to; undo that first; nothing was changed"
-            )
-    for _, layer in fused:
-        _become(layer, type(layer).__bases__[0])
+    remove(fused)
     return len(fused)
 
 
@@ -127,75 +116,21 @@ def _check(name: str, layer: torch.nn.Module, family: _Family) -> None:
         NotImplementedError: It does.
     """
     base = getattr(sys.modules[family.modeling], family.attention)
-    place = _PLACES["_old_forward" in layer.__dict__]
-    present = layer.__dict__.get(place)
+    place = replaced_forward(layer)
     if list(inspect.signature(base.forward).parameters) != _PARAMETERS:
         reason = f"this transformers' {family.attention}.forward takes {inspect.signature(base.forward)}"
     elif type(layer).forward is not base.forward and not _is_fused(layer, family):
         reason = f"{type(layer).__name__} overrides the forward of {family.attention}"
-    elif present is not None and getattr(present, "__func__", None) is not type(layer).forward:
+    elif place is not None:
         reason = f"something else replaced its {place} already; undo that, or call apply_to before it"
     else:
         return
     raise NotImplementedError(f"apply_to: {name or type(layer).__name__}: {reason}; nothing was changed")
 
 
-def _become(layer: torch.nn.Module, new: type[torch.nn.Module]) -> None:
-    """Makes ``layer`` an instance of ``new``, and bound forwards of its old class those of ``new``."""
-    old = type(layer)
-    layer.__class__ = new
-    for place in _PLACES:
-        if getattr(layer.__dict__.get(place), "__func__", None) is not old.forward:
-            continue
-        if place == "forward":
-            del layer.__dict__[place]  # the class has it
-        else:
-            layer.__dict__[place] = types.MethodType(new.forward, layer)
-
-
-@functools.cache
-def _fused_class(plain: Any, family: _Family) -> type[torch.nn.Module]:
-    """The subclass of ``plain`` that runs fused; the same object for the same arguments.
-
-    A class, because a method bound to one layer would run that layer's weights in its shallow copies, too.
-    """
-
-    def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
-        """A pickle is of the plain layer, in the form of protocol 0: that of 2 insists on the object's own class."""
-        constructor, arguments, *rest = plain.__reduce_ex__(self, 0)
-        return (constructor, tuple(plain if value is fused else value for value in arguments), *rest)
-
-    def shallow(self: Any) -> Any:
-        twin = self.__new__(type(self))
-        twin.__setstate__(self.__dict__)
-        return twin
-
-    def deep(self: Any, memo: dict[int, Any]) -> Any:
-        twin = memo[id(self)] = self.__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    members = {"forward": _fused_forward(family), "__reduce_ex__": reduce, "__module__": __name__}
-    # Both would go by the pickle otherwise. A class that has its own has a reason.
-    for name, copier in (("__copy__", shallow), ("__deepcopy__", deep)):
-        if not hasattr(plain, name):
-            members[name] = copier
-    fused: type[torch.nn.Module] = type(f"Fused{plain.__name__}", (plain,), members)
-    return fused
-
-
 def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
     """True if calling ``norm`` computes what its class does from its weight, and nothing else happens."""
-    return (
-        type(norm).forward is norm_class.forward
-        and "forward" not in norm.__dict__
-        and not norm._forward_pre_hooks
-        and not norm._forward_hooks
-        and not norm._backward_pre_hooks
-        and not norm._backward_hooks
-        # Hooks on all modules: a profiler's, or a debugger's.
-        and not torch.nn.modules.module._has_any_global_hook()
-    )
+    return type(norm).forward is norm_class.forward and "forward" not in norm.__dict__ and not has_hooks(norm)
 
 
 @functools.cache

@@ -3,33 +3,9 @@
 import triton
 import triton.language as tl
 
+from ..gated_activation.kernels import activation
 from ..grouped_linear.kernels import multiply_rows
 from ..grouped_linear.kernels_schedule import find_tile, program_tile
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
-def _activation(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
-    """``(act(gate), act'(gate))`` in float32."""
-    if ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(ALPHA * gate)
-        value = gate * sigmoid
-        slope = sigmoid * (1 + ALPHA * gate * (1 - sigmoid))
-    elif ACTIVATION == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        tanh = _tanh(inner)
-        value = 0.5 * gate * (1 + tanh)
-        d_inner = 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
-        slope = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * d_inner
-    else:
-        cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
-        value = gate * cdf
-        slope = cdf + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    return value, slope
 
 
 @triton.jit
@@ -37,12 +13,12 @@ def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.co
     """``(value, d value / d gate, factor, d factor / d up)`` of ``value(gate) * factor(up)``, all float32."""
     # An early return would leave the rest to be compiled all the same, with a limit of None.
     if LIMIT is None:
-        value, slope = _activation(gate, ACTIVATION, ALPHA)
+        value, slope = activation(gate, ACTIVATION, ALPHA)
         factor = up + SHIFT
         passes = tl.full(up.shape, 1.0, tl.float32)
     else:
         # Comparisons, not minimum and maximum: these would lose a NaN. It is within no bounds, and gets no gradient.
-        value, slope = _activation(tl.where(gate > LIMIT, LIMIT, gate), ACTIVATION, ALPHA)
+        value, slope = activation(tl.where(gate > LIMIT, LIMIT, gate), ACTIVATION, ALPHA)
         slope = tl.where(gate <= LIMIT, slope, 0.0)
         factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + SHIFT
         passes = tl.where(tl.abs(up) <= LIMIT, 1.0, 0.0)
