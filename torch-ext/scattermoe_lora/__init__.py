@@ -17,6 +17,7 @@ from .integration.gemma4.attention import apply_to, remove_from
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
+from .ops.lora_linear.api import lora_linear
 from .ops.norm_rotary.api import rms_norm_rotary
 from .ops.rms_norm.api import add_rms_norm, rms_norm
 
@@ -31,6 +32,7 @@ __all__ = [
     "gated_activation",
     "gated_mlp",
     "grouped_linear",
+    "lora_linear",
     "quantization_config",
     "quantize_experts",
     "register",

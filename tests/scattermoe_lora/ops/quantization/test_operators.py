@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from bits import FORMATS, Allocations, make_stack
+from allocations import Allocations
+from bits import FORMATS, make_stack
 from helpers import AWKWARD, INTERPRETED, TRITON, Shape, assert_close, low_rank, route
 
 # Two experts with few rows, one with none, sizes that are no powers of two; and more experts than a workspace holds.
