@@ -705,8 +705,35 @@ def test_a_write_that_fails_leaves_nothing(
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        kernel.convert_adapter(good["per_expert"], tmp_path / "out")
+        kernel.convert_adapter(good["per_expert"], tmp_path / "new" / "parents" / "out")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "parent").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        kernel.convert_adapter(good["per_expert"], tmp_path / "parent" / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["parent"]
+
+
+def test_only_what_shares_its_memory_is_copied_to_be_written(
+    submodule: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    written: dict[str, torch.Tensor] = {}
+
+    def save(tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+        written.update(tensors)
+        save_file(tensors, *rest)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    stack = torch.randn(3, 4, 5)
+    tensors = {"first": stack[0], "second": stack[1], "again": stack[0], "turned": stack[2].T}
+    submodule("integration.experts.adapter_files").write(tmp_path / "out", {}, tensors)
+    assert [name for name, tensor in tensors.items() if written[name].data_ptr() != tensor.data_ptr()] == [
+        "again",
+        "turned",
+    ]
+    after = read(tmp_path / "out")[1]
+    assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
 
 
 def test_names_for_servers_are_those_of_checkpoints(submodule: Callable[[str], ModuleType]) -> None:

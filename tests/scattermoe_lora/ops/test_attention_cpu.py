@@ -66,6 +66,43 @@ def test_the_first_query_of_a_causal_sequence_gets_no_gradient_either(kernel, dt
     assert dq[:, 1].any()
 
 
+def test_nan_is_left_where_a_query_sees_one_key(kernel) -> None:
+    q, k, v = (torch.randn(2, 33, heads, 64).requires_grad_() for heads in (4, 2, 2))
+    out = kernel.flash_attn_func(q, k, v, causal=True)
+    do = torch.randn_like(out)
+    do[0, 0, 1] = torch.nan
+    (dq,) = torch.autograd.grad(out, q, do)
+    assert dq[0, 0, 1].isnan().all()
+    dq[0, 0, 1] = 0
+    assert not dq[:, 0].any()
+    assert dq.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e5])
+def test_gradients_of_the_log_sum_exp_may_be_larger_than_float16(submodule, size: float) -> None:
+    flash = submodule("ops.attention.cpu_flash")
+    q, k, v = (torch.randn(1, 2, rows, 16).half() for rows in (9, 200, 200))
+    out, lse = flash.forward(q, k, v, None, False, 0.1)
+    # Large and small ones, each as exact as float16's gradients are.
+    grad_lse = torch.randn_like(lse) * torch.tensor([size, 1.0]).view(1, 2, 1)
+    gradients = flash.backward(torch.zeros_like(out), grad_lse, q, k, v, out, lse, None, False, 0.1)
+    inputs = [x.double().requires_grad_() for x in (q, k)]
+    exact = ((inputs[0] @ inputs[1].mT * 0.1).logsumexp(-1) * grad_lse).sum()
+    for got, exact_gradient in zip(gradients, torch.autograd.grad(exact, inputs), strict=False):
+        for head in range(2):
+            assert_close([got[:, head]], [exact_gradient[:, head]], 4e-3)
+
+
+def test_an_infinite_score_is_no_nan(submodule) -> None:
+    product = submodule("ops.attention.cpu_products")._exact_product
+    a, b = torch.ones(3, 16).bfloat16(), torch.randn(5, 16).bfloat16()
+    b[2], b[3], b[4] = -torch.inf, torch.inf, torch.nan
+    got, exact = product(a, b), a.double() @ b.double().T
+    assert torch.equal(got[:, 2:4], exact[:, 2:4].float())
+    assert got[:, 4].isnan().all()
+    assert_close([got[:, :2]], [exact[:, :2]], 1e-3)
+
+
 def test_gradients_of_keys_are_summed_over_blocks_in_float32(kernel, submodule) -> None:
     """Rounded to bfloat16 a block, they were 1.8 times as far off as one rounding.
 
@@ -190,6 +227,40 @@ def test_error_is_not_above_that_of_sdpa(kernel, submodule, dtype: torch.dtype) 
     for ours, their, exact_result in zip(got, theirs, exact_results, strict=True):
         error, other = ((x[0].double() - exact_result).norm() for x in (ours, their))
         assert error <= 1.02 * other
+
+
+def test_a_call_without_an_operator_around_it_is_right_in_every_mode(
+    kernel, submodule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager, calls = submodule("ops.attention.eager"), []
+    plain = eager.attention
+    monkeypatch.setattr(eager, "attention", lambda *arguments: calls.append(1) or plain(*arguments))
+
+    def attend(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return kernel.flash_attn_func(x, y, z, causal=True)
+
+    leaves = [torch.randn(2, 9, heads, 16).requires_grad_() for heads in (4, 2, 2)]
+    out = attend(*leaves)
+    grads = torch.randn(3, *out.shape)
+    expected = [torch.autograd.grad(out, leaves, grad, retain_graph=True) for grad in grads]
+    batched = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_autocast = torch.autograd.grad(out, leaves, grads[0])
+    assert all(map(torch.equal, in_autocast, expected[0]))
+    assert all(map(torch.equal, batched, map(torch.stack, zip(*expected, strict=True))))
+    for i, leaf in enumerate(leaves):
+        others = [leaf if other is leaf else other.detach() for other in leaves]
+        (gradient,) = torch.autograd.grad(attend(*others), leaf, grads[0])
+        assert torch.equal(gradient, expected[0][i])
+    with torch.inference_mode():
+        assert torch.equal(attend(*leaves), out)
+    assert len(calls) == 5
+    # Casting, and rules for a batch, are an operator's.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(*leaves), out)
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(attend)(*(leaf[None] for leaf in leaves))[0], out)
+    assert len(calls) == 5
 
 
 def test_gradients_through_the_kernel_pass_gradcheck_with_those_of_the_log_sum_exp(submodule) -> None:

@@ -168,6 +168,23 @@ def test_nan_in_one_token_stays_in_that_token(kernel) -> None:
     assert not out[[0, 1, 2, 4, 5, 6]].isnan().any()
 
 
+@pytest.mark.parametrize("side", [0, 1], ids="AB")
+@pytest.mark.parametrize("target", BOTH)
+def test_an_infinite_factor_of_an_expert_without_rows_reaches_no_gradient(kernel, target, side) -> None:
+    """On a CPU experts are computed in blocks of equally many rows, those that pad times infinity among them."""
+    shape = AWKWARD[1]
+    module, x, index, weights, lora, grad = problem(
+        shape, "silu", torch.float32, targets=BOTH, train_base=True, sentinels=False
+    )
+    index = torch.where(index == 1, 2, index)
+    with torch.no_grad():
+        lora[target][side][1] = float("inf")
+    out, *gradients = run(kernel, module, x, index, weights, lora, grad)
+    assert out.isfinite().all()
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert not any(bool(gradient[1].any()) for gradient in gradients[2:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("bfloat16")
 def test_half_precision_is_as_close_to_the_truth_as_the_merged_eager_path(kernel, submodule, dtype) -> None:

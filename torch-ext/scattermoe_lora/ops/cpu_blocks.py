@@ -29,6 +29,7 @@ class Block:
         positions: Their rows' sorted positions, a slice.
         rows: The number of rows of each with padding.
         size: The number of rows of all with padding.
+        unused: The numbers, among ``experts``, of those without rows.
     """
 
     def __init__(self, first: int, start: int, counts: list[int]) -> None:
@@ -38,6 +39,9 @@ class Block:
         self.rows = padded(max(counts))
         self.size = len(counts) * self.rows
         is_own = torch.arange(self.rows) < torch.tensor(counts).unsqueeze(1)
+        self.unused = torch.tensor(
+            [expert for expert, count in enumerate(counts) if not count], dtype=torch.int64
+        )
         self._own = is_own.view(-1).nonzero().squeeze(1)
         self._padding = is_own.logical_not_().view(-1).nonzero().squeeze(1)
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,28 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torc
 
     # Resolved, for "." has no name.
     directory = directory.resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    new_parents = [parent for parent in directory.parents if not parent.exists()]
     beside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    beside.mkdir()
     try:
+        beside.mkdir(parents=True)
         (beside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        # The file keeps apart what may be one tensor here, such as the A of gate and up.
-        own = {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-        save_file(own, beside / TENSORS, {"format": "pt"})
+        save_file(_apart(tensors), beside / TENSORS, {"format": "pt"})
         beside.replace(directory)
-    finally:
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, contiguous, with a copy of each that shares its memory with one before it, such as the A of gate and
+    up: a file keeps them apart."""
+    apart: dict[str, torch.Tensor] = {}
+    addresses: set[int] = set()
+    for key, tensor in tensors.items():
+        contiguous = tensor.contiguous()
+        apart[key] = contiguous.clone() if contiguous.data_ptr() in addresses else contiguous
+        addresses.add(contiguous.data_ptr())
+    return apart

@@ -53,7 +53,7 @@ def flash_attn_func(
             ``i + Sk - Sq + right``, both included; -1: no bound. ``causal`` makes ``right`` 0.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0: they stay.
         alibi_slopes: Must be None.
-        deterministic: Taken for the signature's sake: the gradients always are.
+        deterministic: Taken for the signature's sake: the gradients always are, on a CPU for one number of threads.
         return_attn_probs: Must be False; the probabilities are never in memory.
         s_aux: Attention sinks ``[Hq]``, any floating dtype, differentiable: a key of that score and no value.
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 _aten = torch.ops.aten
 # Columns that carry the gradient of the log-sum-exp. Two are needed; heads are multiples of 8 elements wide.
 _COLUMNS = 8
+# Above it a gradient of the log-sum-exp is divided by it: float16 ends at twice as much.
+_LARGE = 1 << 15
 # Whether the kernel takes fewer heads of keys than of queries: earlier versions would read past their end.
 _SHARES_KEYS = torch.__version__ >= "2.13"
 
@@ -95,10 +97,12 @@ def _with_columns(
 
     It is all that the kernel subtracts from the gradient of a probability, and a probability of more is what a larger
     log-sum-exp is. Zeros in the other operands keep the products as they were. Two columns hold ``grad_lse`` in a dtype
-    of few digits: the number, and what rounding took from it.
+    of few digits: the number, and what rounding took from it; divided where the dtype might end below it.
     """
     q, k, v, grad_out, out = (F.pad(x, (0, _COLUMNS)) for x in (q, k, v, grad_out, out))
-    grad_out[..., -2:] = 1
+    factor = torch.where(grad_lse.abs() > _LARGE, _LARGE, 1)
+    grad_out[..., -2:] = factor.unsqueeze(-1)
+    grad_lse = grad_lse / factor
     out[..., -2] = -grad_lse
     out[..., -1] = -(grad_lse + out[..., -2])
     return q, k, v, grad_out, out

@@ -40,7 +40,9 @@ def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     rounded = torch.mm(a, b.t())
     if a.dtype != torch.bfloat16:
         return rounded
-    return rounded.float().sub_(torch.addmm(rounded, a, b.t(), alpha=-1))
+    rest = torch.addmm(rounded, a, b.t(), alpha=-1)
+    # An infinite product has none, and infinity minus itself would make it NaN.
+    return rounded.float().sub_(rest.nan_to_num_(0, 0, 0))
 
 
 def _key_heads(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[int, slice, int]]:

@@ -126,12 +126,15 @@ def _first_seeing(window: Window, queries: int, keys: int) -> int:
 
 
 def clear_lone(dq: torch.Tensor, window: Window, keys: int) -> None:
-    """Takes what rounding left in the gradient of a first query that sees one key, whose probability is always 1."""
+    """Takes what rounding left in the gradient of a first query that sees one key, whose probability is always 1.
+
+    What is not finite becomes NaN.
+    """
     queries = dq.shape[2]
     first = _first_seeing(window, queries, keys)
     begin, end = window.keys(first, first + 1, queries, keys)
     if end - begin == 1 and first < queries:
-        dq[:, :, first] = 0
+        dq[:, :, first] *= 0
 
 
 def _pieces(q: torch.Tensor, k: torch.Tensor, window: Window, is_plain: bool) -> list[_Piece]:

@@ -96,17 +96,22 @@ class Projection:
 
 
 def outer(block: Block, p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
-    """``p^T q`` of each expert's rows into its part of ``out`` ``[E, *, *]``, which may be a transposed view."""
+    """``p^T q`` of each expert's rows into its part of ``out`` ``[E, *, *]``, which may be a transposed view.
+
+    Rows that pad are zero unless a parameter is not finite, which leaves an expert that has no others NaN.
+    """
     p, q, out = block.by_expert(p), block.by_expert(q), out[block.experts]
     if out.is_contiguous():
         torch.bmm(p.mT, q, out=out)
     else:
         torch.bmm(q.mT, p, out=out.mT)
+    out.index_fill_(0, block.unused, 0)
 
 
 def sum_rows(block: Block, rows: torch.Tensor, out: torch.Tensor) -> None:
     """The column sums of each expert's rows into its part of ``out`` ``[E, *]``, rounded once."""
-    out[block.experts] = block.by_expert(rows).sum(dim=1, dtype=wide_dtype(rows))
+    sums = block.by_expert(rows).sum(dim=1, dtype=wide_dtype(rows))
+    out[block.experts] = sums.index_fill_(0, block.unused, 0)
 
 
 def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
