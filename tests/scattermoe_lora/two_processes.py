@@ -1,12 +1,14 @@
-"""Three parallel set-ups on two real processes, each held to the gradients of one process.
+"""Four parallel set-ups on two real processes, each held to the gradients of one process.
 
 python two_processes.py FOLDER      (LOCAL_KERNELS names the built kernel)
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from kernels import get_kernel
 from peft import LoraConfig, inject_adapter_in_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -144,6 +147,48 @@ def expert_parallel(rank: int, folder: Path) -> None:
         adapt(model)(input_ids=IDS)
 
 
+def quantized(rank: int, folder: Path) -> None:
+    warnings.filterwarnings("error", message=".*decodes all of it")
+    kernel = get_kernel("org/scattermoe-lora", version=1)
+
+    def quantize(model: Any, format: str) -> Any:
+        kernel.quantize_experts(model, format)
+        return adapt(model)
+
+    for name, format in (("qwen3_moe", "nf4"), ("gpt_oss", "fp8")):
+        whole = quantize(build(name, adapted=False), format)
+        model = copy.deepcopy(whole)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        exact = train(whole, [IDS[:2], IDS[2:]])
+        for _ in range(2):
+            model.zero_grad()
+            assert_equal(train(model, [IDS[2 * rank : 2 * rank + 2]]), exact)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if rank == 0:
+            for key, parameter in whole.named_parameters():
+                if hasattr(parameter, "codes"):
+                    assert torch.equal(state[key].codes, parameter.codes), key
+        plain = build(name, adapted=False)
+        fully_shard(plain)
+        with pytest.raises(NotImplementedError, match="split by FSDP2; quantize before fully_shard"):
+            kernel.quantize_experts(plain)
+
+    config = DistributedConfig(tp_size=PROCESSES, tp_plan={}, ep_size=PROCESSES)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "qwen3_moe",
+        dtype=torch.float32,
+        distributed_config=config,
+        experts_implementation="scattermoe",
+    )
+    whole = quantize(build("qwen3_moe", adapted=False), "nf4")
+    quantize(model, "nf4")
+    assert_equal(train(model, [IDS]), train(whole, [IDS]))
+    torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
+
+
 def decoded(model: Any) -> torch.Tensor:
     """Logits of one more token, where few experts get anything to do."""
     with torch.no_grad():
@@ -157,7 +202,7 @@ def main(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
     get_kernel("org/scattermoe-lora", version=1).register()
-    for check in (ddp, fsdp, expert_parallel):
+    for check in (ddp, fsdp, expert_parallel, quantized):
         check(rank, folder)
         print(f"{check.__name__}: equal to one process\n", end="", flush=True)
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close, experts_module, low_rank, route
+from peft import LoraConfig, inject_adapter_in_model
 
 SHAPE = Shape(tokens=9, experts=4, top_k=2, hidden=64, intermediate=32, rank=3)
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -141,6 +142,45 @@ def test_quantized_experts_compute_what_the_dense_ones_do(
         assert_close([plain], [registered.experts_forward(dense, *arguments)], 2e-5)
 
 
+class Layer(torch.nn.Module):
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return self.experts(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [lambda kernel: fine_grained(kernel, "fp8"), lambda kernel: fine_grained(kernel, "fp4"), torchao],
+    ids=["FP8Experts", "FP4 experts", "torchao"],
+)
+def test_peft_sees_the_weight_that_codes_stand_for(
+    registered: ModuleType, submodule: Any, make: Callable[[ModuleType], Any]
+) -> None:
+    module, dense = make(registered), experts_module(SHAPE)
+    module.config._experts_implementation = dense.config._experts_implementation = "scattermoe"
+    read = submodule("integration.experts.quantized.read").read_stack
+    decode = submodule("ops.quantization.reference").decode
+    for name in WEIGHTS:
+        setattr(dense, name, torch.nn.Parameter(decode(read(module, name)).float(), requires_grad=False))
+    settings = LoraConfig(
+        r=3, init_lora_weights=False, target_parameters=[f"experts.{name}" for name in WEIGHTS]
+    )
+    arguments, results = inputs(), []
+    for experts in (module, dense):
+        torch.manual_seed(1)
+        layer = inject_adapter_in_model(settings, Layer(experts))
+        parameters = {name: p for name, p in layer.named_parameters() if "lora_" in name}
+        assert {p.dtype for p in parameters.values()} == {torch.float32}
+        out = layer(*arguments)
+        names = sorted(parameters)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [parameters[name] for name in names])])
+    assert_close(*results, 2e-5)
+
+
 def test_registration_reaches_and_leaves_the_interface_of_fine_grained_fp8(kernel: ModuleType) -> None:
     from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 
@@ -172,6 +212,21 @@ def test_scales_that_do_not_fit_are_refused(
     module.gate_up_proj_scale_inv = torch.nn.Parameter(change(module.gate_up_proj_scale_inv.data))
     with pytest.raises(ValueError, match=message):
         module(*inputs())
+
+
+def test_missing_scales_are_refused(registered: ModuleType) -> None:
+    module = fine_grained(registered, "fp8")
+    module.down_proj_scale_inv = None
+    with pytest.raises(
+        ValueError, match=r"Experts\.down_proj: expected scales under the name down_proj_scale_inv"
+    ):
+        module(*inputs())
+    module = mxfp4(registered)
+    del module.gate_up_proj_scales
+    with pytest.raises(
+        ValueError, match="gate_up_proj: expected scales under the name gate_up_proj_scales, got none"
+    ):
+        registered.experts_forward(module, *inputs())
 
 
 def test_model_is_quantized_and_decoded_in_place(kernel: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 import warnings
@@ -14,7 +15,7 @@ import torch
 import torch.utils.checkpoint
 
 SHAPE = (4, 6, 32)
-FORMATS = ["nf4", "fp4", "fp8", "nvfp4"]
+FORMATS = ["nf4", "fp4", "fp8", "nvfp4", "nested"]
 
 
 @pytest.fixture
@@ -31,7 +32,17 @@ def weight(submodule: Callable[[str], Any]) -> Callable[..., Any]:
             scales = (torch.rand(4, 6, 2) + 0.5).to(torch.float8_e4m3fn)
             stack = read_float4(codes, scales, "w", factor=torch.rand(1), block=16, dtype=dtype)
         else:
-            stack = quantize(torch.randn(SHAPE).to(dtype), format)
+            stack = quantize(torch.randn(SHAPE).to(dtype), "nf4" if format == "nested" else format)
+        if format == "nested":
+            # Scales that are codes themselves, as bitsandbytes' compress_statistics makes them.
+            scales = (
+                torch.randint(256, stack.scales[0].shape, dtype=torch.uint8),
+                torch.linspace(-1, 1, 256),
+                torch.rand(1),
+                torch.tensor(1.5),
+            )
+            layout = dataclasses.replace(stack.format, nested=256)
+            stack = dataclasses.replace(stack, scales=scales, format=layout).check("w")
         return torch.nn.Parameter(kind(stack), requires_grad=False)
 
     return make
@@ -121,6 +132,39 @@ def test_reading_experts_decodes_those(weight: Any, format: str) -> None:
         parameter[4]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_parts_along_the_experts_are_quantized(weight: Any, format: str) -> None:
+    parameter = weight(format)
+    dense = parameter.dequantize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for part, exact in zip(parameter.chunk(2), dense.chunk(2), strict=True):
+            assert type(part) is type(parameter)
+            assert torch.equal(part.dequantize(), exact)
+        assert torch.equal(parameter[1:].dequantize(), dense[1:])
+        # As FSDP2 pads and fills a part.
+        padded = parameter.new_zeros((2, *SHAPE[1:]))
+        assert not padded.dequantize().any()
+        padded.narrow(0, 0, 1).copy_(parameter.narrow(0, 3, 1))
+        assert torch.equal(padded[0], dense[3])
+        flat = parameter.view(-1)
+        assert flat.shape == (dense.numel(),)
+        assert torch.equal(flat.dequantize(), dense.view(-1))
+    with pytest.raises(
+        NotImplementedError, match="cannot be split in parts of 3 experts: expected a number of proc"
+    ):
+        parameter.split(3)
+
+
+def test_blocks_that_run_over_experts_cannot_be_split(submodule: Any) -> None:
+    kind = submodule("integration.experts.quantized.parameter").QuantizedWeight
+    parameter = kind(submodule("ops.quantization.encode").quantize(torch.randn(4, 5, 22), "nf4"))
+    with pytest.raises(
+        NotImplementedError, match="after 2 experts: blocks of 64 elements run from one to the next"
+    ):
+        parameter.chunk(2)
+
+
 def test_anything_else_decodes_all_with_one_warning_that_names_it(weight: Any) -> None:
     parameter = weight()
     dense = parameter.dequantize()
@@ -145,6 +189,10 @@ def test_what_would_write_is_an_error(weight: Any) -> None:
             write()
     with pytest.raises(ValueError, match=r"expected one of its format, got a dense torch\.float32"):
         parameter.copy_(torch.randn(SHAPE))
+    broken = copy.deepcopy(parameter)
+    broken.stack.scales[0][3] = torch.nan
+    with pytest.raises(ValueError, match="expected finite scales, got 1 that are NaN or infinite"):
+        parameter.copy_(broken)
     with pytest.raises(ValueError, match=r"expected QuantizedWeight\(.*nf4.*got QuantizedWeight\(.*e4m3"):
         parameter.copy_(other)
 

@@ -14,7 +14,7 @@ def decode(stack: QuantizedStack, dtype: torch.dtype | None = None) -> torch.Ten
     values = element_values(stack.format.element, stack.device)[_codes(stack).long()]
     if stack.format.is_flat:
         block = stack.format.columns
-        scale = _flat_scales(stack).repeat_interleave(block)[: values.numel()].view(experts, n, k)
+        scale = flat_scales(stack).repeat_interleave(block)[: values.numel()].view(experts, n, k)
     else:
         scale = stack.scales[0].float()
         for factor in stack.scales[1:]:
@@ -35,7 +35,8 @@ def _codes(stack: QuantizedStack) -> torch.Tensor:
     return torch.stack(pair, dim=-1).view(stack.stored_shape)
 
 
-def _flat_scales(stack: QuantizedStack) -> torch.Tensor:
+def flat_scales(stack: QuantizedStack) -> torch.Tensor:
+    """float32 for each block of a format with flat blocks."""
     scale, *rest = stack.scales
     if not rest:
         return scale

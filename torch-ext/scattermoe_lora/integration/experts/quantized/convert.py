@@ -29,6 +29,8 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
         ValueError: An unknown format; a model without experts modules; experts that are quantized already or being
             trained, or whose numbers cannot be quantized. Nothing has been changed then, but for NaN and infinity,
             which are found in the weight that has them.
+        NotImplementedError: Weights that FSDP2 has split (quantize before ``fully_shard``), or that are split otherwise
+            than along the experts.
     """
     if format not in FORMATS:
         raise ValueError(f"quantize_experts: format: expected one of {', '.join(FORMATS)}, got {format!r}")
@@ -46,14 +48,49 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
                 f"{label}: being trained (it has a gradient, or is a copy in PEFT's modules_to_save), and a quantized "
                 "weight cannot be; train LoRA on it"
             )
+        if _is_distributed(parameter):
+            _refuse_other_splits(model, parameter, label)
         holders.setdefault(id(parameter), []).append((module, name, label))
     del parameter
     for (module, name, label), *others in holders.values():
-        weight = QuantizedWeight(quantize(getattr(module, name), format, label))
-        parameter = torch.nn.Parameter(weight, requires_grad=False)
+        parameter = torch.nn.Parameter(_quantized(getattr(module, name), format, label), requires_grad=False)
         for module_with_it, its_name, _ in ((module, name, label), *others):
             setattr(module_with_it, its_name, parameter)
     describe_quantized(model, format)
+
+
+def _quantized(parameter: Any, format: str, label: str) -> torch.Tensor:
+    if not _is_distributed(parameter):
+        return QuantizedWeight(quantize(parameter, format, label))
+    from torch.distributed.tensor import DTensor
+
+    weight = QuantizedWeight(quantize(parameter.to_local(), format, label))
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+    return DTensor.from_local(
+        weight, mesh, placements, run_check=False, shape=shape, stride=parameter.stride()
+    )
+
+
+def _is_distributed(parameter: Any) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def _refuse_other_splits(model: torch.nn.Module, parameter: Any, label: str) -> None:
+    """Raises NotImplementedError for a parameter that FSDP2 has split, or that is split inside of its matrices."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Shard
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise NotImplementedError(f"{label}: split by FSDP2; quantize before fully_shard")
+    if any(not placement.is_replicate() and placement != Shard(0) for placement in parameter.placements):
+        raise NotImplementedError(
+            f"{label}: expected a weight that is whole or split along its experts, got placements "
+            f"{tuple(parameter.placements)}"
+        )
 
 
 def dequantize_experts(model: torch.nn.Module) -> None:

@@ -35,21 +35,28 @@ def read_stack(module: Any, name: str) -> QuantizedStack | None:
         return read_parametrized(module, name) if len(parametrizations[name]) == 1 else None
     blocks = getattr(module, f"{name}_blocks", None)
     if blocks is not None:
-        stack = read_mxfp4(blocks, getattr(module, f"{name}_scales"), label, _dtype(module))
+        stack = read_mxfp4(blocks, _scales(module, label, f"{name}_scales"), label, _dtype(module))
         return stack.mT if module.is_transposed else stack
     parameter = getattr(module, name, None)
     if isinstance(parameter, QuantizedWeight):
         return parameter.stack
     if not isinstance(parameter, torch.Tensor):
         return None
-    scales = getattr(module, f"{name}_scale_inv", None)
-    if scales is not None:
+    if hasattr(module, f"{name}_scale_inv"):
+        scales = _scales(module, label, f"{name}_scale_inv")
         if parameter.dtype == torch.int8:
             return read_float4(parameter, scales, label, dtype=_dtype(module))
         parts = 2 if name == "gate_up_proj" else 1
         size = getattr(module, "block_size", None)
         return read_float8(parameter, scales, label, block_size=size, parts=parts, dtype=_dtype(module))
     return read_torchao(parameter, label)
+
+
+def _scales(module: Any, label: str, name: str) -> torch.Tensor:
+    scales = getattr(module, name, None)
+    if not isinstance(scales, torch.Tensor):
+        raise ValueError(f"{label}: expected scales under the name {name}, got none")
+    return scales
 
 
 def _dtype(module: Any) -> torch.dtype:
