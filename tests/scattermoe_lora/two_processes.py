@@ -44,17 +44,17 @@ CONFIGS = {
 IDS = torch.arange(4 * 13).view(4, 13) * 7 % 64
 
 
-def build(name: str, adapted: bool) -> Any:
+def build(name: str, adapted: bool, **settings: Any) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
     model.set_experts_implementation("scattermoe")
-    return adapt(model) if adapted else model
+    return adapt(model, **settings) if adapted else model
 
 
-def adapt(model: Any) -> Any:
+def adapt(model: Any, **settings: Any) -> Any:
     torch.manual_seed(1)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    lora = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_parameters=targets)
+    lora = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_parameters=targets, **settings)
     return inject_adapter_in_model(lora, model)
 
 
@@ -88,9 +88,14 @@ def ddp(rank: int, folder: Path) -> None:
 
 
 def fsdp(rank: int, folder: Path) -> None:
-    for name, adapted in (("qwen3_moe", True), ("gpt_oss", True), ("gpt_oss", False)):
-        exact = train(build(name, adapted), [IDS[:2], IDS[2:]])
-        model = build(name, adapted)
+    for name, adapted, settings in (
+        ("qwen3_moe", True, {}),
+        ("gpt_oss", True, {}),
+        ("gpt_oss", False, {}),
+        ("gpt_oss", True, {"use_dora": True}),
+    ):
+        exact = train(build(name, adapted, **settings), [IDS[:2], IDS[2:]])
+        model = build(name, adapted, **settings)
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
@@ -110,13 +115,13 @@ def fsdp(rank: int, folder: Path) -> None:
 def expert_parallel(rank: int, folder: Path) -> None:
     # Both ways that transformers has: all tokens on both processes, each expert's owner computing (sentinels mark the
     # pairs of the other's experts); and tokens sent to the experts' owners.
-    for name, plan in (
-        (
-            "qwen3_moe",
-            {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"},
-        ),
-        ("qwen3_moe", None),
-        ("gpt_oss", None),
+    sentinels = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
+    for name, plan, settings in (
+        ("qwen3_moe", sentinels, {}),
+        ("qwen3_moe", None, {}),
+        ("gpt_oss", None, {}),
+        ("qwen3_moe", sentinels, {"use_dora": True}),
+        ("gpt_oss", None, {"lora_bias": True}),
     ):
         whole = build(name, adapted=False)
         if rank == 0:
@@ -132,10 +137,10 @@ def expert_parallel(rank: int, folder: Path) -> None:
         # transformers and PEFT alone cannot do this: PEFT adds a plain tensor to a part of a weight.
         for each in (whole, model):
             each.zero_grad()
-            adapt(each)
+            adapt(each, **settings)
         got = train(model, [IDS])
         assert_equal(got, train(whole, [IDS]))
-        assert len(got) == 2 * 2 * 2
+        assert len(got) == 2 * 2 * (3 if settings else 2)
         torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
 
     # Where each process has a batch of its own, it is for nobody to say how often the gradients are averaged.

@@ -227,12 +227,12 @@ CLASSES = experts_classes()
 LAYOUTS = ["Gemma4TextExperts", "GptOssExperts", "AriaExperts", "NemotronHExperts", "MuseSparkExperts"]
 
 
-def sparse_step(name: str, implementation: str) -> tuple[int, int]:
+def sparse_step(name: str, implementation: str, **settings: Any) -> tuple[int, int]:
     """Elements of the largest tensor that an operator makes, and of the smaller weight."""
     base = build(CLASSES[name], torch.float32, experts=16, hidden=64, intermediate=48)
     weights = [key for key, parameter in base.named_parameters() if parameter.dim() == 3]
-    model = adapted(lora([f"experts.{key}" for key in weights], r=1), Layer(experts=base))
     base.config._experts_implementation = implementation
+    model = adapted(lora([f"experts.{key}" for key in weights], r=1, **settings), Layer(experts=base))
     x, routing_weights = torch.randn(2, 64, requires_grad=True), torch.rand(2, 1)
     with Largest() as largest:
         model(x, route(SPARSE), routing_weights).sum().backward()
@@ -242,6 +242,8 @@ def sparse_step(name: str, implementation: str) -> tuple[int, int]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_operator_makes_a_tensor_of_a_weights_size(registered: ModuleType, name: str) -> None:
     largest, weight = sparse_step(name, "scattermoe")
+    assert largest < weight / 4
+    largest, weight = sparse_step(name, "scattermoe", use_dora=True, lora_dropout=0.5)
     assert largest < weight / 4
     largest, weight = sparse_step(name, "grouped_mm")
     assert largest >= weight  # the watch sees what PEFT's own path merges

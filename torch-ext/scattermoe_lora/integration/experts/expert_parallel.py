@@ -7,12 +7,13 @@ processes, and what is saved is the whole adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ...ops.grouped_linear.adapters import Adapter
 from .checks import LowRank
 
 _HANDED = "_scattermoe_lora"
@@ -64,6 +65,35 @@ def own_part(factors: LowRank, parameter: Any) -> LowRank:
     return a, b
 
 
+def own_adapters(adapters: Sequence[Adapter], parameter: Any) -> list[Adapter]:
+    """The adapters of this process's experts, likewise."""
+    return [
+        Adapter(
+            *own_part((adapter.a, adapter.b), parameter),
+            None if adapter.bias is None else _own_part(adapter.bias, parameter),
+            None if adapter.magnitude is None else _own_part(adapter.magnitude, parameter),
+            adapter.dropout,
+        )
+        for adapter in adapters
+    ]
+
+
+def of_all(part: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """``[E, N]`` of all experts, of the rows that each process has of those that ``parameter`` has there."""
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((parameter.shape[0], part.shape[1]))
+    split = DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=shape,
+        stride=(part.shape[1], 1),
+    )
+    return split.full_tensor()
+
+
 def _own_part(factor: torch.Tensor, parameter: Any) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -73,19 +103,21 @@ def _own_part(factor: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 
 @contextmanager
-def handed(experts: Any, lora: Mapping[str, LowRank]) -> Iterator[None]:
-    """Within it, :func:`handed_factors` of the module are ``lora``.
+def handed(
+    experts: Any, lora: Mapping[str, LowRank], adapters: Mapping[str, Sequence[Adapter]]
+) -> Iterator[None]:
+    """Within it, :func:`handed_factors` of the module are ``lora`` and ``adapters``.
 
     transformers puts a function of its own before an expert-parallel module's forward, and that takes no arguments but
     the interface's.
     """
-    setattr(experts, _HANDED, lora)
+    setattr(experts, _HANDED, (lora, adapters))
     try:
         yield
     finally:
         delattr(experts, _HANDED)
 
 
-def handed_factors(experts: Any) -> Mapping[str, LowRank]:
-    """The factors that the module was handed, if any."""
-    return getattr(experts, _HANDED, None) or {}
+def handed_factors(experts: Any) -> tuple[Mapping[str, LowRank], Mapping[str, Sequence[Adapter]]]:
+    """The factors and adapters that the module was handed, if any."""
+    return getattr(experts, _HANDED, None) or ({}, {})

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ...ops.grouped_linear.adapters import Adapter, row_norms
+from .expert_parallel import check_split, is_split, of_all, own_adapters
+from .quantized.parameter import QuantizedWeight
 
 
 def active_factors(
@@ -73,10 +75,16 @@ def bias_of(wrapper: Any, adapter: str) -> torch.nn.Parameter | None:
 
 def weight_norms(wrapper: Any, adapter: str) -> torch.Tensor:
     """The norms of the rows of the wrapper's unmerged weight with one adapter, ``[E, out]``."""
-    weight = wrapper.get_param()
-    weight = weight if wrapper._did_swap_in_out_features else weight.mT
-    parts = _adapter(wrapper, adapter, weight.dtype)
-    return row_norms(weight, parts.a, parts.b)
+    parameter = wrapper.get_param()
+    parts = _adapter(wrapper, adapter, parameter.dtype)
+    weight, split = parameter, is_split(wrapper.get_base_layer(), parameter)
+    if split:
+        check_split(wrapper.get_base_layer(), wrapper.parameter_name, parameter)
+        weight, (parts,) = weight.to_local(), own_adapters([parts], parameter)
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.stack
+    norms = row_norms(weight if wrapper._did_swap_in_out_features else weight.mT, parts.a, parts.b)
+    return of_all(norms, parameter) if split else norms
 
 
 def _active(wrapper: Any) -> list[str]:

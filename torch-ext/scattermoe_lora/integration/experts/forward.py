@@ -50,13 +50,16 @@ def experts_forward(
     """
     experts: Any = module
     weights = read_weights(experts)
-    lora = lora or handed_factors(experts)
-    check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora)
+    if not lora and not adapters:
+        lora, adapters = handed_factors(experts)
+    check_inputs(weights, hidden_states, top_k_index, top_k_weights, lora or {})
     up, down = weights.up, weights.down
     first = _update(weights.up_name, up, weights.up_bias, lora, adapters)
     second = _update("down_proj", down, weights.down_bias, lora, adapters)
     dense = (tensor for tensor in (up, down) if isinstance(tensor, torch.Tensor))
     refuse_transforms("experts_forward", hidden_states, top_k_weights, *dense, *first[:4], *second[:4])
+    a1, b1, bias1 = first[:3]
+    a2, b2, bias2 = second[:3]
     order, offsets = sort_by_expert(top_k_index, down.shape[0])
     # Before transformers 5.18 no module says so, and sentinels may come to any.
     sentinels = getattr(experts, "_is_expert_parallel", True)
@@ -65,30 +68,17 @@ def experts_forward(
     x = hidden_states.to(up.dtype).contiguous()
     gate = fused_gate(experts)
     if gate is not None and not first.terms and not second.terms:
-        operands = Operands(
-            x,
-            up,
-            down,
-            top_k_weights,
-            first.a,
-            first.b,
-            second.a,
-            second.b,
-            first.bias,
-            second.bias,
-            order,
-            offsets,
-        )
+        operands = Operands(x, up, down, top_k_weights, a1, b1, a2, b2, bias1, bias2, order, offsets)
         keep = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in operands)
         out, *_ = fused_experts(operands, gate, sentinels, keep)
         return out.to(hidden_states.dtype)
 
     tokens, top_k = top_k_index.shape
-    h, _ = linear(LinearOperands(x, up, *first[:3], order, offsets), top_k, sentinels)
+    h, _ = linear(LinearOperands(x, up, a1, b1, bias1, order, offsets), top_k, sentinels)
     h = finish(first, h, x, order, offsets, top_k)
     h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
     h = h.to(down.dtype).contiguous()
-    y, _ = linear(LinearOperands(h, down, *second[:3], order, offsets), top_k, sentinels)
+    y, _ = linear(LinearOperands(h, down, a2, b2, bias2, order, offsets), top_k, sentinels)
     y = finish(second, y, h, order, offsets, top_k)
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
@@ -100,12 +90,12 @@ def _update(
     name: str,
     weight: Weight,
     bias: torch.Tensor | None,
-    lora: Mapping[str, LowRank],
+    lora: Mapping[str, LowRank] | None,
     adapters: Mapping[str, Sequence[Adapter]] | None,
 ) -> Update:
     if adapters and name in adapters:
         return combine(adapters[name], weight, bias)
-    if name not in lora:
+    if not lora or name not in lora:
         return Update(None, None, bias)
     a, b = lora[name]
     return Update(a.contiguous(), b.contiguous(), bias)

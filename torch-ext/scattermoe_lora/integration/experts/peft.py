@@ -15,7 +15,7 @@ import torch
 
 from ..wrapping import unwrap, wrap
 from .checks import DTYPES
-from .expert_parallel import check_split, handed, is_split, own_part
+from .expert_parallel import check_split, handed, is_split, own_adapters, own_part
 from .factors import active_adapters, active_factors, active_settings
 from .lora_settings import accept, obstacle_of, refuse, runs_here
 
@@ -61,25 +61,20 @@ def hook(names: Collection[str]) -> None:
             if split:
                 check_split(experts, self.parameter_name, parameter)
             only = None if split else _few_experts(index, self.num_experts)
-            lora, factors = kwargs.pop("lora", {}), None
-            used = active_settings(self)
-            if used:
-                if split:
-                    raise NotImplementedError(
-                        f"scattermoe: LoRA on {self.parameter_name}: expected plain factors on experts that are split "
-                        f"over processes, got {', '.join(used)}"
-                    )
-                adapters = active_adapters(self, parameter.dtype)
-                kwargs["adapters"] = {**kwargs.get("adapters", {}), self.parameter_name: adapters}
-            else:
-                factors = active_factors(self, parameter.dtype, only)
-            if factors is not None:
+            lora, adapters = kwargs.pop("lora", {}), kwargs.pop("adapters", {})
+            if active_settings(self):
+                own = active_adapters(self, parameter.dtype)
+                own = own_adapters(own, parameter) if split else own
+                adapters = {**adapters, self.parameter_name: own}
+            elif (factors := active_factors(self, parameter.dtype, only)) is not None:
                 lora = {**lora, self.parameter_name: own_part(factors, parameter) if split else factors}
             del parameter  # What was computed does not stay while the experts run.
             if split and self.base_layer is experts:
-                with handed(experts, lora):
+                with handed(experts, lora, adapters):
                     return experts(x, *args, **kwargs)
-            return self.base_layer(x, *args, **kwargs, **({"lora": lora} if lora else {}))
+            kwargs |= {"lora": lora} if lora else {}
+            kwargs |= {"adapters": adapters} if adapters else {}
+            return self.base_layer(x, *args, **kwargs)
 
         return forward
 
