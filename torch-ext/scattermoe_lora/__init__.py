@@ -11,6 +11,8 @@ from .integration.experts.adapters import convert_adapter
 from .integration.experts.forward import experts_forward
 from .integration.experts.register import register, unregister
 from .integration.gemma4.attention import apply_to, remove_from
+from .integration.projections.targets import lora_targets
+from .integration.projections.towers import freeze_towers
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
 from .ops.lora_linear.api import lora_linear
@@ -22,8 +24,10 @@ __all__ = [
     "experts_forward",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "freeze_towers",
     "grouped_linear",
     "lora_linear",
+    "lora_targets",
     "register",
     "register_attention",
     "remove_from",
