@@ -14,6 +14,8 @@ from .integration.experts.quantized.convert import dequantize_experts, quantize_
 from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
 from .integration.gemma4.attention import apply_to, remove_from
+from .integration.projections.targets import lora_targets
+from .integration.projections.towers import freeze_towers
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
@@ -29,10 +31,12 @@ __all__ = [
     "experts_forward",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "freeze_towers",
     "gated_activation",
     "gated_mlp",
     "grouped_linear",
     "lora_linear",
+    "lora_targets",
     "quantization_config",
     "quantize_experts",
     "register",
