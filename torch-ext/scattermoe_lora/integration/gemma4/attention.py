@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...ops.norm_rotary.api import rms_norm_rotary
-from ..subclasses import has_hooks, install, remove, replaced_forward
+from ..subclasses import has_hooks, install, plain_class, remove, replaced_forward
 from . import shared_kv
 
 _PARAMETERS = [
@@ -130,7 +130,11 @@ def _check(name: str, layer: torch.nn.Module, family: _Family) -> None:
 
 def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
     """True if calling ``norm`` computes what its class does from its weight, and nothing else happens."""
-    return type(norm).forward is norm_class.forward and "forward" not in norm.__dict__ and not has_hooks(norm)
+    return (
+        plain_class(norm).forward is norm_class.forward
+        and "forward" not in norm.__dict__
+        and not has_hooks(norm)
+    )
 
 
 @functools.cache
