@@ -13,6 +13,7 @@ from .integration.experts.register import register, unregister
 from .integration.gemma4.attention import apply_to, remove_from
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
+from .ops.linear_cross_entropy.api import linear_cross_entropy
 from .ops.norm_rotary.api import rms_norm_rotary
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "grouped_linear",
+    "linear_cross_entropy",
     "register",
     "register_attention",
     "remove_from",
