@@ -20,9 +20,9 @@ def apply_to(model: torch.nn.Module, *parts: str) -> int:
                  :mod:`scattermoe_lora.integration.gemma4.attention`
     ============ =====================================================================================================
 
-    Parameters, buffers and ``state_dict`` stay as they are. Modules become instances of a subclass of theirs. The
-    change is part of a copy, deep or shallow (``nn.DataParallel``'s replicas), which runs on its own weights, and not of
-    a pickle, which needs this kernel then no more than the model did before. Calling it again does nothing.
+    Parameters, buffers and ``state_dict`` stay as they are. Modules become instances of a subclass of theirs. That is
+    part of a copy, deep or shallow (``nn.DataParallel``'s replicas), which runs on its weights, and not of a pickle,
+    which needs this kernel then no more than the model did before. Calling it again does nothing.
 
     Args:
         model: A model, or part of one: multimodal, wrapped by PEFT, sharded.
@@ -78,5 +78,5 @@ def _chosen(caller: str, names: tuple[str, ...]) -> list[Part]:
 def _targets(part: Part, model: torch.nn.Module, named: bool) -> list[Target]:
     targets = list(part.targets(model, named))
     for target in targets:
-        part.check(target)
+        target.check()
     return targets

@@ -25,12 +25,14 @@ class Target(NamedTuple):
         module: The module.
         base: The class that defines the forward which the fused one stands for.
         forward: The fused forward, the same object for all modules of that base.
+        parameters: What the base's forward has to take; None for anything.
     """
 
     name: str
     module: torch.nn.Module
     base: type[torch.nn.Module]
     forward: Forward
+    parameters: list[str] | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -46,20 +48,13 @@ class Target(NamedTuple):
         place = _PLACES["_old_forward" in self.module.__dict__]
         present = self.module.__dict__.get(place)
         own = type(self.module)
+        signature = inspect.signature(self.base.forward)
+        if self.parameters is not None and list(signature.parameters) != self.parameters:
+            self.refuse(f"this transformers' {self.base.__name__}.forward takes {signature}")
         if not self.is_fused and own.forward is not self.base.forward:
             self.refuse(f"{own.__name__} overrides the forward of {self.base.__name__}")
         if present is not None and getattr(present, "__func__", None) is not own.forward:
             self.refuse(f"something else replaced its {place} already; undo that, or call apply_to before it")
-
-    def check_parameters(self, names: list[str]) -> None:
-        """Refuse a base whose forward does not take what the fused one stands for.
-
-        Raises:
-            NotImplementedError: It takes other parameters than ``names``.
-        """
-        signature = inspect.signature(self.base.forward)
-        if list(signature.parameters) != names:
-            self.refuse(f"this transformers' {self.base.__name__}.forward takes {signature}")
 
     def refuse(self, reason: str) -> None:
         """Raises NotImplementedError that names the module and says why."""
@@ -96,9 +91,8 @@ class Part(NamedTuple):
     Attributes:
         name: What users call it.
         needs: What a model must have, as in "expected a model with ...".
-        targets: Yields the modules of a model that this part is about, and refuses with NotImplementedError those that
-            run something else than it stands for. Its second argument tells whether the part was asked for by name: if
-            not, it may leave out what it would refuse.
+        targets: Yields the modules of a model that this part is about. Its second argument tells whether the part was
+            asked for by name: what it cannot serve it then refuses with NotImplementedError, and else leaves out.
     """
 
     name: str
