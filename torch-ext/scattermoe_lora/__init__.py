@@ -6,14 +6,15 @@ expert parameters runs fused in it; ``register_attention()`` does the same for `
 as vLLM and SGLang read it. Importing the package needs torch alone.
 """
 
+from .integration.apply import apply_to, remove_from
 from .integration.attention.register import register_attention, unregister_attention
 from .integration.experts.adapters import convert_adapter
 from .integration.experts.forward import experts_forward
 from .integration.experts.register import register, unregister
-from .integration.gemma4.attention import apply_to, remove_from
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
+from .ops.linear_cross_entropy.api import linear_cross_entropy
 from .ops.norm_rotary.api import rms_norm_rotary
 from .ops.rms_norm.api import add_rms_norm, rms_norm
 
@@ -27,6 +28,7 @@ __all__ = [
     "gated_activation",
     "gated_mlp",
     "grouped_linear",
+    "linear_cross_entropy",
     "register",
     "register_attention",
     "remove_from",

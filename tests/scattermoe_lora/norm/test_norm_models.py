@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import logging
 import pickle
 import warnings
@@ -23,8 +22,13 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 @pytest.fixture(scope="module")
 def norm(kernel) -> Any:
-    """The functions that install it in a model and remove it."""
-    return importlib.import_module(f"{kernel.__name__}.integration.norm.forward")
+    """``install(model)`` and ``remove(model)``."""
+    part = "norm"
+    return SimpleNamespace(
+        install=lambda model: kernel.apply_to(model, part),
+        remove=lambda model: kernel.remove_from(model, part),
+        __name__=f"{kernel.__name__}.integration.norm.forward",
+    )
 
 
 def operators(run: Any) -> set[str]:
@@ -54,14 +58,13 @@ def build_equal(dtype: torch.dtype) -> Any:
     return build("per layer", dtype)
 
 
-@pytest.mark.parametrize("first", ["apply_to", "norm"])
-def test_norms_that_attention_fuses_with_the_rotary_embedding_stay_so(kernel, norm, first) -> None:
+@pytest.mark.parametrize("first", ["attention", "norm", "all"])
+def test_norms_that_attention_fuses_with_the_rotary_embedding_stay_so(kernel, first) -> None:
     model = build("smallest")
     loss = step(model)[0]
-    for install in (
-        (kernel.apply_to, norm.install) if first == "apply_to" else (norm.install, kernel.apply_to)
-    ):
-        install(model)
+    for part in () if first == "all" else (first,):
+        kernel.apply_to(model, part)
+    kernel.apply_to(model)
     assert {"norm_rotary_forward", "rms_norm_forward"} <= operators(lambda: step(model))
     angles = torch.ones(1, 3, 16), torch.zeros(1, 3, 16)
     attention = model.model.layers[0].self_attn
@@ -118,7 +121,10 @@ def test_what_is_not_covered_runs_as_it_did_and_a_line_says_why(norm, caplog) ->
     model = torch.nn.ModuleList([T5LayerNorm(8), T5LayerNorm(8), replaced, *others])
     kinds = [type(module) for module in model]
     caplog.set_level(logging.INFO, norm.__name__)
-    assert norm.install(model) == 0
+    with pytest.raises(
+        ValueError, match="apply_to: expected a model with RMSNorms, got a ModuleList without"
+    ):
+        norm.install(model)
     assert [type(module) for module in model] == kinds
     assert [record.getMessage() for record in caplog.records] == [
         "norm: 2 of T5LayerNorm (it computes none of the formulas of rms_norm) run as they are",

@@ -1,68 +1,51 @@
-"""RMSNorms run as one operator each: installed in a model, and removed."""
+"""RMSNorms of a model as one operator each."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ...ops.rms_norm.api import rms_norm
-from .. import subclasses
+from ..fused_classes import Part, Target, plain_class, replaced_forward
 from .formula import Formula, find_formula
 
 _LOGGER = logging.getLogger(__name__)
 _forwards: set[Callable[..., Any]] = set()
 
 
-def install(model: torch.nn.Module) -> int:
-    """Runs every RMSNorm of ``model`` as :func:`~scattermoe_lora.rms_norm`.
-
-    A norm is any module that computes ``x / rms(x)``, with its ``weight`` or none, or one added to it, and rounds as
-    Gemma's norms or as Llama's, whatever its class (found by trying). The results stay the same, on a CPU to the bit.
-
-    Calling it again does nothing. A line of the log says which norms run as they are, and why.
-
-    Returns:
-        The number of norms that run so.
-    """
-    count, kept = 0, Counter[str]()
-    for module in model.modules():
-        if _is_installed(module):
-            count += 1
+def _targets(model: torch.nn.Module, _named: bool) -> Iterator[Target]:
+    kept = Counter[str]()
+    for name, module in model.named_modules():
+        forward: Any = type(module).forward
+        if forward in _forwards:
+            yield Target(name, module, plain_class(module), forward)
             continue
         formula = find_formula(module)
         if formula is None:
             continue
-        place = subclasses.replaced_forward(module)
+        place = replaced_forward(module)
         if place is not None or isinstance(formula, str):
             reason = formula if place is None else f"something else replaced its {place}"
             kept[f"{type(module).__name__} ({reason})"] += 1
             continue
         plain: Any = type(module)
-        subclasses.install(module, _forward(plain, formula))
-        count += 1
+        yield Target(name, module, plain, _forward(plain, formula))
     for what, number in kept.items():
         _LOGGER.info("norm: %d of %s run as they are", number, what)
-    return count
 
 
-def remove(model: torch.nn.Module) -> int:
-    """Undoes :func:`install`; the number of norms that it was done to.
+PART = Part("norm", "RMSNorms", _targets)
+"""Every RMSNorm, as :func:`~scattermoe_lora.rms_norm`.
 
-    Raises:
-        NotImplementedError: A norm's class was subclassed since then; the message names it. Nothing is changed.
-    """
-    installed = [(name, module) for name, module in model.named_modules() if _is_installed(module)]
-    subclasses.remove(installed)
-    return len(installed)
-
-
-def _is_installed(module: torch.nn.Module) -> bool:
-    return type(module).forward in _forwards
+A norm is any module that computes ``x / rms(x)``, times its ``weight`` or one more than it or nothing, and rounds as
+Gemma's norms or as Llama's, whatever its class (found by trying). The results stay the same, on a CPU to the bit. A
+line of the log says which norms run as they are, and why.
+"""
 
 
 @functools.cache
