@@ -1,4 +1,4 @@
-"""Gated MLPs run as one operator between their projections, safe in float16: installed in a model, and removed."""
+"""Gated MLPs of a model as one operator between their projections, safe in float16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from ...ops.activation import act
 from ...ops.gated_activation.api import gated_activation, zero_if_infinite
 from ...ops.gated_activation.limits import LARGEST
-from .. import subclasses
+from ..fused_classes import Part, Target, has_hooks, plain_class, replaced_forward
 from .layout import Layout, find_layout
 
 _LOGGER = logging.getLogger(__name__)
@@ -23,71 +23,44 @@ _UNGATED = ("transformers.models.gemma4.modeling_gemma4", "Gemma4AudioFeedForwar
 _forwards: set[Callable[..., Any]] = set()
 
 
-def install(model: torch.nn.Module) -> int:
-    """Runs every gated MLP of ``model`` through :func:`~scattermoe_lora.gated_activation`, safe in float16.
-
-    An MLP is any module that computes ``down(act(gate(x)) * up(x))`` of two or three projections, whatever its class
-    (found by trying); the projections run as they are, with LoRA, quantized, clipped or not. In float32 and bfloat16
-    the results stay the same, on a CPU to the bit. In float16 the product is clamped, and what the last projection
-    returns that is not finite becomes 0, so that the residual survives; in Gemma 4's audio MLPs, which have no gate, an
-    infinite argument of the activation counts as the largest number.
-
-    Calling it again does nothing. A line of the log says which MLPs run as they are, and why.
-
-    Returns:
-        The number of MLPs that run so.
-    """
-    count, kept = 0, Counter[str]()
-    for layer, forward, reason in list(_layers(model)):
-        if reason is None and forward is not None and not _is_installed(layer):
-            subclasses.install(layer, forward)
-        if reason is not None:
-            kept[f"{type(layer).__name__} ({reason})"] += 1
-        count += reason is None
-    for what, number in kept.items():
-        _LOGGER.info("mlp: %d of %s run as they are", number, what)
-    return count
-
-
-def remove(model: torch.nn.Module) -> int:
-    """Undoes :func:`install`; the number of MLPs that it was done to.
-
-    Raises:
-        NotImplementedError: An MLP's class was subclassed since then; the message names it. Nothing is changed.
-    """
-    installed = [(name, module) for name, module in model.named_modules() if _is_installed(module)]
-    subclasses.remove(installed)
-    return len(installed)
-
-
-def _is_installed(module: torch.nn.Module) -> bool:
-    return type(module).forward in _forwards
-
-
-def _layers(
-    model: torch.nn.Module,
-) -> Iterator[tuple[torch.nn.Module, Callable[..., Any] | None, str | None]]:
-    """What may be MLPs: the module whose forward is replaced, the new one, and why it is not, if so."""
-    modeling, name, attribute = _UNGATED
-    ungated = getattr(sys.modules.get(modeling), name, None)
-    for module in model.modules():
-        if _is_installed(module):
-            yield module, None, None
+def _targets(model: torch.nn.Module, _named: bool) -> Iterator[Target]:
+    modeling, class_name, attribute = _UNGATED
+    ungated = getattr(sys.modules.get(modeling), class_name, None)
+    kept = Counter[str]()
+    for name, module in model.named_modules():
+        forward: Any = type(module).forward
+        if forward in _forwards:
+            yield Target(name, module, plain_class(module), forward)
             continue
-        layer, layout = module, find_layout(module)
+        layout = find_layout(module)
         if ungated is not None and isinstance(module, ungated):
-            layer = getattr(module, attribute)
-            if _is_installed(layer):
+            name, module = f"{name}.{attribute}", getattr(module, attribute)
+            if type(module).forward in _forwards:
                 continue
         elif layout is None:
             continue
-        plain: Any = type(layer)
-        if (place := subclasses.replaced_forward(layer)) is not None:
-            yield layer, None, f"something else replaced its {place}"
-        elif isinstance(layout, str):
-            yield layer, None, layout
-        else:
-            yield layer, _finite_forward(plain) if layout is None else _gated_forward(plain, layout), None
+        place = replaced_forward(module)
+        if place is not None or isinstance(layout, str):
+            reason = layout if place is None else f"something else replaced its {place}"
+            kept[f"{type(module).__name__} ({reason})"] += 1
+            continue
+        plain: Any = type(module)
+        yield Target(
+            name, module, plain, _finite_forward(plain) if layout is None else _gated_forward(plain, layout)
+        )
+    for what, number in kept.items():
+        _LOGGER.info("mlp: %d of %s run as they are", number, what)
+
+
+PART = Part("mlp", "gated MLPs, down(act(gate(x)) * up(x))", _targets)
+"""Every gated MLP, through :func:`~scattermoe_lora.gated_activation`, safe in float16.
+
+An MLP is any module that computes ``down(act(gate(x)) * up(x))`` of two or three projections, whatever its class (found
+by trying); the projections run as they are, with LoRA, quantized, clipped or not. In float32 and bfloat16 the results
+stay the same, on a CPU to the bit. In float16 the product is clamped, and what the last projection returns that is not
+finite becomes 0, so that the residual survives; in Gemma 4's audio MLPs, which have no gate, an infinite argument of
+the activation counts as the largest number. A line of the log says which MLPs run as they are, and why.
+"""
 
 
 @functools.cache
@@ -97,7 +70,7 @@ def _gated_forward(plain: Any, layout: Layout) -> Callable[..., Any]:
     # Its name is its place's: a pickled module then names the class's own forward.
     def forward(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         """As the class's forward."""
-        if layout.act is not None and subclasses.has_hooks(getattr(self, layout.act)):
+        if layout.act is not None and has_hooks(getattr(self, layout.act)):
             result: torch.Tensor = plain.forward(self, *arguments, **named)
             return result
         (x,) = (*arguments, *named.values())

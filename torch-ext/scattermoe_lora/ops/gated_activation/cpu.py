@@ -12,8 +12,8 @@ import torch
 from ..activation import act, act_backward
 from .limits import LARGEST, LIMIT
 
-# Elements of a chunk: 2 MB of float32, so that its passes meet it in cache.
-_CHUNK_ELEMENTS = 1 << 19
+# Elements of a chunk: half a megabyte of float32, so that the passes over five of them meet in cache.
+_CHUNK_ELEMENTS = 1 << 17
 
 
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -23,9 +23,9 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
         # Of the whole tensor at once, as the model's own code: the last bits of a vectorized function depend on where
         # a chunk ends.
         return act(activation, gate, out=out).mul_(up)
-    for rows, part in zip(_chunks(gate, up), _chunks(out), strict=True):
+    for rows, (part,) in zip(_chunks(gate, up), _chunks(out), strict=True):
         product, *_ = _product(activation, *rows)
-        part[0].copy_(product.clamp_(-LIMIT, LIMIT))
+        part.copy_(product)
     return out
 
 
@@ -41,14 +41,12 @@ def backward(
     for (dy_rows, *rows), (d_gate_rows, d_up_rows) in zip(
         _chunks(dy, gate, up), _chunks(d_gate, d_up), strict=True
     ):
-        product, value, g, u = _product(activation, *rows)
-        stopped = (product.abs_() <= LIMIT).logical_not_()
-        for t in rows:
-            stopped |= t.isfinite().logical_not_()
+        _, value, g, u, clamped = _product(activation, *rows)
         wide = dy_rows.float()
-        d_up_rows.copy_(value.mul_(wide).masked_fill_(stopped, 0.0))
-        act_backward(activation, u.mul_(wide), g, out=u)
-        d_gate_rows.copy_(u.masked_fill_(stopped, 0.0))
+        d_value, d_factor = u.mul_(wide), value.mul_(wide)
+        act_backward(activation, d_value, g, out=d_value)
+        for target, gradient in ((d_gate_rows, d_value), (d_up_rows, d_factor)):
+            target.copy_(gradient if clamped is None else gradient.masked_fill_(clamped, 0.0))
     return d_gate, d_up
 
 
@@ -62,8 +60,16 @@ def _chunks(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
 
 def _product(
     activation: str, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``act(gate) * up``, ``act(gate)``, ``gate`` and ``up`` in float32, of finite arguments."""
-    g, u = (t.float().clamp_(-LARGEST, LARGEST) for t in (gate, up))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``act(gate) * up`` within its bounds, ``act(gate)``, ``gate`` and ``up`` in float32; and which elements were
+    clamped, None where none was."""
+    g, u = gate.float(), up.float()
     value = act(activation, g)
-    return value * u, value, g, u
+    product = value * u
+    # The largest of all, which is NaN if any is: what is infinite is not finite in the product either.
+    if product.abs().amax() <= LIMIT:
+        return product, value, g, u, None
+    value = act(activation, g.clamp_(-LARGEST, LARGEST))
+    product = value * u.clamp_(-LARGEST, LARGEST)
+    inside = (product.abs() <= LIMIT) & gate.isfinite() & up.isfinite()
+    return product.clamp_(-LIMIT, LIMIT), value, g, u, inside.logical_not_()

@@ -191,10 +191,7 @@ def row_norms(weight: Weight, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         for start in range(0, experts, few):
             chunk = slice(start, start + few)
             low, high = a[chunk], b[chunk].to(wide)
-            if isinstance(weight, QuantizedStack):
-                matrices = decode(weight, chunk)
-            else:
-                matrices = weight[chunk]
+            matrices = decode(weight, chunk) if isinstance(weight, QuantizedStack) else weight[chunk]
             squares = torch.linalg.vector_norm(matrices, dim=-1, dtype=wide).square()
             cross = torch.bmm(matrices, low.to(matrices.dtype).mT).to(wide)
             gram = torch.bmm(low.to(wide), low.to(wide).mT)

@@ -22,7 +22,7 @@ def constants_of(size: int) -> dict[str, int]:
     """Rows at a time, their width and ``num_warps`` for rows of ``size``."""
     width = triton.next_power_of_2(size)
     rows = max(_ELEMENTS // width, 1)
-    return {"ROWS": rows, "WIDTH": width, "num_warps": min(max(rows * width // 512, 4), 16)}
+    return {"ROWS": rows, "WIDTH": width, "num_warps": min(max(rows * width // 1024, 4), 16)}
 
 
 def _rows(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -18,8 +18,8 @@ def _load(ptr, row, stride, column, mask):
 
 
 @triton.jit
-def _store(ptr, at, value, mask):
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
+def _store(ptr, row, stride, column, value, mask):
+    tl.store(ptr + row * stride + column, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def rms_forward_kernel(
     if ADD:
         # Rounded as it is stored: the backward normalises the same.
         x = (x + _load(residual_ptr, row, stride_r, column, mask)).to(inner).to(tl.float32)
-        _store(total_ptr, row * H + column, x, mask)
+        _store(total_ptr, row, H, column, x, mask)
     n = x * (1 / tl.sqrt(tl.sum(x * x, axis=1) / H + eps))[:, None]
     if ROUND_FIRST:
         n = n.to(inner).to(tl.float32)
@@ -57,7 +57,7 @@ def rms_forward_kernel(
         if ROUND_FIRST:
             weight = weight.to(weight_ptr.dtype.element_ty).to(tl.float32)
         n *= weight
-    _store(out_ptr, row * H + column, n, mask)
+    _store(out_ptr, row, H, column, n, mask)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def rms_backward_kernel(
             dx = scale * (g - h * (tl.sum(g * h, axis=1) / H)[:, None])
             if ADD:
                 dx += _load(d_total_ptr, row, stride_t, column, mask)
-            _store(dx_ptr, row * H + column, dx, mask)
+            _store(dx_ptr, row, H, column, dx, mask)
     if NEED_WEIGHT:
         column = tl.arange(0, WIDTH)
         tl.store(d_weight_ptr + program.to(tl.int64) * H + column, tl.sum(summed, axis=0), mask=column < H)

@@ -1,0 +1,250 @@
+"""What stands between the projections of a decoder layer: ours against transformers' code, and Liger's on a GPU.
+
+The gated activation of Gemma 4 (GeGLU) and of others (SwiGLU), its whole MLP with frozen weights, RMSNorm, and RMSNorm
+after a residual's sum; forward and backward. All implementations of a case run in turns in one process, on the same
+tensors. Prints a table of medians; ``--output`` also writes the figures as JSON, with the date, the device, the
+versions and the commit they belong to. Liger's rows need a GPU and ``pip install liger-kernel==0.8.5``.
+
+    python benchmarks/compare_mlp.py [--device cuda] [--cases geglu,...] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from compare_attention import built_kernel, peak_bytes
+from measuring import LAUNCHES, count_for, device_name, require, seconds_each, write
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextMLP
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation on ``tokens`` rows: of ``intermediate`` columns for activations, else of ``hidden``."""
+
+    operation: str
+    dtype: str
+    tokens: int
+    hidden: int
+    intermediate: int = 0
+
+
+# Gemma 4 E2B's sizes on a CPU; the dense MLP beside 26B-A4B's experts, and 31B's, on a GPU.
+CASES = {
+    "cpu": {
+        "geglu": Case("geglu", "float32", 1024, 1536, 6144),
+        "geglu-bf16": Case("geglu", "bfloat16", 1024, 1536, 6144),
+        "geglu-fp16": Case("geglu", "float16", 1024, 1536, 6144),
+        "swiglu": Case("swiglu", "float32", 1024, 1536, 6144),
+        "mlp": Case("mlp", "float32", 512, 1536, 6144),
+        "mlp-bf16": Case("mlp", "bfloat16", 512, 1536, 6144),
+        "norm": Case("norm", "float32", 2048, 1536),
+        "norm-bf16": Case("norm", "bfloat16", 2048, 1536),
+        "add-norm": Case("add-norm", "float32", 2048, 1536),
+        "add-norm-bf16": Case("add-norm", "bfloat16", 2048, 1536),
+    },
+    "cuda": {
+        f"{operation}-{name}": Case(operation, "bfloat16", 8192, *sizes)
+        for name, sizes in {"26b": (2816, 2112), "31b": (5376, 21504)}.items()
+        for operation in ("geglu", "swiglu", "mlp", "norm", "add-norm")
+    },
+}
+# Rounding makes less of a difference than this.
+CLOSE = 0.02
+EPS = 1e-6
+
+
+class Setup:
+    """A case's inputs, weights and the gradients of its results."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case = case
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(getattr(torch, case.dtype))
+
+        gated = case.operation in ("geglu", "swiglu")
+        shape = case.tokens, case.intermediate if gated else case.hidden
+        count = 2 if gated or case.operation == "add-norm" else 1
+        self.inputs = [random(*shape).requires_grad_() for _ in range(count)]
+        self.grads = [random(*shape) for _ in range(2 if case.operation == "add-norm" else 1)]
+        self.activation = "silu" if case.operation == "swiglu" else "gelu_pytorch_tanh"
+        if case.operation == "mlp":
+            sizes = {"hidden_size": case.hidden, "intermediate_size": case.intermediate}
+            layers = {"num_hidden_layers": 1, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}
+            config = SimpleNamespace(**sizes, **layers, hidden_activation=self.activation)
+            self.mlp = Gemma4TextMLP(config, 0).to(device, getattr(torch, case.dtype)).requires_grad_(False)
+        if "norm" in case.operation:
+            self.norm = Gemma4RMSNorm(case.hidden, EPS).to(device, getattr(torch, case.dtype))
+            self.inputs.append(self.norm.weight)
+
+
+Step = Callable[..., Any]
+
+
+def ours(kernel: Any, setup: Setup) -> Step:
+    """The kernel's operator."""
+    operation, activation = setup.case.operation, "silu" if setup.activation == "silu" else "gelu_tanh"
+    if operation == "mlp":
+        projections = setup.mlp.gate_proj, setup.mlp.up_proj, setup.mlp.down_proj
+        return lambda x: kernel.gated_mlp(x, *projections, activation)
+    if operation == "norm":
+        return partial(kernel.rms_norm, eps=EPS)
+    return (
+        partial(kernel.add_rms_norm, eps=EPS)
+        if operation == "add-norm"
+        else (partial(kernel.gated_activation, activation=activation))
+    )
+
+
+def eager(setup: Setup) -> Step:
+    """transformers' code."""
+    from transformers.activations import ACT2FN
+
+    operation = setup.case.operation
+    if operation == "mlp":
+        return setup.mlp
+    if operation == "norm":
+        return lambda x, weight: setup.norm(x)
+    if operation == "add-norm":
+
+        def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[Any, Any]:
+            total = x + residual
+            return setup.norm(total), total
+
+        return add_norm
+    act = ACT2FN[setup.activation]
+    return lambda gate, up: act(gate) * up
+
+
+def liger(setup: Setup) -> Step:
+    """liger-kernel's functions, none of which overwrites what the caller has."""
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    settings = (EPS, 0.0, "gemma", False)
+    operation = setup.case.operation
+    if operation == "norm":
+        return lambda x, weight: LigerRMSNormFunction.apply(x, weight, *settings)
+    if operation == "add-norm":
+        return lambda x, residual, weight: LigerFusedAddRMSNormFunction.apply(x, residual, weight, *settings)
+    function = LigerSiLUMulFunction if operation == "swiglu" else LigerGELUMulFunction
+    if operation == "mlp":
+        mlp = setup.mlp
+        return lambda x: mlp.down_proj(function.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+    return function.apply
+
+
+def implementations(kernel: Any, setup: Setup, device: str) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """Name and maker of each; a maker may fail where the implementation is not installed."""
+    yield "scattermoe", partial(ours, kernel, setup)
+    yield "transformers", partial(eager, setup)
+    if device == "cuda":
+        yield "liger", partial(liger, setup)
+
+
+def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
+    """Rows by implementation: median time, peak memory above the inputs and largest error, or why there is none."""
+    setup = Setup(case, device)
+    rows: dict[str, Any] = {}
+    steps: dict[str, Callable[[], list[torch.Tensor]]] = {}
+    expected: list[torch.Tensor] | None = None
+
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for name, make in implementations(kernel, setup, device):
+        try:
+            function = make()
+
+            def step(function: Step = function) -> list[torch.Tensor]:
+                result = function(*setup.inputs)
+                results = list(result) if isinstance(result, tuple) else [result]
+                return [*results, *torch.autograd.grad(results, setup.inputs, setup.grads)]
+
+            got = [tensor.detach().float().cpu() for tensor in step()]
+            finish()
+            peak = peak_bytes(step, device)
+        # Whatever an implementation refuses a case with, the others are to be measured.
+        except Exception as error:  # noqa: BLE001 - Triton's errors are of no common kind
+            rows[name] = {
+                "not": f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:90]}"
+            }
+            continue
+        expected = expected or got
+        difference = max(float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
+        rows[name] = {"peak_bytes_above_inputs": peak, "difference": difference}
+        steps[name] = step
+
+    counts = {name: count_for(step, finish, LAUNCHES[device]) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    start, runs = time.perf_counter(), 0
+    while steps and runs < 200 and (runs < 3 or time.perf_counter() - start < seconds):
+        for name, step in steps.items():
+            times[name].append(seconds_each(step, finish, counts[name]))
+        runs += 1
+    for name, measured in times.items():
+        rows[name].update(ms=1000 * statistics.median(measured), runs=len(measured))
+    return rows
+
+
+def show(name: str, case: Case, rows: dict[str, Any]) -> None:
+    print(f"\n{name}: {case}\n{'':<16}{'ms':>9}{'runs':>6}{'MB above inputs':>17}")
+    for implementation, row in rows.items():
+        if "not" in row:
+            print(f"{implementation:<16}  {row['not']}")
+            continue
+        # So that NaN is told too.
+        other = "" if row["difference"] < CLOSE else f"  {row['difference']:.0%} off the first"
+        megabytes = row["peak_bytes_above_inputs"] / 1e6
+        print(f"{implementation:<16}{row['ms']:>9.2f}{row['runs']:>6}{megabytes:>17.0f}{other}")
+    mine = rows["scattermoe"]
+    for implementation, row in rows.items():
+        if implementation != "scattermoe" and "ms" in row and "ms" in mine:
+            memory = mine["peak_bytes_above_inputs"] / row["peak_bytes_above_inputs"]
+            ratio = row["ms"] / mine["ms"]
+            print(f"{'':<16}{ratio:>8.2f}x {implementation}, with {memory:.0%} of its memory", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=CASES, default="cpu")
+    parser.add_argument(
+        "--cases", help="; ".join(f"{device}: {', '.join(cases)}" for device, cases in CASES.items())
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="for the timing of a case; default 2")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    cases = CASES[arguments.device]
+    names = arguments.cases.split(",") if arguments.cases else list(cases)
+    if unknown := set(names) - set(cases):
+        parser.error(f"--cases: {', '.join(sorted(unknown))}: none of {', '.join(cases)}")
+    require(arguments.device)
+    described = {"device": device_name(arguments.device), "threads": torch.get_num_threads()}
+    results: dict[str, Any] = {}
+    with built_kernel() as kernel:
+        for name in names:
+            results[name] = measure(kernel, cases[name], arguments.device, arguments.seconds)
+            show(name, cases[name], results[name])
+            write(arguments.output, {**described, "results": results})
+    if refused := [name for name, rows in results.items() if "not" in rows["scattermoe"]]:
+        sys.exit(f"scattermoe failed: {', '.join(refused)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
