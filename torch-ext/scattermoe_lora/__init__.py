@@ -14,20 +14,13 @@ from .integration.experts.forward import experts_forward
 from .integration.experts.quantized.convert import dequantize_experts, quantize_experts
 from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
-<<<<<<< HEAD
-from .integration.gemma4.attention import apply_to, remove_from
 from .integration.projections.targets import lora_targets
 from .integration.projections.towers import freeze_towers
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
-from .ops.lora_linear.api import lora_linear
-=======
-from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
-from .ops.gated_activation.api import gated_activation, gated_mlp
-from .ops.grouped_linear.api import grouped_linear
 from .ops.linear_cross_entropy.api import linear_cross_entropy
->>>>>>> mlp
+from .ops.lora_linear.api import lora_linear
 from .ops.norm_rotary.api import rms_norm_rotary
 from .ops.rms_norm.api import add_rms_norm, rms_norm
 
@@ -43,14 +36,11 @@ __all__ = [
     "gated_activation",
     "gated_mlp",
     "grouped_linear",
-<<<<<<< HEAD
+    "linear_cross_entropy",
     "lora_linear",
     "lora_targets",
     "quantization_config",
     "quantize_experts",
-=======
-    "linear_cross_entropy",
->>>>>>> mlp
     "register",
     "register_attention",
     "remove_from",
