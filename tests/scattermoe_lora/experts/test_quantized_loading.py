@@ -9,11 +9,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gemma4_models
 import pytest
 import torch
 from allocations import Allocations
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
+    GptOssConfig,
+    Qwen3MoeConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 SIZES = {
     "hidden_size": 32,
@@ -97,6 +106,48 @@ def test_loading_quantizes_and_saving_keeps_the_bits(
         assert_same_bits(stacks(model), expected)
     assert model.is_quantized
     assert model.hf_quantizer.is_trainable
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "gpt_oss"])
+def test_trainer_trains_lora_over_a_quantized_checkpoint(
+    registered: ModuleType, checkpoint, tmp_path: Path, kind: str
+) -> None:
+    settings = {**gemma4_models.TEXT, **gemma4_models.KINDS["moe"], "num_hidden_layers": 2}
+    config = {
+        "gemma4": Gemma4TextConfig(**settings | {"layer_types": ["sliding_attention", "full_attention"]}),
+        "gpt_oss": CONFIGS["fused"],
+    }[kind]
+    _, folder = checkpoint(config)
+    load(folder, quantization_config=registered.quantization_config("nf4")).save_pretrained(
+        tmp_path / "quantized"
+    )
+    model = load(tmp_path / "quantized", experts_implementation="scattermoe")
+    before = {name: stack.codes.clone() for name, stack in stacks(model).items()}
+    config = LoraConfig(r=4, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    adapted = get_peft_model(model, config)
+    samples = [{"input_ids": (IDS * 5 + i) % 61 + 2, "labels": (IDS * 5 + i) % 61 + 2} for i in range(4)]
+    samples = [{key: ids[0] for key, ids in sample.items()} for sample in samples]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        num_train_epochs=4,
+        per_device_train_batch_size=2,
+        learning_rate=2e-2,
+        logging_steps=1,
+        gradient_checkpointing=True,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(adapted, arguments, train_dataset=samples)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-2:]) < 0.97 * sum(losses[:2])
+    assert all(
+        torch.equal(stack.codes, before[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+        for name, stack in stacks(adapted).items()
+    )
+    assert len(stacks(adapted)) == len(before) == 4
 
 
 @pytest.mark.parametrize("how", ["quantize_experts", "from_pretrained"])
