@@ -32,6 +32,8 @@ def read_torchao(tensor: Any, name: str) -> QuantizedStack | None:
         ValueError: Parts that do not fit together.
         NotImplementedError: Another subclass, element type or order of scales; the message names it.
     """
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return None
     if _is_instance(tensor, _FLOAT8):
         return read_float8(tensor.qdata, tensor.scale, name, dtype=tensor.dtype)
     if _is_instance(tensor, _NVFP4):
