@@ -41,6 +41,11 @@ def active_factors(
     return _spread(a, only, wrapper.num_experts), _spread(b, only, wrapper.num_experts)
 
 
+def outputs(wrapper: Any) -> int:
+    """N_out of the wrapper's parameter, which PEFT before 0.20 takes for N_in."""
+    return int(wrapper.get_param().shape[-1 if wrapper.get_base_layer().is_transposed else -2])
+
+
 def active_settings(wrapper: Any) -> list[str]:
     """The settings of active adapters that count in this forward and that plain factors cannot express, as PEFT calls
     them."""
@@ -83,7 +88,7 @@ def weight_norms(wrapper: Any, adapter: str) -> torch.Tensor:
         weight, (parts,) = weight.to_local(), own_adapters([parts], parameter)
     if isinstance(weight, QuantizedWeight):
         weight = weight.stack
-    norms = row_norms(weight if wrapper._did_swap_in_out_features else weight.mT, parts.a, parts.b)
+    norms = row_norms(weight.mT if wrapper.get_base_layer().is_transposed else weight, parts.a, parts.b)
     return of_all(norms, parameter) if split else norms
 
 

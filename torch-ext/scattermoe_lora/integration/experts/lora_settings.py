@@ -7,7 +7,6 @@ product, and a bias is added to its output. It refuses DoRA there as well.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Collection
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from ..wrapping import unwrap, wrap
-from .factors import weight_norms
+from .factors import outputs, weight_norms
 
 # What a config has of these where it uses none of them.
 _PLAIN = {"lora_dropout": 0.0, "lora_bias": False, "use_dora": False}
@@ -26,11 +25,11 @@ _wrappers: dict[str, Any] = {}
 def accept(names: Collection[str]) -> None:
     """Lets ``ParamWrapper`` take dropout, biases and DoRA for experts whose implementation is in ``names``.
 
-    PEFT's refusal stays for all other parameters, and for all of them in a PEFT whose ``ParamWrapper`` takes no config.
+    PEFT's refusal stays for all other parameters.
     """
     from peft.tuners.lora.layer import ParamWrapper
 
-    if _wrappers or "config" not in inspect.signature(ParamWrapper.update_layer).parameters:
+    if _wrappers:
         return
 
     def make_init(inner: list[Callable[..., None]]) -> Callable[..., None]:
@@ -134,7 +133,7 @@ def _add_bias(wrapper: Any, adapter: str, zero: bool) -> None:
             stacklevel=4,
         )
     high = wrapper.lora_B[adapter]
-    bias = high.weight.new_zeros(wrapper.num_experts, wrapper.out_features)
+    bias = high.weight.new_zeros(wrapper.num_experts, outputs(wrapper))
     if not zero:
         torch.nn.init.uniform_(bias, -1 / math.sqrt(wrapper.r[adapter]), 1 / math.sqrt(wrapper.r[adapter]))
     high.bias = torch.nn.Parameter(bias)
@@ -145,7 +144,7 @@ def _add_magnitude(wrapper: Any, adapter: str) -> None:
     from peft.tuners.lora.dora import DoraLinearLayer
 
     if wrapper.lora_A[adapter].weight.is_meta:
-        norms = wrapper.lora_A[adapter].weight.new_empty(wrapper.num_experts, wrapper.out_features)
+        norms = wrapper.lora_A[adapter].weight.new_empty(wrapper.num_experts, outputs(wrapper))
     else:
         norms = weight_norms(wrapper, adapter)
     layer = DoraLinearLayer(fan_in_fan_out=False)

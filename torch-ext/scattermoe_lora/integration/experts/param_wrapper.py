@@ -103,4 +103,4 @@ class ParamWrapper(layer.ParamWrapper):
         return getattr(experts, f"{self.parameter_name}_bias") if experts.has_bias else None
 
     def _input_dimension(self) -> int:
-        return -1 if self._did_swap_in_out_features else -2
+        return -2 if self.get_base_layer().is_transposed else -1
