@@ -5,6 +5,8 @@ expert parameters runs fused in it; ``register_attention()`` does the same for `
 ``apply_to(model)`` fuses norm and rotary embedding in Gemma 4's attention; ``quantize_experts(model, "nf4")`` quantizes
 a loaded model's experts; ``convert_adapter`` writes a trained adapter as vLLM and SGLang read it. Importing the package
 needs torch alone.
+``apply_to(model)`` fuses RMSNorms, gated MLPs and the rotary embedding of Gemma 4's attention; ``convert_adapter``
+writes a trained adapter as vLLM and SGLang read it. Importing the package needs torch alone.
 """
 
 from .integration.apply import apply_to, remove_from

@@ -130,6 +130,25 @@ def test_activations_and_projections_with_hooks_are_still_called(mlp) -> None:
     assert torch.allclose(layer(x), 4 * plain, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_on_the_projections_and_checkpointing_train_to_the_same_bits(mlp, order) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = build("smallest", torch.bfloat16)
+        if fused and order == "before":
+            assert mlp.install(model) == 3
+        config = LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+        tuned = get_peft_model(model, config)
+        if fused and order == "after":
+            assert mlp.install(tuned) == 3
+        tuned.gradient_checkpointing_enable({"use_reentrant": False})
+        results.append(step(tuned))
+    assert equal(*results)
+
+
 def test_copies_run_fused_on_their_own_weights_and_pickles_are_plain(mlp) -> None:
     layer, x = make(Gemma4VisionMLP), torch.randn(3, 16)
     plain = layer(x)
