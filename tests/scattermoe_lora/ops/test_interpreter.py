@@ -23,6 +23,7 @@ TESTS = Path(__file__).parents[1]
         "ops/test_options.py",
         "experts/test_module.py",
         "ops/test_norm_rotary.py",
+        "ops/linear_cross_entropy/test_linear_cross_entropy.py",
         "ops/test_attention.py",
         "ops/quantization/test_decode.py",
         "ops/quantization/test_operators.py",

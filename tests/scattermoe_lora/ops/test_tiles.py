@@ -34,7 +34,7 @@ def gpu(submodule):
     return submodule("ops.grouped_linear.gpu")
 
 
-@pytest.mark.parametrize("operator", ["grouped_linear", "attention", "norm_rotary"])
+@pytest.mark.parametrize("operator", ["grouped_linear", "attention", "norm_rotary", "linear_cross_entropy"])
 def test_there_is_a_table_for_every_target_and_a_default(tiles, submodule, operator) -> None:
     folder = submodule(f"ops.{operator}.gpu").TILES
     assert {path.name for path in folder.iterdir()} == {f"{device}.json" for device in (*TARGETS, "default")}
