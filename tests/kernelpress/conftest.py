@@ -53,7 +53,7 @@ class Checked:
 @pytest.fixture(scope="module")
 def _checked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checked]:
     """Every test's variant. They are checked as one build: a check imports torch once, and that takes longest."""
-    folder = tmp_path_factory.mktemp("checked")
+    folder = tmp_path_factory.mktemp("checked").resolve()
     tests = {}
     for item in request.session.items:
         marker = item.get_closest_marker("kernel")
@@ -72,10 +72,12 @@ def _checked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         findings = check(Path("build"))
     assert sorted(folder.rglob("*")) == before, "a check leaves nothing behind"
-    return {
+    checked = {
         test: Checked(variant, [f for f in findings if (folder / f.path).is_relative_to(folder / variant)])
         for test, variant in tests.items()
     }
+    assert sum(len(own.findings) for own in checked.values()) == len(findings), "each is of one variant"
+    return checked
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ if TRITON:
     @pytest.mark.parametrize("option", OPTIONS)
     @pytest.mark.parametrize(
         ("shape", "sentinels"),
-        zip((*AWKWARD[:4], WIDE), (False, True, False, True, True), strict=True),
+        list(zip((*AWKWARD[:4], WIDE), (False, True, False, True, True), strict=True)),
         ids=str,
     )
     def test_a_layer_matches_the_reference(submodule, launched, shape, sentinels, option) -> None:
