@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
+from pathlib import Path
 
 import httpx2
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
+
+TESTS = Path(__file__).parent
+# Tests import what helps them from beside them and from the folders above.
+sys.path[:0] = sorted({str(path.parent) for path in TESTS.rglob("*.py")})
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton's interpreter runs each program in numpy, one after the other.
@@ -53,6 +59,10 @@ _shared.connect = _shared.read = _shared.write = _shared.pool = _PATIENCE
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+# Tests that take a minute or more by themselves.
+LONGEST = ("test_interpreter.py", "test_gpu_run.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the files of the kernel package, the longest, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: "scattermoe_lora" not in item.path.parts)
+    """Start the longest files, then those of the kernel package, so that no worker has one left at the end."""
+    items.sort(key=lambda item: (item.path.name not in LONGEST, "scattermoe_lora" not in item.path.parts))

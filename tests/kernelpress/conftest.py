@@ -8,94 +8,19 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from kernelpress.check.variants import check
+from kernelpress.findings.model import Finding
 from kernelpress.hub.client import hub
 from localhub import RunningHub, running_hub
+from sample_kernel import make as build_kernel
+from sample_kernel import write
 
 _numbers = itertools.count()
-
-BUILD_TOML = """\
-[general]
-name = "demo-kernel"
-version = 1
-edition = 5
-license = "MIT"
-backends = ["cpu", "cuda"]
-
-[general.hub]
-repo-id = "org/demo-kernel"
-
-[torch-noarch]
-"""
-
-INIT = '''\
-"""Sample: demo_kernel::twice is an operator's name here, and torch.ops.demo_kernel.twice its use."""
-
-from demo_kernel.ops.scale import scale
-from .twice import twice
-
-__all__ = ["label", "scale", "twice"]
-
-
-def label() -> str:
-    """Text that looks like an operator's name and is none."""
-    return "demo_kernel::twice"
-'''
-
-TWICE = '''\
-import torch
-from torch.library import custom_op as operator
-
-
-@operator("demo_kernel::twice", mutates_args=())
-def _twice(x: torch.Tensor) -> torch.Tensor:
-    return x * FACTOR
-
-
-@torch.library.register_fake("demo_kernel::twice")
-def _(x):
-    return torch.empty_like(x)
-
-
-FACTOR = 2
-
-
-def twice(x: torch.Tensor) -> torch.Tensor:
-    """Twice ``x``.
-
-    The rest of the docstring.
-    """
-    return torch.ops.demo_kernel.twice(x)
-'''
-
-SCALE = '''\
-import torch
-from torch import library as lib
-
-import demo_kernel.ops.common as common
-
-NAMESPACE = "demo_kernel"
-LIBRARY = lib.Library(NAMESPACE, "FRAGMENT")
-LIBRARY.define("scale(Tensor x, float by) -> Tensor")
-
-
-@lib.impl("demo_kernel::scale", "CompositeExplicitAutograd")
-def _scale(x, by):
-    return x * by
-
-
-@lib.register_fake("demo_kernel::scale")
-def _(x, by):
-    return torch.empty_like(x)
-
-
-def scale(x, by: float = common.DEFAULT):
-    """``x`` scaled."""
-    return getattr(torch.ops, "demo_kernel").scale(x, by)
-'''
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -112,23 +37,62 @@ def make_kernel(tmp_path: Path) -> Callable[..., Path]:
     """Write the sample kernel into a directory of its own; keywords replace files' contents."""
 
     def make(where: str = "project", **changed: str | None) -> Path:
-        root = tmp_path / where
-        files: dict[str, str | None] = {
-            "build.toml": BUILD_TOML,
-            "torch-ext/demo_kernel/__init__.py": INIT,
-            "torch-ext/demo_kernel/twice.py": TWICE,
-            "torch-ext/demo_kernel/ops/__init__.py": "",
-            "torch-ext/demo_kernel/ops/common.py": "DEFAULT = 3.0\n",
-            "torch-ext/demo_kernel/ops/scale.py": SCALE,
-            **changed,
-        }
-        for name, text in files.items():
-            if text is not None:
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                (root / name).write_text(text, "utf-8")
-        return root
+        return write(tmp_path / where, changed)
 
     return make
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A variant that was checked: its directory as ``check`` was told of it, and what was found in it."""
+
+    directory: Path
+    findings: list[Finding]
+
+
+@pytest.fixture(scope="module")
+def _checked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checked]:
+    """Every test's variant. They are checked as one build: a check imports torch once, and that takes longest."""
+    folder = tmp_path_factory.mktemp("checked").resolve()
+    tests = {}
+    for item in request.session.items:
+        marker = item.get_closest_marker("kernel")
+        if item.path == request.path and marker is not None:
+            root = write(folder / f"sources-{len(tests)}", *marker.args)
+            variant = Path("build", f"torch-{len(tests)}")
+            (folder / "build").mkdir(exist_ok=True)
+            (build_kernel(root).directory / "torch-cpu").rename(folder / variant)
+            marker.kwargs.get("spoil", lambda directory: None)(folder / variant)
+            tests[item.nodeid] = variant
+    before = sorted(folder.rglob("*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        # What a kernel must not see of its publisher's: modules on the path, and caches of compiled functions.
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        findings = check(Path("build"))
+    assert sorted(folder.rglob("*")) == before, "a check leaves nothing behind"
+    checked = {
+        test: Checked(variant, [f for f in findings if (folder / f.path).is_relative_to(folder / variant)])
+        for test, variant in tests.items()
+    }
+    assert sum(len(own.findings) for own in checked.values()) == len(findings), "each is of one variant"
+    return checked
+
+
+@pytest.fixture
+def checked(request: pytest.FixtureRequest, _checked: dict[str, Checked]) -> Checked:
+    """The sample kernel's variant for CPUs, checked after the changes to its files that the test's marker names.
+
+    ``@pytest.mark.kernel({path: text}, spoil=function)``; ``spoil`` gets the directory that was built.
+    """
+    return _checked[request.node.nodeid]
+
+
+@pytest.fixture
+def findings(checked: Checked) -> list[Finding]:
+    """What was found in it."""
+    return checked.findings
 
 
 @pytest.fixture

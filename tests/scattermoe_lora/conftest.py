@@ -15,6 +15,11 @@ from helpers import INTERPRETED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+if INTERPRETED:
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 
 @pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:

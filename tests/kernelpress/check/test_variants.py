@@ -3,42 +3,27 @@ from __future__ import annotations
 import json
 import sys
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kernelpress.builder.build import build
 from kernelpress.check.variants import RULE_CHECKS, check
 from kernelpress.errors import CheckError
 from kernelpress.findings.model import Finding
 from kernelpress.findings.rules import RULES
-from kernelpress.spec.load import load_spec
+from sample_kernel import BUILD_TOML, PACKAGE, make
 
-PACKAGE = "torch-ext/demo_kernel"
-
-
-def built(root: Path, only: str = "torch-cpu") -> Path:
-    """A build with a single variant, since each one costs a process that imports torch."""
-    directory = build(load_spec(root)).directory
-    for variant in directory.iterdir():
-        if only and variant.name != only:
-            for path in sorted(variant.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            variant.rmdir()
-    return directory
+TWICE, COMMON, INIT = (f"{PACKAGE}/{name}.py" for name in ("twice", "ops/common", "__init__"))
 
 
 def codes(findings: list[Finding]) -> list[str]:
     return [finding.code for finding in findings]
 
 
-def test_a_good_build_has_no_findings_in_any_variant(make_kernel):
-    assert check(built(make_kernel(), only="")) == []
-
-
-def test_checking_leaves_no_bytecode_in_the_build(make_kernel):
-    directory = built(make_kernel())
+def test_a_good_build_has_no_findings_in_any_variant_and_stays_as_it_is(make_kernel):
+    directory = make(make_kernel()).directory
     before = sorted(directory.rglob("*"))
-    check(directory)
+    assert check(directory) == []
     assert sorted(directory.rglob("*")) == before
 
 
@@ -48,111 +33,112 @@ def test_without_a_build_there_is_one_message(tmp_path, where):
         check(tmp_path / where)
 
 
+def without_field(name: str, value: object = None) -> Callable[[Path], None]:
+    """Take a field from a variant's metadata, or give it another value."""
+
+    def spoil(directory: Path) -> None:
+        fields = json.loads((directory / "metadata.json").read_bytes())
+        del fields[name]
+        (directory / "metadata.json").write_text(
+            json.dumps(fields if value is None else {**fields, name: value})
+        )
+
+    return spoil
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("backend", {"type": "universal"}), ("id", None), ("python-depends", None)]
+    (),
+    [
+        pytest.param(marks=pytest.mark.kernel({}, spoil=spoil))
+        for spoil in (
+            without_field("backend", {"type": "universal"}),
+            without_field("id"),
+            without_field("python-depends"),
+            lambda directory: (directory / "metadata.json").unlink(),
+        )
+    ],
+    ids=["backend", "id", "python-depends", "missing"],
 )
-def test_metadata_that_the_loader_refuses_is_found(make_kernel, key, value):
-    path = built(make_kernel()) / "torch-cpu" / "metadata.json"
-    fields = json.loads(path.read_bytes())
-    if value is None:
-        del fields[key]
-    else:
-        fields[key] = value
-    path.write_text(json.dumps(fields))
-    findings = check(path.parent.parent)
-    assert codes(findings) == ["KP101"]
-    assert findings[0].path == path
+def test_metadata_that_the_loader_refuses_or_that_is_missing_is_found(checked):
+    (finding,) = checked.findings
+    assert (finding.code, finding.path) == ("KP101", checked.directory / "metadata.json")
 
 
-def test_missing_metadata_is_found(make_kernel):
-    directory = built(make_kernel())
-    (directory / "torch-cpu" / "metadata.json").unlink()
-    assert codes(check(directory)) == ["KP101"]
+def change_remove_and_add(directory: Path) -> None:
+    (directory / "ops" / "common.py").write_text("DEFAULT = 4.0\n")
+    (directory / "_ops.py").unlink()
+    (directory / "added.py").write_text("")
 
 
-def test_a_changed_a_missing_and_an_added_file_are_found(make_kernel):
-    directory = built(make_kernel())
-    variant = directory / "torch-cpu"
-    (variant / "ops" / "common.py").write_text("DEFAULT = 4.0\n")
-    (variant / "_ops.py").unlink()
-    (variant / "added.py").write_text("")
-    findings = check(directory)
+@pytest.mark.kernel({}, spoil=change_remove_and_add)
+def test_a_changed_a_missing_and_an_added_file_are_found(findings):
     assert codes(findings) == ["KP102"] * 3
     messages = " ".join(finding.message for finding in findings)
     assert all(name in messages for name in ("ops/common.py", "_ops.py", "added.py"))
 
 
-def test_bytecode_links_and_hidden_files_are_found(make_kernel, monkeypatch):
-    directory = built(make_kernel())
-    variant = directory / "torch-cpu"
-    (variant / "__pycache__").mkdir()
-    (variant / "__pycache__" / "twice.cpython-311.pyc").write_bytes(b"")
-    (variant / ".hidden").write_text("")
-    (variant / "link.py").symlink_to("twice.py")
-    monkeypatch.chdir(directory.parent)
-    findings = [finding for finding in check(Path("build")) if finding.code == "KP103"]
+def add_what_must_not_ship(directory: Path) -> None:
+    (directory / "__pycache__").mkdir()
+    (directory / "__pycache__" / "twice.cpython-311.pyc").write_bytes(b"")
+    (directory / ".hidden").write_text("")
+    (directory / "link.py").symlink_to("twice.py")
+
+
+@pytest.mark.kernel({}, spoil=add_what_must_not_ship)
+def test_bytecode_links_and_hidden_files_are_found(checked):
+    findings = [finding for finding in checked.findings if finding.code == "KP103"]
     assert {finding.path for finding in findings} == {
-        Path("build/torch-cpu", name)
+        checked.directory / name
         for name in ("__pycache__", "__pycache__/twice.cpython-311.pyc", ".hidden", "link.py")
     }
 
 
 @pytest.mark.parametrize(
-    ("text", "message", "line"),
+    ("message", "line"),
     [
-        ("import torch\nimport module_of_the_project\n", "No module named 'module_of_the_project'", 2),
-        ("x = 1\nraise RuntimeError('on import')\n", "RuntimeError: on import", 2),
-        ("import sys\nsys.exit(3)\n", "SystemExit: 3", 2),
-        ("import os\nos._exit(4)\n", "ended with status 4", None),
+        pytest.param(message, line, marks=pytest.mark.kernel({TWICE: text}))
+        for text, message, line in (
+            ("import torch\nimport module_of_the_project\n", "No module named 'module_of_the_project'", 2),
+            ("x = 1\nraise RuntimeError('on import')\n", "RuntimeError: on import", 2),
+            ("import sys\nsys.exit(3)\n", "SystemExit: 3", 2),
+            ("import os\nos._exit(4)\n", "ended with status 4", None),
+        )
     ],
 )
-def test_a_variant_that_does_not_load_is_found_with_the_line(make_kernel, text, message, line):
-    directory = built(make_kernel(**{f"{PACKAGE}/twice.py": text}))
-    (finding,) = check(directory)
+def test_a_variant_that_does_not_load_is_found_with_the_line(checked, message, line):
+    (finding,) = checked.findings
     assert (finding.code, finding.severity, finding.line) == ("KP201", "error", line)
     assert message in finding.message
     if line is not None:
-        assert finding.path == (directory / "torch-cpu" / "twice.py").resolve()
+        assert finding.path.is_absolute()
+        assert finding.path.parts[-2:] == (checked.directory.name, "twice.py")
 
 
-def test_a_module_of_the_project_cannot_be_imported_by_accident(make_kernel, monkeypatch):
-    root = make_kernel(**{f"{PACKAGE}/twice.py": "import helper\n", "helper.py": ""})
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.chdir(root)
-    assert codes(check(built(root))) == ["KP201"]
+# Beside the build, where the check runs, and on its PYTHONPATH.
+@pytest.mark.kernel({TWICE: "import helper\n", "../helper.py": ""})
+def test_a_module_of_the_project_cannot_be_imported_by_accident(findings):
+    assert codes(findings) == ["KP201"]
 
 
-def test_a_module_of_kernelpress_itself_cannot_be_imported_by_accident(make_kernel):
-    text = "import sys\nassert 'kernelpress' not in sys.modules\nimport variant\n"
-    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+@pytest.mark.kernel({TWICE: "import sys\nassert 'kernelpress' not in sys.modules\nimport variant\n"})
+def test_a_module_of_kernelpress_itself_cannot_be_imported_by_accident(findings):
+    (finding,) = findings
     assert "No module named 'variant'" in finding.message
 
 
-def test_the_kernels_code_does_not_see_tokens(make_kernel, monkeypatch):
-    leak = "import os\nassert not [key for key in os.environ if 'TOKEN' in key and key.startswith('HF')]\n"
-    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{leak}DEFAULT = 3.0\n"})
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert check(built(root)) == []
-
-
-def test_a_dependency_that_is_not_installed_makes_a_warning(make_kernel):
-    root = make_kernel()
-    text = (
-        (root / "build.toml")
-        .read_text()
-        .replace("edition = 5\n", 'edition = 5\npython-depends = ["tvm-ffi"]\n')
-    )
-    (root / "build.toml").write_text(text)
-    (finding,) = check(built(root))
+@pytest.mark.kernel(
+    {"build.toml": BUILD_TOML.replace("edition = 5\n", 'edition = 5\npython-depends = ["tvm-ffi"]\n')}
+)
+def test_a_dependency_that_is_not_installed_makes_a_warning(findings):
+    (finding,) = findings
     assert (finding.code, finding.severity) == ("KP201", "warning")
     assert "tvm-ffi" in finding.message
 
 
 def test_a_missing_dependency_of_one_backend_is_the_same_warning_in_every_variant(make_kernel):
-    root = make_kernel(**{f"{PACKAGE}/twice.py": "import cutlass\n"})
-    build_toml = (root / "build.toml").read_text()
-    (root / "build.toml").write_text(f'{build_toml}[general.cuda]\npython-depends = ["nvidia-cutlass-dsl"]\n')
-    findings = check(built(root, only=""))
+    depends = f'{BUILD_TOML}[general.cuda]\npython-depends = ["nvidia-cutlass-dsl"]\n'
+    root = make_kernel(**{TWICE: "import cutlass\n", "build.toml": depends})
+    findings = check(make(root).directory)
     assert {finding.path.name for finding in findings} == {"torch-cpu", "torch-cuda", "torch-universal"}
     assert {(finding.code, finding.severity, finding.message) for finding in findings} == {
         ("KP201", "warning", "not tried, because this machine lacks nvidia-cutlass-dsl")
@@ -161,7 +147,7 @@ def test_a_missing_dependency_of_one_backend_is_the_same_warning_in_every_varian
 
 @pytest.mark.usefixtures("without_torch")
 def test_an_environment_without_torch_is_said_once(make_kernel):
-    directory = built(make_kernel(), only="")
+    directory = make(make_kernel()).directory
     (directory / "torch-cpu" / "added.py").write_text("")
     environment, file = check(directory)
     assert (environment.code, environment.severity, environment.path) == ("KP201", "error", directory)
@@ -171,7 +157,7 @@ def test_an_environment_without_torch_is_said_once(make_kernel):
 
 
 def test_an_environment_in_which_torch_cannot_be_imported_is_said_once(make_kernel, monkeypatch, tmp_path):
-    directory = built(make_kernel(), only="")
+    directory = make(make_kernel()).directory
     venv.create(tmp_path / "broken", with_pip=False, symlinks=True)
     (packages,) = (tmp_path / "broken").glob("lib/python*/site-packages")
     (packages / "torch.py").write_text("raise OSError('libcudart.so: cannot open')\n")
@@ -182,36 +168,46 @@ def test_an_environment_in_which_torch_cannot_be_imported_is_said_once(make_kern
     assert "libcudart.so: cannot open" in finding.message
 
 
-def test_a_package_without_all_is_found(make_kernel):
-    assert codes(check(built(make_kernel(**{f"{PACKAGE}/__init__.py": "x = 1\n"})))) == ["KP202"]
+@pytest.mark.kernel({INIT: "x = 1\n"})
+def test_a_package_without_all_is_found(findings):
+    assert codes(findings) == ["KP202"]
 
 
-def test_a_public_name_that_is_not_there_is_found(make_kernel):
-    text = "from .twice import twice\n__all__ = ['twice', 'thrice']\n"
-    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": text})))
+@pytest.mark.kernel({INIT: "from .twice import twice\n__all__ = ['twice', 'thrice']\n"})
+def test_a_public_name_that_is_not_there_is_found(findings):
+    (finding,) = findings
     assert finding.code == "KP202"
     assert "'thrice'" in finding.message
 
 
-@pytest.mark.parametrize("text", ["[twice]", "'twice'", "{'twice'}"])
-def test_a_list_of_public_names_that_is_none_is_found_where_it_stands(make_kernel, text):
-    init = f"from .twice import twice\n__all__ = {text}\n"
-    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/__init__.py": init})))
+@pytest.mark.parametrize(
+    (),
+    [
+        pytest.param(
+            marks=pytest.mark.kernel({INIT: f"from .twice import twice\n__all__ = {text}\n"}), id=text
+        )
+        for text in ("[twice]", "'twice'", "{'twice'}")
+    ],
+)
+def test_a_list_of_public_names_that_is_none_is_found_where_it_stands(findings):
+    (finding,) = findings
     assert (finding.code, finding.path.name, finding.line) == ("KP202", "__init__.py", 2)
     assert "as strings" in finding.fix
 
 
-def test_an_operator_outside_of_the_builds_namespace_is_found(make_kernel):
-    hidden = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
-    root = make_kernel(**{f"{PACKAGE}/ops/common.py": f"{hidden}DEFAULT = 3.0\n"})
-    finding, beside = check(built(root))
+HIDDEN = 'import torch\nL = torch.library.Library("aten", "FRAGMENT")\nL.define("demo_extra(Tensor x) -> Tensor")\n'
+
+
+@pytest.mark.kernel({COMMON: f"{HIDDEN}DEFAULT = 3.0\n"})
+def test_an_operator_outside_of_the_builds_namespace_is_found(findings):
+    finding, beside = findings
     assert (finding.code, beside.code) == ("KP203", "KP206")
     assert "aten::demo_extra" in finding.message
 
 
-def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(make_kernel):
-    root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import torch._dynamo\nDEFAULT = 3.0\n"})
-    assert check(built(root)) == []
+@pytest.mark.kernel({COMMON: "import torch._dynamo\nDEFAULT = 3.0\n"})
+def test_operators_that_torch_brings_along_are_not_blamed_on_the_kernel(findings):
+    assert findings == []
 
 
 def test_every_rule_that_examines_a_variant_is_explained():
@@ -219,56 +215,62 @@ def test_every_rule_that_examines_a_variant_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "message",
     [
-        ("import os\nos.environ['DEMO'] = '1'\n", "changes environment variable DEMO"),
-        ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes torch's default dtype"),
-        ("import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\n", "changes TF32 in cuBLAS"),
-        ("print('hello')\n", "prints 'hello'"),
-        (
-            "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError:\n    pass\n",
-            "reaches for the network (socket.connect)",
-        ),
+        pytest.param(message, marks=pytest.mark.kernel({COMMON: f"{text}DEFAULT = 3.0\n"}))
+        for text, message in (
+            ("import os\nos.environ['DEMO'] = '1'\n", "changes environment variable DEMO"),
+            ("import torch\ntorch.set_default_dtype(torch.float64)\n", "changes torch's default dtype"),
+            ("import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\n", "changes TF32 in cuBLAS"),
+            ("print('hello')\n", "prints 'hello'"),
+            (
+                "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError:\n    pass\n",
+                "reaches for the network (socket.connect)",
+            ),
+        )
     ],
 )
-def test_what_importing_does_to_the_caller_is_found(make_kernel, text, message):
-    findings = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": f"{text}DEFAULT = 3.0\n"})))
+def test_what_importing_does_to_the_caller_is_found(findings, message):
     assert [(finding.code, finding.severity) for finding in findings if message in finding.message] == [
         ("KP205", "error")
     ]
 
 
-def test_a_package_that_needs_triton_to_load_is_found(make_kernel):
-    root = make_kernel(**{f"{PACKAGE}/ops/common.py": "import triton\nDEFAULT = 3.0\n"})
-    (finding,) = check(built(root))
+@pytest.mark.kernel({COMMON: "import triton\nDEFAULT = 3.0\n"})
+def test_a_package_that_needs_triton_to_load_is_found(findings):
+    (finding,) = findings
     assert (finding.code, finding.severity) == ("KP204", "warning")
 
 
-def test_triton_imported_when_called_is_no_finding(make_kernel):
-    lazy = "DEFAULT = 3.0\ndef f():\n    import triton\n"
-    assert check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": lazy}))) == []
+@pytest.mark.kernel({COMMON: "DEFAULT = 3.0\ndef f():\n    import triton\n"})
+def test_triton_imported_when_called_is_no_finding(findings):
+    assert findings == []
 
 
-def test_state_shared_with_another_build_is_found(make_kernel):
-    shared = "import sys\nassert 'shared' not in sys.modules\nsys.modules['shared'] = sys\nDEFAULT = 3.0\n"
-    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": shared})))
+@pytest.mark.kernel(
+    {COMMON: "import sys\nassert 'shared' not in sys.modules\nsys.modules['shared'] = sys\nDEFAULT = 3.0\n"}
+)
+def test_state_shared_with_another_build_is_found(findings):
+    (finding,) = findings
     assert finding.code == "KP206"
     assert "AssertionError" in finding.message
 
 
-def test_an_operator_without_a_fake_implementation_is_found(make_kernel):
-    text = (
-        "import torch\n@torch.library.custom_op('demo_kernel::once', mutates_args=())\n"
+@pytest.mark.kernel(
+    {
+        COMMON: "import torch\n@torch.library.custom_op('demo_kernel::once', mutates_args=())\n"
         "def once(x: torch.Tensor) -> torch.Tensor:\n    return x.clone()\nDEFAULT = 3.0\n"
-    )
-    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    }
+)
+def test_an_operator_without_a_fake_implementation_is_found(findings):
+    (finding,) = findings
     assert (finding.code, finding.severity) == ("KP207", "warning")
     assert "'once'" in finding.message
 
 
-def test_a_public_function_without_a_docstring_is_found(make_kernel):
-    text = "def twice(x): return 2 * x\n"
-    (finding,) = check(built(make_kernel(**{f"{PACKAGE}/twice.py": text})))
+@pytest.mark.kernel({TWICE: "def twice(x): return 2 * x\n"})
+def test_a_public_function_without_a_docstring_is_found(findings):
+    (finding,) = findings
     assert (finding.code, finding.severity) == ("KP208", "warning")
     assert "twice" in finding.message
 
@@ -296,13 +298,12 @@ EFFECTS = {
 }
 
 
-def test_everything_that_importing_does_is_found_at_its_line(make_kernel):
-    lines = ["import torch", *EFFECTS, "DEFAULT = 3.0"]
-    findings = [
-        finding
-        for finding in check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": "\n".join(lines)})))
-        if finding.code == "KP205"
-    ]
+EFFECT_LINES = ["import torch", *EFFECTS, "DEFAULT = 3.0"]
+
+
+@pytest.mark.kernel({COMMON: "\n".join(EFFECT_LINES)})
+def test_everything_that_importing_does_is_found_at_its_line(checked):
+    findings = [finding for finding in checked.findings if finding.code == "KP205"]
     missing = [
         effect for effect in EFFECTS.values() if not any(effect in finding.message for finding in findings)
     ]
@@ -310,29 +311,31 @@ def test_everything_that_importing_does_is_found_at_its_line(make_kernel):
     assert len(findings) == len(EFFECTS), [finding.message for finding in findings]
     for finding in findings:
         assert (finding.path.name, finding.line is None) == ("common.py", False), finding
-        assert EFFECTS[lines[(finding.line or 0) - 1]] in finding.message
+        assert EFFECTS[EFFECT_LINES[(finding.line or 0) - 1]] in finding.message
 
 
-def test_functions_that_are_compiled_when_first_called_are_no_side_effect(make_kernel, monkeypatch, tmp_path):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    text = (
-        "import torch\nfrom torch.nn.attention.flex_attention import flex_attention\n"
+@pytest.mark.kernel(
+    {
+        COMMON: "import torch\nfrom torch.nn.attention.flex_attention import flex_attention\n"
         "flex_attention = torch.compile(flex_attention)\nSQUARE = torch.compile(torch.nn.ReLU())\n"
         "@torch.compile(mode='max-autotune', dynamic=True)\ndef double(x):\n    return 2 * x\n"
         "@torch.compile(fullgraph=True, options={'triton.cudagraphs': True})\ndef triple(x):\n    return 3 * x\n"
         "@torch.compile(backend='eager')\ndef half(x):\n    return x / 2\n"
         "@torch.compiler.disable\ndef same(x):\n    return x\n"
         "DEFAULT = 3.0\n"
-    )
-    assert check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text}))) == []
+    }
+)
+def test_functions_that_are_compiled_when_first_called_are_no_side_effect(findings):
+    assert findings == []
 
 
-def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(make_kernel):
-    text = (
-        "import os, tempfile, warnings\nimport torch._dynamo, torch._inductor.compile_fx, torch.onnx\n"
+@pytest.mark.kernel(
+    {
+        COMMON: "import os, tempfile, warnings\nimport torch._dynamo, torch._inductor.compile_fx, torch.onnx\n"
         "import torch.distributed.tensor, torch.utils.cpp_extension, transformers.activations\n"
         "warnings.warn('shown to whoever wants to see it')\nopen(os.devnull, 'w').close()\nopen(__file__).close()\n"
         "os.makedirs(os.path.join(os.environ['XDG_CACHE_HOME'], 'demo'), exist_ok=True)\nDEFAULT = 3.0\n"
-    )
-    findings = check(built(make_kernel(**{f"{PACKAGE}/ops/common.py": text})))
+    }
+)
+def test_what_the_modules_do_that_a_kernel_imports_is_not_blamed_on_it(findings):
     assert [finding.message for finding in findings if finding.code == "KP205"] == []

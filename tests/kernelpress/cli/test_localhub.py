@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
-
-
-def kernelpress(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kernelpress", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+from command_line import kernelpress
 
 
 def test_a_token_is_made_for_a_hub_that_is_there_or_was_named(tmp_path: Path) -> None:
-    def token(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return kernelpress(tmp_path, "token", *arguments)
+    def token(*arguments: str) -> CompletedProcess[str]:
+        return kernelpress("token", *arguments, cwd=tmp_path)
 
     lost = token("create", "alice")
     assert lost.returncode == 1
@@ -43,7 +38,7 @@ def test_a_token_is_made_for_a_hub_that_is_there_or_was_named(tmp_path: Path) ->
 def test_an_error_of_the_hub_is_one_line_and_no_traceback(
     tmp_path: Path, command: list[str], reason: str
 ) -> None:
-    answer = kernelpress(tmp_path, *command)
+    answer = kernelpress(*command, cwd=tmp_path)
     assert answer.returncode == 1
     assert answer.stderr.startswith("error: ")
     assert reason in answer.stderr

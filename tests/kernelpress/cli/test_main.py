@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import kernelpress as kernelpress_here
 from localhub import running_hub
 
 
@@ -42,8 +43,8 @@ def test_build_check_and_publish_work_from_the_kernels_directory(make_kernel, tm
 
 def test_check_prints_findings_and_fails(make_kernel):
     root = make_kernel(**{"torch-ext/demo_kernel/twice.py": "import not_there\n"})
-    kernelpress("build", str(root))
-    process = kernelpress("check", str(root))
+    kernelpress_here("build", str(root))
+    process = kernelpress_here("check", str(root))
     assert process.returncode == 1
     assert "torch-ext/demo_kernel/twice.py:1: KP201" in process.stdout
     assert "torch-ext/demo_kernel/twice.py:1: KP303 not_there" in process.stdout
@@ -63,7 +64,7 @@ def test_check_prints_findings_and_fails(make_kernel):
 )
 def test_bad_input_ends_in_one_message_and_no_traceback(make_kernel, changed, arguments, message):
     root = make_kernel(**changed)
-    process = kernelpress(*arguments, cwd=root)
+    process = kernelpress_here(*arguments, cwd=root)
     assert process.returncode == 1
     assert process.stderr.startswith("error: ")
     assert message in process.stderr
@@ -91,7 +92,7 @@ def test_a_hub_is_served_until_interrupted(tmp_path):
 
 def test_a_token_made_on_the_command_line_is_what_the_hub_then_asks_for(make_kernel, tmp_path):
     root = make_kernel()
-    token = kernelpress("token", "create", "me", "--root", str(tmp_path / "hub")).stdout.strip()
+    token = kernelpress_here("token", "create", "me", "--root", str(tmp_path / "hub")).stdout.strip()
     with running_hub(tmp_path / "hub") as hub:
         without = kernelpress("publish", str(root), HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path))
         process = kernelpress(
@@ -103,7 +104,7 @@ def test_a_token_made_on_the_command_line_is_what_the_hub_then_asks_for(make_ker
 
 
 def test_unbundling_to_a_directory_and_to_a_hub_at_once_is_wrong_usage(tmp_path):
-    process = kernelpress("unbundle", "k.tar", "--into", str(tmp_path / "new"), "--repo-id", "org/k")
+    process = kernelpress_here("unbundle", "k.tar", "--into", str(tmp_path / "new"), "--repo-id", "org/k")
     assert process.returncode == 2
     assert "--into unpacks to a directory" in process.stderr
 
@@ -112,7 +113,7 @@ def test_unbundling_to_a_directory_and_to_a_hub_at_once_is_wrong_usage(tmp_path)
 @pytest.mark.parametrize("seconds", [1.0, 2.0])
 def test_an_interrupt_during_a_build_ends_it_and_keeps_the_one_before(make_kernel, seconds):
     root = make_kernel()
-    assert kernelpress("build", str(root)).returncode == 0
+    assert kernelpress_here("build", str(root)).returncode == 0
     before = {path: path.read_bytes() for path in (root / "build").rglob("*") if path.is_file()}
     lines = "".join(f"def f{number}(x):\n    return x + {number}\n" for number in range(350))
     for number in range(400):

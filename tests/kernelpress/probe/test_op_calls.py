@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from kernelpress.builder.build import build
-from kernelpress.check.variants import check
-from kernelpress.findings.model import Finding
-from kernelpress.spec.load import load_spec
+from sample_kernel import FILES, PACKAGE, changed
 
 FAKE = "def _(x):\n    return torch.empty_like(x)"
-IMPLEMENTED = '@lib.impl("demo_kernel::scale", "CompositeExplicitAutograd")\n'
 
 
-def checked(root: Path, file: str, *changes: tuple[str, str], only: str = "torch-cpu") -> list[Finding]:
-    """The findings in one variant of the sample kernel after changes to one of its files."""
-    path = root / "torch-ext" / "demo_kernel" / file
-    text = path.read_text()
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path.write_text(text)
-    directory = build(load_spec(root)).directory
-    for variant in directory.iterdir():
-        if variant.name != only:
-            variant.rename(root / variant.name)
-    return check(directory)
-
-
-def test_an_operator_that_runs_another_builds_code_is_found(make_kernel):
-    # Both builds load, and both register all operators: only a call shows whose code runs.
-    (finding,) = checked(
-        make_kernel(),
+# Both builds load, and both register all operators: only a call shows whose code runs.
+@pytest.mark.kernel(
+    changed(
         "ops/scale.py",
         ("    return x * by", "    return torch._demo_scale(x, by)"),
         (
@@ -41,41 +19,44 @@ def test_an_operator_that_runs_another_builds_code_is_found(make_kernel):
             'if not hasattr(torch, "_demo_scale"):\n    torch._demo_scale = _first\n\n\ndef scale(',
         ),
     )
+)
+def test_an_operator_that_runs_another_builds_code_is_found(findings):
+    (finding,) = findings
     assert (finding.code, finding.severity) == ("KP206", "error")
     assert "calling operator 'scale'" in finding.message
     assert finding.message.endswith("ops/scale.py")
 
 
-def test_an_operator_made_of_another_builds_function_is_found_though_nothing_can_call_it(make_kernel):
-    (finding,) = [
-        finding
-        for finding in checked(
-            make_kernel(),
-            "twice.py",
-            (
-                "@operator(",
-                "def _own(x: torch.Tensor) -> torch.Tensor:\n    raise RuntimeError('needs a GPU')\n\n\n@operator(",
-            ),
-            ("def _twice(x: torch.Tensor) -> torch.Tensor:\n    return x * FACTOR", "class _(): pass"),
-            (
-                '@operator("demo_kernel::twice", mutates_args=())\nclass _(): pass',
-                '_own = torch._demo_own = getattr(torch, "_demo_own", _own)\n'
-                'operator("demo_kernel::twice", _own, mutates_args=())',
-            ),
-        )
-        if finding.code == "KP206"
-    ]
+@pytest.mark.kernel(
+    changed(
+        "twice.py",
+        (
+            "@operator(",
+            "def _own(x: torch.Tensor) -> torch.Tensor:\n    raise RuntimeError('needs a GPU')\n\n\n@operator(",
+        ),
+        ("def _twice(x: torch.Tensor) -> torch.Tensor:\n    return x * FACTOR", "class _(): pass"),
+        (
+            '@operator("demo_kernel::twice", mutates_args=())\nclass _(): pass',
+            '_own = torch._demo_own = getattr(torch, "_demo_own", _own)\n'
+            'operator("demo_kernel::twice", _own, mutates_args=())',
+        ),
+    )
+)
+def test_an_operator_made_of_another_builds_function_is_found_though_nothing_can_call_it(findings):
+    (finding,) = [finding for finding in findings if finding.code == "KP206"]
     assert "operator 'twice' of" in finding.message
     assert "is a function of" in finding.message
 
 
-def test_an_operator_that_fails_in_the_second_build_alone_is_found(make_kernel):
-    (finding,) = checked(
-        make_kernel(),
+@pytest.mark.kernel(
+    changed(
         "ops/scale.py",
         ("    return x * by", "    assert NUMBER == 1\n    return x * by"),
         ("NAMESPACE =", "NUMBER = torch._demo_builds = getattr(torch, '_demo_builds', 0) + 1\nNAMESPACE ="),
     )
+)
+def test_an_operator_that_fails_in_the_second_build_alone_is_found(findings):
+    (finding,) = findings
     assert finding.code == "KP206"
     assert "AssertionError" in finding.message
 
@@ -129,56 +110,48 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def found_of_cases(tmp_path_factory) -> dict[str, list[Finding]]:
-    """All cases are operators of one kernel, as each kernel costs a process that imports torch."""
-    root = tmp_path_factory.mktemp("cases")
-    package = root / "torch-ext" / "demo_kernel"
-    package.mkdir(parents=True)
-    (root / "build.toml").write_text(
-        '[general]\nname = "demo-kernel"\nversion = 1\nedition = 5\nlicense = "MIT"\nbackends = ["cpu"]\n'
-        "[torch-noarch]\n"
-    )
-    (package / "__init__.py").write_text("__all__ = []\nfrom . import " + ", ".join(CASES) + "\n")
+def operators_of_cases() -> dict[str, str | None]:
+    """All cases as operators of one kernel."""
+    files: dict[str, str | None] = dict.fromkeys(FILES)
+    files["build.toml"] = FILES["build.toml"]
+    files[f"{PACKAGE}/__init__.py"] = "__all__ = []\nfrom . import " + ", ".join(CASES) + "\n"
     for name, (body, fake, *_) in CASES.items():
-        (package / f"{name}.py").write_text(
+        files[f"{PACKAGE}/{name}.py"] = (
             f'import torch\n\n\n@torch.library.custom_op("demo_kernel::{name}", mutates_args=())\n'
             f"def op(x: torch.Tensor) -> torch.Tensor:\n    return {body}\n\n\n@op.register_fake\ndef _{fake}\n"
         )
-    findings = [
-        finding for finding in check(build(load_spec(root)).directory) if "torch-cpu" in str(finding.path)
-    ]
-    assert {finding.code for finding in findings} == {"KP207"}, findings
-    return {name: [finding for finding in findings if repr(name) in finding.message] for name in CASES}
+    return files
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_a_fake_implementation_does_is_found_with_its_line(found_of_cases, name):
-    (finding,) = found_of_cases[name]
-    *_, severity, message, with_line = CASES[name]
-    assert finding.severity == severity
-    assert message in finding.message
-    if with_line:
-        assert (finding.path.name, finding.line) == (f"{name}.py", 11)
+@pytest.mark.kernel(operators_of_cases())
+def test_what_a_fake_implementation_does_is_found_with_its_line(findings):
+    assert len(findings) == len(CASES)
+    for name, (_, _, severity, message, with_line) in CASES.items():
+        (finding,) = [finding for finding in findings if repr(name) in finding.message]
+        assert (finding.code, finding.severity) == ("KP207", severity)
+        assert message in finding.message
+        if with_line:
+            assert (finding.path.name, finding.line) == (f"{name}.py", 11)
 
 
-def test_a_fake_implementation_with_sizes_that_only_data_tells_is_no_finding(make_kernel):
-    assert not checked(
-        make_kernel(),
+@pytest.mark.kernel(
+    changed(
         "twice.py",
         ("    return x * FACTOR", "    return x.reshape(-1)[x.reshape(-1) != 0]"),
         (FAKE, "def _(x):\n    return x.new_empty(torch.library.get_ctx().new_dynamic_size())"),
     )
+)
+def test_a_fake_implementation_with_sizes_that_only_data_tells_is_no_finding(findings):
+    assert not findings
 
 
-def test_an_operator_that_ends_the_process_when_called_is_no_failure_to_load(make_kernel):
-    findings = checked(make_kernel(), "twice.py", ("return x * FACTOR", "import os; os._exit(9)"))
+@pytest.mark.kernel(changed("twice.py", ("return x * FACTOR", "import os; os._exit(9)")))
+def test_an_operator_that_ends_the_process_when_called_is_no_failure_to_load(findings):
     assert {(finding.code, finding.severity) for finding in findings} == {("KP207", "note")}
     assert "status 9" in findings[0].message
 
 
-def test_operators_with_ranks_indices_options_and_names_are_run_all_the_same(make_kernel):
-    text = """\
+PICK = """\
 import torch
 
 MODES = {"sum": torch.sum, "mean": torch.mean}
@@ -206,5 +179,8 @@ def _(rows, table, index, bias, mode, steps):
 
 DEFAULT = 3.0
 """
-    root = make_kernel(**{"torch-ext/demo_kernel/ops/common.py": text})
-    assert not checked(root, "twice.py")
+
+
+@pytest.mark.kernel({f"{PACKAGE}/ops/common.py": PICK})
+def test_operators_with_ranks_indices_options_and_names_are_run_all_the_same(findings):
+    assert not findings

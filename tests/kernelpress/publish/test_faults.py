@@ -112,8 +112,9 @@ def test_a_fault_at_any_one_request_of_a_publish_is_survived_with_one_commit(mak
         publish(kernel, f"org/watched-{name}", client(endpoint))
     # Those that write too: of a second publish to one repository there would be none.
     assert any("/commit/" in path for path in paths)
-    # Not the very first: a Hub that was never reached is an address to check.
-    for spoiled in range(1, len(paths), 2 if damage == "cut before" else 1):
+    # Not the very first: a Hub that was never reached is an address to check. Of the statuses, each request gets one.
+    first, step = {"cut before": (1, 2), "cut after": (1, 1), 503: (1, 3), 429: (2, 3), 500: (3, 3)}[damage]
+    for spoiled in range(first, len(paths), step):
         repo = f"org/fault-{name}-{spoiled}"
         with proxy(
             server.endpoint, lambda number, method, path, at=spoiled: damage if number == at else ""

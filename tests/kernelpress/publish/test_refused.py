@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from command_line import kernelpress
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress.hub.client import RefusedError
 from kernelpress.publish.publish import PublishOptions, publish
@@ -23,13 +24,6 @@ pytestmark = pytest.mark.usefixtures("no_settings_of_the_developers_own")
 
 # Assembled here, so that no scanner takes this file for a leak.
 SECRET = "hf_" + "aB3" * 11 + "x"
-
-
-def kernelpress(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kernelpress", *arguments],
-        env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -130,7 +124,11 @@ def portal() -> Iterator[str]:
 @pytest.mark.parametrize("command", [("publish",), ("info", "org/name"), ("api", "--against", "org/name@v1")])
 def test_a_login_page_in_place_of_the_hub_is_said(make_kernel, portal, command):
     project = () if command[0] == "info" else (str(make_kernel()),)
-    process = kernelpress(command[0], *project, *command[1:], HF_ENDPOINT=portal)
+    # In a process of its own: the Hub's client reads its address when it is imported.
+    process = subprocess.run(
+        [sys.executable, "-m", "kernelpress", command[0], *project, *command[1:]],
+        env=os.environ | {"HF_ENDPOINT": portal}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
     assert process.returncode == 1
     assert process.stderr.startswith("error: ")
     assert "Traceback" not in process.stderr

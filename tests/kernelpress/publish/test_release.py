@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import kernelpress
 from huggingface_hub import CommitOperationAdd, HfApi
 from kernelpress.conventions import SIGNATURE
 from kernelpress.errors import PublishError
@@ -37,13 +37,6 @@ pytestmark = pytest.mark.usefixtures("no_settings_of_the_developers_own")
 
 def contents(api: HfApi, repo: str, revision: str) -> dict[str, str]:
     return {path: entry.blob_id for path, entry in tree(api, repo, revision).items()}
-
-
-def kernelpress(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kernelpress", *arguments],
-        env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
 
 
 LOAD = """

@@ -121,21 +121,22 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_float32_is_multiplied_in_full_unless_any_of_torchs_switches_allows_tf32(
-    kernel: Any, switch: str
-) -> None:
-    # Switches of the process: each is set in one of its own.
+def test_float32_is_multiplied_in_full_unless_any_of_torchs_switches_allows_tf32(kernel: Any) -> None:
+    # Switches of the process: each is set in one of its own, of which one has imported what all need.
     code = f"""
-import torch
+import importlib, os, torch
 from kernels import get_kernel
 kernel = get_kernel("org/scattermoe-lora", version=1)
-{switch}
-import importlib
 gpu = importlib.import_module(kernel.__name__ + ".ops.grouped_linear.gpu")
-print(gpu.float32_precision(torch.zeros(1)), gpu.float32_precision(torch.zeros(1).half()))
+for switch in {list(SWITCHES)!r}:
+    if os.fork() == 0:
+        exec(switch)
+        print(gpu.float32_precision(torch.zeros(1)), gpu.float32_precision(torch.zeros(1).half()), flush=True)
+        os._exit(0)
+    os.wait()
 """
     finished = subprocess.run(
         [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False
     )
-    assert finished.stdout.split() == [SWITCHES[switch], "ieee"], finished.stderr
+    expected = [f"{precision} ieee" for precision in SWITCHES.values()]
+    assert finished.stdout.splitlines() == expected, finished.stderr

@@ -95,8 +95,11 @@ def problem(
 BOTH = ("gate_up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("shape", AWKWARD, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize(
+    ("shape", "activation"),
+    [*((shape, "silu") for shape in AWKWARD), (AWKWARD[1], "gelu_tanh"), (AWKWARD[2], "gelu")],
+    ids=str,
+)
 def test_output_and_gradients_match_the_reference(kernel, submodule, shape, activation) -> None:
     arguments = problem(shape, activation, torch.float32, targets=BOTH, train_base=False, sentinels=False)
     assert_close(run(kernel, *arguments), exact(submodule, *arguments, activation), 2e-5)

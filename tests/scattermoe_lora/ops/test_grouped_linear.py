@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from helpers import AWKWARD, Shape, assert_close, low_rank, route
-from hypothesis import given
+from helpers import AWKWARD, INTERPRETED, Shape, assert_close, error, low_rank, route
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 
@@ -21,8 +21,7 @@ def leaves(shape: Shape, per_pair: bool, sentinels: bool) -> tuple[list[torch.Te
 
 
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
-@pytest.mark.parametrize("per_pair", [False, True])
-@pytest.mark.parametrize("sentinels", [False, True])
+@pytest.mark.parametrize(("per_pair", "sentinels"), [(False, True), (True, False)])
 def test_output_and_gradients_match_the_reference(kernel, submodule, shape, per_pair, sentinels) -> None:
     (x, weight, a, b), index = leaves(shape, per_pair, sentinels)
     y = kernel.grouped_linear(x, weight, index, a, b, scaling=0.75)
@@ -139,3 +138,42 @@ X, WEIGHT, INDEX = torch.zeros(5, 8), torch.zeros(3, 6, 8), torch.zeros(5, 2, dt
 def test_bad_input_names_argument_expected_and_got(kernel, arguments, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         kernel.grouped_linear(*arguments)
+
+
+if INTERPRETED:
+    SIDE = st.sampled_from([16, 32, 64])
+
+    # Without shrinking, which takes minutes in the interpreter.
+    @settings(phases=[Phase.explicit, Phase.reuse, Phase.generate])
+    @given(
+        blocks=st.tuples(SIDE, SIDE, SIDE),
+        group=st.sampled_from([1, 2, 3, 8]),
+        tokens=st.integers(1, 70),
+        experts=st.integers(1, 9),
+        sizes=st.tuples(st.integers(1, 100), st.sampled_from([16, 64, 70, 128])),
+        rank=st.integers(1, 40),
+    )
+    def test_any_blocks(kernel, submodule, blocks, group, tokens, experts, sizes, rank) -> None:
+        n_out, n_in = sizes
+        top_k = min(2, experts)
+        index = torch.rand(tokens, experts + 1).topk(top_k).indices
+        shapes = ((tokens, n_in), (experts, n_out, n_in), (experts, rank, n_in), (experts, n_out, rank))
+        leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+        with pytest.MonkeyPatch.context() as patch:
+            m, n, k = blocks
+            matmul = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group}
+            outer = {"BLOCK_P": n, "BLOCK_Q": k, "BLOCK_S": m}
+            patch.setattr(
+                submodule("ops.grouped_linear.gpu"),
+                "tile",
+                lambda name, *_: matmul if name == "grouped_matmul" else outer,
+            )
+            y = kernel.grouped_linear(leaves[0], leaves[1], index, leaves[2], leaves[3])
+            grad = torch.randn_like(y)
+            got = [y, *torch.autograd.grad(y, leaves, grad)]
+
+        wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        exact = submodule("ops.grouped_linear.reference").grouped_linear(wide[0], wide[1], index, *wide[2:])
+        for g, e in zip(got, [exact, *torch.autograd.grad(exact, wide, grad.double())], strict=True):
+            assert error(g, e) < 2e-5
