@@ -83,6 +83,24 @@ def test_a_layer_of_awkward_shape_matches_the_reference(submodule, quantization,
     assert_layer_matches(submodule, quantization, layer, index, submodule("ops.activation").Gate("gelu_tanh"))
 
 
+@pytest.mark.parametrize(
+    "option", [{"PERSISTENT": 2, "FLATTEN": 1, "TMA": 1}, {"SCHEDULE": 1}] if TRITON else [{}]
+)
+def test_a_layer_launched_with_options_matches_the_reference(
+    submodule, quantization, option, monkeypatch
+) -> None:
+    if TRITON:
+        gpu, blocks = submodule("ops.grouped_linear.gpu"), {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
+        outer = {"BLOCK_P": 16, "BLOCK_Q": 32, "BLOCK_S": 16}
+        launches = {"grouped_matmul": {**blocks, "GROUP_M": 2, **option}, "grouped_outer": outer}
+        monkeypatch.setattr(gpu, "tile", lambda name, *_: launches[name])
+    shape, index = SMALL, route(SMALL, True)
+    up = make_stack(quantization, "nf4", shape.experts, 2 * shape.intermediate, shape.hidden)
+    down = make_stack(quantization, "nf4", shape.experts, shape.hidden, shape.intermediate)
+    layer = operands(submodule, shape, index, up, down, True)
+    assert_layer_matches(submodule, quantization, layer, index, submodule("ops.activation").Gate("silu"))
+
+
 @pytest.mark.parametrize("quantized", ["gate_up", "down"])
 def test_a_layer_with_one_dense_weight_matches_the_reference(submodule, quantization, quantized) -> None:
     shape, index = SMALL, route(SMALL)
