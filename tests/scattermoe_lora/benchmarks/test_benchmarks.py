@@ -170,7 +170,17 @@ def test_short_steps_are_timed_many_in_a_row(script, monkeypatch, least, tried) 
     assert in_a_row == [1, *tried, *(7 * (tried[-1:] or [1]))]
 
 
-@pytest.mark.parametrize("name", ["compare", "compare_attention", "compare_mlp", "benchmark_norm_rotary"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "benchmark_norm_rotary",
+        "benchmarks",
+        "compare",
+        "compare_attention",
+        "compare_mlp",
+        "compare_quantized",
+    ],
+)
 def test_a_comparison_for_a_gpu_says_where_there_is_none(name, script, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", "cuda"])
@@ -192,3 +202,21 @@ def test_unknown_names_are_refused_before_anything_is_measured(
     with pytest.raises(SystemExit):
         script("compare").main()
     assert message in capsys.readouterr().err
+
+
+def test_quantized_weights_are_measured_against_bfloat16(script, monkeypatch, capsys, tmp_path) -> None:
+    module, output = script("compare_quantized"), tmp_path / "figures.json"
+    monkeypatch.setitem(module.SHAPES, "tiny", module.Shape(8, 64, 32, 2, 24, "float32"))
+    monkeypatch.setattr(
+        sys, "argv", ["compare_quantized.py", "--shapes", "tiny", "--repeats", "2", "--output", str(output)]
+    )
+    monkeypatch.setenv("LOCAL_KERNELS", "")
+    module.main()
+    rows = json.loads(output.read_text())["results"]["tiny"]
+    assert list(rows) == ["bfloat16", *module.FORMATS]
+    # Codes, and a float32 for 64 of them or one byte for 32; a float8 matrix of this size has one block.
+    elements = 8 * 3 * 64 * 32
+    assert rows["nf4"]["weight_bytes"] == elements / 2 + elements / 64 * 4
+    assert rows["mxfp4"]["weight_bytes"] == elements / 2 + elements / 32
+    assert rows["float8"]["weight_bytes"] == elements + 2 * 8 * 4
+    assert "1.00x" in capsys.readouterr().out

@@ -250,6 +250,11 @@ def _trained(model: Any) -> None:
     model.experts.down_proj.grad = torch.zeros_like(model.experts.down_proj)
 
 
+def _copied(model: Any) -> None:
+    model.modules_to_save = model.experts
+    del model.experts
+
+
 def _bad(model: Any) -> None:
     model.experts.down_proj.data[0, 0, 0] = torch.nan
 
@@ -264,9 +269,14 @@ def _bad(model: Any) -> None:
             "quantize_experts: expected experts modules .* got none",
         ),
         ("nf4", _trained, r"quantize_experts: experts\.down_proj: being trained .* train LoRA on it"),
+        (
+            "nf4",
+            _copied,
+            r"quantize_experts: modules_to_save\.gate_up_proj: being trained .* train LoRA on it",
+        ),
         ("nf4", _bad, r"quantize_experts: experts\.down_proj: expected finite weights"),
     ],
-    ids=["format", "no experts", "trained", "NaN"],
+    ids=["format", "no experts", "trained", "copied by PEFT", "NaN"],
 )
 def test_models_that_cannot_be_quantized(
     kernel: ModuleType, format: str, prepare: Callable[[Any], None], message: str

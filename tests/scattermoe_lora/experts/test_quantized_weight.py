@@ -182,6 +182,7 @@ def test_what_would_write_is_an_error(weight: Any) -> None:
     for write in (
         lambda: parameter.add_(1),
         lambda: parameter.data.add_(1),
+        lambda: setattr(parameter, "data", parameter.dequantize()),
         lambda: torch.nn.init.normal_(parameter),
         lambda: torch.mul(parameter.dequantize(), 2, out=parameter),
     ):
@@ -195,6 +196,16 @@ def test_what_would_write_is_an_error(weight: Any) -> None:
         parameter.copy_(broken)
     with pytest.raises(ValueError, match=r"expected QuantizedWeight\(.*nf4.*got QuantizedWeight\(.*e4m3"):
         parameter.copy_(other)
+
+
+def test_data_can_be_replaced_by_another_quantized_weights(weight: Any) -> None:
+    for format in ("nf4", "fp8"):
+        parameter, other = weight("nf4"), weight(format).to(torch.float32)
+        parameter.data = other.data
+        assert isinstance(parameter, torch.nn.Parameter)
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter.dequantize(), other.dequantize())
+        assert type(parameter.data) is type(parameter)
 
 
 def test_it_cannot_be_trained(weight: Any) -> None:
@@ -224,6 +235,16 @@ def test_compiled_without_a_break(weight: Any, format: str) -> None:
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(module, x), forward(module, x), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("experts", [None, [2, 0]])
+def test_decoding_passes_opcheck(weight: Any, submodule: Any, experts: list[int] | None) -> None:
+    operator = submodule("ops.quantization.op").decode_experts
+    # Of NVFP4's scales opcheck itself would take the mean, which torch does not compute in float8.
+    for format in set(FORMATS) - {"nvfp4"}:
+        stack = weight(format).stack
+        for oriented in (stack, stack.mT):
+            torch.library.opcheck(operator, (*oriented.operands(), torch.float32, experts))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -10,9 +10,11 @@ from allocations import Allocations
 from bits import FORMATS, make_stack
 from helpers import AWKWARD, INTERPRETED, TRITON, Shape, assert_close, low_rank, route
 
-# Two experts with few rows, one with none, sizes that are no powers of two; and more experts than a workspace holds.
+# Two experts with few rows, one with none, sizes that are no powers of two; more experts than a workspace holds; and so
+# few pairs that it holds one for each.
 SMALL = Shape(tokens=7, experts=5, top_k=2, hidden=38, intermediate=20, rank=3)
 MANY = Shape(tokens=5, experts=18, top_k=3, hidden=32, intermediate=16, rank=4)
+FEW = Shape(tokens=3, experts=33, top_k=1, hidden=30, intermediate=12, rank=2)
 
 
 def decoded(quantization: Any, weight: Any) -> torch.Tensor:
@@ -70,16 +72,34 @@ def test_a_layer_of_every_format_matches_the_reference(submodule, quantization, 
     assert_layer_matches(submodule, quantization, layer, index, gate)
 
 
-@pytest.mark.parametrize("shape", [AWKWARD[0], AWKWARD[3], MANY], ids=str)
+@pytest.mark.parametrize("shape", [AWKWARD[0], AWKWARD[3], MANY, FEW], ids=str)
 @pytest.mark.parametrize("one_expert", [False, True])
 def test_a_layer_of_awkward_shape_matches_the_reference(submodule, quantization, shape, one_expert) -> None:
-    index = torch.full((shape.tokens, 1), shape.experts - 1) if one_expert else route(shape)
+    index = torch.full((shape.tokens, 1), shape.experts - 1) if one_expert else route(shape, shape is FEW)
     up = make_stack(quantization, "nf4", shape.experts, 2 * shape.intermediate, shape.hidden)
     down = make_stack(quantization, "float8 blocks", shape.experts, shape.hidden, shape.intermediate)
-    layer = operands(submodule, shape, index, up, down, False)
+    layer = operands(submodule, shape, index, up, down, shape is FEW)
     if one_expert:
         layer = layer._replace(routing_weights=torch.rand(shape.tokens, 1).requires_grad_())
     assert_layer_matches(submodule, quantization, layer, index, submodule("ops.activation").Gate("gelu_tanh"))
+
+
+@pytest.mark.parametrize(
+    "option", [{"PERSISTENT": 2, "FLATTEN": 1, "TMA": 1}, {"SCHEDULE": 1}] if TRITON else [{}]
+)
+def test_a_layer_launched_with_options_matches_the_reference(
+    submodule, quantization, option, monkeypatch
+) -> None:
+    if TRITON:
+        gpu, blocks = submodule("ops.grouped_linear.gpu"), {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
+        outer = {"BLOCK_P": 16, "BLOCK_Q": 32, "BLOCK_S": 16}
+        launches = {"grouped_matmul": {**blocks, "GROUP_M": 2, **option}, "grouped_outer": outer}
+        monkeypatch.setattr(gpu, "tile", lambda name, *_: launches[name])
+    shape, index = SMALL, route(SMALL, True)
+    up = make_stack(quantization, "nf4", shape.experts, 2 * shape.intermediate, shape.hidden)
+    down = make_stack(quantization, "nf4", shape.experts, shape.hidden, shape.intermediate)
+    layer = operands(submodule, shape, index, up, down, True)
+    assert_layer_matches(submodule, quantization, layer, index, submodule("ops.activation").Gate("silu"))
 
 
 @pytest.mark.parametrize("quantized", ["gate_up", "down"])

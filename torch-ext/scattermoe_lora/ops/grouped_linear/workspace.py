@@ -1,4 +1,8 @@
-"""Shares of a launch's experts, so that few matrices of a quantized weight are dense at a time."""
+"""Shares of a product's experts, so that few matrices of a quantized weight are dense at a time.
+
+With few pairs only the matrices of experts that have some are decoded, one for each pair; with more all are, a share
+after the other. Nothing waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..quantization.decode import decode
+from ..quantization import gpu
 from ..quantization.stack import QuantizedStack, Weight
 from .schedule import Scheduled
 
@@ -35,10 +39,19 @@ def shares(
         yield weight, routing, low, bias
         return
     experts, n, k = weight.stored_shape
-    size = experts_at_a_time(weight)
+    pairs, size = routing.order.shape[0], experts_at_a_time(weight)
+    size = min(size, pairs)
     workspace = torch.empty((size, n, k), dtype=weight.dtype, device=weight.device)
+    dense = workspace.mT if weight.format.transposed else workspace
+    if pairs == size:
+        chosen, own_routing = routing.by_pair()
+        gpu.decode(weight, chosen, workspace)
+        factors = None if low is None else (low[0], low[1][chosen])
+        yield dense, own_routing, factors, None if bias is None else bias[chosen]
+        return
     for start in range(0, experts, size):
         own = slice(start, min(start + size, experts))
-        dense = decode(weight, own, out=workspace[: own.stop - start])
+        count = own.stop - start
+        gpu.decode(weight, range(start, own.stop), workspace[:count])
         factors = None if low is None else (low[0], low[1][own])
-        yield dense, routing.share(own), factors, None if bias is None else bias[own]
+        yield dense[:count], routing.share(own), factors, None if bias is None else bias[own]

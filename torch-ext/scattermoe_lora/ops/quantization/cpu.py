@@ -16,8 +16,8 @@ import torch
 from .formats import ELEMENTS, byte_values, element_values
 from .stack import QuantizedStack
 
-# Elements that are decoded at a time through float32: 4 MB. Fewer stay in cache, but each operator costs a start.
-_CHUNK_ELEMENTS = 1 << 20
+# Elements that are decoded at a time through float32: 2 MB. Fewer stay in cache, but each operator costs a start.
+_CHUNK_ELEMENTS = 1 << 19
 
 
 class Decoder:
@@ -34,9 +34,16 @@ class Decoder:
             self._decode_flat(expert, out.view(-1))
             return out
         codes, scales = self._stack.codes[expert], self._scales(expert)
+        values, power = _values[layout.element]
+        # Both are exact where nothing overflows, and there are fewer scales than elements.
+        large = scales * power
+        is_finite = bool(large.isfinite().all())
+        scales = large if is_finite else scales
         for first, last in _chunks(out.shape[0], layout.rows, out.shape[1]):
             part = out[first:last]
-            wide = self._float32(part).copy_(_values[layout.element](codes[first:last]))
+            wide = self._float32(part).copy_(values(codes[first:last]))
+            if not is_finite:
+                wide.mul_(power)
             blocks = slice(first // layout.rows, -(-last // layout.rows))
             multiply_blocks(wide, scales[blocks], layout.rows, layout.columns)
             _round(wide, part)
@@ -92,7 +99,7 @@ class Decoder:
         for first, last in _chunks(out.numel(), block, 1):
             part = out[first:last]
             wide = self._float32(part)
-            index = codes[first // 2 : last // 2].long()
+            index = codes[first // 2 : last // 2].int()
             torch.index_select(_pairs(element), 0, index, out=wide.view(torch.int64))
             multiply_blocks(
                 wide.view(1, -1), scales[first // block : -(-last // block)].view(1, -1), 1, block
@@ -147,25 +154,26 @@ def _looked_up(floats: torch.Tensor) -> torch.Tensor:
 
 
 def _e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """float16 values of E4M3, exactly."""
+    """float16 values of E4M3, exactly, times 2^-8."""
     # The greatest byte, and the greatest of signed bytes, are the two codes for NaN, which bits alone do not make one.
     if int(codes.amax()) == 0xFF or int(codes.view(torch.int8).amax()) == 0x7F:
-        return codes.view(torch.float8_e4m3fn).to(torch.float16)
+        return codes.view(torch.float8_e4m3fn).to(torch.float16).mul_(2.0**-8)
     # With its sign extended, 7 places further left each bit but the second has its place in float16.
     bits = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~0x4000)
-    return bits.view(torch.float16).mul_(2.0**8)
+    return bits.view(torch.float16)
 
 
 def _e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """float16 values of two E2M1 a byte, exactly."""
+    """float16 values of two E2M1 a byte, exactly, times 2^-14."""
     # The lower code in the top bits of the lower half of an int32, the upper code in those of the upper half.
     bits = codes.int().mul_((1 << 12) + (1 << 24)).view(torch.int16)
     # 3 places to the right, the sign repeated, exponent and digit stand where float16 has them.
     bits.bitwise_right_shift_(3).bitwise_and_(~0x71FF)
-    return bits.view(torch.float16).mul_(2.0**14)
+    return bits.view(torch.float16)
 
 
-_values = {"e4m3": _e4m3, "e2m1": _e2m1}
+# Of each element type float16 values, and what these are to be multiplied by.
+_values = {"e4m3": (_e4m3, 2.0**8), "e2m1": (_e2m1, 2.0**14)}
 
 
 def multiply_blocks(matrix: torch.Tensor, scales: torch.Tensor, rows: int, columns: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -24,6 +24,14 @@ def run(kind: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     handler = _HANDLERS.get(func) or _COLLECTIVES.get(func._schema.name)
     result = NotImplemented if handler is None else handler(kind, func, *args, **kwargs)
     return _on_dense(kind, func, args, kwargs) if result is NotImplemented else result
+
+
+def refuse_write(operation: Any, weight: Any) -> NoReturn:
+    """Raises RuntimeError for what would write to a quantized weight."""
+    raise RuntimeError(
+        f"scattermoe: {operation}: a quantized weight {list(weight.shape)} cannot be written to; call "
+        "dequantize_experts(model) first"
+    )
 
 
 def _on_tensors(kind: Any, func: Any, weight: Any, **kwargs: Any) -> Any:
@@ -166,10 +174,7 @@ def _on_dense(kind: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     }
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
         if name in is_written and isinstance(value, kind):
-            raise RuntimeError(
-                f"scattermoe: {func}: a quantized weight {list(value.shape)} cannot be written to; call "
-                "dequantize_experts(model) first"
-            )
+            refuse_write(func, value)
 
     def dense(value: Any) -> Any:
         if not isinstance(value, kind):

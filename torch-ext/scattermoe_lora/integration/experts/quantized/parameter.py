@@ -148,10 +148,19 @@ def _refuse_gradient(requires_grad: bool) -> None:
         )
 
 
-# Set here, for a property in the class's body would hide what the type checker knows of torch's.
+def _set_data(weight: QuantizedWeight, value: torch.Tensor) -> None:
+    if not isinstance(value, QuantizedWeight):
+        operators.refuse_write("setting data", weight)
+    torch.Tensor.data.__set__(weight, value)  # type: ignore[attr-defined]
+    for name in (*value.__tensor_flatten__()[0], "_layout", "_scale_dtypes", "_is_flat"):
+        setattr(weight, name, getattr(value, name))
+
+
+# Set here, for properties in the class's body would hide what the type checker knows of torch's.
 QuantizedWeight.requires_grad = property(  # type: ignore[assignment]
     lambda self: False, lambda self, requires_grad: _refuse_gradient(requires_grad)
 )
+QuantizedWeight.data = property(lambda self: self.detach(), _set_data)  # type: ignore[assignment]
 
 
 def _rebuild(inner: Mapping[str, torch.Tensor], context: tuple[Any, ...], is_parameter: bool) -> torch.Tensor:
