@@ -12,6 +12,7 @@ MODULES = (
     "experts/test_module.py",
     "ops/test_attention.py",
     "ops/test_norm_rotary.py",
+    "ops/linear_cross_entropy/test_linear_cross_entropy.py",
     "ops/quantization/test_decode.py",
 )
 # Small, awkward shapes: under a memory checker each launch takes many times longer.

@@ -2,8 +2,8 @@
 
 ``register()`` makes ``experts_implementation="scattermoe"`` available to transformers' models, and PEFT's LoRA on
 expert parameters runs fused in it; ``register_attention()`` does the same for ``attn_implementation``;
-``apply_to(model)`` fuses norm and rotary embedding in Gemma 4's attention; ``convert_adapter`` writes a trained adapter
-as vLLM and SGLang read it. Importing the package needs torch alone.
+``apply_to(model)`` fuses norm and rotary embedding in Gemma 4's attention, and takes the loss without logits;
+``convert_adapter`` writes a trained adapter as vLLM and SGLang read it. Importing the package needs torch alone.
 """
 
 from .integration.apply import apply_to, remove_from

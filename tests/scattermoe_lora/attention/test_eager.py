@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 
 def fused(model: Any, kernel: Any) -> None:
-    assert kernel.apply_to(model) == len(model.model.layers)
+    assert kernel.apply_to(model, "attention") == len(model.model.layers)
 
 
 def subclassed(model: Any, kernel: Any) -> None:

@@ -26,7 +26,7 @@ def test_loss_is_the_same_and_gradients_are_as_exact(kernel, kind) -> None:
         wide.set_experts_implementation("eager")  # grouped_mm has no float64
         exact = step(wide)
         plain = step(model)
-        assert kernel.apply_to(model) == model.config.num_hidden_layers
+        assert kernel.apply_to(model, "attention") == model.config.num_hidden_layers
         fused = step(model)
         assert torch.equal(fused[0], plain[0])
         assert distance(fused[1:], exact[1:]) < max(1.2 * distance(plain[1:], exact[1:]), 1e-6)
@@ -57,7 +57,7 @@ def test_with_lora_on_all_projections(kernel, kind) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
     model = get_peft_model(build(kind), config)
     plain = step(model)
-    assert kernel.apply_to(model) == model.config.num_hidden_layers
+    assert kernel.apply_to(model, "attention") == model.config.num_hidden_layers
     fused = step(model)
     assert len(fused) == 1 + sum("lora_" in name for name, _ in model.named_parameters())
     assert torch.equal(fused[0], plain[0])
@@ -71,7 +71,7 @@ def test_with_every_attention_implementation(kernel) -> None:
             model = build()
             model.set_attn_implementation(implementation)
             plain = step(model)
-            kernel.apply_to(model)
+            kernel.apply_to(model, "attention")
             assert distance(step(model), plain) < 1e-5
     finally:
         kernel.unregister_attention()
@@ -91,7 +91,7 @@ def test_only_text_attention_of_a_multimodal_model_changes(kernel, tower) -> Non
     model = Gemma4ForConditionalGeneration(config).train()
     inputs = {"mm_token_type_ids": torch.zeros_like(IDS)}
     plain = step(model, **inputs)
-    assert kernel.apply_to(model) == 4
+    assert kernel.apply_to(model, "attention") == 4
     fused = step(model, **inputs)
     assert torch.equal(fused[0], plain[0])
     assert distance(fused, plain) < 1e-5
@@ -102,7 +102,7 @@ def test_the_unified_model_has_the_same_attention(kernel) -> None:
     settings = {key: value for key, value in TEXT.items() if key != "hidden_size_per_layer_input"}
     model = unified.Gemma4UnifiedForCausalLM(unified.Gemma4UnifiedTextConfig(**settings)).train()
     plain = step(model)
-    assert kernel.apply_to(model) == 4
+    assert kernel.apply_to(model, "attention") == 4
     got = step(model)
     assert torch.equal(got[0], plain[0])
     assert distance(got, plain) < 1e-5
@@ -111,7 +111,7 @@ def test_the_unified_model_has_the_same_attention(kernel) -> None:
 
 def test_autocast(kernel) -> None:
     model = build()
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     with torch.autocast("cpu", torch.bfloat16):
         fused = step(model)
         kernel.remove_from(model)
@@ -124,7 +124,7 @@ def test_float16_autocast_of_a_bfloat16_model(kernel) -> None:
     model = build("shared", torch.bfloat16)
     with torch.autocast("cpu", torch.float16):
         plain = step(model)
-        kernel.apply_to(model)
+        kernel.apply_to(model, "attention")
         fused = step(model)
     assert torch.equal(fused[0], plain[0])
     assert distance(fused, plain) < 0.03
@@ -152,7 +152,7 @@ def test_projections_and_angles_of_different_dtypes_are_promoted(kernel, dtype, 
                 getattr(layer, name).register_forward_hook(lambda module, args, out, to=to: out.to(to))
         layer.o_proj.register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
     plain = step(model)
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     fused = step(model)
     assert torch.equal(fused[0], plain[0])
     assert distance(fused, plain) < (0.03 if dtype == torch.bfloat16 else 1e-5)
@@ -160,7 +160,7 @@ def test_projections_and_angles_of_different_dtypes_are_promoted(kernel, dtype, 
 
 def test_whoever_asks_for_the_shared_states_gets_them(kernel) -> None:
     model = build()
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     states = model.model(IDS, return_shared_kv_states=True).shared_kv_states
     assert {kind: [list(t.shape) for t in pair] for kind, pair in states.items()} == {
         "sliding_attention": [[2, 2, 21, 16]] * 2,
@@ -171,7 +171,7 @@ def test_whoever_asks_for_the_shared_states_gets_them(kernel) -> None:
 def test_outputs_that_transformers_records_are_recorded(kernel) -> None:
     model = build().eval()
     model.set_attn_implementation("eager")
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     out = model(IDS, output_attentions=True, output_hidden_states=True)
     assert len(out.attentions) == 6
     assert len(out.hidden_states) == 7
@@ -182,7 +182,7 @@ def test_outputs_that_transformers_records_are_recorded(kernel) -> None:
 
 def test_compiled_model_has_the_operator_in_one_graph(kernel) -> None:
     model = build("smallest")
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     eager = step(model)
     graphs = []
 

@@ -19,7 +19,7 @@ from transformers.models.gemma4 import modeling_gemma4
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_what_it_gives_without(kernel, kind, reentrant) -> None:
     model = build(kind)
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     stored = step(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -62,7 +62,7 @@ def watched(monkeypatch) -> Iterator[type[Watched]]:
 
 def checkpointed(kernel: Any, kind: str) -> Any:
     model = build(kind)
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

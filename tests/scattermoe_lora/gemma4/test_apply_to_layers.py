@@ -23,7 +23,7 @@ def test_it_is_idempotent_reversible_and_leaves_the_state_as_it_is(kernel) -> No
     model = build()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     assert kernel.remove_from(model) == 0
-    assert kernel.apply_to(model) == kernel.apply_to(model) == 6
+    assert kernel.apply_to(model, "attention") == kernel.apply_to(model, "attention") == 6
     assert all(fused(layer) for layer in attentions(model))
     after = model.state_dict()
     assert list(after) == list(before)
@@ -33,13 +33,13 @@ def test_it_is_idempotent_reversible_and_leaves_the_state_as_it_is(kernel) -> No
     assert not any(fused(layer) for layer in attentions(model))
     assert {type(layer) for layer in attentions(model)} == {modeling_gemma4.Gemma4TextAttention}
     layer = attentions(model)[2]
-    assert kernel.apply_to(layer) == 1
+    assert kernel.apply_to(layer, "attention") == 1
     assert [fused(layer) for layer in attentions(model)] == [False, False, True, False, False, False]
 
 
 def test_a_copy_runs_fused_on_its_own_weights(kernel) -> None:
     model = build()
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     twin = copy.deepcopy(model)
     assert all(layer.forward.__self__ is layer for layer in attentions(twin))
     attentions(twin)[0].q_norm.weight.data.mul_(3)
@@ -59,7 +59,7 @@ def replica(module: Any) -> Any:
 @pytest.mark.parametrize("duplicate", [copy.copy, replica])
 def test_a_shallow_copy_runs_fused_on_its_own_weights(kernel, duplicate) -> None:
     model = build("dense")
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     layer = attentions(model)[0]
     hidden = torch.randn(2, 5, 32)
     angles = model.model.rotary_emb(hidden, torch.arange(5)[None], "sliding_attention")
@@ -84,14 +84,14 @@ def test_a_shallow_copy_runs_fused_on_its_own_weights(kernel, duplicate) -> None
 @pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
 def test_a_pickle_is_of_the_model_alone(kernel, protocol) -> None:
     model = build()
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     written = pickle.dumps(model, protocol)
     assert kernel.__name__.split(".")[0].encode() not in written
     read = pickle.loads(written)
     assert not any(fused(layer) for layer in attentions(read))
     assert torch.equal(step(read)[0], step(model)[0])
     assert kernel.remove_from(read) == 0
-    assert kernel.apply_to(read) == 6
+    assert kernel.apply_to(read, "attention") == 6
     assert torch.equal(step(read)[0], step(model)[0])
 
 
@@ -105,7 +105,7 @@ def test_norms_with_hooks_or_wrappers_run_as_they_are(kernel) -> None:
             # The copy that trains differs from the original, which must not be read.
             torch.nn.init.normal_(parameter, 1, 0.3)
     plain = step(tuned)
-    kernel.apply_to(tuned)
+    kernel.apply_to(tuned, "attention")
     got = step(tuned)
     assert len(calls) == 2
     assert torch.equal(got[0], plain[0])
@@ -125,7 +125,7 @@ def test_hooks_on_all_modules_see_the_norms(kernel, register) -> None:
     )
     try:
         plain = step(model)
-        kernel.apply_to(model)
+        kernel.apply_to(model, "attention")
         got = step(model)
     finally:
         handle.remove()
@@ -149,7 +149,7 @@ def test_it_goes_below_hooks_of_accelerate_and_stays_when_they_go(kernel) -> Non
     add_hook_to_module(layer, Counting())
     add_hook_to_module(attentions(model)[1].q_norm, Counting())
     plain = step(model)
-    assert kernel.apply_to(model) == 6
+    assert kernel.apply_to(model, "attention") == 6
     got = step(model)
     assert Counting.calls == 4
     assert torch.equal(got[0], plain[0])
@@ -165,16 +165,16 @@ def test_a_model_without_such_attention_is_refused(kernel) -> None:
         "expected a model with layers of Gemma4TextAttention or Gemma4UnifiedTextAttention, got a Sequential"
     )
     with pytest.raises(ValueError, match=message):
-        kernel.apply_to(model)
+        kernel.apply_to(model, "attention")
     assert kernel.remove_from(model) == 0
 
 
 def test_a_fused_layer_that_was_subclassed_is_not_undone(kernel) -> None:
     model = build()
-    kernel.apply_to(model)
+    kernel.apply_to(model, "attention")
     layer = attentions(model)[1]
     layer.__class__ = type("Sharded", (type(layer),), {})
-    assert kernel.apply_to(model) == 6
+    assert kernel.apply_to(model, "attention") == 6
     message = "remove_from: model.layers.1.self_attn: something else made it a Sharded after apply_to; undo that first"
     with pytest.raises(NotImplementedError, match=re.escape(message)):
         kernel.remove_from(model)
@@ -193,12 +193,12 @@ class Overriding(modeling_gemma4.Gemma4TextAttention):
 def test_a_subclass_runs_fused_unless_it_has_its_own_forward(kernel) -> None:
     model = build()
     attentions(model)[1].__class__ = Subclass
-    assert kernel.apply_to(model) == 6
+    assert kernel.apply_to(model, "attention") == 6
     kernel.remove_from(model)
     attentions(model)[3].__class__ = Overriding
     message = "apply_to: model.layers.3.self_attn: Overriding overrides the forward of Gemma4TextAttention; nothing was"
     with pytest.raises(NotImplementedError, match=re.escape(message)):
-        kernel.apply_to(model)
+        kernel.apply_to(model, "attention")
     assert not any(fused(layer) for layer in attentions(model))
 
 
@@ -208,7 +208,7 @@ def test_a_layer_that_something_else_replaced_is_refused(kernel) -> None:
     layer.forward = types.MethodType(lambda self, *args, **kwargs: None, layer)
     message = "apply_to: model.layers.2.self_attn: something else replaced its forward already"
     with pytest.raises(NotImplementedError, match=re.escape(message)):
-        kernel.apply_to(model)
+        kernel.apply_to(model, "attention")
     assert not fused(attentions(model)[0])
 
 
@@ -219,4 +219,4 @@ def test_another_transformers_is_refused(kernel, monkeypatch) -> None:
         r"model.layers.0.self_attn: this transformers' Gemma4TextAttention.forward takes \(self, hidden_s"
     )
     with pytest.raises(NotImplementedError, match=message):
-        kernel.apply_to(model)
+        kernel.apply_to(model, "attention")

@@ -53,6 +53,9 @@ CALLS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     ),
     "flash_attn_func": lambda kernel, x: kernel.flash_attn_func(torch.randn_like(x), x, x),
     "rms_norm_rotary": lambda kernel, x: kernel.rms_norm_rotary(x),
+    "linear_cross_entropy": lambda kernel, x: kernel.linear_cross_entropy(
+        x[0, 0], torch.randn(3, 16), torch.zeros(4, dtype=torch.int64)
+    ),
     "experts_forward": lambda kernel, x: kernel.experts_forward(
         EXPERTS,
         x[0, 0],

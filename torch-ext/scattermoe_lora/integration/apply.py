@@ -6,8 +6,9 @@ import torch
 
 from .fused_classes import Part, Target
 from .gemma4 import attention
+from .loss import forward as loss
 
-_PARTS = (attention.PART,)
+_PARTS = (attention.PART, loss.PART)
 
 
 def apply_to(model: torch.nn.Module, *parts: str) -> int:
@@ -18,6 +19,8 @@ def apply_to(model: torch.nn.Module, *parts: str) -> int:
     ============ =====================================================================================================
     "attention"  the norms and the rotary embedding in every text attention layer of Gemma 4, see
                  :mod:`scattermoe_lora.integration.gemma4.attention`
+    "loss"       ``model(..., labels=...)`` of causal language models with a linear head, without their logits, see
+                 :mod:`scattermoe_lora.integration.loss.forward`
     ============ =====================================================================================================
 
     Parameters, buffers and ``state_dict`` stay as they are. Modules become instances of a subclass of theirs. That is
