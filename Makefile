@@ -49,6 +49,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/compare_attention.py
 	$(BIN)/python benchmarks/compare_mlp.py
+	$(BIN)/python benchmarks/compare_loss.py
 
 bench-hub: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py

@@ -14,6 +14,7 @@ MODULES = (
     "ops/test_norm_rotary.py",
     "ops/gated_activation/test_gated_activation.py",
     "ops/rms_norm/test_rms_norm.py",
+    "ops/linear_cross_entropy/test_linear_cross_entropy.py",
     "ops/quantization/test_decode.py",
     "ops/quantization/test_operators.py",
 )

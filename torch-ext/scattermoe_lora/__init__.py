@@ -2,9 +2,9 @@
 
 ``register()`` makes ``experts_implementation="scattermoe"`` available to transformers' models, and PEFT's LoRA on
 expert parameters runs fused in it; ``register_attention()`` does the same for ``attn_implementation``;
-``apply_to(model)`` fuses RMSNorms, gated MLPs and the rotary embedding of Gemma 4's attention;
-``quantize_experts(model, "nf4")`` quantizes a loaded model's experts; ``convert_adapter`` writes a trained adapter as
-vLLM and SGLang read it. Importing the package needs torch alone.
+``apply_to(model)`` fuses RMSNorms, gated MLPs, Gemma 4's rotary embedding and LoRA on projections, and takes the loss
+without logits; ``quantize_experts(model, "nf4")`` quantizes a loaded model's experts; ``convert_adapter`` writes a
+trained adapter as vLLM and SGLang read it. Importing the package needs torch alone.
 """
 
 from .integration.apply import apply_to, remove_from

@@ -171,16 +171,7 @@ def test_short_steps_are_timed_many_in_a_row(script, monkeypatch, least, tried) 
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "benchmark_norm_rotary",
-        "benchmarks",
-        "compare",
-        "compare_attention",
-        "compare_mlp",
-        "compare_quantized",
-    ],
-)
+@pytest.mark.parametrize("name", ["benchmark_norm_rotary", "compare", "compare_attention", "compare_loss", "compare_mlp", "compare_quantized"])
 def test_a_comparison_for_a_gpu_says_where_there_is_none(name, script, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", "cuda"])

@@ -55,6 +55,9 @@ CALLS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "gated_activation": lambda kernel, x: kernel.gated_activation(torch.randn_like(x), x),
     "rms_norm": lambda kernel, x: kernel.rms_norm(x),
     "rms_norm_rotary": lambda kernel, x: kernel.rms_norm_rotary(x),
+    "linear_cross_entropy": lambda kernel, x: kernel.linear_cross_entropy(
+        x[0, 0], torch.randn(3, 16), torch.zeros(4, dtype=torch.int64)
+    ),
     "experts_forward": lambda kernel, x: kernel.experts_forward(
         EXPERTS,
         x[0, 0],

@@ -6,10 +6,11 @@ import torch
 
 from .fused_classes import Part, Target
 from .gemma4 import attention
+from .loss import forward as loss
 from .mlp import forward as mlp
 from .norm import forward as norm
 
-_PARTS = (attention.PART, mlp.PART, norm.PART)
+_PARTS = (attention.PART, mlp.PART, norm.PART, loss.PART)
 
 
 def apply_to(model: torch.nn.Module, *parts: str) -> int:
@@ -23,6 +24,8 @@ def apply_to(model: torch.nn.Module, *parts: str) -> int:
     "mlp"        every gated MLP, between its projections, and safe in float16, see
                  :mod:`scattermoe_lora.integration.mlp.forward`
     "norm"       every RMSNorm, see :mod:`scattermoe_lora.integration.norm.forward`
+    "loss"       ``model(..., labels=...)`` of causal language models with a linear head, without their logits, see
+                 :mod:`scattermoe_lora.integration.loss.forward`
     ============ =====================================================================================================
 
     Parameters, buffers and ``state_dict`` stay as they are. Modules become instances of a subclass of theirs. That is

@@ -97,11 +97,11 @@ def forward(operands: Operands, settings: Settings) -> Statistics:
     if settings.entropies:
         shares = by_tile[0].sub_(lse).exp_()
         entropy = lse - by_tile[2].mul_(shares).masked_fill_(shares == 0, 0.0).sum(dim=0)
-    by_token = [
+    lse, label_logit, sums, entropy = (
         value.masked_fill(is_left_out, 0.0) if value.shape[0] else value
         for value in (lse, label_logit, sums, entropy)
-    ]
-    return Statistics(*by_token, hidden.new_empty((0, hidden.shape[1])))
+    )
+    return Statistics(lse, label_logit, sums, entropy, hidden.new_empty((0, hidden.shape[1])))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""The comparison of losses runs, and its implementations agree."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def compare_loss(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "benchmarks"))
+    return importlib.import_module("compare_loss")
+
+
+@pytest.mark.parametrize("trained", ["nothing", "weight", "lora"])
+def test_every_kind_of_head_is_measured(kernel, compare_loss, capsys, trained) -> None:
+    case = compare_loss.Case(trained, "float32", 24, 16, 200)
+    rows = compare_loss.measure(kernel, case, "cpu", 0.0)
+    assert list(rows) == [compare_loss.OURS, compare_loss.UNFUSED]
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["runs"] >= 3
+    compare_loss.show("small", case, rows)
+    assert "x logits in memory, with 1/" in capsys.readouterr().out
+
+
+def test_implementations_agree(kernel, compare_loss) -> None:
+    hidden, weight, labels = torch.randn(9, 16), torch.randn(30, 16), torch.randint(30, (9,))
+    pair = (torch.randn(2, 16), torch.randn(30, 2))
+    for arguments in ((None, None), pair):
+        first, second = (
+            loss(hidden, weight, labels, *arguments)
+            for _, loss in compare_loss.implementations(kernel, "cpu")
+        )
+        torch.testing.assert_close(first, second)

@@ -1,0 +1,237 @@
+"""Losses of language models from their hidden states, against the same models without."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from gemma4_models import IDS, TEXT, build, distance, step
+from peft import LoraConfig, get_peft_model
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def causal(name: str, **settings: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **settings})
+    return getattr(transformers, f"{name}ForCausalLM")(config).train()
+
+
+def multimodal(name: str) -> Any:
+    """A conditional-generation model of which the text alone runs."""
+    if name == "Gemma4":
+        config = transformers.Gemma4Config(
+            text_config={**TEXT, "final_logit_softcapping": 3.0}, vision_config=None, audio_config=None
+        )
+        return transformers.Gemma4ForConditionalGeneration(config).train()
+    if name == "Gemma3":
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        config = transformers.Gemma3Config(
+            text_config={**SMALL, "head_dim": 16},
+            vision_config={**vision, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+        )
+        return transformers.Gemma3ForConditionalGeneration(config).train()
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**SMALL, "rope_parameters": rope}, vision_config=vision
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).train()
+
+
+MODELS = {
+    "llama": lambda: causal("Llama"),
+    "tied and capped": lambda: causal(
+        "Gemma2", final_logit_softcapping=2.0, head_dim=8, tie_word_embeddings=True
+    ),
+    "scaled": lambda: causal("Cohere", logit_scale=0.3),
+    "divided": lambda: causal("Granite", logits_scaling=4.0),
+    "auxiliary loss": lambda: causal(
+        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=True
+    ),
+    **{name: lambda name=name: multimodal(name) for name in ("Gemma4", "Gemma3", "Qwen2_5_VL")},
+}
+
+
+@pytest.fixture
+def no_logits(kernel, submodule, monkeypatch) -> None:
+    """Fails where logits are computed."""
+
+    def value(self: Any) -> torch.Tensor:
+        raise AssertionError("the logits were computed")
+
+    monkeypatch.setattr(submodule("integration.loss.forward")._Logits, "value", value)
+
+
+@pytest.mark.usefixtures("no_logits")
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_the_same_and_no_logits_are_made(kernel, name) -> None:
+    model = MODELS[name]()
+    labels = IDS.clone()
+    labels[0, :5] = -100
+    calls: list[dict[str, Any]] = [
+        {"labels": labels},
+        {"labels": labels, "num_items_in_batch": torch.tensor(50)},
+    ]
+    calls.append({"labels": labels, "shift_labels": labels.roll(-1, dims=1), "num_items_in_batch": 9})
+    for inputs in calls:
+        plain = step(model, **inputs)
+        assert kernel.apply_to(model, "loss") == kernel.apply_to(model, "loss") == 1
+        fused = step(model, **inputs)
+        assert distance(fused, plain) < 1e-5
+        assert model(input_ids=IDS, labels=labels).logits is None
+        assert kernel.remove_from(model) == 1
+        assert not type(model).__name__.startswith("Fused")
+
+
+@pytest.mark.usefixtures("no_logits")
+@pytest.mark.parametrize("saved", [False, True])
+def test_adapter_or_trained_copy_of_the_head(kernel, saved) -> None:
+    settings = {"modules_to_save": ["lm_head"]} if saved else {"target_modules": ["q_proj", "lm_head"]}
+    model = get_peft_model(
+        causal("Llama"), LoraConfig(r=4, init_lora_weights=False, **{"target_modules": ["q_proj"]} | settings)
+    )
+    plain = step(model)
+    assert kernel.apply_to(model, "loss") == 1
+    assert distance(step(model), plain) < 1e-5
+    assert any("lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
+    with model.disable_adapter():
+        fused = model(input_ids=IDS, labels=IDS).loss
+        kernel.remove_from(model)
+        torch.testing.assert_close(fused, model(input_ids=IDS, labels=IDS).loss)
+
+
+def test_logits_are_there_where_they_are_asked_for(kernel) -> None:
+    model = MODELS["tied and capped"]()
+    expected = model(input_ids=IDS).logits
+    kernel.apply_to(model, "loss")
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    for training, asked, there in (
+        (True, None, False),
+        (True, False, True),
+        (False, None, True),
+        (False, True, False),
+    ):
+        model.train(training)
+        output = model(input_ids=IDS, labels=IDS, skip_logits=asked)
+        assert (output.logits is not None) == there
+        if there:
+            assert torch.equal(output.logits, expected)
+        assert (
+            len(model(input_ids=IDS, labels=IDS, skip_logits=asked, use_cache=False, return_dict=False))
+            == 1 + there
+        )
+
+
+def test_trainer_accumulates_to_the_same_losses(kernel, tmp_path) -> None:
+    histories = []
+    start = causal("Llama")
+    rows = [{"input_ids": row, "labels": row.clone()} for row in IDS.repeat(4, 1)]
+    for row in rows[::3]:
+        row["labels"][:9] = -100
+    for fused in (False, True):
+        model = copy.deepcopy(start)
+        if fused:
+            kernel.apply_to(model, "loss")
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            max_steps=3,
+        )
+        arguments.logging_steps, arguments.save_strategy, arguments.report_to = 1, "no", []
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        histories.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert len(histories[0]) == 3
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3)
+
+
+def test_compiled_and_checkpointed_steps_are_the_same(kernel) -> None:
+    model = build("dense")
+    model.config.final_logit_softcapping = 3.0
+    plain = step(model)
+    kernel.apply_to(model, "loss")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert distance(step(model), plain) < 1e-5
+    model.gradient_checkpointing_disable()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert distance([compiled(input_ids=IDS, labels=IDS).loss.detach()], plain[:1]) < 1e-5
+
+
+def test_copies_run_fused_and_pickles_hold_the_plain_model(kernel) -> None:
+    model = build("dense")
+    kernel.apply_to(model, "loss")
+    assert copy.deepcopy(model)(input_ids=IDS, labels=IDS).logits is None
+    assert type(pickle.loads(pickle.dumps(model))) is transformers.Gemma4ForCausalLM
+
+
+@pytest.mark.parametrize("kind", ["hook", "dropout", "vocabulary"])
+def test_head_that_is_more_than_a_linear_layer_runs_as_it_is_and_the_log_says_why(
+    kernel, submodule, caplog, kind
+) -> None:
+    forward = submodule("integration.loss.forward")
+    forward._logged.clear()
+    caplog.set_level(logging.WARNING, forward.__name__)
+    model = causal("Llama")
+    if kind == "dropout":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5))
+    elif kind == "hook":
+        model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    else:
+        model.resize_token_embeddings(70)
+        model.config.vocab_size = 35
+    labels = IDS % 35
+    torch.manual_seed(1)
+    plain = model(input_ids=IDS, labels=labels).loss if kind != "vocabulary" else None
+    kernel.apply_to(model, "loss")
+    torch.manual_seed(1)
+    if kind == "vocabulary":
+        with pytest.raises(ValueError, match="batch_size"):
+            model(input_ids=IDS, labels=labels)
+    else:
+        assert torch.equal(model(input_ids=IDS, labels=labels).loss, plain)
+    reason = {"hook": "the head has hooks", "dropout": "drops inputs", "vocabulary": "70 words, the loss 35"}[
+        kind
+    ]
+    assert reason in caplog.text
+
+
+def test_a_class_that_does_more_with_its_logits_is_refused_with_the_line(kernel) -> None:
+    bamba = causal("Bamba", mamba_n_heads=4, mamba_d_head=16, mamba_expand=2, attn_layer_indices=[0])
+    with pytest.raises(
+        NotImplementedError, match=re.escape("something else with the logits: z_loss = logits.logsumexp")
+    ):
+        kernel.apply_to(bamba, "loss")
+    model = causal("Llama")
+    model.loss_function = lambda **_: torch.zeros(())
+    with pytest.raises(
+        NotImplementedError, match="its loss is <lambda>, not ForCausalLMLoss; nothing was changed"
+    ):
+        kernel.apply_to(model, "loss")
+    with pytest.raises(
+        ValueError, match=r"expected a model with a linear lm_head whose logits .* got a LlamaModel"
+    ):
+        kernel.apply_to(causal("Llama").model, "loss")
+
+
+def test_all_parts_that_a_model_has_run_fused_without_a_name(kernel) -> None:
+    model = build("dense")
+    plain = step(model)
+    assert kernel.apply_to(model) == model.config.num_hidden_layers + 1
+    assert distance(step(model), plain) < 1e-5
+    assert kernel.remove_from(model) == model.config.num_hidden_layers + 1

@@ -1,0 +1,219 @@
+"""A language model's loss from its hidden states: the class's own forward, with a head that does not multiply."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ...ops.linear_cross_entropy.api import linear_cross_entropy
+from ..fused_classes import Forward, Part, Target
+from . import heads, source
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+
+class _Logits:
+    """Logits that are not computed: hidden states, the head, and what the model's code does with its result.
+
+    That is ``outer * tanh(scale * x)`` of the head's result ``x``, or ``scale * x`` with ``outer`` None.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        head: torch.nn.Module,
+        scale: float = 1.0,
+        outer: float | None = None,
+        steps: tuple[Callable[[Any], Any], ...] = (),
+    ) -> None:
+        self.hidden, self.head, self.scale, self.outer, self._steps = hidden, head, scale, outer, steps
+        self.device = hidden.device
+
+    def value(self) -> torch.Tensor:
+        """The logits, as the model's code computes them."""
+        logits = self.head(self.hidden)
+        for step in self._steps:
+            logits = step(logits)
+        return logits
+
+    def _then(self, step: Callable[[Any], Any], scale: float, outer: float | None) -> _Logits:
+        return _Logits(self.hidden, self.head, scale, outer, (*self._steps, step))
+
+    def __mul__(self, factor: float) -> _Logits:
+        if self.outer is None:
+            return self._then(lambda x: x * factor, self.scale * factor, None)
+        return self._then(lambda x: x * factor, self.scale, self.outer * factor)
+
+    def __truediv__(self, divisor: float) -> _Logits:
+        if self.outer is None:
+            return self._then(lambda x: x / divisor, self.scale / divisor, None)
+        return self._then(lambda x: x / divisor, self.scale, self.outer / divisor)
+
+    def float(self) -> _Logits:
+        return self._then(lambda x: x.float(), self.scale, self.outer)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.tanh and args[0].outer is None:
+            return args[0]._then(torch.tanh, args[0].scale, 1.0)
+        return function(*(x.value() if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+class _Head:
+    """A head that keeps what it is called with."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, hidden: torch.Tensor) -> _Logits:
+        return _Logits(hidden, self._module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Model:
+    """A model as its own forward sees it: with that head, and a loss that takes what comes out of it."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.lm_head = _Head(model.lm_head)
+        self.loss_function = functools.partial(_loss, model.loss_function)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _loss(
+    plain: Callable[..., torch.Tensor], logits: _Logits, labels: Any, vocab_size: int, **kwargs: Any
+) -> torch.Tensor:
+    """As ``ForCausalLMLoss`` of transformers 5.22, which is ``plain``."""
+    head = heads.read(logits.head)
+    reason = head if isinstance(head, str) else _misfit(head, logits, vocab_size)
+    if isinstance(head, str) or reason is not None:
+        _log_once(f"loss: runs unfused: {reason}")
+        return plain(logits=logits.value(), labels=labels, vocab_size=vocab_size, **kwargs)
+    hidden, softcap = logits.hidden, logits.outer
+    ignore_index = kwargs.get("ignore_index", -100)
+    shifted = kwargs.get("shift_labels")
+    if shifted is None:
+        shifted = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    result: Any = linear_cross_entropy(
+        hidden,
+        head.weight,
+        shifted.reshape(hidden.shape[:-1]).to(hidden.device),
+        bias=head.bias,
+        lora_a=head.lora_a,
+        lora_b=head.lora_b,
+        softcap=softcap,
+        # The cap is divided out within it.
+        logit_scale=logits.scale * (1.0 if softcap is None else softcap),
+        ignore_index=ignore_index,
+        num_items_in_batch=kwargs.get("num_items_in_batch"),
+    )
+    return result
+
+
+def _misfit(head: heads.Head, logits: _Logits, vocab_size: int) -> str | None:
+    hidden, weight = logits.hidden, head.weight
+    if weight.shape[0] != vocab_size:
+        return f"the head has {weight.shape[0]} words, the loss {vocab_size}"
+    if weight.device != hidden.device:
+        return f"the head is on {weight.device}, its input on {hidden.device}"
+    if not (isinstance(logits.scale, float | int) and isinstance(logits.outer, float | int | None)):
+        return "the logits are multiplied by a tensor"
+    if logits.outer is not None and logits.outer <= 0:
+        return f"the logits are capped at {logits.outer}"
+    return None
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged and not torch.compiler.is_compiling():
+        _logged.add(message)
+        _log.warning(message)
+
+
+@functools.cache
+def _fused_forward(plain: Forward) -> Forward:
+    """The forward that stands for a class's own, ``plain``; the same object for the same one."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    place = list(inspect.signature(plain).parameters).index("labels") - 1
+
+    # Wrapped: Trainer reads from a forward's signature what to pass on.
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
+        labels = args[place] if len(args) > place else kwargs.get("labels")
+        if labels is None or self.loss_function is not ForCausalLMLoss:
+            return plain(self, *args, **kwargs)
+        output = plain(_Model(self), *args, **kwargs)
+        skips = self.training if skip_logits is None else skip_logits
+        if isinstance(output, tuple):
+            values = (_resolved(value, skips) for value in output)
+            return tuple(value for value in values if value is not None)
+        return type(output)(**{name: _resolved(value, skips) for name, value in output.items()})
+
+    forward.scattermoe_fused = True  # type: ignore[attr-defined]
+    return forward
+
+
+def _resolved(value: Any, skips: bool) -> Any:
+    if not isinstance(value, _Logits):
+        return value
+    return None if skips else value.value()
+
+
+def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
+    # A model of transformers' has imported it.
+    if "transformers" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or not isinstance(
+            module._modules.get("lm_head"), torch.nn.Module
+        ):
+            continue
+        base: Any = next(cls for cls in type(module).__mro__ if _defines_forward(cls))
+        reason = _obstacle(module, base)
+        if reason is None:
+            yield Target(name, module, base, _fused_forward(base.forward))
+        elif named:
+            raise NotImplementedError(
+                f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
+            )
+
+
+def _defines_forward(cls: type) -> bool:
+    """True for a class with a forward that is not one of those made here."""
+    own = vars(cls).get("forward")
+    return own is not None and not hasattr(own, "scattermoe_fused")
+
+
+def _obstacle(model: Any, base: Any) -> str | None:
+    """The reason why a model's loss is not the one that is computed here; None if it is."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    reason = source.obstacle(base.forward)
+    if reason is None and model.loss_function is not ForCausalLMLoss:
+        reason = f"its loss is {getattr(model.loss_function, '__name__', model.loss_function)}, not ForCausalLMLoss"
+    return reason
+
+
+PART = Part(
+    "loss", "a linear lm_head whose logits its forward hands to its loss and its result alone", _targets
+)
+"""``model(..., labels=...)`` of causal language models, from the hidden states: no logits are made.
+
+The class's own forward runs, with a head that keeps its input, and :func:`~scattermoe_lora.linear_cross_entropy` takes
+the place of ``ForCausalLMLoss``: the same shift, ``num_items_in_batch``, soft cap, scale and LoRA on the head. A result
+has no ``logits`` in training; ``skip_logits=False`` asks for them, ``skip_logits=True`` leaves them out in evaluation.
+A head that is more than a linear layer (hooks, shards, quantized) runs as it is, and one line of the log says why.
+"""

@@ -1,0 +1,66 @@
+"""The weight, bias and LoRA pair that a language model's head multiplies by, read from its module."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Head(NamedTuple):
+    """``x W^T + bias + (x A^T) B^T``, as the arguments of ``linear_cross_entropy``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor | None = None
+    lora_b: torch.Tensor | None = None
+
+
+def read(module: torch.nn.Module) -> Head | str:
+    """What ``module`` multiplies by; or the reason why calling it does something else, too."""
+    layer, tuners = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.utils.other")
+    if tuners is not None and isinstance(module, tuners.ModulesToSaveWrapper):
+        is_own = not module.disable_adapters and bool(module.active_adapters)
+        copies: Any = module.modules_to_save
+        own = copies[module.active_adapters[0]] if is_own else module.original_module
+        return _obstacle(module, tuners.ModulesToSaveWrapper) or read(own)
+    if layer is not None and isinstance(module, layer.LoraLayer):
+        return _obstacle(module, layer.Linear) or _read_lora(module)
+    reason = _obstacle(module, torch.nn.Linear)
+    if reason is not None:
+        return reason
+    weight: Any = module.weight
+    bias: Any = module.bias
+    # A parameter that is sharded is whole only while its module runs.
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or type(weight.data) is not torch.Tensor:
+        return f"the weight of the head is a {type(weight).__name__}"
+    return Head(weight, bias)
+
+
+def _obstacle(module: torch.nn.Module, base: type[torch.nn.Module]) -> str | None:
+    """The reason why calling ``module`` is not the same as calling ``base``'s forward; None if it is."""
+    if type(module).forward is not base.forward or "forward" in module.__dict__:
+        return f"the head is a {type(module).__name__} with a forward of its own"
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+        return "the head has hooks"
+    return None
+
+
+def _read_lora(module: Any) -> Head | str:
+    base = read(module.get_base_layer())
+    if isinstance(base, str) or module.disable_adapters or module.merged:
+        return base
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    a, b = [], []
+    for name in names:
+        if name in module.lora_variant or module.lora_bias.get(name):
+            return f"adapter {name} of the head is more than two factors"
+        dropout = module.lora_dropout[name]
+        if not isinstance(dropout, torch.nn.Identity) and module.training and dropout.p > 0:
+            return f"adapter {name} of the head drops inputs"
+        a.append(module.lora_A[name].weight)
+        b.append(module.lora_B[name].weight * module.scaling[name])
+    if not names:
+        return base
+    return base._replace(lora_a=torch.cat(a), lora_b=torch.cat(b, dim=1))
