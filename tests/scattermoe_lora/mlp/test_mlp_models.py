@@ -102,7 +102,8 @@ def test_what_is_not_covered_runs_as_it_did_and_a_line_says_why(mlp, caplog) -> 
             return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
 
     known = [make(CLIPMLP, "quick_gelu"), *(make(LlamaMLP, name) for name in ("relu", "gelu_new", "silu"))]
-    model = torch.nn.ModuleList([*known, Learned(), make(Dropped), torch.nn.MultiheadAttention(4, 1)])
+    others = [torch.nn.MultiheadAttention(4, 1), torch.jit.trace(make(LlamaMLP), torch.zeros(1, 16))]
+    model = torch.nn.ModuleList([*known, Learned(), make(Dropped), *others])
     model[3].forward = lambda x: x
     kinds = [type(module) for module in model]
     caplog.set_level(logging.INFO, mlp.__name__)

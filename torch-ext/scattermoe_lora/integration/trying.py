@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,6 +33,13 @@ def twin(
         "_parameters": {name: torch.nn.Parameter(value, False) for name, value in parameters.items()},
     }
     return other
+
+
+def candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules of ``model`` with their names, without scripts, whose forward takes no other children."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
 
 
 def succeeds(trial: Callable[[], bool]) -> bool:

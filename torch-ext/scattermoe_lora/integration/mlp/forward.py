@@ -14,6 +14,7 @@ import torch
 from ...ops.activation import act
 from ...ops.gated_activation.api import gated_activation, zero_if_infinite
 from ...ops.gated_activation.limits import LARGEST
+from .. import trying
 from ..fused_classes import Part, Target, has_hooks, plain_class, replaced_forward
 from .layout import Layout, find_layout
 
@@ -27,7 +28,7 @@ def _targets(model: torch.nn.Module, _named: bool) -> Iterator[Target]:
     modeling, class_name, attribute = _UNGATED
     ungated = getattr(sys.modules.get(modeling), class_name, None)
     kept = Counter[str]()
-    for name, module in model.named_modules():
+    for name, module in trying.candidates(model):
         forward: Any = type(module).forward
         if forward in _forwards:
             yield Target(name, module, plain_class(module), forward)

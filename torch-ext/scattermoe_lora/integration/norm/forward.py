@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...ops.rms_norm.api import rms_norm
+from .. import trying
 from ..fused_classes import Part, Target, plain_class, replaced_forward
 from .formula import Formula, find_formula
 
@@ -20,7 +21,7 @@ _forwards: set[Callable[..., Any]] = set()
 
 def _targets(model: torch.nn.Module, _named: bool) -> Iterator[Target]:
     kept = Counter[str]()
-    for name, module in model.named_modules():
+    for name, module in trying.candidates(model):
         forward: Any = type(module).forward
         if forward in _forwards:
             yield Target(name, module, plain_class(module), forward)
