@@ -48,6 +48,7 @@ publish: setup
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/compare_attention.py
+	$(BIN)/python benchmarks/compare_projections.py
 
 bench-hub: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py

@@ -6,15 +6,16 @@ expert parameters runs fused in it; ``register_attention()`` does the same for `
 as vLLM and SGLang read it. Importing the package needs torch alone.
 """
 
+from .integration.apply import apply_to, remove_from
 from .integration.attention.register import register_attention, unregister_attention
 from .integration.experts.adapters import convert_adapter
 from .integration.experts.forward import experts_forward
 from .integration.experts.register import register, unregister
-from .integration.gemma4.attention import apply_to, remove_from
 from .integration.projections.targets import lora_targets
 from .integration.projections.towers import freeze_towers
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.grouped_linear.api import grouped_linear
+from .ops.linear_cross_entropy.api import linear_cross_entropy
 from .ops.lora_linear.api import lora_linear
 from .ops.norm_rotary.api import rms_norm_rotary
 
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "freeze_towers",
     "grouped_linear",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_targets",
     "register",

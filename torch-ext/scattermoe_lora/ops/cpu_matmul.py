@@ -61,3 +61,11 @@ def add_matmul(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch
         else:
             sums.add_(torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""))
     return out
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight^T`` of ``[m, k]`` and ``[n, k]``, for many rows of few different numbers."""
+    large = x.dtype == torch.float32 and x.shape[0] * weight.numel() >= _LARGE
+    if large and prefers_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, onednn_layout(weight), None, "none", [], "")
+    return x @ weight.t()

@@ -1,18 +1,16 @@
-"""Gemma 4's attention with its norms and rotary embedding fused: one call on a model, and one that undoes it."""
+"""Gemma 4's attention with its norms and rotary embedding fused."""
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from ...ops.norm_rotary.api import rms_norm_rotary
+from ..fused_classes import Part, Target, is_plain
 from . import shared_kv
 
 _PARAMETERS = [
@@ -24,8 +22,6 @@ _PARAMETERS = [
     "past_key_values",
     "kwargs",
 ]
-# accelerate's hooks put a function of their own under the first name, and the module's under the second.
-_PLACES = ("forward", "_old_forward")
 
 
 class _Family(NamedTuple):
@@ -46,153 +42,31 @@ _FAMILIES = (
 )
 
 
-def apply_to(model: torch.nn.Module) -> int:
-    """Runs the norms and the rotary embedding of Gemma 4's text attention fused, in every layer of ``model``.
-
-    Queries and keys are normalised and rotated, and values normalised, in one operator each
-    (:func:`~scattermoe_lora.rms_norm_rotary`), forward and backward. Projections (LoRA or not), caches, shared keys and
-    values, and whatever ``attn_implementation`` names, run as before, and so do norms that have hooks or a class of
-    their own. Under checkpointing, keys and values that layers share are held by the graph of those layers alone.
-
-    Parameters, buffers and ``state_dict`` stay as they are, and so does the model's class; the layers become instances
-    of a subclass of theirs. The change is part of a copy, deep or shallow (``nn.DataParallel``'s replicas), which runs
-    on its own weights, and not of a pickle, which needs this kernel then no more than the model did before. Calling it
-    again does nothing.
-
-    Args:
-        model: A model, or part of one, of any class that has Gemma 4 text attention in it: multimodal, wrapped by PEFT,
-            sharded.
-
-    Returns:
-        The number of attention layers in ``model`` that run fused.
-
-    Raises:
-        ValueError: The model has no such layer.
-        NotImplementedError: A layer has another forward than transformers' (a subclass, another library, another
-            version of transformers); the message names it. Nothing is changed then.
-    """
-    layers = list(_layers(model))
-    if not layers:
-        names = " or ".join(family.attention for family in _FAMILIES)
-        raise ValueError(
-            f"apply_to: expected a model with layers of {names}, got a {type(model).__name__} without"
-        )
-    for name, layer, family in layers:
-        _check(name, layer, family)
-    for _, layer, family in layers:
-        if not _is_fused(layer, family):
-            plain: Any = type(layer)  # mypy takes a Module's class for unhashable
-            _become(layer, _fused_class(plain, family))
-    return len(layers)
-
-
-def remove_from(model: torch.nn.Module) -> int:
-    """Undoes :func:`apply_to`. Where it was not called, or undone already, nothing is done.
-
-    Returns:
-        The number of layers that ran fused.
-
-    Raises:
-        NotImplementedError: A fused layer's class was subclassed since then; the message names it. Nothing is changed.
-    """
-    fused = [(name, layer) for name, layer, family in _layers(model) if _is_fused(layer, family)]
-    for name, layer in fused:
-        if "forward" not in vars(type(layer)):
-            raise NotImplementedError(
-                f"remove_from: {name or type(layer).__name__}: something else made it a {type(layer).__name__} after "
-                "apply_to; undo that first; nothing was changed"
-            )
-    for _, layer in fused:
-        _become(layer, type(layer).__bases__[0])
-    return len(fused)
-
-
-def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, _Family]]:
+def _targets(model: torch.nn.Module, _named: bool) -> Iterator[Target]:
     # A model can only have layers of a class whose module is imported: nothing else needs to be.
     families = [family for family in _FAMILIES if family.modeling in sys.modules]
     for name, module in model.named_modules():
         for family in families:
-            if isinstance(module, getattr(sys.modules[family.modeling], family.attention)):
-                yield name, module, family
+            base = getattr(sys.modules[family.modeling], family.attention)
+            if isinstance(module, base):
+                yield Target(name, module, base, _fused_forward(family), _PARAMETERS)
 
 
-def _is_fused(layer: torch.nn.Module, family: _Family) -> bool:
-    return type(layer).forward is _fused_forward(family)
+PART = Part("attention", "layers of " + " or ".join(family.attention for family in _FAMILIES), _targets)
+"""The norms and the rotary embedding of Gemma 4's text attention, in every layer.
 
-
-def _check(name: str, layer: torch.nn.Module, family: _Family) -> None:
-    """Refuse a layer that runs another forward than its class's, or whose class's is not transformers' or ours.
-
-    Raises:
-        NotImplementedError: It does.
-    """
-    base = getattr(sys.modules[family.modeling], family.attention)
-    place = _PLACES["_old_forward" in layer.__dict__]
-    present = layer.__dict__.get(place)
-    if list(inspect.signature(base.forward).parameters) != _PARAMETERS:
-        reason = f"this transformers' {family.attention}.forward takes {inspect.signature(base.forward)}"
-    elif type(layer).forward is not base.forward and not _is_fused(layer, family):
-        reason = f"{type(layer).__name__} overrides the forward of {family.attention}"
-    elif present is not None and getattr(present, "__func__", None) is not type(layer).forward:
-        reason = f"something else replaced its {place} already; undo that, or call apply_to before it"
-    else:
-        return
-    raise NotImplementedError(f"apply_to: {name or type(layer).__name__}: {reason}; nothing was changed")
-
-
-def _become(layer: torch.nn.Module, new: type[torch.nn.Module]) -> None:
-    """Makes ``layer`` an instance of ``new``, and bound forwards of its old class those of ``new``."""
-    old = type(layer)
-    layer.__class__ = new
-    for place in _PLACES:
-        if getattr(layer.__dict__.get(place), "__func__", None) is not old.forward:
-            continue
-        if place == "forward":
-            del layer.__dict__[place]  # the class has it
-        else:
-            layer.__dict__[place] = types.MethodType(new.forward, layer)
-
-
-@functools.cache
-def _fused_class(plain: Any, family: _Family) -> type[torch.nn.Module]:
-    """The subclass of ``plain`` that runs fused; the same object for the same arguments.
-
-    A class, because a method bound to one layer would run that layer's weights in its shallow copies, too.
-    """
-
-    def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
-        """A pickle is of the plain layer, in the form of protocol 0: that of 2 insists on the object's own class."""
-        constructor, arguments, *rest = plain.__reduce_ex__(self, 0)
-        return (constructor, tuple(plain if value is fused else value for value in arguments), *rest)
-
-    def shallow(self: Any) -> Any:
-        twin = self.__new__(type(self))
-        twin.__setstate__(self.__dict__)
-        return twin
-
-    def deep(self: Any, memo: dict[int, Any]) -> Any:
-        twin = memo[id(self)] = self.__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    members = {"forward": _fused_forward(family), "__reduce_ex__": reduce, "__module__": __name__}
-    # Both would go by the pickle otherwise. A class that has its own has a reason.
-    for name, copier in (("__copy__", shallow), ("__deepcopy__", deep)):
-        if not hasattr(plain, name):
-            members[name] = copier
-    fused: type[torch.nn.Module] = type(f"Fused{plain.__name__}", (plain,), members)
-    return fused
+Queries and keys are normalised and rotated, and values normalised, in one operator each
+(:func:`~scattermoe_lora.rms_norm_rotary`), forward and backward. Projections (LoRA or not), caches, shared keys and
+values, and whatever ``attn_implementation`` names, run as before, and so do norms that have hooks or a class of their
+own. Under checkpointing, keys and values that layers share are held by the graph of those layers alone.
+"""
 
 
 def _is_plain(norm: torch.nn.Module, norm_class: type[torch.nn.Module]) -> bool:
     """True if calling ``norm`` computes what its class does from its weight, and nothing else happens."""
     return (
         type(norm).forward is norm_class.forward
-        and "forward" not in norm.__dict__
-        and not norm._forward_pre_hooks
-        and not norm._forward_hooks
-        and not norm._backward_pre_hooks
-        and not norm._backward_hooks
+        and is_plain(norm)
         # Hooks on all modules: a profiler's, or a debugger's.
         and not torch.nn.modules.module._has_any_global_hook()
     )

@@ -1,0 +1,84 @@
+"""Parts of a model that run fused: one call on a model, and one that undoes it."""
+
+from __future__ import annotations
+
+import torch
+
+from .fused_classes import Part, Target
+from .gemma4 import attention
+from .projections import part as projections
+
+_PARTS = (attention.PART, projections.PART)
+
+
+def apply_to(model: torch.nn.Module, *parts: str) -> int:
+    """Runs parts of ``model`` fused.
+
+    ============= ====================================================================================================
+    part          what runs fused
+    ============= ====================================================================================================
+    "attention"   the norms and the rotary embedding in every text attention layer of Gemma 4, see
+                  :mod:`scattermoe_lora.integration.gemma4.attention`
+    "projections" PEFT's LoRA on linear layers, see :mod:`scattermoe_lora.integration.projections.part`
+    ============= ====================================================================================================
+
+    Parameters, buffers and ``state_dict`` stay as they are. Modules become instances of a subclass of theirs. That is
+    part of a copy, deep or shallow (``nn.DataParallel``'s replicas), which runs on its weights, and not of a pickle,
+    which needs this kernel then no more than the model did before. Calling it again does nothing.
+
+    Args:
+        model: A model, or part of one: multimodal, wrapped by PEFT, sharded.
+        parts: Their names. Without any, all that the model has.
+
+    Returns:
+        The number of modules in ``model`` that run these parts fused.
+
+    Raises:
+        ValueError: A name of no part, or the model has nothing of a part that was named (or of any).
+        NotImplementedError: A module has another forward than transformers' (a subclass, another library, another
+            version of transformers); the message names it. Nothing is changed then.
+    """
+    chosen = _chosen("apply_to", parts)
+    targets = [_targets(part, model, bool(parts)) for part in chosen]
+    missing = [part for part, found in zip(chosen, targets, strict=True) if not found]
+    if (parts and missing) or len(missing) == len(chosen):
+        needs = "; or ".join(part.needs for part in missing)
+        raise ValueError(f"apply_to: expected a model with {needs}, got a {type(model).__name__} without")
+    own = [target for found in targets for target in found]
+    for target in own:
+        target.fuse()
+    return len(own)
+
+
+def remove_from(model: torch.nn.Module, *parts: str) -> int:
+    """Undoes :func:`apply_to`, for these parts or for all. Where it was not called, or undone already, nothing is done.
+
+    Returns:
+        The number of modules that ran fused.
+
+    Raises:
+        ValueError: A name of no part.
+        NotImplementedError: A fused module's class was subclassed since then; the message names it. Nothing is changed.
+    """
+    chosen = _chosen("remove_from", parts)
+    fused = [target for part in chosen for target in part.targets(model, False) if target.is_fused]
+    for target in fused:
+        target.check_removable()
+    for target in fused:
+        target.restore()
+    return len(fused)
+
+
+def _chosen(caller: str, names: tuple[str, ...]) -> list[Part]:
+    for name in names:
+        if name not in {part.name for part in _PARTS}:
+            expected = ", ".join(repr(part.name) for part in _PARTS)
+            raise ValueError(f"{caller}: parts: expected some of {expected}, got {name!r}")
+    return [part for part in _PARTS if not names or part.name in names]
+
+
+def _targets(part: Part, model: torch.nn.Module, named: bool) -> list[Target]:
+    targets = list(part.targets(model, named))
+    for target in targets:
+        target.check()
+    return targets

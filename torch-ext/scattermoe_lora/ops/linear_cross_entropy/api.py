@@ -1,0 +1,173 @@
+"""The public building block: cross entropy straight from hidden states and the weight of the head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .. import dispatch
+from .checks import check
+from .op import linear_cross_entropy_forward
+
+
+class LinearCrossEntropy(NamedTuple):
+    """The loss, and what else was asked for.
+
+    Attributes:
+        loss: A scalar, or of the shape of the labels with ``reduction="none"``.
+        log_probs: Of the labels' shape, the log-probability of each label; 0 where it is ignored. Or None.
+        entropy: Of the labels' shape, the entropy of each token's distribution; 0 where ignored. Or None.
+    """
+
+    loss: torch.Tensor
+    log_probs: torch.Tensor | None
+    entropy: torch.Tensor | None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    num_items_in_batch: float | torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    return_log_probs: bool = False,
+    return_entropy: bool = False,
+) -> torch.Tensor | LinearCrossEntropy:
+    """Cross entropy of ``logits = cap(logit_scale * (hidden W^T + scaling * hidden A^T B^T + bias))``.
+
+    The logits of all tokens are never in memory, forward or backward: a block of tokens by a block of the vocabulary is
+    computed at a time, in float32 from there on. What a head without a gradient would need for one is not computed.
+    Differentiable once in ``hidden``, ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``token_weight``, through every
+    result. The same input gives the same bits.
+
+    Args:
+        hidden: ``[..., H]``, any strides; float64 (on the CPU only), float32, bfloat16 or float16.
+        weight: ``[V, H]``, dtype of ``hidden``. Under autocast, any of these dtypes: it is read block by block in the
+            dtype that autocast computes in, and its gradient is of its own.
+        labels: ``[...]`` integers: as ``hidden`` without its last dimension. Those below 0 or above ``V - 1`` other
+            than ``ignore_index`` are refused on the CPU, and make the loss NaN on a GPU, which nobody waits for.
+        bias: ``[V]``, any of the dtypes.
+        softcap: ``c`` of ``cap(x) = c * tanh(x / c)``, as Gemma's ``final_logit_softcapping``; None for none.
+        logit_scale: Factor of the logits, for temperature, or as models of Cohere and Granite have it.
+        ignore_index: The label of tokens that do not count.
+        label_smoothing: ``e`` in ``(1 - e) * loss + e * mean over the vocabulary of -log p`` (Szegedy et al., 2016).
+        z_loss: Factor of ``logsumexp(logits)^2``, which is added (Chowdhery et al., *PaLM*, 2022).
+        class_weight: ``[V]``, weights of the vocabulary, as in ``torch.nn.functional.cross_entropy``.
+        token_weight: ``[...]``, factors of each token's loss.
+        reduction: ``"mean"``, over tokens that count, weighted by ``class_weight`` and ``token_weight``; ``"sum"``; or
+            ``"none"``, a loss for each token. Where no token counts, mean and sum are 0.
+        num_items_in_batch: Divides the sum in place of the weight of these tokens: the number of labels in all
+            micro-batches of a step, as transformers' Trainer passes it.
+        lora_a, lora_b: ``[r, H]`` and ``[V, r]``, any of the dtypes, given together; used in the dtype of ``hidden``.
+        scaling: Factor of the low-rank logits (LoRA's ``alpha / r``).
+        return_log_probs, return_entropy: Whether to return each token's, too, from the same pass.
+
+    Returns:
+        The loss in float32 (float64 for float64); with one of the last two flags a :class:`LinearCrossEntropy`.
+
+    Raises:
+        ValueError: Arguments that do not fit together; the message names argument, expected and got.
+        NotImplementedError: float64 on a GPU; forward-mode differentiation, ``torch.func.grad`` and second derivatives.
+    """
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    check(
+        hidden,
+        weight,
+        labels,
+        {"bias": bias, "class_weight": class_weight},
+        (lora_a, lora_b),
+        token_weight,
+        softcap,
+        logit_scale,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        num_items_in_batch,
+    )
+    dispatch.refuse_transforms("linear_cross_entropy", hidden, weight, bias, lora_a, lora_b, token_weight)
+    valid = (labels != ignore_index).reshape(-1)
+    flat = labels.reshape(-1).long()
+    # Below the vocabulary is what the operator leaves out, above it what has no logit.
+    index = flat.masked_fill(flat < 0, weight.shape[0]).masked_fill(~valid, -1)
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    low = None
+    if lora_a is not None and lora_b is not None:
+        low = F.linear(rows, lora_a.to(rows.dtype))
+        lora_b = (lora_b * scaling).to(rows.dtype).contiguous()
+    head = (bias, low, lora_b)
+    # Where hidden states alone get a gradient, the forward can have it ready.
+    is_frozen = not weight.requires_grad and not any(t is not None and t.requires_grad for t in (bias, low))
+    pulls = torch.is_grad_enabled() and rows.requires_grad and is_frozen and low is None
+    pulls = pulls and not label_smoothing and not return_entropy and not dispatch.use_triton(rows)
+    lse, label_logit, logit_sum, entropy, _ = linear_cross_entropy_forward(
+        rows,
+        weight.contiguous(),
+        *head,
+        index,
+        class_weight,
+        float(logit_scale),
+        float(softcap or 0.0),
+        bool(label_smoothing),
+        return_entropy,
+        pulls,
+    )
+    log_probs = label_logit - lse
+    loss = -log_probs
+    weights = valid.to(loss.dtype)
+    if class_weight is not None:
+        class_weight = class_weight.to(loss.dtype)
+        # What is outside the vocabulary is NaN already, whatever its weight.
+        of_label = class_weight[index.clamp(0, weight.shape[0] - 1)]
+        loss, weights = loss * of_label, weights * of_label
+    if label_smoothing:
+        total = weight.shape[0] if class_weight is None else class_weight.sum()
+        smooth = (lse * total - logit_sum) / weight.shape[0]
+        loss = (1 - label_smoothing) * loss + label_smoothing * smooth
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    if token_weight is not None:
+        by_token = token_weight.reshape(-1).to(loss.dtype)
+        loss, weights = loss * by_token.masked_fill(~valid, 0.0), weights * by_token
+    reduced = _reduce(loss, weights.masked_fill(~valid, 0.0), labels, reduction, num_items_in_batch)
+    if not return_log_probs and not return_entropy:
+        return reduced
+    return LinearCrossEntropy(
+        reduced,
+        log_probs.view(labels.shape) if return_log_probs else None,
+        entropy.view(labels.shape) if return_entropy else None,
+    )
+
+
+def _reduce(
+    loss: torch.Tensor,
+    weights: torch.Tensor,
+    labels: torch.Tensor,
+    reduction: str,
+    num_items_in_batch: float | torch.Tensor | None,
+) -> torch.Tensor:
+    if reduction == "none":
+        return loss.view(labels.shape)
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if num_items_in_batch is None:
+        count = weights.sum()
+    else:
+        count = torch.as_tensor(num_items_in_batch, dtype=loss.dtype, device=loss.device)
+    # Nothing counts: nothing over nothing is 0 here, and so is its gradient.
+    return total / count.masked_fill(count == 0, 1.0)
