@@ -170,7 +170,9 @@ def test_short_steps_are_timed_many_in_a_row(script, monkeypatch, least, tried) 
     assert in_a_row == [1, *tried, *(7 * (tried[-1:] or [1]))]
 
 
-@pytest.mark.parametrize("name", ["compare.py", "compare_attention.py", "benchmark_norm_rotary.py"])
+@pytest.mark.parametrize(
+    "name", ["compare.py", "compare_attention.py", "compare_projections.py", "benchmark_norm_rotary.py"]
+)
 def test_a_comparison_for_a_gpu_says_where_there_is_none(name) -> None:
     command = [sys.executable, str(REPOSITORY / "benchmarks" / name), "--device", "cuda"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
