@@ -50,6 +50,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare_attention.py
 	$(BIN)/python benchmarks/compare_mlp.py
 	$(BIN)/python benchmarks/compare_loss.py
+	$(BIN)/python benchmarks/compare_projections.py
 
 bench-hub: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py

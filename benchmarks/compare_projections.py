@@ -135,13 +135,12 @@ def difference(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 def measure(kernel: Any, case: Case, device: str, seconds: float, base: str) -> dict[str, Any]:
     """A row for each layer: its time, its addition to the frozen layer's, and memory."""
-    install = importlib.import_module(f"{kernel.__name__}.integration.projections.install")
     if base == "torch":
         importlib.import_module(f"{kernel.__name__}.ops.lora_linear.products").prefers_onednn = lambda: False
     with torch.device(device):
         layers = {"frozen": Layer(case, False), "peft": Layer(case, True), "scattermoe": Layer(case, True)}
     layers["scattermoe"].model.load_state_dict(layers["peft"].model.state_dict())
-    install.fuse_projections(layers["scattermoe"].model)
+    kernel.apply_to(layers["scattermoe"].model, "projections")
     finish: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows: dict[str, Any] = {}
     for name, layer in layers.items():
@@ -184,7 +183,10 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
             f"{row['saved_bytes'] / 1e6:>22.1f}",
             flush=True,
         )
-    print(f"{'':<12}difference to PEFT's step: {rows['scattermoe']['difference']:.1e}", flush=True)
+    print(
+        f"{'':<12}largest difference of a tensor to PEFT's: {rows['scattermoe']['difference']:.1e}",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -170,8 +170,12 @@ def test_short_steps_are_timed_many_in_a_row(script, monkeypatch, least, tried) 
     assert in_a_row == [1, *tried, *(7 * (tried[-1:] or [1]))]
 
 
+COMPARISONS = ["attention", "loss", "mlp", "projections", "quantized"]
+
+
 @pytest.mark.parametrize(
-@pytest.mark.parametrize("name", ["benchmark_norm_rotary", "compare", "compare_attention", "compare_loss", "compare_mlp", "compare_quantized"])
+    "name", ["benchmark_norm_rotary", "compare", *(f"compare_{part}" for part in COMPARISONS)]
+)
 def test_a_comparison_for_a_gpu_says_where_there_is_none(name, script, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", "cuda"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,12 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture
-def fusing(submodule):
-    """The module that fuses and unfuses."""
-    return submodule("integration.projections.install")
 
 
 def lora(model: Any, targets: list[str] | None = None, **options: Any) -> Any:
@@ -73,10 +68,10 @@ PER_LAYER = [3, 1, 2, 1]
         ("dense", ["q_proj", "v_proj", "up_proj"], [2, 1] * 4),
     ],
 )
-def test_a_step_is_pefts_and_layers_of_one_input_are_one_call(fusing, calls, kind, targets, sizes) -> None:
+def test_a_step_is_pefts_and_layers_of_one_input_are_one_call(kernel, calls, kind, targets, sizes) -> None:
     model = lora(build(kind), targets)
     expected = step(model)
-    assert fusing.fuse_projections(model) == sum(sizes)
+    assert kernel.apply_to(model, "projections") == sum(sizes)
     close(step(model), expected)
     assert calls.sizes == sizes
     # Without gradients each is computed when it is called.
@@ -84,15 +79,15 @@ def test_a_step_is_pefts_and_layers_of_one_input_are_one_call(fusing, calls, kin
     with torch.no_grad():
         model(input_ids=torch.arange(2, 9).view(1, 7))
     assert set(calls.sizes) == {1}
-    assert fusing.unfuse_projections(model) == sum(sizes)
+    assert kernel.remove_from(model, "projections") == sum(sizes)
     calls.sizes.clear()
     assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
     assert not calls.sizes
-    assert fusing.unfuse_projections(model) == 0
+    assert kernel.remove_from(model, "projections") == 0
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen2"])
-def test_other_families_are_grouped_by_their_own_forward(fusing, calls, family) -> None:
+def test_other_families_are_grouped_by_their_own_forward(kernel, calls, family) -> None:
     import transformers
 
     config = getattr(transformers, f"{family}Config")(
@@ -106,25 +101,25 @@ def test_other_families_are_grouped_by_their_own_forward(fusing, calls, family) 
     )
     model = lora(getattr(transformers, f"{family}ForCausalLM")(config).train())
     expected = step(model)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     close(step(model), expected)
     assert calls.sizes == PER_LAYER * 2
 
 
-def test_other_fused_parts_of_the_model_stand_beside(kernel, fusing, calls) -> None:
+def test_other_fused_parts_of_the_model_stand_beside(kernel, calls) -> None:
     model = lora(build("smallest"))
     expected = step(model)
-    kernel.apply_to(model)
-    fusing.fuse_projections(model)
+    attention_layers, projections = 3, 2 * 7 + 5
+    assert kernel.apply_to(model) == attention_layers + projections
     close(step(model), expected, 1e-4)
     assert calls.sizes == [*PER_LAYER * 2, 1, 1, 2, 1]
-    kernel.remove_from(model)
-    close(step(model), expected)
+    assert kernel.remove_from(model) == attention_layers + projections
+    assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
 
 
-def test_checkpointing_gives_the_same_step_with_dropout(fusing) -> None:
+def test_checkpointing_gives_the_same_step_with_dropout(kernel) -> None:
     model = lora(build("smallest"), lora_dropout=0.3)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     torch.manual_seed(2)
     expected = step(model)
     torch.manual_seed(3)
@@ -180,17 +175,17 @@ def assert_alike(got: list[torch.Tensor], exact: list[torch.Tensor], tolerance: 
     ],
     ids=str,
 )
-def test_adapters_of_every_kind_give_pefts_result(fusing, calls, options) -> None:
+def test_adapters_of_every_kind_give_pefts_result(kernel, calls, options) -> None:
     model = lora(Layer(bias=True), TARGETS, **options)
     expected = run(model)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     assert_alike(run(model), expected)
     assert calls.sizes == [2]
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_is_as_close_as_pefts(fusing, adapter_dtype, autocast) -> None:
+def test_half_precision_is_as_close_as_pefts(kernel, adapter_dtype, autocast) -> None:
     model = lora(Layer(bias=True), TARGETS)
     exact = run(copy.deepcopy(model).double(), X.double())
     if not autocast:
@@ -201,7 +196,7 @@ def test_half_precision_is_as_close_as_pefts(fusing, adapter_dtype, autocast) ->
     x = X if autocast else X.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = run(model, x)
-        fusing.fuse_projections(model)
+        kernel.apply_to(model, "projections")
         got = run(model, x)
     assert [t.dtype for t in got] == [t.dtype for t in expected]
     for ours, theirs, right in zip(got, expected, exact, strict=True):
@@ -209,9 +204,9 @@ def test_half_precision_is_as_close_as_pefts(fusing, adapter_dtype, autocast) ->
         assert errors[0] < max(2 * errors[1], 6e-3), errors
 
 
-def test_adapters_are_added_switched_disabled_merged_and_deleted_as_before(fusing, calls) -> None:
+def test_adapters_are_added_switched_disabled_merged_and_deleted_as_before(kernel, calls) -> None:
     model = lora(Layer(), TARGETS)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     plain = lora(Layer(), TARGETS)
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
@@ -243,16 +238,16 @@ def test_adapters_are_added_switched_disabled_merged_and_deleted_as_before(fusin
     assert type(model.unload().first) is nn.Linear
 
 
-def test_copies_run_fused_on_their_own_weights_and_pickles_need_no_kernel(fusing, calls) -> None:
+def test_copies_run_fused_on_their_own_weights_and_pickles_need_no_kernel(kernel, calls) -> None:
     model = lora(Layer(), TARGETS)
     expected = run(model)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     twin = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data.zero_()
     assert_alike(run(twin), expected)
     assert calls.sizes == [1, 1]
-    assert fusing.fuse_projections(twin) == 2
+    assert kernel.apply_to(twin, "projections") == 2
     assert_alike(run(twin), expected)
     assert calls.sizes == [1, 1, 2]
     stream = io.BytesIO()
@@ -262,7 +257,7 @@ def test_copies_run_fused_on_their_own_weights_and_pickles_need_no_kernel(fusing
     assert_alike(run(torch.load(stream, weights_only=False)), expected)
 
 
-def test_what_is_not_covered_runs_as_it_did_and_says_why(fusing, submodule, calls, monkeypatch) -> None:
+def test_what_is_not_covered_runs_as_it_did_and_says_why(kernel, submodule, calls, monkeypatch) -> None:
     forward = submodule("integration.projections.forward")
 
     def runs_as_before(model: Any, reason: str) -> None:
@@ -271,7 +266,7 @@ def test_what_is_not_covered_runs_as_it_did_and_says_why(fusing, submodule, call
         calls.sizes.clear()
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            fusing.fuse_projections(model)
+            kernel.apply_to(model, "projections")
             got = run(model)
         assert [reason in str(warning.message) for warning in raised] == [True]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -285,14 +280,21 @@ def test_what_is_not_covered_runs_as_it_did_and_says_why(fusing, submodule, call
     for layer in (hooked.base_model.model.first, hooked.base_model.model.second):
         layer.lora_A["default"].register_forward_hook(lambda module, args, y: y * 2)
     runs_as_before(hooked, "adapter default has hooks")
-    replaced = lora(Layer(), ["first"])
+    # Of two layers, one that something else has got hold of; the other runs fused.
+    replaced = lora(Layer(), TARGETS)
     layer = replaced.base_model.model.first
-    layer.forward = layer.forward
-    runs_as_before(replaced, "something else replaced the forward of base_model.model.first already")
+    layer.forward = partial(type(layer).forward, layer)
+    expected = run(replaced)
+    with pytest.warns(
+        UserWarning, match=r"fused: base_model.model\.first: something else replaced its forward"
+    ):
+        assert kernel.apply_to(replaced, "projections") == 1
+    assert_alike(run(replaced), expected)
+    assert calls.sizes == [1]
     with pytest.raises(
         ValueError, match="expected a model with PEFT's LoRA on linear layers, got a Layer without"
     ):
-        fusing.fuse_projections(Layer())
+        kernel.apply_to(Layer(), "projections")
 
 
 class Quantized(nn.Linear):
@@ -312,36 +314,36 @@ class Quantized(nn.Linear):
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_base_layers_are_called_and_added_to(fusing, calls, view, dtype) -> None:
+def test_other_base_layers_are_called_and_added_to(kernel, calls, view, dtype) -> None:
     model = lora(Layer(), TARGETS, lora_bias=True)
     for layer in (model.base_model.model.first, model.base_model.model.second):
         layer.base_layer = Quantized(layer.base_layer, view)
     expected = run(model, X.to(dtype))
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     assert_alike(run(model, X.to(dtype)), expected, 2e-6 if dtype == torch.float32 else 2e-2)
     # A base layer with hooks is such a layer, too.
     hooked = lora(Layer(), TARGETS)
     hooked.base_model.model.first.base_layer.register_forward_hook(lambda module, args, y: y * 2)
     expected = run(hooked)
-    fusing.fuse_projections(hooked)
+    kernel.apply_to(hooked, "projections")
     assert_alike(run(hooked), expected)
     assert calls.sizes == [1]
 
 
-def test_other_base_layers_drop_on_the_low_rank_path_alone(fusing) -> None:
+def test_other_base_layers_drop_on_the_low_rank_path_alone(kernel) -> None:
     model = lora(Layer(), TARGETS, lora_dropout=0.4)
     for layer in (model.base_model.model.first, model.base_model.model.second):
         layer.base_layer = Quantized(layer.base_layer)
     torch.manual_seed(5)
     expected = run(model)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     torch.manual_seed(5)
     assert_alike(run(model), expected)
 
 
-def test_a_result_is_taken_only_for_the_input_and_parameters_that_it_was_computed_with(fusing) -> None:
+def test_a_result_is_taken_only_for_the_input_and_parameters_that_it_was_computed_with(kernel) -> None:
     model = lora(Layer(), TARGETS)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     first, second = model.base_model.model.first, model.base_model.model.second
     x, other = X.clone(), X.flip(0)
 
@@ -387,17 +389,17 @@ def test_groups_are_the_calls_with_one_unchanged_variable(submodule) -> None:
     assert called_together(len) == []
 
 
-def test_a_compiled_step_is_the_same(fusing) -> None:
+def test_a_compiled_step_is_the_same(kernel) -> None:
     model = lora(Layer(), TARGETS)
     expected = run(model)
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     torch._dynamo.reset()
     assert_alike(run(torch.compile(model, fullgraph=True, backend="aot_eager")), expected)
 
 
-def test_an_adapter_that_was_trained_fused_loads_into_a_plain_model(fusing, tmp_path) -> None:
+def test_an_adapter_that_was_trained_fused_loads_into_a_plain_model(kernel, tmp_path) -> None:
     model = lora(build("smallest"))
-    fusing.fuse_projections(model)
+    kernel.apply_to(model, "projections")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     loss = model(input_ids=torch.arange(2, 9).view(1, 7), labels=torch.arange(2, 9).view(1, 7)).loss
     loss.backward()

@@ -9,24 +9,26 @@ from .gemma4 import attention
 from .loss import forward as loss
 from .mlp import forward as mlp
 from .norm import forward as norm
+from .projections import part as projections
 
-_PARTS = (attention.PART, mlp.PART, norm.PART, loss.PART)
+_PARTS = (attention.PART, mlp.PART, norm.PART, projections.PART, loss.PART)
 
 
 def apply_to(model: torch.nn.Module, *parts: str) -> int:
     """Runs parts of ``model`` fused.
 
-    ============ =====================================================================================================
-    part         what runs fused
-    ============ =====================================================================================================
-    "attention"  the norms and the rotary embedding in every text attention layer of Gemma 4, see
-                 :mod:`scattermoe_lora.integration.gemma4.attention`
-    "mlp"        every gated MLP, between its projections, and safe in float16, see
-                 :mod:`scattermoe_lora.integration.mlp.forward`
-    "norm"       every RMSNorm, see :mod:`scattermoe_lora.integration.norm.forward`
-    "loss"       ``model(..., labels=...)`` of causal language models with a linear head, without their logits, see
-                 :mod:`scattermoe_lora.integration.loss.forward`
-    ============ =====================================================================================================
+    ============= ====================================================================================================
+    part          what runs fused
+    ============= ====================================================================================================
+    "attention"   the norms and the rotary embedding in every text attention layer of Gemma 4, see
+                  :mod:`scattermoe_lora.integration.gemma4.attention`
+    "mlp"         every gated MLP, between its projections, and safe in float16, see
+                  :mod:`scattermoe_lora.integration.mlp.forward`
+    "norm"        every RMSNorm, see :mod:`scattermoe_lora.integration.norm.forward`
+    "projections" PEFT's LoRA on linear layers, see :mod:`scattermoe_lora.integration.projections.part`
+    "loss"        ``model(..., labels=...)`` of causal language models with a linear head, without their logits, see
+                  :mod:`scattermoe_lora.integration.loss.forward`
+    ============= ====================================================================================================
 
     Parameters, buffers and ``state_dict`` stay as they are. Modules become instances of a subclass of theirs. That is
     part of a copy, deep or shallow (``nn.DataParallel``'s replicas), which runs on its weights, and not of a pickle,

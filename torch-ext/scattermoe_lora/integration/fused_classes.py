@@ -116,13 +116,21 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 def has_hooks(module: Any) -> bool:
     """True if calling ``module`` runs more than its forward."""
+    # Hooks on all modules: a profiler's, or a debugger's.
+    return _has_own_hooks(module) or torch.nn.modules.module._has_any_global_hook()
+
+
+def is_plain(module: torch.nn.Module) -> bool:
+    """True if ``module`` has no hooks of its own, and no other forward than its class's."""
+    return "forward" not in module.__dict__ and not _has_own_hooks(module)
+
+
+def _has_own_hooks(module: Any) -> bool:
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
-        # Hooks on all modules: a profiler's, or a debugger's.
-        or torch.nn.modules.module._has_any_global_hook()
     )
 
 

@@ -12,8 +12,6 @@ import torch
 from ...ops.lora_linear.api import Pair
 from . import groups, terms
 
-made: set[Callable[..., Any]] = set()
-"""The forwards that :func:`fused` has made."""
 _warned: set[str] = set()
 
 
@@ -39,7 +37,6 @@ def fused(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             return terms.project_alone(x, own)
         return groups.project_with_siblings(self, x, own)
 
-    made.add(forward)
     return forward
 
 

@@ -48,18 +48,10 @@ _groups: weakref.WeakKeyDictionary[torch.nn.Module, _Group] = weakref.WeakKeyDic
 
 
 def join(members: list[torch.nn.Module]) -> None:
-    """Makes modules siblings, given in the order in which they are called."""
+    """Makes modules siblings, given in the order in which they are called. It tells only those that run fused."""
     group = _Group(members)
     for member in members:
         _groups[member] = group
-
-
-def leave(module: torch.nn.Module) -> None:
-    """Takes ``module`` out of its group, if it is in one."""
-    group = _groups.pop(module, None)
-    if group is not None:
-        group.members = [member for member in group.members if member() is not module]
-        group.forget()
 
 
 def project_with_siblings(module: Any, x: torch.Tensor, own: terms.Terms) -> torch.Tensor:
@@ -78,8 +70,13 @@ def project_with_siblings(module: Any, x: torch.Tensor, own: terms.Terms) -> tor
         return waiting
     group.forget()
     read = {id(module): own}
+    forward = type(module).forward
     if group.members[0]() is module:
-        for sibling in filter(None, (member() for member in group.members[1:])):
+        for member in group.members[1:]:
+            sibling = member()
+            # One that does not run fused would not take its result.
+            if sibling is None or type(sibling).forward is not forward:
+                continue
             other = terms.read(sibling, x)
             if isinstance(other, terms.Terms) and other.weight is not None:
                 read[id(sibling)] = other

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...ops.lora_linear.api import DTYPES, Bias, Pair, project
-from ..subclassing import is_plain
+from ..fused_classes import is_plain
 
 
 class Terms(NamedTuple):
