@@ -21,6 +21,7 @@ from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
 from ..grouped_linear.workspace import LowRank, shares
 from ..quantization.stack import Weight
+from ..routing import Routing
 from .arguments import Kept, Operands
 from .kernels import gate_backward_kernel, gate_up_kernel
 
@@ -39,7 +40,7 @@ def _constants(gate: Gate) -> dict[str, Any]:
 def project_and_gate(
     x: torch.Tensor,
     weight: Weight,
-    routing: Scheduled,
+    routing: Routing,
     top_k: int,
     low: LowRank | None,
     bias: torch.Tensor | None,

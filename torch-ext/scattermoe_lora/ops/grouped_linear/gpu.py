@@ -182,7 +182,6 @@ def grouped_matmul(
     out = x.new_empty((pairs, weight.shape[1]))
     if pairs == 0:
         return out
-    routing = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
     for dense, share, factors, own_bias in shares(weight, routing, low, bias):
         programs, arguments, constants, persistent, flatten = matmul_launch(
             x, dense, share, top_k=top_k, low=factors, bias=own_bias

@@ -12,6 +12,7 @@ import torch
 
 from ..quantization import gpu
 from ..quantization.stack import QuantizedStack, Weight
+from ..routing import Routing
 from .schedule import Scheduled
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
@@ -29,12 +30,13 @@ def experts_at_a_time(stack: QuantizedStack) -> int:
 
 
 def shares(
-    weight: Weight, routing: Scheduled, low: LowRank | None, bias: torch.Tensor | None
+    weight: Weight, routing: Routing, low: LowRank | None, bias: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, Scheduled, LowRank | None, torch.Tensor | None]]:
     """The dense weight, pairs, factors and bias of each of the launches that one product takes.
 
     A dense weight takes one. The matrices of a quantized one are decoded into a workspace, which the next share reuses.
     """
+    routing = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
     if not isinstance(weight, QuantizedStack):
         yield weight, routing, low, bias
         return
