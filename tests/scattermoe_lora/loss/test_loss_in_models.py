@@ -229,9 +229,37 @@ def test_a_class_that_does_more_with_its_logits_is_refused_with_the_line(kernel)
         kernel.apply_to(causal("Llama").model, "loss")
 
 
-def test_all_parts_that_a_model_has_run_fused_without_a_name(kernel) -> None:
+def test_others_see_the_class_that_it_was(kernel, tmp_path) -> None:
+    plain = causal("Llama")
+    model = get_peft_model(plain, LoraConfig(target_modules=["q_proj"]))
+    kernel.apply_to(model, "loss", "norm")
+    # Trainer's label smoothing, AutoPeftModel and vLLM go by these names.
+    assert plain._get_name() == "LlamaForCausalLM"
+    assert type(plain).__module__ == "transformers.models.llama.modeling_llama"
+    plain.save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).architectures == ["LlamaForCausalLM"]
+    # A wrapper that hands attributes on is copied as the wrapper that it is.
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model)
+    ids = torch.arange(2, 12).view(1, 10)
+    assert torch.equal(twin(input_ids=ids, labels=ids).loss, model(input_ids=ids, labels=ids).loss)
+    assert twin(input_ids=ids, labels=ids).logits is None
+
+
+def test_norms_with_a_gate_run_as_they_are(kernel) -> None:
+    model = causal("Mamba2", num_heads=4, head_dim=16, state_size=16, n_groups=1, chunk_size=8)
+    ids = torch.arange(2, 12).view(1, 10)
+    expected = model(input_ids=ids).logits
+    kernel.apply_to(model, "norm")
+    assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_it_runs_beside_the_other_parts_and_is_asked_for_by_name(kernel) -> None:
     model = build("dense")
     plain = step(model)
-    assert kernel.apply_to(model) == model.config.num_hidden_layers + 1
+    layers = model.config.num_hidden_layers
+    assert kernel.apply_to(model) == layers
+    assert model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits is not None
+    parts = kernel.apply_to(model, "attention", "mlp", "norm", "loss")
     assert distance(step(model), plain) < 1e-5
-    assert kernel.remove_from(model) == model.config.num_hidden_layers + 1
+    assert kernel.remove_from(model) == parts > layers + 1

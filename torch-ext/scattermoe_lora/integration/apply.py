@@ -36,20 +36,21 @@ def apply_to(model: torch.nn.Module, *parts: str) -> int:
 
     Args:
         model: A model, or part of one: multimodal, wrapped by PEFT, sharded.
-        parts: Their names. Without any, all that the model has.
+        parts: Their names. Without any, ``"attention"``. The others are asked for: with them a model differs to the
+            code around it (no logits beside the loss, MLPs that clamp in float16).
 
     Returns:
         The number of modules in ``model`` that run these parts fused.
 
     Raises:
-        ValueError: A name of no part, or the model has nothing of a part that was named (or of any).
+        ValueError: A name of no part, or the model has nothing of a part.
         NotImplementedError: A module has another forward than transformers' (a subclass, another library, another
             version of transformers); the message names it. Nothing is changed then.
     """
-    chosen = _chosen("apply_to", parts)
-    targets = [_targets(part, model, bool(parts)) for part in chosen]
+    chosen = _chosen("apply_to", parts or (attention.PART.name,))
+    targets = [_targets(part, model) for part in chosen]
     missing = [part for part, found in zip(chosen, targets, strict=True) if not found]
-    if (parts and missing) or len(missing) == len(chosen):
+    if missing:
         needs = "; or ".join(part.needs for part in missing)
         raise ValueError(f"apply_to: expected a model with {needs}, got a {type(model).__name__} without")
     own = [target for found in targets for target in found]
@@ -85,8 +86,8 @@ def _chosen(caller: str, names: tuple[str, ...]) -> list[Part]:
     return [part for part in _PARTS if not names or part.name in names]
 
 
-def _targets(part: Part, model: torch.nn.Module, named: bool) -> list[Target]:
-    targets = list(part.targets(model, named))
+def _targets(part: Part, model: torch.nn.Module) -> list[Target]:
+    targets = list(part.targets(model, True))
     for target in targets:
         target.check()
     return targets

@@ -169,11 +169,16 @@ def _fused_class(plain: Any, forward: Forward) -> type[torch.nn.Module]:
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
+    # transformers and PEFT go by a class's name and module: for the loss of a class, for what config.json says.
+    members = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members |= {"forward": forward, "__reduce_ex__": reduce}
     # Both would go by the pickle otherwise. A class that has its own has a reason.
-    for name, copier in (("__copy__", shallow), ("__deepcopy__", deep)):
-        if not hasattr(plain, name):
-            members[name] = copier
-    fused: type[torch.nn.Module] = type(f"Fused{plain.__name__}", (plain,), members)
+    if not hasattr(plain, "__copy__"):
+        members["__copy__"] = shallow
+    fused: type[torch.nn.Module] = type(plain.__name__, (plain,), members)
+    if not hasattr(plain, "__deepcopy__"):
+        # Not as a method, which copy.deepcopy asks the instance for: a wrapper that hands attributes on would be taken
+        # for what it wraps.
+        copy._deepcopy_dispatch[fused] = deep  # type: ignore[attr-defined]
     _fused_classes.add(fused)
     return fused

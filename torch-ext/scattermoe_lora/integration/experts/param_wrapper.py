@@ -10,10 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import layer
-from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from .factors import active_settings, bias_of, weight_norms
+
+try:
+    from peft.tuners.lora import layer
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+except ImportError as error:
+    raise ImportError(f"scattermoe: LoRA on experts needs PEFT 0.19 or later: {error}") from error
 
 _STATE = "scattermoe"
 

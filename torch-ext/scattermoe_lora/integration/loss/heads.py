@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..fused_classes import has_hooks, plain_class
+
 
 class Head(NamedTuple):
     """``x W^T + bias + (x A^T) B^T``, as the arguments of ``linear_cross_entropy``."""
@@ -40,9 +42,9 @@ def read(module: torch.nn.Module) -> Head | str:
 
 def _obstacle(module: torch.nn.Module, base: type[torch.nn.Module]) -> str | None:
     """The reason why calling ``module`` is not the same as calling ``base``'s forward; None if it is."""
-    if type(module).forward is not base.forward or "forward" in module.__dict__:
+    if plain_class(module).forward is not base.forward or "forward" in module.__dict__:
         return f"the head is a {type(module).__name__} with a forward of its own"
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+    if has_hooks(module):
         return "the head has hooks"
     return None
 

@@ -71,7 +71,8 @@ def _gated_forward(plain: Any, layout: Layout) -> Callable[..., Any]:
     # Its name is its place's: a pickled module then names the class's own forward.
     def forward(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         """As the class's forward."""
-        if layout.act is not None and has_hooks(getattr(self, layout.act)):
+        is_hooked = layout.act is not None and has_hooks(getattr(self, layout.act))
+        if is_hooked or len(arguments) + len(named) != 1:
             result: torch.Tensor = plain.forward(self, *arguments, **named)
             return result
         (x,) = (*arguments, *named.values())

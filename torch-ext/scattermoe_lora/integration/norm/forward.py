@@ -56,7 +56,11 @@ def _forward(plain: Any, formula: Formula) -> Callable[..., Any]:
     # Its name is its place's: a pickled module then names the class's own forward.
     def forward(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         """As the class's forward."""
-        (x,) = (*arguments, *named.values())
+        x, *others = (*arguments, *named.values())
+        if others:
+            # A gate, in classes that take one.
+            gated: torch.Tensor = plain.forward(self, *arguments, **named)
+            return gated
         weight = self.weight if formula.weighted else None
         if _takes(x, weight):
             return rms_norm(

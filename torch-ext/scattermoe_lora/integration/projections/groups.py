@@ -63,7 +63,9 @@ def project_with_siblings(module: Any, x: torch.Tensor, own: terms.Terms) -> tor
         own: Its terms, with a weight.
     """
     group = _groups.get(module)
-    if group is None:
+    # A recomputation draws masks in the order of the first computation, which may have run without gradients and so
+    # each by itself.
+    if group is None or own.has_dropout:
         return terms.project_alone(x, own)
     waiting = group.take(module, x, _key(own, x))
     if waiting is not None:
@@ -78,7 +80,7 @@ def project_with_siblings(module: Any, x: torch.Tensor, own: terms.Terms) -> tor
             if sibling is None or type(sibling).forward is not forward:
                 continue
             other = terms.read(sibling, x)
-            if isinstance(other, terms.Terms) and other.weight is not None:
+            if isinstance(other, terms.Terms) and other.weight is not None and not other.has_dropout:
                 read[id(sibling)] = other
     pairs = [pair._replace(projection=p) for p, other in enumerate(read.values()) for pair in other.pairs]
     biases = [bias._replace(projection=p) for p, other in enumerate(read.values()) for bias in other.biases]

@@ -23,6 +23,11 @@ class Terms(NamedTuple):
     biases: list[Bias]
     weight: torch.Tensor | None
 
+    @property
+    def has_dropout(self) -> bool:
+        """True if a mask is drawn for the input."""
+        return any(pair.dropout for pair in self.pairs)
+
     def needs_gradient(self, x: torch.Tensor) -> bool:
         """True if ``x``, or a factor, needs one."""
         return x.requires_grad or any(a.requires_grad or b.requires_grad for _, a, b, *_ in self.pairs)

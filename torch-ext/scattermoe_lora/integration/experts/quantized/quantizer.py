@@ -10,16 +10,22 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
-from transformers.modeling_utils import PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ....ops.quantization.encode import FORMATS, layout_of, quantize
 from ....ops.quantization.stack import QuantizedStack, concatenate
 from .parameter import QuantizedWeight
+
+try:
+    from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+    from transformers.modeling_utils import PreTrainedModel
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as error:
+    raise ImportError(
+        f"scattermoe: quantization in from_pretrained needs transformers 5.20 or later: {error}"
+    ) from error
 
 METHOD = "scattermoe"
 """The quantization method that ``config.json`` names."""
