@@ -14,6 +14,7 @@ from peft.tuners.lora import layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from .factors import active_settings, bias_of, weight_norms
+from .quantized.peft import decode_weight
 
 _STATE = "scattermoe"
 
@@ -38,7 +39,7 @@ class ParamWrapper(layer.ParamWrapper):
             yield
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters into the weight, and their biases into the module's.
+        """Merges adapters into the weight, decoding a quantized one, and their biases into the module's.
 
         Raises:
             RuntimeError: The module has no biases that an adapter's could be added to; nothing is merged then.
@@ -54,6 +55,7 @@ class ParamWrapper(layer.ParamWrapper):
                     f"scattermoe: LoRA on {self.parameter_name}: adapter {name!r} has lora_bias=True, and "
                     f"{type(self.get_base_layer()).__name__} has no {self.parameter_name}_bias to merge it into"
                 )
+        decode_weight(self)
         # A norm is that of the unmerged weight with one adapter, whichever adapters are merged before it.
         names = self.merged_adapters + names
         if self.merged:
