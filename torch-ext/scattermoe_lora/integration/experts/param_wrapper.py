@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .factors import active_settings, bias_of, weight_norms
+from .quantized.peft import decode_weight
 
 try:
     from peft.tuners.lora import layer
@@ -42,7 +43,7 @@ class ParamWrapper(layer.ParamWrapper):
             yield
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters into the weight, and their biases into the module's.
+        """Merges adapters into the weight, decoding a quantized one, and their biases into the module's.
 
         Raises:
             RuntimeError: The module has no biases that an adapter's could be added to; nothing is merged then.
@@ -58,6 +59,7 @@ class ParamWrapper(layer.ParamWrapper):
                     f"scattermoe: LoRA on {self.parameter_name}: adapter {name!r} has lora_bias=True, and "
                     f"{type(self.get_base_layer()).__name__} has no {self.parameter_name}_bias to merge it into"
                 )
+        decode_weight(self)
         # A norm is that of the unmerged weight with one adapter, whichever adapters are merged before it.
         names = self.merged_adapters + names
         if self.merged:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import dispatch
-from ..quantization.decode import decode
+from ..quantization.op import decode_experts
 from ..quantization.stack import QuantizedStack, Weight
 from .cpu import wide_dtype
 from .op import grouped_linear_forward
@@ -191,7 +191,11 @@ def row_norms(weight: Weight, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         for start in range(0, experts, few):
             chunk = slice(start, start + few)
             low, high = a[chunk], b[chunk].to(wide)
-            matrices = decode(weight, chunk) if isinstance(weight, QuantizedStack) else weight[chunk]
+            if isinstance(weight, QuantizedStack):
+                numbers = list(range(start, min(start + few, experts)))
+                matrices = decode_experts(*weight.operands(), weight.dtype, numbers)
+            else:
+                matrices = weight[chunk]
             squares = torch.linalg.vector_norm(matrices, dim=-1, dtype=wide).square()
             cross = torch.bmm(matrices, low.to(matrices.dtype).mT).to(wide)
             gram = torch.bmm(low.to(wide), low.to(wide).mT)

@@ -27,8 +27,8 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
 
     Raises:
         ValueError: An unknown format; a model without experts modules; experts that are quantized already or being
-            trained, or whose numbers cannot be quantized. Nothing has been changed then, but for NaN and infinity,
-            which are found in the weight that has them.
+            trained, that have adapters merged into them, or whose numbers cannot be quantized. Nothing has been changed
+            then, but for NaN and infinity, which are found in the weight that has them.
         NotImplementedError: Weights that FSDP2 has split (quantize before ``fully_shard``), or that are split otherwise
             than along the experts.
     """
@@ -37,6 +37,7 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
     places = list(_weights(model))
     if not places:
         raise ValueError(f"quantize_experts: {_no_experts(model)}")
+    _refuse_merged(model)
     holders: dict[int, list[tuple[torch.nn.Module, str, str]]] = {}
     for path, module, name in places:
         label = f"quantize_experts: {path}.{name}"
@@ -57,6 +58,18 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
         for module_with_it, its_name, _ in ((module, name, label), *others):
             setattr(module_with_it, its_name, parameter)
     describe_quantized(model, format)
+
+
+def _refuse_merged(model: torch.nn.Module) -> None:
+    """Raises ValueError for merged adapters, which could not be taken out of codes again."""
+    for path, module in model.named_modules():
+        if not (getattr(module, "merged_adapters", ()) and hasattr(module, "parameter_name")):
+            continue
+        if hasattr(module.get_base_layer(), "is_transposed"):
+            raise ValueError(
+                f"quantize_experts: {path}: adapters are merged into {module.parameter_name}: "
+                f"{', '.join(module.merged_adapters)}; unmerge first, or merge_and_unload"
+            )
 
 
 def _quantized(parameter: Any, format: str, label: str) -> torch.Tensor:
@@ -100,11 +113,13 @@ def dequantize_experts(model: torch.nn.Module) -> None:
         model: A model whose experts :func:`quantize_experts` quantized, or ``bitsandbytes.nn.parametrize``.
 
     Raises:
-        ValueError: A model without quantized experts.
+        ValueError: A model without quantized experts, but for one whose experts merging made dense.
         NotImplementedError: Experts whose own class computes with codes (transformers' fine-grained FP8).
     """
     quantized = [(path, *place) for path, *place in _weights(model) if read_stack(*place) is not None]
     if not quantized:
+        if describe_dense(model):  # Merging decoded them.
+            return
         raise ValueError(
             f"dequantize_experts: expected quantized experts in {type(model).__name__}, got none"
         )

@@ -30,9 +30,18 @@ def quantization_config(
         ValueError: An unknown format.
         RuntimeError: :func:`scattermoe_lora.register` was not called.
     """
-    if _registered is None:
+    if _registered is None or not _is_known():
         raise RuntimeError("quantization_config: expected register() to be called first, got no registration")
     return _registered(quant_type, linears, skip_modules)
+
+
+def _is_known() -> bool:
+    """True if transformers knows the method, by this build or by another."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    from .quantizer import METHOD
+
+    return METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def describe_quantized(model: Any, quant_type: str) -> None:
@@ -42,11 +51,11 @@ def describe_quantized(model: Any, quant_type: str) -> None:
     attach(model, quant_type)
 
 
-def describe_dense(model: Any) -> None:
-    """Lets ``save_pretrained`` write a model whose experts are no longer quantized."""
+def describe_dense(model: Any) -> bool:
+    """Lets ``save_pretrained`` write a model whose experts are no longer quantized; True if it was described so."""
     from .quantizer import detach
 
-    detach(model)
+    return detach(model)
 
 
 def register_quantizer() -> None:
@@ -56,14 +65,16 @@ def register_quantizer() -> None:
 
     from .quantizer import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
 
+    unregister_quantizer()  # Called again, it comes last again.
     _registered = ExpertsQuantizationConfig
+    _registered.replaced = [AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD), AUTO_QUANTIZER_MAPPING.get(METHOD)]
     # Not by transformers' decorators, which refuse a second build.
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ExpertsQuantizationConfig
     AUTO_QUANTIZER_MAPPING[METHOD] = ExpertsQuantizer
 
 
 def unregister_quantizer() -> None:
-    """Undoes :func:`register_quantizer`; another build's registration stays."""
+    """Undoes :func:`register_quantizer`; other builds' stay."""
     global _registered
     if _registered is None:
         return
@@ -71,6 +82,21 @@ def unregister_quantizer() -> None:
 
     from .quantizer import METHOD
 
-    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD) is _registered:
-        del AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD]
-    _registered = None
+    registered, replaced = _registered, _registered.replaced
+    _registered = registered.replaced = None
+    outer = AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)
+    if outer is registered:
+        for mapping, previous in zip(
+            (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING), replaced, strict=True
+        ):
+            if previous is None:
+                mapping.pop(METHOD, None)
+            else:
+                mapping[METHOD] = previous
+        return
+    # A build that came later leaves for what this one replaced.
+    while below := getattr(outer, "replaced", None):
+        if below[0] is registered:
+            outer.replaced = replaced
+            return
+        outer = below[0]

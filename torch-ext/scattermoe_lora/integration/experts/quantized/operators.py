@@ -173,8 +173,9 @@ def _on_dense(kind: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
         if argument.alias_info is not None and argument.alias_info.is_write
     }
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-        if name in is_written and isinstance(value, kind):
-            refuse_write(func, value)
+        for written in torch.utils._pytree.tree_leaves(value) if name in is_written else ():
+            if isinstance(written, kind):
+                refuse_write(func, written)
 
     def dense(value: Any) -> Any:
         if not isinstance(value, kind):

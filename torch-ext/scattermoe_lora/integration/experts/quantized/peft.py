@@ -42,7 +42,7 @@ def hook(names: Collection[str]) -> None:
         def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> Any:
             adapters = set(adapter_names or self.active_adapters) - set(self.merged_adapters)
             if _wrappers and any(adapter in self.lora_A for adapter in adapters):
-                _decode(self)
+                decode_weight(self)
             return inner[0](self, safe_merge=safe_merge, adapter_names=adapter_names)
 
         return merge
@@ -65,7 +65,7 @@ def _stack(wrapper: Any) -> Any:
     return read_stack(experts, wrapper.parameter_name) if hasattr(experts, "is_transposed") else None
 
 
-def _decode(wrapper: Any) -> None:
+def decode_weight(wrapper: Any) -> None:
     """Makes a wrapper's parameter dense. PEFT adds to ``param.data``, of which a quantized weight has only a copy."""
     stack = _stack(wrapper)
     if stack is None:

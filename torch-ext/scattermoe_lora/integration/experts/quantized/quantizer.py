@@ -5,9 +5,10 @@ Linear layers are another quantizer's (bitsandbytes' for example), or stay as th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,9 +37,14 @@ _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 class ExpertsQuantizationConfig(QuantizationConfigMixin):
     """The configuration that ``config.json`` keeps; :func:`.loading.quantization_config` makes one.
 
+    Attributes:
+        replaced: The classes of configuration and quantizer that another build registered before this one.
+
     Raises:
-        ValueError: An unknown format.
+        ValueError: An unknown format; a string instead of a list of modules to skip.
     """
+
+    replaced: ClassVar[list[Any] | None] = None
 
     def __init__(
         self,
@@ -50,6 +56,10 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         if quant_type not in FORMATS:
             raise ValueError(
                 f"quantization_config: quant_type: expected one of {', '.join(FORMATS)}, got {quant_type!r}"
+            )
+        if isinstance(skip_modules, str):
+            raise ValueError(
+                f"quantization_config: skip_modules: expected a list of names, got the string {skip_modules!r}"
             )
         self.quant_method = quant_method
         self.quant_type = quant_type
@@ -115,10 +125,22 @@ class ExpertsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         keep_saved_names(model)
+        if not any(
+            isinstance(getattr(parameter, "_local_tensor", parameter), QuantizedWeight)
+            for parameter in model.parameters()
+        ):
+            detach(model)  # Merging made the last of the experts dense.
+        layout = layout_of(self.quantization_config.quant_type)
         state, metadata = self.linears.get_state_dict_and_metadata(model)
         parts: dict[str, torch.Tensor] = {}
         for name, tensor in (model.state_dict() if state is None else state).items():
             if isinstance(tensor, QuantizedWeight):
+                if tensor.stack.format != layout:
+                    raise ValueError(
+                        f"{name}: expected the format of the model's quantization_config, "
+                        f"{self.quantization_config.quant_type} ({layout}), got {tensor.stack.format}; a checkpoint "
+                        "has one format"
+                    )
                 codes, (scales,), _ = tensor.stack.operands()
                 parts |= zip(_part_names(name), (codes, scales), strict=True)
             else:
@@ -177,23 +199,42 @@ def attach(model: torch.nn.Module, quant_type: str) -> None:
     """Lets ``save_pretrained`` write the experts of a model, quantized since it was loaded, as codes and scales."""
     for base in _pretrained(model):
         linears = getattr(base, "hf_quantizer", None)
+        if isinstance(linears, ExpertsQuantizer):
+            linears = None if isinstance(linears.linears, _Dense) else linears.linears
         config = ExpertsQuantizationConfig(
             quant_type, None if linears is None else linears.quantization_config
         )
         base.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
         if linears is not None:
             base.hf_quantizer.linears = linears
+        _own_config(model, base)
         base.config.quantization_config = config
         base.is_quantized = base.config._is_quantized = True
         base.quantization_method = base.hf_quantizer.linears.quantization_config.quant_method
 
 
-def detach(model: torch.nn.Module) -> None:
-    """Leaves to ``save_pretrained`` a model without quantized experts: dense, but for quantized linear layers."""
+def _own_config(model: torch.nn.Module, base: Any) -> None:
+    """Gives a model, with all modules that hold its config, a copy of it: other models may hold the same one."""
+    shared = base.config
+    own = copy.copy(shared)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is shared:
+                vars(module)[name] = own
+
+
+def detach(model: torch.nn.Module) -> bool:
+    """Leaves to ``save_pretrained`` a model without quantized experts: dense, but for quantized linear layers.
+
+    Returns:
+        True if a quantizer of experts described it.
+    """
+    described = False
     for base in _pretrained(model):
         quantizer = getattr(base, "hf_quantizer", None)
         if not isinstance(quantizer, ExpertsQuantizer):
             continue
+        described = True
         keep_saved_names(base)
         if isinstance(quantizer.linears, _Dense):
             quantizer.remove_quantization_config(base)
@@ -201,6 +242,7 @@ def detach(model: torch.nn.Module) -> None:
         else:
             base.hf_quantizer = quantizer.linears
             base.config.quantization_config = quantizer.linears.quantization_config
+    return described
 
 
 def keep_saved_names(model: Any) -> None:
@@ -224,6 +266,9 @@ def _pretrained(model: torch.nn.Module) -> Iterator[Any]:
 
 
 class _Quantize(ConversionOps):
+    # Set where a converter hands over one expert after the other, and checks their number itself.
+    is_by_expert = False
+
     def __init__(self, quantizer: ExpertsQuantizer) -> None:
         self.quantizer = quantizer
 
@@ -236,7 +281,9 @@ class _Quantize(ConversionOps):
             return operation.convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        stack = quantize(weight, self.quantizer.quantization_config.quant_type)
+        stack = quantize(weight, self.quantizer.quantization_config.quant_type, full_layer_name)
+        if not self.is_by_expert:
+            _check_shape(model, full_layer_name, stack)
         return {full_layer_name: _parameter(stack)}
 
 
@@ -279,9 +326,18 @@ class _ByExpert(WeightConverter):
 
     def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         operation = self.quantization_operation
-        if operation is None or not operation.quantizer.has_blocks_by_expert(model, layer_name):
+        if operation is None:
             return super().convert(layer_name, model=model, **kwargs)
         loads = dict(self.collected_tensors)
+        counts = {pattern: len(tensors) for pattern, tensors in loads.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"{layer_name}: expected as many experts in the checkpoint of each projection, got "
+                + ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
+            )
+        if not operation.quantizer.has_blocks_by_expert(model, layer_name):
+            return super().convert(layer_name, model=model, **kwargs)
+        operation.is_by_expert = True
         stacks: list[QuantizedStack] = []
         for one in zip(*loads.values(), strict=True):
             tensors = [load() for load in one]
@@ -294,7 +350,9 @@ class _ByExpert(WeightConverter):
             ((name, parameter),) = super().convert(layer_name, model=model, **kwargs).items()
             stacks.append(parameter.stack)
         self.collected_tensors = {}
-        return {name: _parameter(concatenate(stacks))}
+        stack = concatenate(stacks)
+        _check_shape(model, name, stack)
+        return {name: _parameter(stack)}
 
 
 def _by_expert(conversion: Any) -> Any:
@@ -303,14 +361,28 @@ def _by_expert(conversion: Any) -> Any:
         return conversion
     if conversion._original_target_patterns[0].rpartition(".")[2] not in _PARAMETERS:
         return conversion
-    copy = _ByExpert(
+    by_expert = _ByExpert(
         list(conversion._original_source_patterns),
         list(conversion._original_target_patterns),
         list(conversion.operations),
         conversion.force_cpu,
     )
-    copy.scope_prefix, copy.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
-    return copy
+    by_expert.scope_prefix, by_expert.base_model_prefix = (
+        conversion.scope_prefix,
+        conversion.base_model_prefix,
+    )
+    return by_expert
+
+
+def _check_shape(model: Any, name: str, stack: QuantizedStack) -> None:
+    """Raises ValueError for a weight that is not of its parameter's shape: experts or projections are missing."""
+    module, parameter = get_module_from_name(model, name)
+    dense = getattr(module, parameter)
+    # Of one that processes share, this one has a part.
+    if not hasattr(dense, "placements") and stack.shape != dense.shape:
+        raise ValueError(
+            f"{name}: expected weights of {list(dense.shape)} in the checkpoint, got {list(stack.shape)}"
+        )
 
 
 def _part_names(name: str) -> list[str]:
