@@ -15,11 +15,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
-# What a user of the kernel has, and nothing of this repository.
+# What a user of the kernel and of recipes/ has, and nothing of this repository. PEFT and Trainer import every one of these
+# libraries that they find, so that it is here and not in $(VENV), where tests would wait for them.
 $(CONSUMER)/.ready: constraints.txt
 	$(PYTHON) -m venv $(CONSUMER)
 	$(CONSUMER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(CONSUMER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers peft kernels
+	$(CONSUMER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers peft kernels \
+	    accelerate bitsandbytes torchao trl datasets matplotlib
 	touch $@
 
 lint: $(VENV)/.ready
