@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...ops.lora_linear.api import Pair
-from ..fused_classes import is_plain
+from ..fused_classes import is_plain, is_small
 from . import groups, terms
 
 _warned: set[str] = set()
@@ -32,6 +32,9 @@ def fused(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if not isinstance(own, terms.Terms):
             if own is not None:
                 warn_once(own)
+            return plain(self, x)
+        # A forward without gradients may be a checkpoint's, whose recomputation draws the same masks.
+        if is_small(x) and not own.has_dropout:
             return plain(self, x)
         if own.weight is None:
             return _around(self.base_layer, x, own)
