@@ -100,7 +100,7 @@ def _loss(
     plain: Callable[..., torch.Tensor], logits: _Logits, labels: Any, vocab_size: int, **kwargs: Any
 ) -> torch.Tensor:
     """As ``ForCausalLMLoss`` of transformers 5.22, which is ``plain``."""
-    head = heads.read(logits.head)
+    head = heads.read(logits.head, logits.hidden.dtype)
     reason = head if isinstance(head, str) else _misfit(head, logits, vocab_size)
     if isinstance(head, str) or reason is not None:
         _log_once(f"loss: runs unfused: {reason}")
@@ -255,5 +255,6 @@ PART = Part(
 The class's own forward runs, with a head that keeps its input, and :func:`~scattermoe_lora.linear_cross_entropy` takes
 the place of ``ForCausalLMLoss``: the same shift, ``num_items_in_batch``, soft cap, scale and LoRA on the head. A result
 has no ``logits`` in training; ``skip_logits=False`` asks for them, ``skip_logits=True`` leaves them out in evaluation.
-A head that is more than a linear layer (hooks, shards, quantized) runs as it is, and one line of the log says why.
+A head that bitsandbytes keeps in 4 bits is decoded a part at a time. One that is more than a linear layer (hooks,
+shards, quantized otherwise) runs as it is, and one line of the log says why.
 """
