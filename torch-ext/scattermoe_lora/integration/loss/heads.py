@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,38 @@ class Head(NamedTuple):
     bias: torch.Tensor | None
     lora_a: torch.Tensor | None = None
     lora_b: torch.Tensor | None = None
+
+
+def run_sharded(
+    module: torch.nn.Module, hidden: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``run(hidden)`` in place of the forward of a layer that FSDP2 shards, whose weight is whole meanwhile.
+
+    Its hooks gather the weight before, and again for the backward of the result.
+    """
+    module.forward = run
+    try:
+        result: torch.Tensor = module(hidden)
+        return result
+    finally:
+        del module.forward
+
+
+def is_sharded(module: Any) -> bool:
+    """True of a linear layer that FSDP2 shards by itself, and that has no hooks but those that gather its weight."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule) or not isinstance(module, torch.nn.Linear):
+        return False
+    state = module._get_fsdp_state()
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return (
+        type(module).forward is torch.nn.Linear.forward
+        and "forward" not in module.__dict__
+        and all(getattr(hook, "__self__", None) is state for hook in hooks)
+        # Of the result, which then is a loss.
+        and state._mp_policy.output_dtype in (None, torch.float32)
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
 
 
 def read(module: torch.nn.Module, dtype: torch.dtype) -> Head | str:
