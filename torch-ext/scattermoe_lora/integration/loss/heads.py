@@ -42,7 +42,8 @@ def is_sharded(module: Any) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(module, fsdp.FSDPModule) or not isinstance(module, torch.nn.Linear):
         return False
-    state = module._get_fsdp_state()
+    layer: Any = module
+    state = layer._get_fsdp_state()
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return (
         type(module).forward is torch.nn.Linear.forward
