@@ -183,17 +183,60 @@ def quantized(rank: int, folder: Path) -> None:
         with pytest.raises(NotImplementedError, match="split by FSDP2; quantize before fully_shard"):
             kernel.quantize_experts(plain)
 
-    config = DistributedConfig(tp_size=PROCESSES, tp_plan={}, ep_size=PROCESSES)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "qwen3_moe",
-        dtype=torch.float32,
-        distributed_config=config,
-        experts_implementation="scattermoe",
-    )
+        with pytest.raises(NotImplementedError, match="split by FSDP2; dequantize before fully_shard"):
+            kernel.dequantize_experts(model)
+
+    # Each process begins with other weights, and DistributedDataParallel gives it those of the first.
     whole = quantize(build("qwen3_moe", adapted=False), "nf4")
-    quantize(model, "nf4")
-    assert_equal(train(model, [IDS]), train(whole, [IDS]))
-    torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
+    model = build("qwen3_moe", adapted=False)
+    if rank:
+        torch.nn.init.normal_(model.model.layers[0].mlp.experts.down_proj)
+    got = train(DistributedDataParallel(quantize(model, "nf4")), [IDS[2 * rank : 2 * rank + 2]])
+    assert_equal(
+        {name.removeprefix("module."): g for name, g in got.items()}, train(whole, [IDS[:2], IDS[2:]])
+    )
+
+    def load(path: Path, **settings: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, experts_implementation="scattermoe", **settings
+        )
+
+    whole = build("qwen3_moe", adapted=False)
+    kernel.quantize_experts(whole, "nf4")
+    exact = decoded(whole)
+    nf4 = kernel.quantization_config("nf4")
+    for kind, settings in (
+        ("ep", {"tp_size": PROCESSES, "tp_plan": {}, "ep_size": PROCESSES}),
+        ("fsdp", {"fsdp_size": PROCESSES}),
+    ):
+        config = DistributedConfig(**settings)
+        # Quantized as it is read, saved whole, and read again in parts and whole.
+        model = load(folder / "qwen3_moe", distributed_config=config, quantization_config=nf4)
+        model.save_pretrained(folder / f"quantized {kind}", is_main_process=rank == 0)
+        again = load(folder / f"quantized {kind}", distributed_config=config)
+        for parts in (model, again, load(folder / f"quantized {kind}")):
+            torch.testing.assert_close(decoded(parts), exact, rtol=1e-4, atol=1e-5)
+        if kind == "ep":
+            with pytest.raises(ValueError, match="already quantized"):
+                kernel.quantize_experts(model)
+            assert_equal(train(adapt(model), [IDS]), train(adapt(copy.deepcopy(whole)), [IDS]))
+            kernel.dequantize_experts(again)
+            assert not any(
+                hasattr(p.to_local(), "codes") for p in again.parameters() if isinstance(p, DTensor)
+            )
+            torch.testing.assert_close(decoded(again), exact, rtol=1e-4, atol=1e-5)
+
+    # The same by hand: whole models that are quantized and then split, and split ones that are quantized.
+    model = load(folder / "qwen3_moe")
+    kernel.quantize_experts(model, "nf4")
+    fully_shard(model)
+    model.save_pretrained(folder / "by hand", is_main_process=rank == 0)
+    dist.barrier()
+    torch.testing.assert_close(decoded(load(folder / "by hand")), exact, rtol=1e-4, atol=1e-5)
+    config = DistributedConfig(tp_size=PROCESSES, tp_plan={}, ep_size=PROCESSES)
+    model = load(folder / "qwen3_moe", distributed_config=config)
+    kernel.quantize_experts(model, "nf4")
+    torch.testing.assert_close(decoded(model), exact, rtol=1e-4, atol=1e-5)
 
 
 def loss(rank: int, folder: Path) -> None:
