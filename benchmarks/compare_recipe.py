@@ -9,7 +9,8 @@ recipe imports. ``python benchmarks/results_page.py`` shows the file in docs/res
 - ``losses``: ``{"ours": [...], "eager": [...]}``, of each step;
 - ``ms_per_step``: ``{"ours": ..., "eager": ...}``, the median without the first step;
 - ``peak_bytes``: likewise; on a GPU what was allocated, on a CPU above the process with its libraries imported;
-- ``planned_bytes``: what a plan says that ``ours`` takes, or null.
+- ``planned_bytes``: what a plan says that ``ours`` takes, or null;
+- ``warning``: what a reader must know of them, if anything.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, help="its script")
     parser.add_argument("--python", default=str(REPOSITORY / ".venv-consumer/bin/python"))
     parser.add_argument("--planned", type=int, help="the bytes that a plan says")
+    parser.add_argument("--warning", help="what readers of the figures must know, shown beside them")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -118,6 +120,8 @@ def main() -> None:
         "command": f"python benchmarks/compare_recipe.py recipes/{options.recipe.name} -- {shlex.join(own)}",
         "device": rows["ours"]["device"],
     }
+    if options.warning:
+        figures["warning"] = options.warning
     for key in ("losses", "ms_per_step", "peak_bytes"):
         figures[key] = {name: row[key] for name, row in rows.items()}
     write(options.output, figures | {"planned_bytes": options.planned})

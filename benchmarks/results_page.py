@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pictures import Bar, bars, best_rows, curves, floor_ms, is_disturbed, time_by_implementation
+from pictures import OTHERS, Bar, bars, best_rows, curves, floor_ms, is_disturbed, time_by_implementation
+from pictures import OURS as OURS_COLOUR
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
@@ -190,6 +191,23 @@ def recipe_rows(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return table(header, lines)
 
 
+def recipe_bars(contents: Iterable[Mapping[str, Any]], key: str, unit: str, scale: float) -> str:
+    """Bars of a measure of each recipe, ours in colour."""
+    groups = {
+        content["recipe"]: [
+            Bar(
+                name,
+                scale * value,
+                f"{_number(scale * value)} {unit}",
+                OURS_COLOUR if name == "ours" else OTHERS,
+            )
+            for name, value in content[key].items()
+        ]
+        for content in contents
+    }
+    return bars(f"{key.replace('_', ' ')}, {unit}", groups)
+
+
 def picture(name: str, content: Mapping[str, Any]) -> str | None:
     """An SVG of a file's figures; None where there is one beside it, or nothing to draw."""
     if name in DRAWN:
@@ -227,15 +245,10 @@ def render(contents: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
             lines += [f"No file yet; `python {section.command}` with `--output` makes one.", ""]
         if section.title == "Recipes" and own:
             lines += [*recipe_rows(own), ""]
-            milliseconds = {
-                content["recipe"]: [
-                    Bar(name, value, f"{value:.3g} ms", "#1f77b4" if name == "ours" else "#b8b8b8")
-                    for name, value in content["ms_per_step"].items()
-                ]
-                for content in own.values()
-            }
-            files[PAGE.with_suffix("") / "recipes.svg"] = bars("A step of each recipe", milliseconds)
-            lines += ["![Milliseconds of a step of each recipe](results/recipes.svg)", ""]
+            for key, unit, scale in (("ms_per_step", "ms", 1), ("peak_bytes", "MB", 1e-6)):
+                path = PAGE.with_suffix("") / f"recipes-{unit}.svg"
+                files[path] = recipe_bars(own.values(), key, unit, scale)
+                lines += [f"![{unit} of each recipe](results/{path.name})", ""]
         for name, content in own.items():
             address = f"../{(RESULTS / name).as_posix()}"
             lines += [f"### {name}", "", f"[{Path(name).name}]({address}): {provenance(content)}", ""]

@@ -69,7 +69,8 @@ def test_a_recipe_is_shown_with_its_loss_time_memory_and_plan(page: ModuleType, 
     assert "2026-11-27, a card; torch 2.13.0; commit abc." in text
     assert "![Figures of recipes/some_qlora.json](results/recipes-some_qlora.svg)" in text
     assert files[Path("docs/results/recipes-some_qlora.svg")].count("<polyline") == 2
-    assert "40 ms" in files[Path("docs/results/recipes.svg")]
+    assert "40 ms" in files[Path("docs/results/recipes-ms.svg")]
+    assert "3000 MB" in files[Path("docs/results/recipes-MB.svg")]
     unplanned = page.render({"recipes/some_qlora.json": {**RECIPE, "planned_bytes": None}})
     assert "| not planned |" in unplanned[page.PAGE]
 
@@ -148,15 +149,15 @@ def test_a_recipe_runs_as_it_is_and_then_eager(
         str(output),
         "--planned",
         "9",
-        "--",
-        "--tiny",
+        "--warning",
+        "loaded",
     ]
-    monkeypatch.setattr(sys, "argv", ["compare_recipe.py", *options])
+    monkeypatch.setattr(sys, "argv", ["compare_recipe.py", *options, "--", "--tiny"])
     benchmark("compare_recipe").main()
     (content,) = page.read(tmp_path).values()
     assert content["losses"] == {"ours": [3.0, 2.0], "eager": [3.0, 2.5]}
     assert content["command"] == "python benchmarks/compare_recipe.py recipes/recipe.py -- --tiny"
-    assert (content["planned_bytes"], content["device"]) == (9, "d")
+    assert (content["planned_bytes"], content["device"], content["warning"]) == (9, "d", "loaded")
     python.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(SystemExit, match=r"recipe.py \(ours\) ended with exit code 3"):
         benchmark("compare_recipe").main()
