@@ -1,0 +1,165 @@
+"""Models trained with weights and gradients in float8: gradients, descent, memory, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import gemma4_models
+import pytest
+import torch
+from allocations import Allocations
+from helpers import TRITON, assert_close
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.skipif(TRITON, reason="loads models, which the interpreter is too slow for")
+Submodule = Callable[[str], ModuleType]
+IDS = torch.arange(2 * 40).view(2, 40) * 7 % 61 + 2
+
+
+def gemma4(dtype: torch.dtype = torch.bfloat16) -> Any:
+    model = gemma4_models.build("moe", dtype)
+    model.set_experts_implementation("scattermoe")
+    return model
+
+
+def llama(dtype: torch.dtype = torch.bfloat16) -> Any:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def gpt_oss(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Transposed experts with biases."""
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = GptOssForCausalLM(config).to(dtype).train()
+    model.set_experts_implementation("scattermoe")
+    return model
+
+
+def dense_copy(model: Any) -> Any:
+    """A model of the same numbers, none of them in float8."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if hasattr(parameter, "codes"):
+                dense = parameter.detach().dequantize()
+                setattr(module, name, torch.nn.Parameter(dense))
+    return model
+
+
+def backward(model: Any) -> dict[str, torch.Tensor]:
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("build", [gemma4, gpt_oss, llama])
+def test_gradients_are_those_of_the_decoded_weights_rounded_once(registered: ModuleType, build: Any) -> None:
+    model = build(torch.float32)
+    registered.train_in_float8(model)
+    exact = backward(dense_copy(model))
+    got = backward(model)
+    assert got.keys() == exact.keys()
+    compressed = {name: gradient for name, gradient in got.items() if hasattr(gradient, "codes")}
+    assert len(compressed) == sum(hasattr(p, "codes") for p in model.parameters()) >= 10
+    for name, gradient in got.items():
+        if name not in compressed:
+            assert_close([gradient], [exact[name]], 1e-5)
+            continue
+        reach = exact[name].abs() / 4 + 1e-6 * exact[name].abs().amax()
+        assert bool(((gradient.dequantize() - exact[name]).abs() <= reach).all()), name
+
+    # Recomputed layers draw nothing of their own, and accumulate as the others do.
+    torch.manual_seed(3)
+    again = copy.deepcopy(model)
+    for parameter in (*model.parameters(), *again.parameters()):
+        parameter.grad = None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    results = []
+    for each in (model, again):
+        torch.manual_seed(4)
+        for _ in range(2):
+            gradients = backward(each)
+        results.append(gradients)
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient.dequantize(), results[1][name].dequantize()), name
+
+
+def descent(model: Any, optimizer: Any, steps: int = 12) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("build", [gemma4, llama])
+def test_loss_falls_and_stays_near_that_of_bfloat16(registered: ModuleType, build: Any) -> None:
+    torch.manual_seed(1)
+    model = build()
+    plain = copy.deepcopy(model)
+    registered.train_in_float8(model)
+    losses = descent(model, registered.Adafactor(model.parameters(), lr=2e-3))
+    optimizer = registered.Adafactor(plain.parameters(), lr=2e-3)
+    for parameter in plain.parameters():
+        if parameter.dim() > 1:
+            parameter._post_accumulate_grad_hooks.clear()  # Gradients stay in bfloat16.
+    exact = descent(plain, optimizer)
+    assert losses[-1] < 0.95 * losses[0]
+    assert max(abs(a / b - 1) for a, b in zip(losses, exact, strict=True)) < 0.06
+
+
+def test_weights_and_gradients_take_two_bytes_a_parameter_and_adafactor_rows_and_columns(
+    registered: ModuleType, submodule: Submodule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submodule("ops.float8.rounding"), "_CHUNK_ELEMENTS", 1 << 14)
+    matrix, experts = 384 * 512, 3
+    sizes = [torch.nn.Linear(384, 512, bias=False), torch.nn.Linear(512, 384, bias=False)]
+    model = torch.nn.Sequential(*sizes).to(torch.bfloat16)
+    x = torch.randn(4, 384, dtype=torch.bfloat16)
+    stack = torch.nn.Parameter(torch.randn(experts, 384, 512, dtype=torch.bfloat16))
+    registered.train_in_float8(model)
+    weight = submodule("ops.float8.weight").Float8Weight.from_dense(stack, stochastic=False)
+    model.register_parameter("stack", torch.nn.Parameter(weight))
+    add_gradient = submodule("ops.float8.products").with_weight_gradient
+    routing = submodule("ops.routing").Routing(torch.arange(4), torch.tensor([0, 1, 2, 4]))
+    optimizer = registered.Adafactor(model.parameters())
+    elements, blocks, moments = (2 + experts) * matrix, (2 + experts) * 3 * 4, (2 + experts) * (384 + 512)
+    assert sum(p.codes.nbytes + p.scales.nbytes for p in model.parameters()) == elements + 4 * blocks
+    with Allocations() as watched:
+        for _ in range(2):
+            y = model(x)
+            add_gradient(y, y.new_ones(4, 512), model.stack, routing, 1).square().sum().backward()
+            del y
+        held = watched.now()
+        peak, watched.peak = watched.peak, 0
+        optimizer.step()
+    # One byte an element and the scales; with a few activations and numbers.
+    assert elements + 4 * blocks <= held <= elements + 4 * blocks + 16384
+    assert held + 4 * moments <= watched.now() <= held + 4 * moments + 1024
+    # The second gradient of the stack, before it is added, is in float8; one matrix is dense, in float32 at most.
+    assert peak <= held + experts * matrix + 8 * matrix + (1 << 19)
+    # A weight, its gradient and the squares of this.
+    assert watched.peak <= held + 4 * moments + 3 * 4 * matrix + (1 << 19)
