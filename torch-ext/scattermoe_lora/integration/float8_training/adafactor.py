@@ -96,13 +96,11 @@ class Adafactor(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
-            sizes = (
-                {"rows": (count, n), "columns": (count, k)}
-                if weight.dim() > 1
-                else {"squares": (count, n, k)}
-            )
-            for name, size in sizes.items():
-                state[name] = torch.zeros(size, dtype=torch.float32, device=weight.device)
+            is_factored = weight.dim() > 1
+            names = ("rows", "columns") if is_factored else ("squares",)
+            sizes = ((count, n), (count, k)) if is_factored else ((count, n, k),)
+            for name, shape in zip(names, sizes, strict=True):
+                state[name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         state["step"] += 1
         beta = 1 - float(state["step"]) ** group["decay_rate"]
         for matrix in range(count):

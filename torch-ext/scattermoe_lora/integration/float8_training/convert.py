@@ -9,6 +9,7 @@ import torch
 
 from ...ops.float8.tensor import FLOATS
 from ...ops.float8.weight import Float8Weight
+from .checkpoint import describe, keep_standard_keys
 
 
 def train_in_float8(model: torch.nn.Module, *, skip_modules: Sequence[str] = ()) -> None:
@@ -16,7 +17,8 @@ def train_in_float8(model: torch.nn.Module, *, skip_modules: Sequence[str] = ())
 
     They become E4M3 with a scale for 128 x 128 elements, one weight after the other, and are decoded for each use;
     :class:`.adafactor.Adafactor` trains them. Embeddings, the output layer, routers (linear layers with as many outputs
-    as there are experts), norms and biases stay as they are.
+    as there are experts), norms and biases stay as they are. ``save_pretrained`` and ``state_dict()`` write the keys of
+    fine-grained FP8 checkpoints, and ``load_state_dict`` takes these or dense weights.
 
     Args:
         model: A model in float32, bfloat16 or float16, whole (before ``fully_shard``), its experts computed by this
@@ -55,6 +57,11 @@ def train_in_float8(model: torch.nn.Module, *, skip_modules: Sequence[str] = ())
         del parameter
         for module, name in sharers:
             setattr(module, name, converted)
+            keep_standard_keys(module)
+    linears = (
+        (path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    )
+    describe(model, [path for path, module in linears if not isinstance(module.weight, Float8Weight)])
 
 
 def _weights(model: torch.nn.Module, skip_modules: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
@@ -82,7 +89,7 @@ def _is_experts(module: Any) -> bool:
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
-def _kept(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+def _kept(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """The parameters of embeddings and output layers, with which linear layers may be tied."""
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):

@@ -227,24 +227,18 @@ def _scale_all(func: Any, tensors: Any, factor: Any) -> None:
 
 def _add(func: Any, tensor: Any, other: Any, *, alpha: float = 1) -> Any:
     """Decompressed, added to and compressed with stochastic rounding, a matrix at a time."""
-    if not isinstance(tensor, Float8Tensor):
+    if not isinstance(tensor, Float8Tensor) or not isinstance(other, torch.Tensor):
         return NotImplemented
     if func is aten.add.Tensor:
         tensor = tensor.clone()
-    if not isinstance(other, torch.Tensor):
+    if isinstance(other, Float8Tensor) and other.codes.shape != tensor.codes.shape:
         return NotImplemented
-    parts = (
+    dense = (
         None if isinstance(other, Float8Tensor) else other.expand(tensor.shape).reshape(tensor.codes.shape)
     )
     for matrix in range(len(tensor.codes)):
-        total = tensor.read(matrix)
-        if parts is not None:
-            total.add_(parts[matrix], alpha=alpha)
-        elif other.codes.shape == tensor.codes.shape:
-            total.add_(other.read(matrix), alpha=alpha)
-        else:
-            return NotImplemented
-        tensor.write(matrix, total, stochastic=True)
+        term: torch.Tensor = other.read(matrix) if dense is None else dense[matrix]  # type: ignore[attr-defined]
+        tensor.write(matrix, tensor.read(matrix).add_(term, alpha=alpha), stochastic=True)
     return tensor
 
 

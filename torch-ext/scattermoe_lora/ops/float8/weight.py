@@ -92,7 +92,8 @@ class Float8Weight(Float8Tensor):
         """The whole weight of what was gathered; ``out`` has been made of the same memory."""
         if out is not None:
             return None
-        return Float8Weight(*outputs, param_dtype, metadata, is_gathered=True), outputs
+        codes, scales = outputs
+        return Float8Weight(codes, scales, param_dtype, metadata, is_gathered=True), outputs
 
     @classmethod
     def __torch_function__(  # type: ignore[override]
