@@ -16,6 +16,7 @@ from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
 from .integration.float8_training.adafactor import Adafactor
 from .integration.float8_training.convert import train_in_float8
+from .integration.float8_training.dense_steps import Float8Optimizer
 from .integration.projections.targets import lora_targets
 from .integration.projections.towers import freeze_towers
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
@@ -28,6 +29,7 @@ from .ops.rms_norm.api import add_rms_norm, rms_norm
 
 __all__ = [
     "Adafactor",
+    "Float8Optimizer",
     "add_rms_norm",
     "apply_to",
     "convert_adapter",

@@ -163,3 +163,57 @@ def test_weights_and_gradients_take_two_bytes_a_parameter_and_adafactor_rows_and
     assert peak <= held + experts * matrix + 8 * matrix + (1 << 19)
     # A weight, its gradient and the squares of this.
     assert watched.peak <= held + 4 * moments + 3 * 4 * matrix + (1 << 19)
+
+
+def test_adafactor_takes_the_papers_step_and_rounds_it_without_bias(
+    registered: ModuleType, submodule: Submodule
+) -> None:
+    # 512 experts of the same numbers: their mean is the step in float32.
+    w, gradients = torch.randn(24, 40), [torch.randn(24, 40) for _ in range(2)]
+    kind, gradient_kind = (
+        submodule(f"ops.float8.{name.lower()}").__dict__[f"Float8{name}"] for name in ("Weight", "Gradient")
+    )
+    exact = kind.from_dense(w, stochastic=False).dequantize()
+    weight = torch.nn.Parameter(kind.from_dense(exact.expand(512, -1, -1).contiguous(), stochastic=False))
+    plain = torch.nn.Parameter(exact.clone())
+    settings = {"lr": 0.05, "relative_step": True, "weight_decay": 0.1}
+    optimizers = [registered.Adafactor([p], **settings) for p in (weight, plain)]
+    rows, columns = torch.zeros(24), torch.zeros(40)
+    expected = exact.clone()
+    for number, gradient in enumerate(gradients):
+        gradient = gradient_kind.from_dense(gradient, stochastic=False).dequantize()
+        plain.grad = gradient
+        weight.grad = gradient_kind.from_dense(gradient.expand(512, -1, -1).contiguous(), stochastic=False)
+        beta = 1 - (number + 1) ** -0.8
+        rows = beta * rows + (1 - beta) * gradient.square().mean(1)
+        columns = beta * columns + (1 - beta) * gradient.square().mean(0)
+        update = gradient / (rows[:, None] * columns / rows.mean()).sqrt()
+        update = update / update.square().mean().sqrt().clamp(min=1)
+        size = 0.05 * expected.square().mean().sqrt()
+        expected = (1 - 0.05 * 0.1) * expected - size * update
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(plain.detach(), expected, rtol=1e-4, atol=1e-5)
+        if not number:
+            mean = weight.detach().dequantize().mean(0)
+            assert bool(((mean - expected).abs() < 5 * expected.abs() / 16 / 512**0.5 + 1e-4).all())
+
+
+def test_another_optimizer_steps_a_dense_parameter_at_a_time_and_keeps_its_states(
+    registered: ModuleType,
+) -> None:
+    torch.manual_seed(1)
+    model = llama()
+    plain = copy.deepcopy(model)
+    registered.train_in_float8(model)
+    optimizer = registered.Float8Optimizer(torch.optim.AdamW, model.parameters(), lr=2e-3, weight_decay=0.0)
+    losses = descent(model, optimizer, 6)
+    other = registered.Float8Optimizer(torch.optim.AdamW, model.parameters(), lr=9.0, weight_decay=0.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {float(state["step"]) for state in other.state_dict()["state"].values()} == {6.0}
+    losses += descent(model, other, 6)
+    exact = descent(plain, torch.optim.AdamW(plain.parameters(), lr=2e-3, weight_decay=0.0), 12)
+    assert losses[-1] < 0.95 * losses[0]
+    assert max(abs(a / b - 1) for a, b in zip(losses, exact, strict=True)) < 0.06
+    # Between steps no dense copy is left.
+    assert not any(p.numel() for inner in other._optimizers.values() for p in inner.param_groups[0]["params"])
