@@ -181,6 +181,10 @@ def test_what_cannot_be_trained_is_refused_by_name(registered: ModuleType) -> No
         registered.train_in_float8(torch.nn.Embedding(3, 4))
     with pytest.raises(ValueError, match="expected a list of names, got the string 'lm_head'"):
         registered.train_in_float8(model, skip_modules="lm_head")
+    with pytest.raises(
+        NotImplementedError, match=r"weight: expected a GPU that multiplies in float8 .*, got cpu; leave"
+    ):
+        registered.train_in_float8(llama(), float8_products=True)
     for setting, value in (("lr", -1), ("clip_threshold", 0), ("decay_rate", 1), ("weight_decay", -1)):
         with pytest.raises(ValueError, match=f"{setting}: expected .*, got {value}"):
             registered.Adafactor(model.parameters(), **{setting: value})

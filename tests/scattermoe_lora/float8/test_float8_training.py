@@ -217,3 +217,27 @@ def test_another_optimizer_steps_a_dense_parameter_at_a_time_and_keeps_its_state
     assert max(abs(a / b - 1) for a, b in zip(losses, exact, strict=True)) < 0.06
     # Between steps no dense copy is left.
     assert not any(p.numel() for inner in other._optimizers.values() for p in inner.param_groups[0]["params"])
+
+
+def test_products_in_float8_are_those_of_rounded_activations(
+    registered: ModuleType, submodule: Submodule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        submodule("integration.float8_training.convert"), "refuse_without_products", lambda *_: None
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(144, 160, dtype=torch.bfloat16))
+    with torch.no_grad():  # Blocks of other scales.
+        model[0].weight[:128] *= 2**-6
+    registered.train_in_float8(model, float8_products=True)
+    model = copy.deepcopy(model)
+    x = torch.randn(3, 7, 144, dtype=torch.bfloat16, requires_grad=True)
+    scale = x.detach().abs().amax().float() / 448
+    rounded = (x.detach() / scale).to(torch.float8_e4m3fn).float() * scale
+    weight = model[0].weight.detach().dequantize(torch.float32)
+    exact = rounded @ weight.mT + model[0].bias.float()
+    y = model(x)
+    assert_close([y.float()], [exact], 2**-7)
+    assert not torch.equal(y, torch.nn.functional.linear(x, weight.bfloat16(), model[0].bias))
+    y.sum().backward()
+    assert_close([x.grad.float()], [weight.sum(0).expand_as(x)], 2**-6)
+    assert hasattr(model[0].weight.grad, "codes")

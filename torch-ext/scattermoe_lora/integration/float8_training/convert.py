@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from ...ops.float8.products import refuse_without_products
 from ...ops.float8.tensor import FLOATS
-from ...ops.float8.weight import Float8Weight
+from ...ops.float8.weight import Float8Weight, MultipliedWeight
 from .checkpoint import describe, keep_standard_keys
 
 
-def train_in_float8(model: torch.nn.Module, *, skip_modules: Sequence[str] = ()) -> None:
+def train_in_float8(
+    model: torch.nn.Module, *, skip_modules: Sequence[str] = (), float8_products: bool = False
+) -> None:
     """Keeps the weights of a model's linear layers and experts in float8, and lets their gradients be made in float8.
 
     They become E4M3 with a scale for 128 x 128 elements, one weight after the other, and are decoded for each use;
@@ -25,10 +28,15 @@ def train_in_float8(model: torch.nn.Module, *, skip_modules: Sequence[str] = ())
             package (``experts_implementation="scattermoe"``). What is frozen stays frozen.
         skip_modules: Modules to leave as they are, by a name or a part of one between dots.
 
+        float8_products: Multiply in float8 in the forward of linear layers, too (``torch._scaled_mm``), on an NVIDIA
+            Ada or Hopper GPU, where the model is. Activations are rounded to E4M3; the backward and experts stay as
+            they are.
+
     Raises:
         ValueError: A model with nothing to convert, weights that are NaN or infinite, experts that another
             implementation computes, or a string for ``skip_modules``; the message names the parameter.
-        NotImplementedError: Parameters that are split already, or weights that are quantized.
+        NotImplementedError: Parameters that are split already, or weights that are quantized; float8 products on
+            a device without them.
     """
     if isinstance(skip_modules, str):
         raise ValueError(
@@ -49,10 +57,13 @@ def train_in_float8(model: torch.nn.Module, *, skip_modules: Sequence[str] = ())
         _check(getattr(module, name), label)
         if _is_experts(module):
             _check_implementation(module, label)
+        elif float8_products:
+            refuse_without_products(getattr(module, name).device, label)
     for sharers in places.values():
         module, name = sharers[0]
         parameter = getattr(module, name)
-        weight = Float8Weight.from_dense(parameter, stochastic=False)
+        kind = MultipliedWeight if float8_products and not _is_experts(module) else Float8Weight
+        weight = kind.from_dense(parameter, stochastic=False)
         converted = torch.nn.Parameter(weight, requires_grad=parameter.requires_grad)
         del parameter
         for module, name in sharers:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..routing import Routing
 from .gradient import Float8Gradient
+from .rounding import E4M3
 
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,6 +32,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
+        if weight.has_float8_products and not (weight.shape[0] % 16 or weight.shape[1] % 16):
+            return _scaled_product(x, weight, bias)
         return F.linear(x, weight.dequantize(x.dtype), bias)
 
     @staticmethod
@@ -47,6 +50,38 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = rows.sum(0)
         return dx, dw, db
+
+
+def refuse_without_products(device: torch.device, label: str) -> None:
+    """Raises NotImplementedError where a device does not multiply numbers in float8 (before Ada and Hopper)."""
+    if (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+    ):
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    raise NotImplementedError(
+        f"{label}: expected a GPU that multiplies in float8 (NVIDIA Ada, Hopper or later), got {name}; leave "
+        "float8_products False: weights and gradients are kept in float8 there as well"
+    )
+
+
+def _scaled_product(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x W^T + b`` of numbers in E4M3: x with a scale of its own, W with the largest of its blocks' scales.
+
+    Scales are powers of two, so elements of W are the same numbers on another scale, but for those that are less than
+    2**-15 of the largest; a GPU multiplies with one scale for each operand.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    scale_x = (rows.abs().amax().float() / E4M3.greatest).clamp(min=torch.finfo(torch.float32).tiny)
+    scale_w = weight.scales.amax()
+    codes_x = (rows / scale_x).to(E4M3.dtype)
+    codes_w = (weight.dequantize(torch.float32) / scale_w).to(E4M3.dtype)
+    out_dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+    y = torch._scaled_mm(codes_x, codes_w.mT, scale_x, scale_w, out_dtype=out_dtype).to(x.dtype)
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def with_weight_gradient(

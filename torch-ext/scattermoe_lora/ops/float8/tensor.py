@@ -192,7 +192,8 @@ def _like(func: Any, tensor: Any, *, dtype: torch.dtype | None = None, **kwargs:
 def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(target, Float8Tensor):
         return target.copy_(source.dequantize())
-    if type(source) is type(target) and source.codes.shape == target.codes.shape:
+    is_alike = isinstance(source, Float8Tensor) and source.kind is target.kind
+    if is_alike and source.codes.shape == target.codes.shape:
         target.codes.copy_(source.codes, non_blocking)
         target.scales.copy_(source.scales, non_blocking)
         return target

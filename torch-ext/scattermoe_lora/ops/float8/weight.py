@@ -25,6 +25,7 @@ class Float8Weight(Float8Tensor):
     """
 
     kind: ClassVar[Float8] = E4M3
+    has_float8_products: ClassVar[bool] = False
 
     @property
     def stack(self) -> QuantizedStack:
@@ -93,7 +94,7 @@ class Float8Weight(Float8Tensor):
         if out is not None:
             return None
         codes, scales = outputs
-        return Float8Weight(codes, scales, param_dtype, metadata, is_gathered=True), outputs
+        return type(self)(codes, scales, param_dtype, metadata, is_gathered=True), outputs
 
     @classmethod
     def __torch_function__(  # type: ignore[override]
@@ -107,3 +108,9 @@ class Float8Weight(Float8Tensor):
             if func is F.linear:
                 return products.linear(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
+
+
+class MultipliedWeight(Float8Weight):
+    """A weight of a linear layer whose forward product runs in float8."""
+
+    has_float8_products: ClassVar[bool] = True
