@@ -39,16 +39,8 @@ def offsets(*rows: int) -> torch.Tensor:
     return torch.tensor([0, *rows]).cumsum(0)
 
 
-@pytest.mark.parametrize("installed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_forward_and_backward_are_those_of_the_decoded_matrices(
-    quantization, stack, dtype, installed, monkeypatch
-) -> None:
-    if installed:
-        pytest.importorskip("bitsandbytes")
-        assert quantization("cpu").has_bitsandbytes()
-    else:
-        monkeypatch.setattr(quantization("cpu"), "has_bitsandbytes", lambda: False)
+def test_forward_and_backward_are_those_of_the_decoded_matrices(quantization, stack, dtype) -> None:
     bounds = offsets(3, 0, 17, 1, 0, 40, 5)
     dense = quantization("reference").decode(stack, dtype).double()
     for weight, matrices in ((stack, dense), (stack.mT, dense.mT)):
