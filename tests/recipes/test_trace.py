@@ -236,8 +236,12 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return path, profiler
 
 
-def test_a_real_trace_of_the_cpu_is_what_the_profiler_itself_adds_up(profiled: tuple[Path, Any]) -> None:
+def test_a_real_trace_of_the_cpu_is_what_the_profiler_itself_adds_up(
+    profiled: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, profiler = profiled
+    # An operator has a row in each family that it serves; all of them are added up below.
+    monkeypatch.setattr(trace, "_LISTED", 10_000)
     result = trace.report(path)
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     steps = {
@@ -257,7 +261,7 @@ def test_a_real_trace_of_the_cpu_is_what_the_profiler_itself_adds_up(profiled: t
         reported[row["name"]] += row["ms"]
     longest = [name for name, _ in reported.most_common(8)]
     assert {name: reported[name] for name in longest} == pytest.approx(
-        {name: own[name] for name in longest}, rel=0.02
+        {name: own[name] for name in longest}, rel=0.02, abs=0.02
     )
     allocated = [one["args"]["Total Allocated"] for one in events if one.get("name") == "[memory]"]
     assert [device["peak_allocated"] for device in result["memory"]] == [max(allocated)]
