@@ -16,6 +16,7 @@ from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
 from .integration.projections.targets import lora_targets
 from .integration.projections.towers import freeze_towers
+from .integration.training.checks import check_training
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
@@ -27,6 +28,7 @@ from .ops.rms_norm.api import add_rms_norm, rms_norm
 __all__ = [
     "add_rms_norm",
     "apply_to",
+    "check_training",
     "convert_adapter",
     "dequantize_experts",
     "experts_forward",
