@@ -65,7 +65,7 @@ def test_a_recipe_trains_saves_loads_generates_and_has_the_losses_of_eager_mode(
     if name == "grpo_t4":  # The same texts were drawn for the first step; a bit may change all later ones.
         assert result["ours"]["rewards"][0] == result["eager"]["rewards"][0]
     else:
-        assert ours == pytest.approx(eager, rel=ROUNDING.get(name, 2e-4))
+        assert ours == pytest.approx(eager, rel=ROUNDING.get(name, 1e-3))
 
     loaded = result["reloaded"]
     assert loaded["scattermoe"] == pytest.approx(loaded["eager"], rel=1e-5)
