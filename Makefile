@@ -4,7 +4,7 @@ VENV := .venv
 CONSUMER := .venv-consumer
 BIN := $(VENV)/bin
 
-.PHONY: setup publish test test-clients fuzz lint bench bench-hub compile gpu clean
+.PHONY: setup demo publish test test-clients fuzz lint bench bench-hub compile gpu clean
 
 setup: $(VENV)/.ready $(CONSUMER)/.ready
 
@@ -46,6 +46,11 @@ fuzz: setup
 
 publish: setup
 	$(BIN)/python tools/demo
+
+# The laptop's recipe, with the kernel and without: losses, time, memory, and what the trained model says.
+demo: setup
+	$(BIN)/kernelpress build
+	LOCAL_KERNELS=org/scattermoe-lora=$(CURDIR)/build $(CONSUMER)/bin/python recipes/measure.py laptop --json build/laptop.json
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare.py

@@ -55,7 +55,7 @@ model = AutoModelForCausalLM.from_pretrained(
 lora = LoraConfig(
     r=16,
     lora_alpha=32,
-    target_modules=r".*language_model.*\.[qkvo]_proj",  # In the towers, text would leave them without gradients.
+    target_modules=r".*language_model.*\.[qkvo]_proj",  # Text does not reach the towers.
     target_parameters=["experts.gate_up_proj", "experts.down_proj"],
 )
 settings = SFTConfig(
@@ -70,11 +70,11 @@ settings = SFTConfig(
     logging_steps=1,
     save_strategy="no",
 )
-lines = filter(str.strip, Path(args.data).read_text("utf-8").splitlines())
-data = Dataset.from_dict({"text": list(lines)})
+data = Dataset.from_dict({"text": Path(args.data).read_text("utf-8").splitlines()})
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 if not args.eager:
     kernel.apply_to(trainer.model, "attention", "mlp", "norm", "projections")
+kernel.check_training(trainer)
 trainer.train()
 trainer.save_model(args.output)

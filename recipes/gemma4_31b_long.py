@@ -26,12 +26,12 @@ parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--eager", action="store_true", help="run transformers' own code, to compare")
 parser.add_argument("--tiny", action="store_true", help="small random weights, to try the script")
 args = parser.parse_args()
-dtype = torch.float32 if args.tiny else torch.bfloat16
 if args.tiny:
     import tiny
 
     args.model, args.data = tiny.prepare("gemma4_dense")
     args.length = 128
+dtype = torch.float32 if args.tiny else torch.bfloat16
 
 set_seed(0)  # Before PEFT draws the adapter.
 kernel = get_kernel("org/scattermoe-lora", version=1)
@@ -54,13 +54,12 @@ if not args.eager:
     kernel.apply_to(model, "attention", "mlp", "norm", "projections", "loss")
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-rows, row = [], []
+rows = [[]]
 for line in filter(str.strip, Path(args.data).read_text("utf-8").splitlines()):
     ids = tokenizer(line)["input_ids"][: args.length]
-    if sum(map(len, row)) + len(ids) > args.length:
-        rows.append({"documents": row})
-        row = []
-    row.append(ids)
+    if sum(map(len, rows[-1])) + len(ids) > args.length:
+        rows.append([])
+    rows[-1].append(ids)
 flatten = DataCollatorWithFlattening()  # Positions begin anew at each document; no mask hides that.
 settings = TrainingArguments(
     args.output,
@@ -73,8 +72,7 @@ settings = TrainingArguments(
     remove_unused_columns=False,
     save_strategy="no",
 )
-trainer = Trainer(
-    model, settings, lambda batch: flatten([{"input_ids": ids} for ids in batch[0]["documents"]]), rows
-)
+trainer = Trainer(model, settings, lambda batch: flatten([{"input_ids": ids} for ids in batch[0]]), rows)
+kernel.check_training(trainer)
 trainer.train()
 trainer.save_model(args.output)

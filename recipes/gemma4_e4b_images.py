@@ -75,5 +75,6 @@ settings = TrainingArguments(
 )
 data = [json.loads(line) for line in Path(args.data).read_text("utf-8").splitlines()]
 trainer = Trainer(model, settings, collate, data)
+kernel.check_training(trainer)
 trainer.train()
 trainer.save_model(args.output)

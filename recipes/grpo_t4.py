@@ -72,5 +72,6 @@ for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model
     parameter.data = parameter.data.float()
 if not args.eager:  # Gemma 4's MLPs overflow in float16 without "mlp".
     kernel.apply_to(trainer.model, "attention", "mlp", "norm")
+kernel.check_training(trainer)
 trainer.train()
 trainer.save_model(args.output)

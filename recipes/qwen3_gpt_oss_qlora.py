@@ -31,19 +31,17 @@ parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--eager", action="store_true", help="run transformers' own code, to compare")
 parser.add_argument("--tiny", action="store_true", help="small random weights, to try the script")
 args = parser.parse_args()
-dtype = torch.float32 if args.tiny else torch.bfloat16
 if args.tiny:
     import tiny
 
     args.model, args.data = tiny.prepare("gpt_oss" if "gpt-oss" in args.model else "qwen3_moe")
     args.length = 64
+dtype = torch.float32 if args.tiny else torch.bfloat16
 
 set_seed(0)  # Before PEFT draws the adapter.
 kernel = get_kernel("org/scattermoe-lora", version=1)
 kernel.register()
-kernel.register_attention(
-    "scattermoe"
-)  # Without "flash" in it, for which transformers has a list in gpt-oss.
+kernel.register_attention("scattermoe")  # gpt-oss refuses names with "flash" that it does not know.
 implementation = "eager" if args.eager else "scattermoe"
 linears = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 model = AutoModelForCausalLM.from_pretrained(
@@ -56,8 +54,8 @@ model = AutoModelForCausalLM.from_pretrained(
 )
 projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
 experts = ["experts.gate_up_proj", "experts.down_proj"]
-lora = LoraConfig(r=16, lora_alpha=32, target_modules=projections, target_parameters=experts)
-model = get_peft_model(model, lora)
+lora = LoraConfig(r=8, lora_alpha=16, target_modules=projections, target_parameters=experts)
+model = get_peft_model(model, lora, autocast_adapter_dtype=False)  # In bfloat16, to fit.
 if not args.eager:
     kernel.apply_to(model, "norm", "projections", "loss")
 
@@ -67,8 +65,9 @@ data = [tokenizer(line, truncation=True, max_length=args.length) for line in lin
 settings = TrainingArguments(
     args.output,
     max_steps=args.steps,
-    per_device_train_batch_size=4,
-    gradient_accumulation_steps=2,
+    per_device_train_batch_size=4 if args.tiny else 1,
+    gradient_accumulation_steps=2 if args.tiny else 8,
+    optim="adamw_torch" if args.tiny else "adamw_8bit",
     learning_rate=1e-2 if args.tiny else 2e-4,
     gradient_checkpointing=True,
     bf16=not args.tiny,
@@ -76,5 +75,6 @@ settings = TrainingArguments(
     save_strategy="no",
 )
 trainer = Trainer(model, settings, DataCollatorForLanguageModeling(tokenizer, mlm=False), data)
+kernel.check_training(trainer)
 trainer.train()
 trainer.save_model(args.output)

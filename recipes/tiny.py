@@ -81,7 +81,10 @@ def prepare(kind: str) -> tuple[str, str]:
         parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as scratch:
             _save_model(kind, Path(scratch), content)
-            data = _save_pictures(directory, Path(scratch)) if kind == "gemma4_images" else lines()
+            if kind == "gemma4_images":
+                data = _save_pictures(directory, Path(scratch))
+            else:
+                data = content if kind == "laptop" else lines()
             Path(scratch, "train.txt").write_text(data, encoding="utf-8")
             # At once, for the processes of a parallel run do the same; the first to end is the one that counts.
             with contextlib.suppress(OSError):
@@ -163,7 +166,10 @@ def _configurations() -> dict[str, Any]:
     layer_types = ["sliding_attention", "full_attention"] * 2
     audio = TOWER | {"output_proj_dims": 32, "subsampling_conv_channels": [8, 4]}
     moe = {"enable_moe_block": True, "top_k_experts": 2, "attention_k_eq_v": True, **EXPERTS}
+    sizes = {"hidden_size": 256, "initializer_range": 0.04, "top_k_experts": 4}
+    laptop = moe | sizes | {"num_experts": 32, "moe_intermediate_size": 192}
     return {
+        "laptop": lambda tokenizer: gemma(tokenizer, **laptop),
         "gemma4_moe": lambda tokenizer: gemma(tokenizer, use_bidirectional_attention="vision", **moe),
         "gemma4_dense": lambda tokenizer: gemma(tokenizer, use_bidirectional_attention="vision"),
         "gemma4_images": lambda tokenizer: gemma(tokenizer, audio, layer_types=layer_types, **shared),

@@ -37,6 +37,7 @@ RUNS = {
     "qwen3": ["qwen3_gpt_oss_qlora"],
     "gpt_oss": ["qwen3_gpt_oss_qlora", "--model", "unsloth/gpt-oss-20b-BF16"],
     "grpo_t4": [],
+    "laptop": [],
 }
 PARALLEL = {"eight_cards_fsdp": "fsdp", "eight_cards_experts": "experts"}
 _ = trl.SFTTrainer, trl.GRPOTrainer  # Imported here, once, and not in every process.

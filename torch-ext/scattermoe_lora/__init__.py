@@ -19,6 +19,7 @@ from .integration.float8_training.convert import train_in_float8
 from .integration.float8_training.dense_steps import Float8Optimizer
 from .integration.projections.targets import lora_targets
 from .integration.projections.towers import freeze_towers
+from .integration.training.checks import check_training
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
@@ -34,6 +35,7 @@ __all__ = [
     "Float8Optimizer",
     "add_rms_norm",
     "apply_to",
+    "check_training",
     "convert_adapter",
     "dequantize_experts",
     "experts_forward",
