@@ -3,8 +3,8 @@
     pip install torch transformers accelerate kernels
     python full_float8.py --data train.txt
 
-train.txt has a document on each line. Weights and gradients take 2 bytes a parameter together (3 in the embeddings), 52 GB
-of this model by arithmetic; memory and speed on a card are not measured yet. How it works: docs/kernel/float8_training.md.
+train.txt has a document on each line. Weights and gradients take 2 bytes a parameter together (3 in the embeddings): by
+arithmetic 52 GB of this model; memory and speed on a card are not measured yet. See docs/kernel/float8_training.md.
 """
 
 import argparse
