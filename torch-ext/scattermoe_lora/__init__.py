@@ -23,12 +23,14 @@ from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
 from .ops.linear_cross_entropy.api import linear_cross_entropy
+from .ops.linear_cross_entropy.decoded import DecodedWeight
 from .ops.lora_linear.api import lora_linear
 from .ops.norm_rotary.api import rms_norm_rotary
 from .ops.rms_norm.api import add_rms_norm, rms_norm
 
 __all__ = [
     "Adafactor",
+    "DecodedWeight",
     "Float8Optimizer",
     "add_rms_norm",
     "apply_to",

@@ -9,10 +9,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from allocations import Allocations
-from quantized_models import IDS, adapted, assert_same_bits, gemma4, gpt_oss, load, qwen3, save_dense, stacks
+from quantized_models import (
+    IDS,
+    adapted,
+    assert_same_bits,
+    build,
+    gemma4,
+    gpt_oss,
+    load,
+    logits,
+    qwen3,
+    save_dense,
+    stacks,
+)
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
@@ -142,6 +156,32 @@ def test_the_dense_model_never_exists(registered: ModuleType, checkpoint, kind: 
     assert allocations.peak - kept < 6 * encoded * expert_bytes + stack.nbytes
 
 
+def test_layers_are_offloaded_to_the_cpu_and_not_to_disk(
+    registered: ModuleType, checkpoint, tmp_path: Path
+) -> None:
+    _, folder = checkpoint(qwen3())
+    quantization = registered.quantization_config("nf4")
+    model = load(folder, quantization_config=quantization, experts_implementation="scattermoe")
+    model.save_pretrained(tmp_path / "quantized")
+    exact, bits = logits(model), stacks(model)
+    accelerate.cpu_offload(model, "cpu")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(logits(model), exact)
+    model.hf_device_map = {"": "cpu"}  # As transformers notes it.
+    model.save_pretrained(tmp_path / "offloaded")
+    remove_hook_from_submodules(model)
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in model.parameters())
+    assert_same_bits(stacks(model), bits)
+    assert_same_bits(stacks(load(tmp_path / "offloaded")), bits)
+
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"], "cpu")
+    for path, arguments in ((folder, {"quantization_config": quantization}), (tmp_path / "quantized", {})):
+        with pytest.raises(
+            ValueError, match=r"model\.layers\.1: expected a device or the CPU for .*, got disk"
+        ):
+            load(path, device_map={**places, "model.layers.1": "disk", "lm_head": "cpu"}, **arguments)
+
+
 def test_modules_to_skip_stay_dense(registered: ModuleType, checkpoint) -> None:
     _, folder = checkpoint(qwen3())
     config = registered.quantization_config("nf4", skip_modules=["layers.0.mlp.experts"])
@@ -186,9 +226,39 @@ def test_a_damaged_checkpoint_is_refused(
     assert re.search(message, caplog.text)
 
 
+def without(name: str) -> Any:
+    return lambda tensors: [
+        tensors.pop(key) for key in list(tensors) if f"layers.1.mlp.experts.{name}" in key
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("3"), r"layers\.1\.mlp\.experts\.\w+: expected weights of \[4, .* got \[3, "),
+        (
+            without("3.up_proj"),
+            r"experts\.gate_up_proj: expected as many experts .* got 4 of .*, 3 of .*up_proj",
+        ),
+    ],
+    ids=["an expert", "a projection"],
+)
+def test_a_checkpoint_that_lacks_experts_is_refused(
+    registered: ModuleType, tmp_path: Path, damage: Any, message: str
+) -> None:
+    build(qwen3(), torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, quantization_config=registered.quantization_config("nf4"))
+
+
 def test_bad_arguments(kernel: ModuleType, registered: ModuleType) -> None:
     with pytest.raises(ValueError, match="quant_type: expected one of nf4, fp4, fp8, got 'int3'"):
         registered.quantization_config("int3")
+    with pytest.raises(ValueError, match="skip_modules: expected a list of names, got the string 'lm_head'"):
+        registered.quantization_config(skip_modules="lm_head")
     kernel.unregister()
     with pytest.raises(RuntimeError, match=r"expected register\(\) to be called first"):
         kernel.quantization_config()

@@ -195,6 +195,7 @@ def test_models_that_cannot_be_quantized(
     prepare(model)
     with pytest.raises(ValueError, match=message):
         kernel.quantize_experts(model, format)
+    assert not any(hasattr(parameter, "stack") for parameter in model.parameters())
 
 
 def test_quantized_or_dense_twice_is_refused(kernel: ModuleType) -> None:

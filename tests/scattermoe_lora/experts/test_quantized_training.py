@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import assert_close
 from peft import PeftModel, get_peft_model
-from quantized_models import adapted, build, gemma4, gpt_oss, logits, lora, step
+from quantized_models import adapted, build, gemma4, gpt_oss, logits, lora, qwen3, step
 
 
 def quantized(kernel: ModuleType, config: Any, format: str) -> Any:
@@ -124,6 +124,26 @@ def test_merging_decodes_and_says_so(registered: ModuleType, config: Any) -> Non
         merged = copied.merge_and_unload(safe_merge=True)
     assert_close([logits(merged)], [active], 2e-5)
     assert {type(p) for p in merged.parameters()} == {torch.nn.Parameter}
+
+
+def test_dora_over_quantized_experts_compiles_and_merges(registered: ModuleType) -> None:
+    model = adapted(quantized(registered, qwen3, "fp8"), use_dora=True, lora_dropout=0.1).eval()
+    exact = logits(model)
+    torch._dynamo.reset()
+    assert_close([logits(torch.compile(model, fullgraph=True, backend="aot_eager"))], [exact], 1e-5)
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="merging LoRA into quantized experts makes them dense"):
+        merged = model.merge_and_unload()
+    assert_close([logits(merged)], [exact], 1e-5)
+
+
+def test_merged_adapters_are_refused(registered: ModuleType) -> None:
+    model = adapted(build(qwen3()))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"mlp\.experts.*: default; unmerge first, or merge_and_unload"):
+        registered.quantize_experts(model)
+    model.unmerge_adapter()
+    registered.quantize_experts(model)
 
 
 def test_without_the_hook_a_merge_fails_and_loses_nothing(kernel: ModuleType) -> None:
