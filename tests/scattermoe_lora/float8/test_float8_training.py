@@ -241,3 +241,21 @@ def test_products_in_float8_are_those_of_rounded_activations(
     y.sum().backward()
     assert_close([x.grad.float()], [weight.sum(0).expand_as(x)], 2**-6)
     assert hasattr(model[0].weight.grad, "codes")
+
+
+def test_a_model_that_moves_after_its_optimizer_was_made_is_still_trained(registered: ModuleType) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    registered.train_in_float8(model)
+    optimizer = registered.Adafactor(model.parameters(), lr=0.1)
+    parameter, codes = model[0].weight, model[0].weight.codes
+    model._apply(lambda tensor: tensor.clone())  # As to another device.
+    assert model[0].weight is parameter is optimizer.param_groups[0]["params"][0]
+    assert parameter.codes is not codes
+    model(torch.randn(3, 16)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(parameter.codes, codes)
+    exact = parameter.detach().dequantize()
+    weight = model.to(torch.bfloat16)[0].weight.detach()
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight.dequantize().float(), exact)
+    assert model.to("meta")[0].weight.codes.is_meta
