@@ -59,8 +59,8 @@ _shared.connect = _shared.read = _shared.write = _shared.pool = _PATIENCE
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-# Tests that take a minute or more by themselves.
-LONGEST = ("test_interpreter.py", "test_gpu_run.py")
+# Tests that take long by themselves.
+LONGEST = ("test_interpreter.py", "test_gpu_run.py", "test_libraries.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -87,15 +87,30 @@ def experts(tokens: int, count: int, size: int, rank: int, weights: bool) -> Non
     out.sum().backward()
 
 
-def decode(element: str, rows: int, columns: int, nested: int, *scales: torch.Tensor) -> None:
+def gated(gate_up: Any, index: torch.Tensor) -> None:
+    names = ("ops.experts.op", "ops.experts.arguments", "ops.activation", "ops.routing")
+    op, arguments, activation, routing = (
+        importlib.import_module(f"{kernel.__name__}.{name}") for name in names
+    )
+    weights = (gate_up, leaf(1, 1, 1).detach(), torch.rand(1, 1))
+    layer = arguments.Operands(leaf(1, 1), *weights, *(6 * [None]), *routing.sort_by_expert(index, 1))
+    op.experts(layer, activation.Gate("silu", True, 1.5, 2.0, 1.0), False, False)
+
+
+def quantized(element: str, rows: int, columns: int, nested: int, *scales: torch.Tensor) -> None:
     formats, stack, decoding = (
         importlib.import_module(f"{kernel.__name__}.ops.quantization.{name}")
         for name in ("formats", "stack", "decode")
     )
     layout = formats.Format(element, rows, columns, nested)
     codes = torch.zeros(1, 1, 1, dtype=torch.uint8)
-    quantized = stack.QuantizedStack(codes, scales, layout, torch.bfloat16).check("weight")
-    decoding.decode(quantized, [0])
+    weight = stack.QuantizedStack(codes, scales, layout, torch.bfloat16).check("weight")
+    decoding.decode(weight, [0])
+    size = codes.shape[2] * layout.codes_per_byte
+    index = torch.zeros(1, 1, dtype=torch.int64)
+    if size == 2:
+        gated(weight.mT, index)
+    kernel.grouped_linear(leaf(1, size), weight, index, leaf(1, 1, size), leaf(1, 1, 1)).sum().backward()
 
 
 experts(tokens=1, count=1, size=1, rank=1, weights=True)
@@ -130,7 +145,7 @@ for heads, length, packed in ((1, 1, False), (1, 1, True), (2, 1, False)):
 for weight in (None, leaf(2)):
     kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight, *(2 * [torch.ones(1, 1, 2)])).sum().backward()
     kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight).sum().backward()
-decode("nf4", 0, 32, 1, torch.zeros(1, dtype=torch.uint8), torch.ones(256), torch.ones(1), torch.ones(()))
-decode("e4m3", 1, 1, 0, torch.ones(1, 1, 1))
-decode("e2m1", 1, 32, 0, torch.ones(1, 1, 1).to(torch.float8_e8m0fnu), torch.ones(1))
+quantized("nf4", 0, 32, 1, torch.zeros(1, dtype=torch.uint8), torch.ones(256), torch.ones(1), torch.ones(()))
+quantized("e4m3", 1, 1, 0, torch.ones(1, 1, 1))
+quantized("e2m1", 1, 32, 0, torch.ones(1, 1, 1).to(torch.float8_e8m0fnu), torch.ones(1))
 print(*sorted({name for name, _ in launched}))

@@ -97,6 +97,25 @@ def test_a_card_that_is_no_template_is_refused(make_kernel, text, line, part):
     assert (caught.value.path.name, caught.value.line) == ("CARD.md", line)
 
 
+@pytest.mark.parametrize(
+    ("address", "part"),
+    [
+        ("none.png", "none.png, which cannot be read: No such file"),
+        ("../other.png", "outside of the project"),
+        ("link.png", "outside of the project"),
+        ("chart.svg", "no picture"),
+        ("build/time.png", "outside of build/"),
+    ],
+)
+def test_a_card_that_shows_what_cannot_be_published_is_refused(make_kernel, tmp_path, address, part):
+    root = make_kernel(**{"CARD.md": f"# x\n\n![Time]({address})\n"})
+    (tmp_path / "other.png").write_bytes(b"x")
+    (root / "link.png").symlink_to(tmp_path / "other.png")
+    with pytest.raises(SourceError, match=part) as caught:
+        card(root)
+    assert caught.value.path == root / "CARD.md"
+
+
 def test_the_repositorys_own_card_renders(tmp_path):
     root = Path(__file__).parents[3]
     version = tomli.loads((root / "build.toml").read_text())["general"]["version"]

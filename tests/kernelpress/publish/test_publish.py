@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
+import httpx2
 import pytest
 from dulwich import porcelain
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -40,6 +42,29 @@ def test_both_branches_hold_the_card_and_the_build_and_nothing_else(make_kernel,
     expected = {f"build/{variant.name}/{file.path}" for variant in kernel.variants for file in variant.files}
     for branch in ("v1", "main"):
         assert files(api, repo, branch) - {".gitattributes"} == {*expected, "README.md"}
+
+
+def test_pictures_of_the_card_are_published_beside_it_and_shown_on_the_page(make_kernel, api, repo, server):
+    text = "![Time of a step](docs/time%20a.png) ![elsewhere](https://example.org/x.png)\n\n    ![code](no.png)\n"
+    root = make_kernel(**{"CARD.md": f"---\nlicense: mit\n---\n{text}"})
+    picture = b"\x89PNG\r\n\x1a\n" + bytes(2000)
+    (root / "docs").mkdir()
+    (root / "docs/time a.png").write_bytes(picture)
+    publish(make(root), repo, api)
+    for branch in ("v1", "main"):
+        assert {name for name in files(api, repo, branch) if not name.startswith("build/")} == {
+            ".gitattributes",
+            "README.md",
+            "docs/time a.png",
+        }
+    shown = httpx2.get(f"{server.endpoint}/kernels/{repo}").text
+    (address,) = re.findall(r'<img src="(/[^"]+)" alt="Time of a step"', shown)
+    answer = httpx2.get(server.endpoint + address)
+    assert (answer.content, answer.headers["content-type"]) == (picture, "image/png")
+    assert not any(branch.changed for branch in publish(make(root), repo, api).branches)
+    # A new picture alone is published, too: it is what the page shows.
+    (root / "docs/time a.png").write_bytes(picture + b"2")
+    assert [branch.added for branch in publish(make(root), repo, api).branches] == [1, 1]
 
 
 def test_each_branch_gets_one_commit(make_kernel, api, repo):

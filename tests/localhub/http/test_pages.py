@@ -108,9 +108,9 @@ def test_the_pages_show_versions_variants_card_commits_and_changes(
 def test_a_card_is_rendered_once_and_a_long_one_never(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered: list[int] = []
 
-    def render(text: str) -> Markup:
+    def render(text: str, files: str) -> Markup:
         rendered.append(len(text))
-        return render_card(text)
+        return render_card(text, files)
 
     monkeypatch.setattr(pages, "render_card", render)
     app = create_app(root, open_writes=True)

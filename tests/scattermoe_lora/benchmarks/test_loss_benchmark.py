@@ -36,3 +36,15 @@ def test_implementations_agree(kernel, compare_loss) -> None:
             for _, loss in compare_loss.implementations(kernel, "cpu")
         )
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.usefixtures("compare_loss")
+def test_the_picture_of_memory_has_a_bar_for_each_measurement(kernel) -> None:
+    loss_memory = importlib.import_module("loss_memory")
+    counts = (16, 64)
+    results = {"trained": loss_memory.measure(kernel, True, counts, 8192)}
+    ours, unfused = results["trained"].values()
+    assert ours[1] - ours[0] < (unfused[1] - unfused[0]) / 2
+    drawing = loss_memory.picture(results, counts)
+    assert drawing.count("<rect") == 1 + 4
+    assert f">{unfused[1] / 1e6:,.0f} MB<" in drawing

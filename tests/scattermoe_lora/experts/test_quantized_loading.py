@@ -9,72 +9,41 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gemma4_models
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from allocations import Allocations
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma4TextConfig,
-    GptOssConfig,
-    Qwen3MoeConfig,
-    Trainer,
-    TrainingArguments,
+from quantized_models import (
+    IDS,
+    adapted,
+    assert_same_bits,
+    build,
+    gemma4,
+    gpt_oss,
+    load,
+    logits,
+    qwen3,
+    save_dense,
+    stacks,
 )
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "num_experts_per_tok": 2,
-    "vocab_size": 64,
-}
-IDS = torch.arange(12).view(2, 6)
 CODES, SCALES = ("model.layers.1.mlp.experts.down_proj" + part for part in ("_codes", "_scales"))
-
-
-def qwen3(experts: int = 4, **sizes: int) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(**{**SIZES, "moe_intermediate_size": 48, **sizes}, num_experts=experts)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[[Any], tuple[Any, Path]]:
     """``checkpoint(config)``: a dense model in bfloat16, and a folder where it is saved."""
-
-    def make(config: Any) -> tuple[Any, Path]:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(tmp_path / "dense")
-        return model, tmp_path / "dense"
-
-    return make
-
-
-def load(folder: Path, **arguments: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **arguments)
-
-
-def stacks(model: Any) -> dict[str, Any]:
-    return {name: p.stack for name, p in model.named_parameters() if hasattr(p, "stack")}
-
-
-def assert_same_bits(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert got.keys() == expected.keys()
-    for name, stack in expected.items():
-        assert (got[name].format, got[name].dtype) == (stack.format, stack.dtype)
-        assert torch.equal(got[name].codes, stack.codes)
-        assert torch.equal(got[name].scales[0], stack.scales[0])
+    return lambda config: save_dense(config, tmp_path)
 
 
 # A tensor for each expert in the checkpoint; one for all of them, transposed; and blocks that cross from one expert to
 # the next.
 CONFIGS = {
     "by expert": qwen3(),
-    "fused": GptOssConfig(**SIZES, num_local_experts=4),
+    "fused": gpt_oss(),
     "crossing": qwen3(hidden_size=30, moe_intermediate_size=6),
 }
 
@@ -108,23 +77,17 @@ def test_loading_quantizes_and_saving_keeps_the_bits(
     assert model.hf_quantizer.is_trainable
 
 
-@pytest.mark.parametrize("kind", ["gemma4", "gpt_oss"])
+@pytest.mark.parametrize("config", [gemma4, gpt_oss])
 def test_trainer_trains_lora_over_a_quantized_checkpoint(
-    registered: ModuleType, checkpoint, tmp_path: Path, kind: str
+    registered: ModuleType, checkpoint, tmp_path: Path, config: Callable[[], Any]
 ) -> None:
-    settings = {**gemma4_models.TEXT, **gemma4_models.KINDS["moe"], "num_hidden_layers": 2}
-    config = {
-        "gemma4": Gemma4TextConfig(**settings | {"layer_types": ["sliding_attention", "full_attention"]}),
-        "gpt_oss": CONFIGS["fused"],
-    }[kind]
-    _, folder = checkpoint(config)
+    _, folder = checkpoint(config())
     load(folder, quantization_config=registered.quantization_config("nf4")).save_pretrained(
         tmp_path / "quantized"
     )
     model = load(tmp_path / "quantized", experts_implementation="scattermoe")
     before = {name: stack.codes.clone() for name, stack in stacks(model).items()}
-    config = LoraConfig(r=4, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    adapted = get_peft_model(model, config)
+    model = adapted(model, r=4, init_lora_weights=True)
     samples = [{"input_ids": (IDS * 5 + i) % 61 + 2, "labels": (IDS * 5 + i) % 61 + 2} for i in range(4)]
     samples = [{key: ids[0] for key, ids in sample.items()} for sample in samples]
     arguments = TrainingArguments(
@@ -139,15 +102,15 @@ def test_trainer_trains_lora_over_a_quantized_checkpoint(
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = Trainer(adapted, arguments, train_dataset=samples)
+    trainer = Trainer(model, arguments, train_dataset=samples)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-2:]) < 0.97 * sum(losses[:2])
     assert all(
         torch.equal(stack.codes, before[name.removeprefix("base_model.model.").replace(".base_layer", "")])
-        for name, stack in stacks(adapted).items()
+        for name, stack in stacks(model).items()
     )
-    assert len(stacks(adapted)) == len(before) == 4
+    assert len(stacks(model)) == len(before) == 4
 
 
 @pytest.mark.parametrize("how", ["quantize_experts", "from_pretrained"])
@@ -180,12 +143,8 @@ def test_a_model_made_dense_again_is_saved_as_a_dense_one(
 
 @pytest.mark.parametrize("kind", ["by expert", "fused"])
 def test_the_dense_model_never_exists(registered: ModuleType, checkpoint, kind: str) -> None:
-    sizes: dict[str, Any] = {**SIZES, "hidden_size": 64, "num_hidden_layers": 3}
-    config = (
-        qwen3(16, **{**sizes, "moe_intermediate_size": 64})
-        if kind == "by expert"
-        else GptOssConfig(**{**sizes, "intermediate_size": 64}, num_local_experts=16)
-    )
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 64}
+    config = qwen3(16, **sizes, moe_intermediate_size=64) if kind == "by expert" else gpt_oss(16, **sizes)
     _, folder = checkpoint(config)
     with Allocations() as allocations:
         model = load(folder, quantization_config=registered.quantization_config("nf4"))
@@ -197,6 +156,32 @@ def test_the_dense_model_never_exists(registered: ModuleType, checkpoint, kind: 
     assert allocations.peak - kept < 6 * encoded * expert_bytes + stack.nbytes
 
 
+def test_layers_are_offloaded_to_the_cpu_and_not_to_disk(
+    registered: ModuleType, checkpoint, tmp_path: Path
+) -> None:
+    _, folder = checkpoint(qwen3())
+    quantization = registered.quantization_config("nf4")
+    model = load(folder, quantization_config=quantization, experts_implementation="scattermoe")
+    model.save_pretrained(tmp_path / "quantized")
+    exact, bits = logits(model), stacks(model)
+    accelerate.cpu_offload(model, "cpu")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(logits(model), exact)
+    model.hf_device_map = {"": "cpu"}  # As transformers notes it.
+    model.save_pretrained(tmp_path / "offloaded")
+    remove_hook_from_submodules(model)
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in model.parameters())
+    assert_same_bits(stacks(model), bits)
+    assert_same_bits(stacks(load(tmp_path / "offloaded")), bits)
+
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"], "cpu")
+    for path, arguments in ((folder, {"quantization_config": quantization}), (tmp_path / "quantized", {})):
+        with pytest.raises(
+            ValueError, match=r"model\.layers\.1: expected a device or the CPU for .*, got disk"
+        ):
+            load(path, device_map={**places, "model.layers.1": "disk", "lm_head": "cpu"}, **arguments)
+
+
 def test_modules_to_skip_stay_dense(registered: ModuleType, checkpoint) -> None:
     _, folder = checkpoint(qwen3())
     config = registered.quantization_config("nf4", skip_modules=["layers.0.mlp.experts"])
@@ -204,25 +189,6 @@ def test_modules_to_skip_stay_dense(registered: ModuleType, checkpoint) -> None:
     assert list(stacks(model)) == [f"model.layers.1.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")]
     model.save_pretrained(folder / "quantized")
     assert_same_bits(stacks(load(folder / "quantized")), stacks(model))
-
-
-def test_linear_layers_are_another_quantizers(registered: ModuleType, checkpoint, tmp_path: Path) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    # On a CPU with AVX-512, bitsandbytes multiplies no rows shorter than its blocks.
-    _, folder = checkpoint(qwen3(hidden_size=64, head_dim=64))
-    linears = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = load(folder, quantization_config=registered.quantization_config("fp8", linears=linears))
-    model.save_pretrained(tmp_path / "quantized")
-    again = load(tmp_path / "quantized")
-    for each in (model, again):
-        assert isinstance(each.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
-        assert type(each.model.layers[0].mlp.gate.weight) is torch.nn.Parameter
-        assert len(stacks(each)) == 4
-    assert_same_bits(stacks(again), stacks(model))
-    with torch.no_grad():
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +226,39 @@ def test_a_damaged_checkpoint_is_refused(
     assert re.search(message, caplog.text)
 
 
+def without(name: str) -> Any:
+    return lambda tensors: [
+        tensors.pop(key) for key in list(tensors) if f"layers.1.mlp.experts.{name}" in key
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("3"), r"layers\.1\.mlp\.experts\.\w+: expected weights of \[4, .* got \[3, "),
+        (
+            without("3.up_proj"),
+            r"experts\.gate_up_proj: expected as many experts .* got 4 of .*, 3 of .*up_proj",
+        ),
+    ],
+    ids=["an expert", "a projection"],
+)
+def test_a_checkpoint_that_lacks_experts_is_refused(
+    registered: ModuleType, tmp_path: Path, damage: Any, message: str
+) -> None:
+    build(qwen3(), torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, quantization_config=registered.quantization_config("nf4"))
+
+
 def test_bad_arguments(kernel: ModuleType, registered: ModuleType) -> None:
     with pytest.raises(ValueError, match="quant_type: expected one of nf4, fp4, fp8, got 'int3'"):
         registered.quantization_config("int3")
+    with pytest.raises(ValueError, match="skip_modules: expected a list of names, got the string 'lm_head'"):
+        registered.quantization_config(skip_modules="lm_head")
     kernel.unregister()
     with pytest.raises(RuntimeError, match=r"expected register\(\) to be called first"):
         kernel.quantization_config()

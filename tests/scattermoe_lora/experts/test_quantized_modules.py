@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -11,46 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Shape, assert_close, experts_module, low_rank, route
-from peft import LoraConfig, inject_adapter_in_model
-
-SHAPE = Shape(tokens=9, experts=4, top_k=2, hidden=64, intermediate=32, rank=3)
-WEIGHTS = ("gate_up_proj", "down_proj")
-
-
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = torch.randn(SHAPE.tokens, SHAPE.hidden, requires_grad=True)
-    return x, route(SHAPE), torch.rand(SHAPE.tokens, SHAPE.top_k, requires_grad=True)
-
-
-def factors() -> dict[str, Any]:
-    shapes = {
-        "gate_up_proj": (2 * SHAPE.intermediate, SHAPE.hidden),
-        "down_proj": (SHAPE.hidden, SHAPE.intermediate),
-    }
-    return {
-        name: tuple(t.requires_grad_() for t in low_rank(SHAPE.experts, n_out, n_in, SHAPE.rank))
-        for name, (n_out, n_in) in shapes.items()
-    }
-
-
-def run(forward: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any, lora: Any) -> list[torch.Tensor]:
-    out = forward(x, *rest, lora=lora)
-    leaves = [x, rest[1], *(factor for pair in lora.values() for factor in pair)]
-    return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+from helpers import assert_close, experts_module
+from quantized_modules import (
+    SHAPE,
+    WEIGHTS,
+    assert_adapts_as_dense,
+    assert_computes_as_dense,
+    dense_experts,
+    inputs,
+)
 
 
 def ours(kernel: ModuleType, format: str) -> Any:
     module = experts_module(SHAPE)
     kernel.quantize_experts(module, format)
-    return module
-
-
-def bitsandbytes(kernel: ModuleType, kind: str, nested: bool) -> Any:
-    replace = pytest.importorskip("bitsandbytes.nn.parametrize").replace_parameter_4bit
-    module = experts_module(SHAPE)
-    for name in WEIGHTS:
-        replace(module, name, compress_statistics=nested, quant_type=kind)
     return module
 
 
@@ -86,99 +59,35 @@ def mxfp4(kernel: ModuleType) -> Any:
     return module
 
 
-def torchao(kernel: ModuleType) -> Any:
-    workflow = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    module = experts_module(SHAPE)
-    for name in WEIGHTS:
-        weight = getattr(module, name).data
-        tensor = workflow.MXTensor.to_mx(weight, torch.float8_e4m3fn, block_size=32)
-        setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
-    return module
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "make",
     [
         lambda kernel: ours(kernel, "nf4"),
         lambda kernel: ours(kernel, "fp4"),
         lambda kernel: ours(kernel, "fp8"),
-        lambda kernel: bitsandbytes(kernel, "nf4", nested=False),
-        lambda kernel: bitsandbytes(kernel, "fp4", nested=True),
         lambda kernel: fine_grained(kernel, "fp8"),
         lambda kernel: fine_grained(kernel, "fp4"),
         mxfp4,
-        torchao,
     ],
-    ids=["nf4", "fp4", "fp8", "bnb nf4", "bnb nested fp4", "FP8Experts", "FP4 experts", "mxfp4", "torchao"],
+    ids=["nf4", "fp4", "fp8", "FP8Experts", "FP4 experts", "mxfp4"],
 )
 def test_quantized_experts_compute_what_the_dense_ones_do(
-    registered: ModuleType, submodule: Any, monkeypatch: Any, make: Callable[[ModuleType], Any]
-) -> None:
-    module = make(registered)
-    read = submodule("integration.experts.quantized.read").read_stack
-    decode = submodule("ops.quantization.reference").decode
-    dense = experts_module(SHAPE)
-    for name in WEIGHTS:
-        setattr(dense, name, torch.nn.Parameter(decode(read(module, name)).float(), requires_grad=False))
-    # None of its own ways to a dense weight is taken.
-    if hasattr(module, "parametrizations"):
-        for name in WEIGHTS:
-            monkeypatch.setattr(type(module.parametrizations[name][0]), "forward", lambda *_: 1 / 0)
-    arguments, lora = inputs(), factors()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        got = run(lambda *a, lora: registered.experts_forward(module, *a, lora), *arguments, lora=lora)
-    assert_close(
-        got, run(lambda *a, lora: registered.experts_forward(dense, *a, lora), *arguments, lora=lora), 2e-5
-    )
-    torch._dynamo.reset()
-    compiled = torch.compile(registered.experts_forward, fullgraph=True, backend="aot_eager")
-    again = run(lambda *a, lora: compiled(module, *a, lora), *arguments, lora=lora)
-    assert_close(again, got, 1e-6)
-    if hasattr(module, "gate_up_proj_scale_inv"):
-        # Its class asks the other interface, for the implementation of its config.
-        plain = module(*arguments)
-        assert_close([plain], [registered.experts_forward(dense, *arguments)], 2e-5)
-
-
-class Layer(torch.nn.Module):
-    def __init__(self, experts: Any) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
-        return self.experts(*arguments)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "make",
-    [lambda kernel: fine_grained(kernel, "fp8"), lambda kernel: fine_grained(kernel, "fp4"), torchao],
-    ids=["FP8Experts", "FP4 experts", "torchao"],
-)
-def test_peft_sees_the_weight_that_codes_stand_for(
     registered: ModuleType, submodule: Any, make: Callable[[ModuleType], Any]
 ) -> None:
-    module, dense = make(registered), experts_module(SHAPE)
-    module.config._experts_implementation = dense.config._experts_implementation = "scattermoe"
-    read = submodule("integration.experts.quantized.read").read_stack
-    decode = submodule("ops.quantization.reference").decode
-    for name in WEIGHTS:
-        setattr(dense, name, torch.nn.Parameter(decode(read(module, name)).float(), requires_grad=False))
-    settings = LoraConfig(
-        r=3, init_lora_weights=False, target_parameters=[f"experts.{name}" for name in WEIGHTS]
-    )
-    arguments, results = inputs(), []
-    for experts in (module, dense):
-        torch.manual_seed(1)
-        layer = inject_adapter_in_model(settings, Layer(experts))
-        parameters = {name: p for name, p in layer.named_parameters() if "lora_" in name}
-        assert {p.dtype for p in parameters.values()} == {torch.float32}
-        out = layer(*arguments)
-        names = sorted(parameters)
-        results.append([out, *torch.autograd.grad(out.sin().sum(), [parameters[name] for name in names])])
-    assert_close(*results, 2e-5)
+    module = make(registered)
+    assert_computes_as_dense(registered, submodule, module)
+    if hasattr(module, "gate_up_proj_scale_inv"):
+        # Its class asks the other interface, for the implementation of its config.
+        arguments = inputs()
+        dense = registered.experts_forward(dense_experts(submodule, module), *arguments)
+        assert_close([module(*arguments)], [dense], 2e-5)
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp8", "fp4"])
+def test_peft_sees_the_weight_that_codes_stand_for(
+    registered: ModuleType, submodule: Any, expert_dtype: str
+) -> None:
+    assert_adapts_as_dense(submodule, fine_grained(registered, expert_dtype))
 
 
 def test_registration_reaches_and_leaves_the_interface_of_fine_grained_fp8(kernel: ModuleType) -> None:
@@ -286,6 +195,7 @@ def test_models_that_cannot_be_quantized(
     prepare(model)
     with pytest.raises(ValueError, match=message):
         kernel.quantize_experts(model, format)
+    assert not any(hasattr(parameter, "stack") for parameter in model.parameters())
 
 
 def test_quantized_or_dense_twice_is_refused(kernel: ModuleType) -> None:

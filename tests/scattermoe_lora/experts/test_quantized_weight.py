@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -185,6 +186,7 @@ def test_what_would_write_is_an_error(weight: Any) -> None:
         lambda: setattr(parameter, "data", parameter.dequantize()),
         lambda: torch.nn.init.normal_(parameter),
         lambda: torch.mul(parameter.dequantize(), 2, out=parameter),
+        lambda: torch._foreach_mul_([torch.ones(2), parameter.data], 2.0),
     ):
         with pytest.raises(RuntimeError, match=r"\[4, 6, 32\] cannot be written to; call dequantize_experts"):
             write()
@@ -196,6 +198,26 @@ def test_what_would_write_is_an_error(weight: Any) -> None:
         parameter.copy_(broken)
     with pytest.raises(ValueError, match=r"expected QuantizedWeight\(.*nf4.*got QuantizedWeight\(.*e4m3"):
         parameter.copy_(other)
+
+
+def test_processes_share_codes_and_scales(weight: Any) -> None:
+    module = Holder(weight())
+    module.share_memory()
+    assert module.weight.is_shared()
+    assert all(part.is_shared() for part in inner(module.weight))
+    received = pickle.loads(ForkingPickler.dumps(module.weight))
+    assert isinstance(received, torch.nn.Parameter)
+    received.stack.scales[0][0] = 7
+    assert module.weight.stack.scales[0][0] == 7
+
+
+def test_no_array_is_made_of_it(weight: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"no array of numbers: call dequantize\(\) .* cannot be offloaded to disk"
+    ):
+        weight().numpy()
+    with pytest.raises(ValueError, match="expected codes and scales, got Tensor"):
+        type(weight())(torch.randn(SHAPE), requires_grad=False)
 
 
 def test_data_can_be_replaced_by_another_quantized_weights(weight: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import re
+import types
 from typing import Any
 
 import pytest
@@ -135,6 +136,72 @@ def test_logits_are_there_where_they_are_asked_for(kernel) -> None:
             len(model(input_ids=IDS, labels=IDS, skip_logits=asked, use_cache=False, return_dict=False))
             == 1 + there
         )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_that_are_returned_are_computed_once(kernel, training) -> None:
+    model = get_peft_model(
+        MODELS["tied and capped"](),
+        LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False),
+    ).train(training)
+    labels = IDS.repeat(1, 20)
+    labels[0, 3:9] = -100
+    counted: list[int] = []
+    model.base_model.model.lm_head.base_layer.register_forward_hook(lambda *_: counted.append(1))
+    kernel.apply_to(model, "loss")
+    for num_items in (None, torch.tensor(31)):
+        with torch.set_grad_enabled(training):
+            output = model(
+                input_ids=IDS.repeat(1, 20), labels=labels, skip_logits=False, num_items_in_batch=num_items
+            )
+        assert len(counted) == 1
+        counted.clear()
+        expected = transformers.loss.loss_utils.ForCausalLMLoss(output.logits, labels, 64, num_items)
+        torch.testing.assert_close(output.loss, expected)
+
+
+def test_labels_of_another_shape_are_refused_by_name(kernel) -> None:
+    model = causal("Llama")
+    kernel.apply_to(model, "loss")
+    message = r"loss: labels: expected one for each token that the head is given, \[2, 21\], got \[2, 20\]"
+    for training in (True, False):
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            model.train(training)(input_ids=IDS, labels=IDS[:, 1:])
+    with pytest.raises(ValueError, match=r"shift_labels: expected .* got \[2, 20\]"):
+        model(input_ids=IDS, labels=IDS, shift_labels=IDS[:, 1:])
+
+
+def test_it_can_be_undone_and_done_again_within_accelerates_wrapper(kernel, monkeypatch) -> None:
+    from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
+
+    model = causal("Llama")
+    kernel.apply_to(model, "loss")
+    # As Accelerator.prepare does for mixed precision.
+    model._original_forward = model.forward
+    autocast = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model.forward = types.MethodType(convert_outputs_to_fp32(autocast), model)
+
+    def is_fused() -> bool:
+        output = model(input_ids=IDS, labels=IDS)
+        assert output.loss.dtype == torch.float32
+        return output.logits is None
+
+    assert is_fused()
+    assert kernel.apply_to(model, "loss") == 1
+    assert kernel.remove_from(model) == 1
+    assert not is_fused()
+    assert kernel.remove_from(model) == 0
+    assert kernel.apply_to(model, "loss") == 1
+    assert is_fused()
+    assert extract_model_from_parallel(model, keep_fp32_wrapper=False).forward == model.forward
+    assert is_fused()
+    # Another wrapper is not known to run the class's own.
+    model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    with pytest.raises(NotImplementedError, match="something else replaced its forward after apply_to"):
+        kernel.remove_from(model)
+    del model.forward
+    assert kernel.remove_from(model) == 1
+    assert not is_fused()
 
 
 def test_trainer_accumulates_to_the_same_losses(kernel, tmp_path) -> None:

@@ -118,6 +118,17 @@ def test_what_is_not_covered_runs_as_it_did_and_a_line_says_why(mlp, caplog) -> 
     ]
 
 
+def test_nothing_is_drawn_of_the_callers_random_numbers(mlp) -> None:
+    class Noisy(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+    layers = torch.nn.ModuleList([make(LlamaMLP), Noisy(SimpleNamespace(**CONFIG, hidden_act="silu"))])
+    state = torch.get_rng_state()
+    assert mlp.install(layers) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_activations_and_projections_with_hooks_are_still_called(mlp) -> None:
     layer, x = make(LlamaMLP), torch.randn(3, 16)
     layer.down_proj.bias.data.zero_()

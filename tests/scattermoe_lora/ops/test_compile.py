@@ -112,6 +112,16 @@ def test_main_product_copies_ahead_and_multiplies_on_tensor_cores(
     assert not any("cp.async.ca" in line for line in lines)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_product_that_decodes_most_compiles_and_keeps_its_values_in_registers(submodule, target) -> None:
+    specs_few_rows = submodule("ops.grouped_linear.specs_few_rows").COMPILE_SPECS
+    (spec,) = (spec for spec in specs_few_rows if spec.label == "nested nf4 bf16")
+    compiled = aot.compile_one(spec, target)
+    assert compiled.error is None
+    assert compiled.shared <= specs.TARGETS[target].shared_limit
+    assert compiled.spilled == 0
+
+
 SOURCE = """
     import triton
     import triton.language as tl

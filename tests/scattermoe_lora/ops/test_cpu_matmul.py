@@ -52,24 +52,33 @@ def test_products_of_any_size_through_either_library_match_the_reference(
 def test_blocks_hold_every_row_once_and_little_padding(submodule, counts: list[int], row_bytes: int) -> None:
     cpu_blocks = submodule("ops.cpu_blocks")
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    blocks = cpu_blocks.split(offsets, row_bytes)
+    # Two pairs have no expert.
+    order = torch.randperm(sum(counts) + 2)
+    by_block, blocks = cpu_blocks.split(order, offsets, row_bytes)
+    assert torch.equal(by_block[-2:], order[-2:])
+    experts = [expert for block in blocks for expert in block.experts]
+    assert sorted(experts) == [expert for expert, count in enumerate(counts) if count]
+    rows = [order[offsets[expert] : offsets[expert + 1]] for expert in experts]
+    assert torch.equal(by_block[:-2], torch.cat([*rows, order[:0]]))
     positions = [p for block in blocks for p in range(block.positions.start, block.positions.stop)]
     assert positions == list(range(sum(counts)))
     for block in blocks:
-        assert block.counts == counts[block.experts]
-        needed = sum(cpu_blocks.padded(count) for count in block.counts)
-        assert block.size <= 1.5 * needed
+        assert block.counts == [counts[expert] for expert in block.experts]
+        assert block.rows <= 1.5 * cpu_blocks.padded(min(block.counts))
         assert len(block.counts) == 1 or block.size * row_bytes <= cpu_blocks._BLOCK_BYTES
 
 
 def test_rows_of_a_block_are_gathered_and_returned_in_order(submodule) -> None:
     cpu_blocks = submodule("ops.cpu_blocks")
-    counts = [20, 18, 0, 32]
-    (block,) = cpu_blocks.split(torch.tensor([0, *counts]).cumsum(0), 1)
-    source, index = torch.randn(9, 4), torch.randint(9, (sum(counts),))
+    counts = [20, 18, 0, 32, 17]
+    order, (block,) = cpu_blocks.split(torch.arange(sum(counts)), torch.tensor([0, *counts]).cumsum(0), 1)
+    assert block.experts == [3, 0, 1, 4]
+    source, index = torch.randn(9, 4), torch.randint(9, (sum(counts),))[order]
     rows = block.gather(source, index, torch.full((200, 4), float("nan")))
     assert torch.equal(block.own(rows), source[index])
-    for by_expert, own, count in zip(block.by_expert(rows), index.split(counts), counts, strict=True):
+    for by_expert, own, count in zip(
+        block.by_expert(rows), index.split(block.counts), block.counts, strict=True
+    ):
         assert torch.equal(by_expert[:count], source[own])
         assert not by_expert[count:].any()
 

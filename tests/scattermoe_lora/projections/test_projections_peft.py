@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 from functools import partial
 from typing import Any
 
@@ -74,11 +76,6 @@ def test_a_step_is_pefts_and_layers_of_one_input_are_one_call(kernel, calls, kin
     assert kernel.apply_to(model, "projections") == sum(sizes)
     close(step(model), expected)
     assert calls.sizes == sizes
-    # Without gradients each is computed when it is called.
-    calls.sizes.clear()
-    with torch.no_grad():
-        model(input_ids=torch.arange(2, 9).view(1, 7))
-    assert set(calls.sizes) == {1}
     assert kernel.remove_from(model, "projections") == sum(sizes)
     calls.sizes.clear()
     assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
@@ -146,6 +143,19 @@ def test_a_recomputation_draws_the_masks_of_a_forward_without_gradients(kernel) 
         torch.manual_seed(2)
         results.append(step(model))
     close(*results)
+
+
+@pytest.mark.parametrize("tokens", [7, 30000])
+def test_without_gradients_large_layers_are_computed_alone_and_small_ones_by_peft(
+    kernel, calls, tokens
+) -> None:
+    model, x = lora(Layer(), TARGETS), X.repeat(1, 3000, 1)[:, :tokens]
+    with torch.no_grad():
+        expected = model(x)
+        kernel.apply_to(model, "projections")
+        got = model(x)
+    assert calls.sizes == ([] if tokens == 7 else [1, 1])
+    assert torch.equal(got, expected) if tokens == 7 else torch.allclose(got, expected, atol=1e-5)
 
 
 class Layer(nn.Module):
@@ -336,12 +346,16 @@ def test_other_base_layers_are_called_and_added_to(kernel, calls, view, dtype) -
     expected = run(model, X.to(dtype))
     kernel.apply_to(model, "projections")
     assert_alike(run(model, X.to(dtype)), expected, 2e-6 if dtype == torch.float32 else 2e-2)
-    # A base layer with hooks is such a layer, too.
+    # A base layer with hooks is such a layer, too. What a hook keeps stays what it was.
     hooked = lora(Layer(), TARGETS)
-    hooked.base_model.model.first.base_layer.register_forward_hook(lambda module, args, y: y * 2)
+    seen: list[torch.Tensor] = []
+    base = hooked.base_model.model.first.base_layer
+    base.register_forward_hook(lambda module, args, y: seen.append(y) or y * 2)
+    base.register_forward_hook(lambda module, args, y: seen.append(y))
     expected = run(hooked)
     kernel.apply_to(hooked, "projections")
     assert_alike(run(hooked), expected)
+    assert all(torch.equal(seen[i], seen[i + 2]) for i in range(2))
     assert calls.sizes == [1]
 
 
@@ -382,6 +396,32 @@ def test_a_result_is_taken_only_for_the_input_and_parameters_that_it_was_compute
     first(x)
     with model.disable_adapter():
         assert torch.equal(second(x), second.base_layer(x))
+
+
+def test_results_that_wait_die_with_a_call_that_fails(kernel, calls) -> None:
+    model = lora(Layer(), TARGETS)
+    kernel.apply_to(model, "projections")
+    layer = model.base_model.model
+    x = X.clone().requires_grad_()
+
+    def fail(first: torch.Tensor) -> None:
+        hidden = x.sin()
+        alive.append(weakref.ref(hidden))
+        layer.first(hidden).view(-1, 10).t().sin()
+        raise RuntimeError
+
+    alive: list[Any] = []
+    with pytest.raises(RuntimeError):
+        fail(x)
+    assert calls.sizes == [2]
+    gc.collect()
+    assert alive[0]() is None
+    # Where nothing but the layers' results keeps the first one, they are computed together from the second time on.
+    calls.sizes.clear()
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+            layer(x.sin())
+    assert calls.sizes == [2, 1, 2]
 
 
 def test_groups_are_the_calls_with_one_unchanged_variable(submodule) -> None:

@@ -166,7 +166,7 @@ def branch_files(build: Build, repo_id: str) -> dict[str, bytes]:
         metadata = build.directory / variant.name / METADATA
         if signature.is_file() and metadata.read_bytes() == files[f"build/{variant.name}/{METADATA}"]:
             files[f"build/{variant.name}/{SIGNATURE}"] = signature.read_bytes()
-    return files | {CARD: render_card(build, repo_id).encode("utf-8")}
+    return files | build.source.pictures | {CARD: render_card(build, repo_id).encode("utf-8")}
 
 
 def plan_branch(

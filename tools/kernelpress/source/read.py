@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kernelpress.conventions import METADATA, OPS_MODULE, SIGNATURE
 from kernelpress.errors import SourceError
+from kernelpress.source.card import CARD_TEMPLATE, read_card
 from kernelpress.source.file import read_file
 from kernelpress.source.git import GitState, git_state
 from kernelpress.source.module_map import VENDOR, ModuleMap
@@ -29,11 +30,12 @@ _OPS_PACKAGE = OPS_MODULE.removesuffix(".py") + "/"
 
 @dataclass(frozen=True)
 class Source:
-    """The package's files in order of their paths, the card's template, and git's view of both."""
+    """The package's files in order of their paths, the card's template and pictures, and git's view of all."""
 
     package_dir: Path
     files: tuple[SourceFile, ...]
     card: str | None
+    pictures: dict[str, bytes]
     git: GitState | None
     module_map: ModuleMap
 
@@ -80,12 +82,15 @@ def read_source(spec: Spec) -> Source:
         raise SourceError(f"`include` needs the name {VENDOR} for itself; rename this", path=package / VENDOR)
     files = [file for name, file in own.items() if name != OPS_MODULE] + vendored
     inputs = {file.origin: file.data for file in (*own.values(), *vendored) if file.origin is not None}
+    card, pictures = read_card(spec.root)
     if spec.source_dir is None:
         inputs |= {path: path.read_bytes() for path in _other_inputs(spec.root)}
+        inputs |= {spec.root / name: data for name, data in pictures.items()}
     return Source(
         package_dir=package,
         files=tuple(sorted(files, key=lambda file: file.path)),
-        card=_card(spec.root),
+        card=card,
+        pictures=pictures,
         git=git_state(spec.import_root if spec.source_dir else spec.root, inputs, (package, suffixes)),
         module_map=module_map,
     )
@@ -178,15 +183,5 @@ def _hidden(name: str) -> bool:
 
 def _other_inputs(root: Path) -> list[Path]:
     """The kernel's inputs other than the package."""
-    names = ["build.toml", "CARD.md", *([PYPROJECT] if describes_kernel(root) else [])]
+    names = ["build.toml", CARD_TEMPLATE, *([PYPROJECT] if describes_kernel(root) else [])]
     return [path for name in names if (path := root / name).is_file()]
-
-
-def _card(root: Path) -> str | None:
-    path = root / "CARD.md"
-    if not path.is_file():
-        return None
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise SourceError("not UTF-8; save the file in that encoding", path=path) from None

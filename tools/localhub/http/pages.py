@@ -37,6 +37,8 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+# An address that does not begin beside the card.
+_ABSOLUTE = re.compile(r"[a-z][a-z0-9+.-]*:|/|#|$", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
 # Markdown of nothing but brackets takes time by the square of its length.
 _MAX_CARD = 128 << 10
@@ -55,7 +57,7 @@ _templates = jinja2.Environment(
     auto_reload=False,
     undefined=jinja2.StrictUndefined,
 )
-# By the blob that a card was made of: the same for everybody, and in every repository.
+# By the blob that a card was made of, and where its pictures are: the same for everybody.
 _cards = ObjectCache(max_bytes=16 << 20)
 _rendering = threading.Lock()
 _templates.filters["day"] = lambda seconds: iso_time(seconds)[:10]
@@ -76,12 +78,19 @@ class FileChange:
     lines: list[tuple[str, str]] | None
 
 
-def render_card(text: str) -> Markup:
-    """A card as HTML that is safe to show: its own HTML is shown as text, and only web links are links."""
-    return Markup(_markdown.render(_FRONT_MATTER.sub("", text, count=1)))
+def render_card(text: str, files: str = "") -> Markup:
+    """A card as HTML that is safe to show: its own HTML is shown as text, and only web links are links.
+
+    Pictures' relative addresses begin at ``files``.
+    """
+    blocks = _markdown.parse(_FRONT_MATTER.sub("", text, count=1))
+    for token in (child for block in blocks for child in block.children or ()):
+        if token.type == "image" and not _ABSOLUTE.match(str(token.attrs["src"])):
+            token.attrs["src"] = f"{files}{token.attrs['src']}"
+    return Markup(_markdown.renderer.render(blocks, _markdown.options, {}))
 
 
-def _card(git: Repository, commit: str) -> Markup | None:
+def _card(git: Repository, commit: str, files: str) -> Markup | None:
     """The rendered card of a commit; None if it has none."""
     info = git.path_info(commit, "README.md")
     if info is None or not info.entry.is_file:
@@ -92,10 +101,10 @@ def _card(git: Repository, commit: str) -> Markup | None:
         )
     # One at a time, so that no card is rendered twice, and none keeps more than one thread busy.
     with _rendering:
-        card = _cards.get(info.entry.oid)
+        card = _cards.get((info.entry.oid, files))
         if card is None:
-            card = render_card(git.read(info.entry.oid).decode("utf-8", "replace"))
-            _cards.put(info.entry.oid, card, len(card))
+            card = render_card(git.read(info.entry.oid).decode("utf-8", "replace"), files)
+            _cards.put((info.entry.oid, files), card, len(card))
     assert isinstance(card, Markup)
     return card
 
@@ -124,7 +133,7 @@ def repository(request: Request) -> Response:
         target,
         versions=versions[::-1],
         pulls=list(islice(load_all(git), _LISTED)),
-        card=_card(git, git.resolve(DEFAULT_BRANCH)),
+        card=_card(git, git.resolve(DEFAULT_BRANCH), f"/{target.id.web_path}/resolve/{DEFAULT_BRANCH}/"),
     )
 
 

@@ -16,6 +16,8 @@ _PLACES = ("forward", "_old_forward")
 
 Forward = Callable[..., Any]
 _fused_classes: set[Any] = set()
+# Elements of an input from which an operator saves more than a call of it costs, 0.1 ms in Python.
+_SMALL = 1 << 18
 
 
 class Target(NamedTuple):
@@ -43,10 +45,12 @@ class Target(NamedTuple):
     def check(self) -> None:
         """Refuse a module that runs another forward than its class's, or whose class's is not that of ``base`` or ours.
 
+        One that runs fused already may be wrapped since then.
+
         Raises:
             NotImplementedError: It does.
         """
-        place = replaced_forward(self.module)
+        place = None if self.is_fused or self._is_wrapped() else replaced_forward(self.module)
         own = type(self.module)
         signature = inspect.signature(self.base.forward)
         if self.parameters is not None and list(signature.parameters) != self.parameters:
@@ -68,17 +72,26 @@ class Target(NamedTuple):
             _become(self.module, _fused_class(plain, self.forward))
 
     def check_removable(self) -> None:
-        """Refuse a fused module whose class was subclassed since then.
+        """Refuse a fused module whose class was subclassed since then, or whose forward was replaced.
 
         Raises:
             NotImplementedError: It was.
         """
+        reason, place = None, replaced_forward(self.module)
         if "forward" not in vars(type(self.module)):
+            reason = f"something else made it a {type(self.module).__name__} after apply_to"
+        elif place is not None and not self._is_wrapped():
+            reason = f"something else replaced its {place} after apply_to"
+        if reason is not None:
             name = self.name or type(self.module).__name__
-            raise NotImplementedError(
-                f"remove_from: {name}: something else made it a {type(self.module).__name__} after apply_to; undo that "
-                "first; nothing was changed"
-            )
+            raise NotImplementedError(f"remove_from: {name}: {reason}; undo that first; nothing was changed")
+
+    def _is_wrapped(self) -> bool:
+        """True if the module's forward wraps a fused one that runs the class's own once that is back."""
+        function: Any = self.module.__dict__.get("forward")
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        return function is self.forward and hasattr(function, "scattermoe_fused")
 
     def restore(self) -> None:
         """Undoes :meth:`fuse`."""
@@ -118,6 +131,14 @@ def has_hooks(module: Any) -> bool:
     """True if calling ``module`` runs more than its forward."""
     # Hooks on all modules: a profiler's, or a debugger's.
     return _has_own_hooks(module) or torch.nn.modules.module._has_any_global_hook()
+
+
+def is_small(x: torch.Tensor) -> bool:
+    """True where a class's own formula computes ``x`` faster than an operator: decoding a token at a time, for one.
+
+    Without gradients alone: with them an operator saves memory, too. In compiled code a call of one costs nothing.
+    """
+    return x.numel() < _SMALL and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def is_plain(module: torch.nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,45 +70,6 @@ def test_float8_that_does_not_fit_is_refused_by_name(quantization, changes, kind
         quantization("float8").read_float8(**float8(**changes))
 
 
-def quantized(**changes: Any) -> tuple[torch.Tensor, Any]:
-    """Codes of a ``[2, 32, 64]`` in nested NF4, and its state but for ``changes`` (None: left out)."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    codes, state = functional.quantize_4bit(
-        torch.randn(2, 32, 64), quant_type="nf4", compress_statistics=True
-    )
-    values = {name: getattr(state, name) for name in vars(state)} | changes
-    return codes, SimpleNamespace(**{name: value for name, value in values.items() if value is not Ellipsis})
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "message"),
-    [
-        ({"absmax": ...}, ValueError, r"up: expected the QuantState .*, got SimpleNamespace without absmax"),
-        ({"quant_type": "int4"}, NotImplementedError, r"up: expected bitsandbytes' nf4 or fp4, got 'int4'"),
-        ({"blocksize": 48}, ValueError, r"up: expected a block size among 32, 64, .*, got 48"),
-        ({"blocksize": 128}, ValueError, r"up: expected scales, one for 128 elements, of shape \[32\], got \[64\]"),
-        ({"shape": torch.Size((2, 32))}, ValueError, r"up: expected a shape \[E, n, k\] with an even k, got \[2, 32\]"),
-        ({"shape": torch.Size((2, 32, 33))}, ValueError, r"with an even k, got \[2, 32, 33\]"),
-        (
-            {"shape": torch.Size((2, 32, 66))},
-            ValueError,
-            r"up: expected 2112 bytes of codes for a shape of \[2, 32, 66\], got 2048",
-        ),
-        ({"absmax": torch.ones(64)}, ValueError, r"up: expected dtype of its scales torch.uint8, got torch.float32"),
-        ({"state2": None}, ValueError, r"up: expected dtype of its scales torch.float32, got torch.uint8"),
-        ({"offset": torch.ones(2)}, ValueError, r"up: expected offset of its scales, of shape \[\], got \[2\]"),
-        ({"code": torch.arange(16.0)}, NotImplementedError, r"up: expected the 16 values of .* nf4, got others"),
-    ],
-)  # fmt: skip
-def test_bitsandbytes_state_that_does_not_fit_is_refused_by_name(
-    quantization, changes, kind, message
-) -> None:
-    read = quantization("bitsandbytes").read_quant_state
-    assert read(*quantized(), "up")
-    with pytest.raises(kind, match=message):
-        read(*quantized(**changes), "up")
-
-
 @pytest.mark.parametrize(
     ("codes", "scales", "options", "message"),
     [
@@ -156,39 +116,3 @@ def test_scales_that_are_not_finite_are_refused_where_weights_are_loaded(quantiz
     stack = quantization("float4").read_float4(torch.zeros(2, 8, 48, dtype=torch.uint8), exponents, "w")
     with pytest.raises(ValueError, match="w: expected finite scales, got 48 that are NaN or infinite"):
         stack.refuse_nan("w")
-    codes, state = quantized()
-    quantization("bitsandbytes").read_quant_state(codes, state, "up").refuse_nan("up")
-
-
-def test_another_parametrization_beside_it_is_refused_and_others_are_not_its(quantization) -> None:
-    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
-    read = quantization("bitsandbytes").read_parametrized
-    module = torch.nn.Module()
-    module.up, module.down = (torch.nn.Parameter(torch.randn(3, 32, 64)) for _ in range(2))
-    torch.nn.utils.parametrize.register_parametrization(module, "down", torch.nn.Tanh())
-    assert read(module, "down") is None
-    parametrize.replace_parameter_4bit(module, "up")
-    torch.nn.utils.parametrize.register_parametrization(module, "up", torch.nn.Tanh(), unsafe=True)
-    with pytest.raises(
-        NotImplementedError, match=r"up: expected no parametrization beside bitsandbytes', got Tanh"
-    ):
-        read(module, "up")
-
-
-def test_torchao_tensors_of_other_kinds_are_refused_and_plain_ones_are_not_torchaos(quantization) -> None:
-    read = quantization("torchao").read_torchao
-    assert read(torch.randn(2, 3, 4), "w") is None
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
-    weight = torch.randn(2, 128, 64, dtype=torch.bfloat16)
-    swizzled = nvfp4.NVFP4Tensor.to_nvfp4(weight, is_swizzled_scales=True)
-    with pytest.raises(
-        NotImplementedError, match="w: expected scales in the order of rows, got NVFP4Tensor with swizzled"
-    ):
-        read(swizzled, "w")
-    with pytest.raises(NotImplementedError, match=r"w: expected float8_e4m3fn, got torch.float8_e5m2"):
-        read(mx.MXTensor.to_mx(weight, torch.float8_e5m2, 32), "w")
-    nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
-    flat = nf4.NF4Tensor.from_tensor(torch.randn(256, 256), 64, 256)
-    with pytest.raises(NotImplementedError, match=r"w: expected one of torchao's .*, got NF4Tensor"):
-        read(flat, "w")

@@ -15,26 +15,6 @@ def encode(submodule: Any) -> ModuleType:
     return submodule("ops.quantization.encode")
 
 
-# Blocks that end with a row, that run over rows and experts, and a last one that is smaller.
-@pytest.mark.parametrize("shape", [(2, 64, 64), (4, 6, 32), (3, 5, 22), (2, 3, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
-def test_four_bits_are_bitsandbytes_own(
-    encode: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, format: str, monkeypatch: Any
-) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    monkeypatch.setattr(encode, "_CHUNK_ELEMENTS", 128)
-    weight = torch.randn(shape).to(dtype)
-    weight[0, 0, :8] = 0
-    weight[-1] *= 1e-3
-    weight[-1, -1] = 0
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type=format)
-    stack = encode.quantize(weight, format).check("weight")
-    assert torch.equal(stack.codes.view(-1), codes.view(-1))
-    assert torch.equal(stack.scales[0], state.absmax)
-    assert (stack.shape, stack.dtype) == (weight.shape, dtype)
-
-
 @pytest.mark.parametrize("shape", [(2, 256, 128), (3, 5, 22), (2, 130, 300)])
 def test_float8_is_the_nearest_number_on_the_scale_of_its_block(
     encode: ModuleType, submodule: Any, shape: tuple[int, int, int]

@@ -3,47 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from bits import DTYPES, every_code, same_bits
 
 pytestmark = pytest.mark.usefixtures("bfloat16")
-
-
-def bitsandbytes() -> Any:
-    return pytest.importorskip("bitsandbytes")
-
-
-@pytest.mark.parametrize("shape", [(3, 64, 128), (4, 70, 66), (1, 5, 2), (3, 33, 704)], ids=str)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_bitsandbytes_decodes_the_same_bits(quantization, decoded, kind, nested, shape) -> None:
-    functional = bitsandbytes().functional
-    for block in (32, 64, 256, 4096):
-        # With AVX-512, bitsandbytes takes the scale of another block where a block does not end with a row: its results
-        # for one block in a row are those that it gives on a GPU.
-        for dtype in DTYPES:
-            weight = (torch.randn(shape) * torch.rand(shape[0], shape[1], 1).exp()).to(dtype)
-            codes, state = functional.quantize_4bit(
-                weight, blocksize=block, quant_type=kind, compress_statistics=nested
-            )
-            stack = quantization("bitsandbytes").read_quant_state(codes, state, "gate_up_proj")
-            assert (stack.shape, stack.dtype) == (weight.shape, dtype)
-            expected = by_block(functional, codes, state, weight.numel()).view(shape)
-            assert same_bits(decoded(stack), expected)
-
-
-def by_block(functional: Any, codes: torch.Tensor, state: Any, size: int) -> torch.Tensor:
-    """What bitsandbytes decodes, given a block as a row; those that it cannot take so are given whole."""
-    if size % state.blocksize:
-        columns, state.shape = state.shape, torch.Size((1, size))
-    else:
-        columns, state.shape = state.shape, torch.Size((size // state.blocksize, state.blocksize))
-    dense = functional.dequantize_4bit(codes, state)
-    state.shape = columns
-    return dense.reshape(-1)[:size]
 
 
 # Shape, block size and rows and columns of scales; None: one scale for each tensor or channel.
@@ -127,46 +92,3 @@ def test_mxfp4_decodes_as_transformers_converts_gpt_oss(quantization, decoded) -
         expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
         assert same_bits(decoded(stack), expected.mT.contiguous())
         assert same_bits(decoded(stack.mT).contiguous(), expected)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("factor", [None, (), (3, 1, 1)], ids=str)
-def test_nvfp4_decodes_as_torchao_does(quantization, decoded, factor, transposed) -> None:
-    nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
-    scale = None if factor is None else torch.rand(factor) / 100
-    tensor = nvfp4.NVFP4Tensor.to_nvfp4(torch.randn(3, 32, 80, dtype=torch.bfloat16), per_tensor_scale=scale)
-    if transposed:
-        tensor = tensor.transpose(-2, -1)
-    stack = quantization("torchao").read_torchao(torch.nn.Parameter(tensor, requires_grad=False), "down_proj")
-    assert stack.shape == tensor.shape
-    assert same_bits(decoded(stack), tensor.dequantize())
-
-
-@pytest.mark.parametrize("element", [torch.float8_e4m3fn, torch.float4_e2m1fn_x2], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_mx_tensors_decode_as_torchao_does(quantization, decoded, element, dtype) -> None:
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    tensor = mx.MXTensor.to_mx(torch.randn(3, 32, 96, dtype=dtype), element, 32)
-    stack = quantization("torchao").read_torchao(tensor, "down_proj")
-    assert same_bits(decoded(stack), tensor.dequantize())
-
-
-def test_float8_tensors_decode_as_torchao_does(quantization, decoded) -> None:
-    torchao = pytest.importorskip("torchao.quantization")
-    weight = torch.randn(3, 256, 128, dtype=torch.bfloat16)
-    for granularity in (torchao.PerTensor(), torchao.PerRow(), torchao.PerBlock([1, 128, 128])):
-        tensor = torchao.Float8Tensor.from_hp(weight, granularity=granularity)
-        stack = quantization("torchao").read_torchao(tensor, "down_proj")
-        assert same_bits(decoded(stack), tensor.dequantize())
-
-
-def test_a_parametrized_parameter_is_read_without_evaluating_it(quantization, decoded, monkeypatch) -> None:
-    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
-    read = quantization("bitsandbytes").read_parametrized
-    module = torch.nn.Module()
-    module.up = torch.nn.Parameter(torch.randn(3, 32, 64, dtype=torch.bfloat16))
-    assert read(module, "up") is None
-    parametrize.replace_parameter_4bit(module, "up", compress_statistics=True)
-    dense = module.up
-    monkeypatch.setattr(parametrize.Bnb4bitParametrization, "forward", None)
-    assert same_bits(decoded(read(module, "up")), dense)

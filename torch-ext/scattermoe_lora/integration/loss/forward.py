@@ -17,6 +17,8 @@ from . import heads, source
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
+# Of logits that are there, so many tokens' are float32 at a time.
+_TOKENS = 256
 
 
 class _Logits:
@@ -31,20 +33,22 @@ class _Logits:
         head: torch.nn.Module,
         scale: float = 1.0,
         outer: float | None = None,
-        steps: tuple[Callable[[Any], Any], ...] = (),
+        compute: Callable[[], torch.Tensor] | None = None,
     ) -> None:
-        self.hidden, self.head, self.scale, self.outer, self._steps = hidden, head, scale, outer, steps
+        self.hidden, self.head, self.scale, self.outer = hidden, head, scale, outer
         self.device = hidden.device
+        self._compute = compute or (lambda: head(hidden))
+        self._value: torch.Tensor | None = None
 
     def value(self) -> torch.Tensor:
-        """The logits, as the model's code computes them."""
-        logits = self.head(self.hidden)
-        for step in self._steps:
-            logits = step(logits)
-        return logits
+        """The logits, as the model's code computes them; the same tensor each time."""
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
 
     def _then(self, step: Callable[[Any], Any], scale: float, outer: float | None) -> _Logits:
-        return _Logits(self.hidden, self.head, scale, outer, (*self._steps, step))
+        # What is scaled or capped is a step on the way, of which nothing is kept.
+        return _Logits(self.hidden, self.head, scale, outer, lambda: step(self._compute()))
 
     def __mul__(self, factor: float) -> _Logits:
         if self.outer is None:
@@ -57,7 +61,8 @@ class _Logits:
         return self._then(lambda x: x / divisor, self.scale, self.outer / divisor)
 
     def float(self) -> _Logits:
-        return self._then(lambda x: x.float(), self.scale, self.outer)
+        # A loss may take these, and the result the others.
+        return _Logits(self.hidden, self.head, self.scale, self.outer, lambda: self.value().float())
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,10 +87,10 @@ class _Head:
 class _Model:
     """A model as its own forward sees it: with that head, and a loss that takes what comes out of it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, skips: bool) -> None:
         self._model = model
         self.lm_head = _Head(model.lm_head)
-        self.loss_function = functools.partial(_loss, model.loss_function)
+        self.loss_function = functools.partial(_loss if skips else _loss_of_logits, model.loss_function)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -95,30 +100,74 @@ def _loss(
     plain: Callable[..., torch.Tensor], logits: _Logits, labels: Any, vocab_size: int, **kwargs: Any
 ) -> torch.Tensor:
     """As ``ForCausalLMLoss`` of transformers 5.22, which is ``plain``."""
-    head = heads.read(logits.head)
+    module: Any = logits.head
+    is_sharded = heads.is_sharded(module) and not torch.compiler.is_compiling()
+    head = heads.Head(module.weight, module.bias) if is_sharded else heads.read(module, logits.hidden.dtype)
     reason = head if isinstance(head, str) else _misfit(head, logits, vocab_size)
     if isinstance(head, str) or reason is not None:
         _log_once(f"loss: runs unfused: {reason}")
         return plain(logits=logits.value(), labels=labels, vocab_size=vocab_size, **kwargs)
-    hidden, softcap = logits.hidden, logits.outer
-    ignore_index = kwargs.get("ignore_index", -100)
-    shifted = kwargs.get("shift_labels")
-    if shifted is None:
-        shifted = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if not is_sharded:
+        return _fused_loss(head, logits, logits.hidden, labels, **kwargs)
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        return _fused_loss(heads.Head(module.weight, module.bias), logits, hidden, labels, **kwargs)
+
+    return heads.run_sharded(module, logits.hidden, run)
+
+
+def _fused_loss(
+    head: heads.Head, logits: _Logits, hidden: torch.Tensor, labels: Any, **kwargs: Any
+) -> torch.Tensor:
+    softcap = logits.outer
     result: Any = linear_cross_entropy(
         hidden,
         head.weight,
-        shifted.reshape(hidden.shape[:-1]).to(hidden.device),
+        _shifted(labels, hidden.shape[:-1], **kwargs).to(hidden.device),
         bias=head.bias,
         lora_a=head.lora_a,
         lora_b=head.lora_b,
         softcap=softcap,
         # The cap is divided out within it.
         logit_scale=logits.scale * (1.0 if softcap is None else softcap),
-        ignore_index=ignore_index,
+        ignore_index=kwargs.get("ignore_index", -100),
         num_items_in_batch=kwargs.get("num_items_in_batch"),
     )
     return result
+
+
+def _loss_of_logits(
+    plain: Callable[..., torch.Tensor], logits: _Logits, labels: Any, vocab_size: int, **kwargs: Any
+) -> torch.Tensor:
+    """As ``plain`` of logits that are returned, too; without gradients, in float32 for some tokens at a time."""
+    value = logits.value()
+    shifted = _shifted(labels, value.shape[:-1], **kwargs).to(value.device).flatten()
+    if value.requires_grad or value.shape[-1] != vocab_size:
+        return plain(logits=value, labels=labels, vocab_size=vocab_size, **kwargs)
+    ignore_index = kwargs.get("ignore_index", -100)
+    count = kwargs.get("num_items_in_batch")
+    if count is None:
+        count = (shifted != ignore_index).sum()
+    parts = zip(value.flatten(0, -2).split(_TOKENS), shifted.split(_TOKENS), strict=True)
+    total = sum(
+        torch.nn.functional.cross_entropy(rows.float(), own, ignore_index=ignore_index, reduction="sum")
+        for rows, own in parts
+    )
+    return torch.as_tensor(total / torch.as_tensor(count, device=value.device).clamp(min=1))
+
+
+def _shifted(labels: Any, shape: torch.Size, **kwargs: Any) -> torch.Tensor:
+    """The label of each token's successor, of the tokens' ``shape``."""
+    shifted = kwargs.get("shift_labels")
+    name = "labels" if shifted is None else "shift_labels"
+    if shifted is None:
+        shifted = torch.nn.functional.pad(labels, (0, 1), value=kwargs.get("ignore_index", -100))[..., 1:]
+    if shifted.numel() != shape.numel():
+        got = list((labels if name == "labels" else shifted).shape)
+        raise ValueError(
+            f"loss: {name}: expected one for each token that the head is given, {list(shape)}, got {got}"
+        )
+    return shifted.reshape(shape)
 
 
 def _misfit(head: heads.Head, logits: _Logits, vocab_size: int) -> str | None:
@@ -147,19 +196,24 @@ def _fused_forward(plain: Forward) -> Forward:
 
     place = list(inspect.signature(plain).parameters).index("labels") - 1
 
-    # Wrapped: Trainer reads from a forward's signature what to pass on.
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
         labels = args[place] if len(args) > place else kwargs.get("labels")
-        if labels is None or self.loss_function is not ForCausalLMLoss:
+        # accelerate keeps this function within a wrapper of its own, also when the class has its forward back.
+        is_removed = type(self).forward is not forward
+        if is_removed or labels is None or self.loss_function is not ForCausalLMLoss:
             return plain(self, *args, **kwargs)
-        output = plain(_Model(self), *args, **kwargs)
         skips = self.training if skip_logits is None else skip_logits
+        output = plain(_Model(self, skips), *args, **kwargs)
         if isinstance(output, tuple):
             values = (_resolved(value, skips) for value in output)
             return tuple(value for value in values if value is not None)
         return type(output)(**{name: _resolved(value, skips) for name, value in output.items()})
 
+    # Trainer reads from a forward's signature what to pass on. A mark of another wrapper's end, which accelerate looks
+    # for when it takes its own away, this is not.
+    forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    del forward.__wrapped__
     forward.scattermoe_fused = True  # type: ignore[attr-defined]
     return forward
 
@@ -215,5 +269,7 @@ PART = Part(
 The class's own forward runs, with a head that keeps its input, and :func:`~scattermoe_lora.linear_cross_entropy` takes
 the place of ``ForCausalLMLoss``: the same shift, ``num_items_in_batch``, soft cap, scale and LoRA on the head. A result
 has no ``logits`` in training; ``skip_logits=False`` asks for them, ``skip_logits=True`` leaves them out in evaluation.
-A head that is more than a linear layer (hooks, shards, quantized) runs as it is, and one line of the log says why.
+A head that bitsandbytes keeps in 4 bits is decoded a part at a time, and one that FSDP2 shards is gathered by its
+hooks. One that is more than a linear layer (other hooks, other shards, quantized otherwise) runs as it is, and one line
+of the log says why.
 """

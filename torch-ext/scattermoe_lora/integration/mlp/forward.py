@@ -15,7 +15,7 @@ from ...ops.activation import act
 from ...ops.gated_activation.api import gated_activation, zero_if_infinite
 from ...ops.gated_activation.limits import LARGEST
 from .. import trying
-from ..fused_classes import Part, Target, has_hooks, plain_class, replaced_forward
+from ..fused_classes import Part, Target, has_hooks, is_small, plain_class, replaced_forward
 from .layout import Layout, find_layout
 
 _LOGGER = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def _gated_forward(plain: Any, layout: Layout) -> Callable[..., Any]:
         gate = getattr(self, layout.gate)(x)
         up = gate if layout.up == layout.gate else getattr(self, layout.up)(x)
         gate, up = layout.split(gate, up)
-        if _takes(gate, up):
+        # The formula rounds in the same places, but in float16.
+        if _takes(gate, up) and (gate.dtype == torch.float16 or not is_small(gate)):
             hidden = gated_activation(gate, up, layout.activation)
         else:
             hidden = act(layout.activation, gate) * up

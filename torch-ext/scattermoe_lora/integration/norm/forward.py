@@ -12,7 +12,7 @@ import torch
 
 from ...ops.rms_norm.api import rms_norm
 from .. import trying
-from ..fused_classes import Part, Target, plain_class, replaced_forward
+from ..fused_classes import Part, Target, is_small, plain_class, replaced_forward
 from .formula import Formula, find_formula
 
 _LOGGER = logging.getLogger(__name__)
@@ -44,8 +44,9 @@ PART = Part("norm", "RMSNorms", _targets)
 """Every RMSNorm, as :func:`~scattermoe_lora.rms_norm`.
 
 A norm is any module that computes ``x / rms(x)``, times its ``weight`` or one more than it or nothing, and rounds as
-Gemma's norms or as Llama's, whatever its class (found by trying). The results stay the same, on a CPU to the bit. A
-line of the log says which norms run as they are, and why.
+Gemma's norms or as Llama's, whatever its class (found by trying). The results stay the same, on a CPU to the bit. Small
+calls without gradients are the class's own, which is faster then. A line of the log says which norms run as they are,
+and why.
 """
 
 
@@ -62,7 +63,7 @@ def _forward(plain: Any, formula: Formula) -> Callable[..., Any]:
             gated: torch.Tensor = plain.forward(self, *arguments, **named)
             return gated
         weight = self.weight if formula.weighted else None
-        if _takes(x, weight):
+        if _takes(x, weight) and not is_small(x):
             return rms_norm(
                 x, weight, getattr(self, formula.eps), offset=formula.offset, round_first=formula.round_first
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ...ops.lora_linear.api import Pair
+from ..fused_classes import is_plain, is_small
 from . import groups, terms
 
 _warned: set[str] = set()
@@ -31,6 +33,9 @@ def fused(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             if own is not None:
                 warn_once(own)
             return plain(self, x)
+        # A forward without gradients may be a checkpoint's, whose recomputation draws the same masks.
+        if is_small(x) and not own.has_dropout:
+            return plain(self, x)
         if own.weight is None:
             return _around(self.base_layer, x, own)
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and own.needs_gradient(x)):
@@ -41,16 +46,28 @@ def fused(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _around(base: torch.nn.Module, x: torch.Tensor, own: terms.Terms) -> torch.Tensor:
-    """What the base layer, of any kind, computes of ``x``, with the terms added to its result in place."""
-    # As rows: of a result with more dimensions these would be a view, whose gradient a sum in place copies.
+    """What the base layer, of any kind, computes of ``x``, with the terms added to its result."""
     rows = x.reshape(-1, x.shape[-1])
-    y = base(rows)
+    # As rows: of a result with more dimensions these would be a view, whose gradient a sum in place copies. Another
+    # layer, or a hook on it, may keep what it is given and returns.
+    is_fresh = type(base) in _fresh_classes() and is_plain(base)
+    y = base(rows if is_fresh else x)
+    y = y.reshape(-1, y.shape[-1])
+    # A view lets nobody write to it, or is of what was saved.
+    in_place = is_fresh and not y._is_view()
     for low, b in _low_rank(rows, own.pairs, y.dtype):
-        # A view may be of what the base layer has saved, or of a function that lets nobody write to it.
-        y = torch.addmm(y, low, b) if y._is_view() else y.addmm_(low, b)
+        y = y.addmm_(low, b) if in_place else torch.addmm(y, low, b)
+        in_place = True
     for bias in own.biases:
         y = y + bias.value.to(y.dtype) * bias.scaling
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _fresh_classes() -> tuple[type[torch.nn.Module], ...]:
+    """Classes of linear layers that return a tensor which they have just made and do not keep."""
+    module = sys.modules.get("bitsandbytes.nn")
+    names = ("Linear4bit", "Linear8bitLt") if module is not None else ()
+    return (torch.nn.Linear, *(getattr(module, name) for name in names))
 
 
 def _low_rank(

@@ -3,6 +3,10 @@
 A layer's forward calls its projections one after the other. The first call computes all of them, and the others take
 what is theirs. Which ones belong together is read from the forward's source: those that it calls with one variable.
 Whether they may is decided at each call: with the same tensor, unchanged, and with the same parameters.
+
+What waits holds the graph of the whole step, so it must not outlive a call that fails halfway: the first result holds
+the others. Where the layer lets go of the first before it calls the others (an activation between them, whose input a
+checkpoint does not keep), the group holds them from the second time on, until a projection of any group is called.
 """
 
 from __future__ import annotations
@@ -29,22 +33,46 @@ class _Group:
 
     def __init__(self, members: list[torch.nn.Module]) -> None:
         self.members = [weakref.ref(member) for member in members]
+        self.holds = False
         self.forget()
 
     def forget(self) -> None:
         self.source: Callable[[], torch.Tensor | None] = lambda: None
         self.version = 0
-        self.results: dict[int, tuple[tuple[object, ...], torch.Tensor]] = {}
+        self.results: Callable[[], _Results | None] = lambda: None
+
+    def keep(self, x: torch.Tensor, first: torch.Tensor, results: _Results) -> None:
+        """Lets the results for ``x`` wait, as long as ``first`` is there or, if it has to be, longer."""
+        self.source, self.version = weakref.ref(x), x._version
+        if self.holds:
+            self.results = lambda: results
+        else:
+            # Of what it is a view: a layer goes on with another view of that.
+            holder: Any = first if first._base is None else first._base
+            holder.scattermoe_siblings = results
+            self.results = weakref.ref(results)
 
     def take(self, module: torch.nn.Module, x: torch.Tensor, key: tuple[object, ...]) -> torch.Tensor | None:
         """The result of ``module`` for ``x``, if it waits here."""
-        if self.source() is not x or self.version != x._version or id(module) not in self.results:
+        if self.source() is not x or self.version != x._version:
             return None
-        computed_with, y = self.results.pop(id(module))
+        results = self.results()
+        if results is None:
+            self.holds = self.holds or self.members[0]() is not module
+            return None
+        computed_with, y = results.pop(id(module), (None, None))
+        if not results:
+            self.forget()
         return y if computed_with == key else None
 
 
+class _Results(dict[int, tuple[tuple[object, ...], torch.Tensor]]):
+    """What siblings were computed with, and their results, by ``id`` of the module."""
+
+
 _groups: weakref.WeakKeyDictionary[torch.nn.Module, _Group] = weakref.WeakKeyDictionary()
+# The one group that something may wait in.
+_latest: weakref.WeakSet[_Group] = weakref.WeakSet()
 
 
 def join(members: list[torch.nn.Module]) -> None:
@@ -67,6 +95,10 @@ def project_with_siblings(module: Any, x: torch.Tensor, own: terms.Terms) -> tor
     # each by itself.
     if group is None or own.has_dropout:
         return terms.project_alone(x, own)
+    for other in _latest - {group}:
+        other.forget()
+        _latest.discard(other)
+    _latest.add(group)
     waiting = group.take(module, x, _key(own, x))
     if waiting is not None:
         return waiting
@@ -79,17 +111,17 @@ def project_with_siblings(module: Any, x: torch.Tensor, own: terms.Terms) -> tor
             # One that does not run fused would not take its result.
             if sibling is None or type(sibling).forward is not forward:
                 continue
-            other = terms.read(sibling, x)
-            if isinstance(other, terms.Terms) and other.weight is not None and not other.has_dropout:
-                read[id(sibling)] = other
-    pairs = [pair._replace(projection=p) for p, other in enumerate(read.values()) for pair in other.pairs]
-    biases = [bias._replace(projection=p) for p, other in enumerate(read.values()) for bias in other.biases]
-    weights = [other.weight for other in read.values() if other.weight is not None]
+            its = terms.read(sibling, x)
+            if isinstance(its, terms.Terms) and its.weight is not None and not its.has_dropout:
+                read[id(sibling)] = its
+    pairs = [pair._replace(projection=p) for p, its in enumerate(read.values()) for pair in its.pairs]
+    biases = [bias._replace(projection=p) for p, its in enumerate(read.values()) for bias in its.biases]
+    weights = [its.weight for its in read.values() if its.weight is not None]
     first, *others = project(x, weights, pairs, biases)
     if others:
-        group.source, group.version = weakref.ref(x), x._version
         siblings = list(read.items())[1:]
-        group.results = {at: (_key(other, x), y) for (at, other), y in zip(siblings, others, strict=True)}
+        results = {at: (_key(its, x), y) for (at, its), y in zip(siblings, others, strict=True)}
+        group.keep(x, first, _Results(results))
     return first
 
 

@@ -49,7 +49,8 @@ Every layer that PEFT has wrapped is one operator (:func:`~scattermoe_lora.lora_
 that their parent calls with one input (queries, keys and values; gate and up) are one operator together while gradients
 are recorded, outside of compiled code; of a copy's layers, once ``apply_to`` was called with the copy. A base layer of
 another kind than ``torch.nn.Linear`` (bitsandbytes, float8, torchao, one with hooks) is called as it was, and the terms
-are added to what it returns. What is not covered (DoRA and other variants, adapters by sample, a forward that something
-else replaced) runs through PEFT's own forward, and a warning says why. Adapters can be added, switched, merged, saved
+are added to what it returns. Small calls without gradients (decoding) run through PEFT's own forward, which is faster
+then; and so does what is not covered (DoRA and other variants, adapters by sample, a forward that something
+else replaced), of which a warning says why. Adapters can be added, switched, merged, saved
 and deleted as before; layers that get their first one later run fused once ``apply_to`` was called again.
 """

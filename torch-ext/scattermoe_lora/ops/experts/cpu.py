@@ -35,7 +35,7 @@ def forward(
     """See :func:`scattermoe_lora.ops.experts.op.experts_forward`."""
     x, gate_up, down, weights, a1, b1, a2, b2, bias1, bias2, order, offsets = operands
     widths = (2 * down.shape[2], *operands.ranks)
-    blocks = split(offsets, max(x.shape[1], widths[0]) * x.element_size())
+    order, blocks = split(order, offsets, max(x.shape[1], widths[0]) * x.element_size())
     tokens = order // weights.shape[1]
     out = accumulator(x.shape, x)
     pair_weights = weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
@@ -70,7 +70,7 @@ def backward(
     """See :func:`scattermoe_lora.ops.experts.op.experts_backward`; ``names`` are the operands that need one."""
     x, gate_up, down, weights, a1, b1, a2, b2, _, bias2, order, offsets = operands
     widths = (2 * down.shape[2], *operands.ranks)
-    blocks = split(offsets, max(x.shape[1], widths[0]) * x.element_size())
+    order, blocks = split(order, offsets, max(x.shape[1], widths[0]) * x.element_size())
     tokens, positions = order // weights.shape[1], torch.arange(order.shape[0])
     wide = wide_dtype(x)
     pair_weights = weights.reshape(-1)[order].to(wide).unsqueeze(-1)
@@ -110,7 +110,7 @@ def backward(
         if d_weights is not None:
             products = torch.linalg.vecdot(da.to(wide), a.to(wide))
             if bias2 is not None:
-                bias = bias2[block.experts].to(wide).unsqueeze(-1)
+                bias = block.of(bias2).to(wide).unsqueeze(-1)
                 products += torch.bmm(block.by_expert(dy).to(wide), bias).view(-1)
             block.own(products, out=d_weights[block.positions])
 

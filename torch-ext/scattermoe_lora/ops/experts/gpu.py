@@ -10,6 +10,7 @@ import torch
 import triton
 
 from ..activation import Gate
+from ..grouped_linear.few_rows import has_few_rows
 from ..grouped_linear.gpu import (
     bias_gradient,
     grouped_matmul,
@@ -23,7 +24,10 @@ from ..grouped_linear.workspace import LowRank, shares
 from ..quantization.stack import Weight
 from ..routing import Routing
 from .arguments import Kept, Operands
-from .kernels import gate_backward_kernel, gate_up_kernel
+from .kernels import gate_backward_kernel, gate_forward_kernel, gate_up_kernel
+
+# Columns that a program of the activation's kernels computes at a time.
+GATE_BLOCK = 1024
 
 
 def _constants(gate: Gate) -> dict[str, Any]:
@@ -49,7 +53,16 @@ def project_and_gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gate/up projection ``[S, 2I]``, without rows unless ``keep``, and its gated activation ``[S, I]``."""
     pairs, width = routing.order.shape[0], weight.shape[1]
-    hidden, a = x.new_empty((pairs if keep else 0, width)), x.new_empty((pairs, width // 2))
+    a = x.new_empty((pairs, width // 2))
+    if has_few_rows(weight, routing):
+        # The two columns that a gate joins may be far apart in a stored matrix, of which a tile is one piece.
+        hidden = grouped_matmul(x, weight, routing, top_k=top_k, low=low, bias=bias)
+        if pairs:
+            block = min(GATE_BLOCK, triton.next_power_of_2(a.shape[1]))
+            grid = (pairs, triton.cdiv(a.shape[1], block))
+            gate_forward_kernel[grid](hidden, a, a.shape[1], **_constants(gate), BLOCK=block)
+        return hidden if keep else x.new_empty((0, width)), a
+    hidden = x.new_empty((pairs if keep else 0, width))
     if pairs:
         parts = 1 if gate.interleaved else 2
         for dense, share, factors, own_bias in shares(weight, routing, low, bias):
@@ -69,7 +82,7 @@ def _gate_backward(
     a, dh = torch.empty_like(da), torch.empty_like(h)
     d_row_weight = torch.empty(rows, dtype=torch.float32, device=da.device)
     if rows:
-        block = min(1024, triton.next_power_of_2(intermediate))
+        block = min(GATE_BLOCK, triton.next_power_of_2(intermediate))
         gate_backward_kernel[(rows,)](
             da, h, row_weight, order, a, dh, d_row_weight, intermediate, **_constants(gate), BLOCK=block
         )

@@ -1,4 +1,4 @@
-"""Triton kernels: the grouped GEMM that ends with the gated activation, and the activation's gradient."""
+"""Triton kernels: the grouped GEMM that ends with the gated activation, the activation alone, and its gradient."""
 
 import triton
 import triton.language as tl
@@ -118,6 +118,29 @@ def gate_up_kernel(
     column = pid_n * HALF + tl.arange(0, HALF)
     a_tile = a_ptr + out_row * I + column[None, :]
     tl.store(a_tile, (value * factor).to(h.dtype), mask=in_tile[:, None] & (column < I)[None, :])
+
+
+@triton.jit
+def gate_forward_kernel(
+    h_ptr,
+    a_ptr,
+    I,
+    ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gated activation of ``BLOCK`` columns of a row of ``[pairs, 2I]``."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < I
+    at = h_ptr + row * 2 * I + column * (2 if INTERLEAVED else 1)
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + (1 if INTERLEAVED else I), mask=mask, other=0.0).to(tl.float32)
+    value, _, factor, _ = _gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+    tl.store(a_ptr + row * I + column, (value * factor).to(a_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 from ..activation import ACTIVATIONS
 from ..compile_spec import TARGETS, CompileSpec, distinct
 from ..grouped_linear.specs import POINTERS, Tile, Use, matmul_spec, tiles_of
-from .kernels import gate_backward_kernel, gate_up_kernel
+from .kernels import gate_backward_kernel, gate_forward_kernel, gate_up_kernel
 
 _PLAIN = {"INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
 # gpt-oss's needs most: it stands for the rest on most tiles.
@@ -41,20 +41,21 @@ def _matmuls() -> Iterator[CompileSpec]:
                 yield matmul_spec(gate_up_kernel, use, tile)
 
 
-def _gradients() -> Iterator[CompileSpec]:
+def _gates_alone() -> Iterator[CompileSpec]:
     for label, gate in _GATES.items():
         for dtype in ("bf16", "fp32"):
             for block in (128, 1024):
                 constants = {**gate, "BLOCK": block}
-                arguments = {
-                    name: POINTERS.get(name, f"*{dtype}:16") if name.endswith("_ptr") else "i32:16"
-                    for name in gate_backward_kernel.arg_names
-                    if name not in constants
-                }
-                options = {"num_warps": 4}
-                yield CompileSpec(
-                    gate_backward_kernel, f"{label} {dtype} {block}", arguments, constants, options, TARGETS
-                )
+                for kernel in (gate_forward_kernel, gate_backward_kernel):
+                    arguments = {
+                        name: POINTERS.get(name, f"*{dtype}:16") if name.endswith("_ptr") else "i32:16"
+                        for name in kernel.arg_names
+                        if name not in constants
+                    }
+                    options = {"num_warps": 4}
+                    yield CompileSpec(
+                        kernel, f"{label} {dtype} {block}", arguments, constants, options, TARGETS
+                    )
 
 
-COMPILE_SPECS = distinct([*_matmuls(), *_gradients()])
+COMPILE_SPECS = distinct([*_matmuls(), *_gates_alone()])

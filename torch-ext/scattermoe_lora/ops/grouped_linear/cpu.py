@@ -12,10 +12,13 @@ import torch
 
 from ..cpu_blocks import Block, split
 from ..cpu_matmul import add_matmul, rounded
-from ..quantization.product import Matrices
+from ..quantization.cpu import Matrices
 from ..quantization.stack import QuantizedStack, Weight
 from ..routing import empty_gradient
 from .arguments import Operands
+
+# Widest gradient that is computed for all experts of a block at once: that of a low-rank factor.
+_LOW_RANK = 256
 
 
 def accumulator(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
@@ -31,13 +34,8 @@ def wide_dtype(rows: torch.Tensor) -> torch.dtype:
 
 def per_expert(like: torch.Tensor, blocks: list[Block]) -> torch.Tensor:
     """An uninitialised ``[E, ...]`` like ``like`` in which the experts outside the blocks are already zero."""
-    out = empty_gradient(like)
-    end = 0
-    for block in blocks:
-        out[end : block.experts.start].zero_()
-        end = block.experts.stop
-    out[end:].zero_()
-    return out
+    unused = set(range(like.shape[0])).difference(*(block.experts for block in blocks))
+    return empty_gradient(like).index_fill_(0, torch.tensor(sorted(unused), dtype=torch.int64), 0)
 
 
 def transposed(matrix: torch.Tensor | None) -> torch.Tensor | None:
@@ -73,7 +71,7 @@ class Projection:
         """``x A^T`` of a block's rows, in the first rows of ``out``, which has no columns without factors."""
         out = out[: block.size]
         if self._factors is not None:
-            a = self._factors[0][block.experts]
+            a = block.of(self._factors[0])
             torch.bmm(block.by_expert(x), a, out=block.by_expert(out))
         return out
 
@@ -81,47 +79,46 @@ class Projection:
         """``x W^T (+ low B^T) (+ bias)`` of a block's rows into the first rows of ``out``."""
         out = out[: block.size]
         sums, low = block.by_expert(out), block.by_expert(low)
-        bias = None if self._bias is None else self._bias[block.experts].unsqueeze(1)
+        bias = None if self._bias is None else block.of(self._bias).unsqueeze(1)
         if self._factors is None:
             sums.zero_() if bias is None else sums.copy_(bias)
         else:
-            b = self._factors[1][block.experts]
+            b = block.of(self._factors[1])
             torch.bmm(low, b, out=sums) if bias is None else torch.baddbmm(bias, low, b, out=sums)
         rows = block.by_expert(x).unbind()
-        for i, (x_e, count, sum_e) in enumerate(zip(rows, block.counts, sums.unbind(), strict=True)):
-            if count:
-                n = rounded(count)
-                add_matmul(x_e[:n], self._weights[block.experts.start + i], sum_e[:n])
+        for expert, x_e, count, sum_e in zip(block.experts, rows, block.counts, sums.unbind(), strict=True):
+            n = rounded(count)
+            add_matmul(x_e[:n], self._weights[expert], sum_e[:n])
         return out
 
 
 def outer(block: Block, p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
-    """``p^T q`` of each expert's rows into its part of ``out`` ``[E, *, *]``, which may be a transposed view.
-
-    Rows that pad are zero unless a parameter is not finite, which leaves an expert that has no others NaN.
-    """
-    p, q, out = block.by_expert(p), block.by_expert(q), out[block.experts]
-    if out.is_contiguous():
-        torch.bmm(p.mT, q, out=out)
+    """``p^T q`` of each expert's rows into its part of ``out`` ``[E, *, *]``, which may be a transposed view."""
+    if not out.is_contiguous():
+        p, q, out = q, p, out.mT
+    p, q = block.by_expert(p), block.by_expert(q)
+    if min(out.shape[1:]) <= _LOW_RANK:
+        out.index_copy_(0, block.index, torch.bmm(p.mT, q))
     else:
-        torch.bmm(q.mT, p, out=out.mT)
-    out.index_fill_(0, block.unused, 0)
+        # One by one, into its place: together they would be as large as the experts' weights.
+        for expert, p_e, q_e in zip(block.experts, p.unbind(), q.unbind(), strict=True):
+            torch.mm(p_e.mT, q_e, out=out[expert])
 
 
 def sum_rows(block: Block, rows: torch.Tensor, out: torch.Tensor) -> None:
     """The column sums of each expert's rows into its part of ``out`` ``[E, *]``, rounded once."""
     sums = block.by_expert(rows).sum(dim=1, dtype=wide_dtype(rows))
-    out[block.experts] = sums.index_fill_(0, block.unused, 0)
+    out.index_copy_(0, block.index, sums.to(out.dtype))
 
 
 def forward(operands: Operands, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_forward`."""
     x, weight, a, b, bias, order, offsets = operands
-    blocks = split(offsets, max(weight.shape[1:]) * x.element_size())
+    order, blocks = split(order, offsets, max(weight.shape[1:]) * x.element_size())
     pairs = order.shape[0]
     y = x.new_zeros((pairs, weight.shape[1]))
     low = x.new_zeros((pairs, 0 if a is None else a.shape[1]))
-    rows_of = operands.rows(top_k)
+    rows_of = operands._replace(order=order).rows(top_k)
     most = max((block.size for block in blocks), default=0)
     x_buffer, y_buffer, low_buffer = (x.new_empty((most, n)) for n in (x.shape[1], y.shape[1], low.shape[1]))
     projection = Projection(weight, a, b, bias)
@@ -139,8 +136,8 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.grouped_linear.op.grouped_linear_backward`."""
     x, weight, a, b, _, order, offsets = operands
-    blocks = split(offsets, max(weight.shape[1:]) * x.element_size())
-    rows_of = operands.rows(top_k)
+    order, blocks = split(order, offsets, max(weight.shape[1:]) * x.element_size())
+    rows_of = operands._replace(order=order).rows(top_k)
     sorted_rows = torch.arange(order.shape[0])
     gradients = {name: per_expert(getattr(operands, name), blocks) for name in names if name != "x"}
     d_weight, da, db, d_bias = (gradients.get(name) for name in ("weight", "a", "b", "bias"))

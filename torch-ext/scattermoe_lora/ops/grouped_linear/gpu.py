@@ -12,7 +12,7 @@ import triton
 from .. import tile_tables
 from ..quantization.stack import Weight
 from ..routing import Routing
-from . import library
+from . import few_rows, library
 from .arguments import Operands
 from .descriptors import describe
 from .kernels import grouped_matmul_kernel
@@ -181,6 +181,20 @@ def grouped_matmul(
     pairs = routing.order.shape[0]
     out = x.new_empty((pairs, weight.shape[1]))
     if pairs == 0:
+        return out
+    if few_rows.has_few_rows(weight, routing):
+        few_rows.matmul(
+            x,
+            weight,
+            routing,
+            out,
+            top_k=top_k,
+            low=low,
+            bias=bias,
+            row_weight=row_weight,
+            scatter=scatter,
+            precision=float32_precision(x),
+        )
         return out
     for dense, share, factors, own_bias in shares(weight, routing, low, bias):
         programs, arguments, constants, persistent, flatten = matmul_launch(

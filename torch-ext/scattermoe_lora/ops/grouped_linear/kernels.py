@@ -12,10 +12,55 @@ from .kernels_schedule import find_tile, program_tile, read_tile, tile_at
 
 
 @triton.jit
-def _add_low_rank(acc, u_tile, b_tile, in_tile, in_n, in_r, PRECISION: tl.constexpr):
+def _multiply_step(acc, u_tile, b_tile, in_tile, in_n, in_r, PRECISION: tl.constexpr):
     u = tl.load(u_tile, mask=in_tile[:, None] & in_r[None, :], other=0.0)
     b = tl.load(b_tile, mask=in_r[:, None] & in_n[None, :], other=0.0)
     return tl.dot(u, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_low_rank_and_bias(
+    acc,
+    u_ptr,
+    b_ptr,
+    bias_ptr,
+    e,
+    position,
+    in_tile,
+    n,
+    in_n,
+    N,
+    R,
+    stride_be,
+    stride_bn,
+    stride_br,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SHORT_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``acc (+ u B[e]^T) (+ bias[e])`` of a tile of rows and columns ``n``; ``e`` is 64-bit.
+
+    ``SHORT_RANK`` promises that the rank is at most ``BLOCK_R``.
+    """
+    if LOW_RANK:
+        r = tl.arange(0, BLOCK_R)
+        u_tile = u_ptr + position[:, None].to(tl.int64) * R + r[None, :]
+        b_tile = (
+            b_ptr + e * stride_be + n[None, :].to(tl.int64) * stride_bn + r[:, None].to(tl.int64) * stride_br
+        )
+        if SHORT_RANK:
+            acc = _multiply_step(acc, u_tile, b_tile, in_tile, in_n, r < R, PRECISION)
+        else:
+            for r0 in range(0, R, BLOCK_R):
+                acc = _multiply_step(acc, u_tile, b_tile, in_tile, in_n, r0 + r < R, PRECISION)
+                u_tile += BLOCK_R
+                b_tile += BLOCK_R * stride_br
+    if BIAS:
+        bias = tl.load(bias_ptr + e * N + n, mask=in_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit
@@ -60,7 +105,6 @@ def multiply_rows(
 
     ``LIBRARY`` tells that ``x`` holds the base product itself, in sorted order; nothing is read of the weight then.
     ``TMA`` is ``K`` or ``N``, along which the weight behind the descriptor ``w_ptr`` is contiguous, or empty.
-    ``SHORT_RANK`` promises that the rank is at most ``BLOCK_R``.
     """
     if LIBRARY:
         base_tile = x_ptr + position[:, None].to(tl.int64) * stride_xm + n[None, :]
@@ -95,27 +139,16 @@ def multiply_rows(
         x_tile += BLOCK_K
         if not TMA:
             w_tile += BLOCK_K * stride_wk
-    if LOW_RANK:
-        r = tl.arange(0, BLOCK_R)
-        u_tile = u_ptr + position[:, None].to(tl.int64) * R + r[None, :]
-        b_tile = (
-            b_ptr + e * stride_be + n[None, :].to(tl.int64) * stride_bn + r[:, None].to(tl.int64) * stride_br
-        )
-        if SHORT_RANK:
-            acc = _add_low_rank(acc, u_tile, b_tile, in_tile, in_n, r < R, PRECISION)
-        else:
-            for r0 in range(0, R, BLOCK_R):
-                acc = _add_low_rank(acc, u_tile, b_tile, in_tile, in_n, r0 + r < R, PRECISION)
-                u_tile += BLOCK_R
-                b_tile += BLOCK_R * stride_br
-    if BIAS:
-        bias = tl.load(bias_ptr + e * N + n, mask=in_n, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    return acc
+    # fmt: off
+    return add_low_rank_and_bias(
+        acc, u_ptr, b_ptr, bias_ptr, e, position, in_tile, n, in_n, N, R, stride_be, stride_bn, stride_br,
+        LOW_RANK, BIAS, PRECISION, SHORT_RANK, BLOCK_R,
+    )
+    # fmt: on
 
 
 @triton.jit
-def _place(order_ptr, row, end, pid_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def place(order_ptr, row, end, pid_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Positions, pairs and columns of a tile, and which of them are in it: ``(position, pair, in_tile, n, in_n)``."""
     position = row + tl.arange(0, BLOCK_M)
     in_tile = position < end
@@ -124,7 +157,7 @@ def _place(order_ptr, row, end, pid_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER: tl.constexpr):
+def store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER: tl.constexpr):
     out_row = (pair if SCATTER else position).to(tl.int64)
     out_tile = out_ptr + out_row[:, None] * N + n[None, :]
     tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_n[None, :])
@@ -186,7 +219,7 @@ def grouped_matmul_kernel(
         for index in tl.range(tl.program_id(0), of_experts * tiles_n, tl.num_programs(0), flatten=FLATTEN):
             pid_m, pid_n = tile_at(index, of_experts, tiles_n, GROUP_M)
             expert, row, end = read_tile(schedule_ptr, pid_m)
-            position, pair, in_tile, n, in_n = _place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
+            position, pair, in_tile, n, in_n = place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
             # fmt: off
             acc = multiply_rows(
                 x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
@@ -196,15 +229,15 @@ def grouped_matmul_kernel(
             # fmt: on
             if WEIGHTED:
                 acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
-            _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
+            store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
         # Pairs without an expert apart: with a condition around the product nothing can be flattened.
         for index in range(of_experts * tiles_n + tl.program_id(0), tiles * tiles_n, tl.num_programs(0)):
             expert, row, end = read_tile(schedule_ptr, index // tiles_n)
-            position, pair, in_tile, n, in_n = _place(
+            position, pair, in_tile, n, in_n = place(
                 order_ptr, row, end, index % tiles_n, N, BLOCK_M, BLOCK_N
             )
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
+            store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
     else:
         pid_m, pid_n = program_tile(N, BLOCK_N, GROUP_M)
         expert, row, end = find_tile(
@@ -212,7 +245,7 @@ def grouped_matmul_kernel(
         )
         if row >= end:
             return
-        position, pair, in_tile, n, in_n = _place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
+        position, pair, in_tile, n, in_n = place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if expert < num_experts:
             # fmt: off
@@ -224,4 +257,4 @@ def grouped_matmul_kernel(
             # fmt: on
             if WEIGHTED:
                 acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
-        _store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
+        store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)

@@ -68,16 +68,6 @@ class Scheduled(Routing):
             share.last = 0
         return share
 
-    def by_pair(self) -> tuple[torch.Tensor, Scheduled]:
-        """The expert at each sorted position, and a routing in which each of them has an expert of its own.
-
-        Positions of pairs without an expert have the last one's number, and none in the routing.
-        """
-        positions = torch.arange(self.last + 1, device=self.offsets.device)
-        experts = torch.searchsorted(self.offsets[1:], positions[:-1], right=True)
-        routing = Scheduled(self.order, positions.minimum(self.offsets[-1]))
-        return experts.clamp_(max=self.offsets.shape[0] - 2), routing
-
     def schedule(self, block: int) -> torch.Tensor:
         """:func:`tile_schedule` of this routing."""
         if block not in self._schedules:

@@ -1,7 +1,6 @@
 """Shares of a product's experts, so that few matrices of a quantized weight are dense at a time.
 
-With few pairs only the matrices of experts that have some are decoded, one for each pair; with more all are, a share
-after the other. Nothing waits for the device.
+All are decoded, a share after the other. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -41,16 +40,9 @@ def shares(
         yield weight, routing, low, bias
         return
     experts, n, k = weight.stored_shape
-    pairs, size = routing.order.shape[0], experts_at_a_time(weight)
-    size = min(size, pairs)
+    size = experts_at_a_time(weight)
     workspace = torch.empty((size, n, k), dtype=weight.dtype, device=weight.device)
     dense = workspace.mT if weight.format.transposed else workspace
-    if pairs == size:
-        chosen, own_routing = routing.by_pair()
-        gpu.decode(weight, chosen, workspace)
-        factors = None if low is None else (low[0], low[1][chosen])
-        yield dense, own_routing, factors, None if bias is None else bias[chosen]
-        return
     for start in range(0, experts, size):
         own = slice(start, min(start + size, experts))
         count = own.stop - start

@@ -58,15 +58,15 @@ def kernel_operands(stack: QuantizedStack) -> Operands:
     )
 
 
-def decode(stack: QuantizedStack, experts: Sequence[int] | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """See :func:`scattermoe_lora.ops.quantization.decode.decode`; the experts may be a tensor on the device."""
+def decode(stack: QuantizedStack, experts: Sequence[int], out: torch.Tensor) -> torch.Tensor:
+    """See :func:`scattermoe_lora.ops.quantization.decode.decode`."""
     _, n, k = stack.stored_shape
     operands = kernel_operands(stack)
     # A range is written by the device; a list would be copied to it.
     if isinstance(experts, range):
         numbers = torch.arange(experts.start, experts.stop, experts.step, device=stack.device)
     else:
-        numbers = torch.as_tensor(experts, device=stack.device)
+        numbers = torch.tensor(experts, device=stack.device)
     tiles = triton.cdiv(n, BLOCKS["BLOCK_N"]) * triton.cdiv(k, BLOCKS["BLOCK_K"])
     decode_kernel[(tiles, len(experts))](
         *operands.pointers,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ....ops.quantization.encode import FORMATS, quantize
+from ....ops.quantization.stack import QuantizedStack
 from .loading import describe_dense, describe_quantized
 from .parameter import QuantizedWeight
 from .read import read_stack
@@ -28,7 +29,7 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
     Raises:
         ValueError: An unknown format; a model without experts modules; experts that are quantized already or being
             trained, that have adapters merged into them, or whose numbers cannot be quantized. Nothing has been changed
-            then, but for NaN and infinity, which are found in the weight that has them.
+            then.
         NotImplementedError: Weights that FSDP2 has split (quantize before ``fully_shard``), or that are split otherwise
             than along the experts.
     """
@@ -41,7 +42,7 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
     holders: dict[int, list[tuple[torch.nn.Module, str, str]]] = {}
     for path, module, name in places:
         label = f"quantize_experts: {path}.{name}"
-        if read_stack(module, name) is not None:
+        if _read(module, name) is not None:
             raise ValueError(f"{label}: already quantized; call dequantize_experts(model) first")
         parameter = getattr(module, name)
         if parameter.grad is not None or (parameter.requires_grad and "modules_to_save" in path.split(".")):
@@ -50,7 +51,9 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
                 "weight cannot be; train LoRA on it"
             )
         if _is_distributed(parameter):
-            _refuse_other_splits(model, parameter, label)
+            _refuse_other_splits(model, parameter, label, "quantize")
+        if id(parameter) not in holders:
+            _refuse_numbers(_local(parameter), format, label)
         holders.setdefault(id(parameter), []).append((module, name, label))
     del parameter
     for (module, name, label), *others in holders.values():
@@ -72,16 +75,44 @@ def _refuse_merged(model: torch.nn.Module) -> None:
             )
 
 
+def _refuse_numbers(weight: torch.Tensor, format: str, label: str) -> None:
+    """Raises ValueError for a weight that ``quantize`` would refuse, which takes no memory to know."""
+    quantize(weight[:1].to("meta"), format, label)
+    if weight.is_meta:
+        return
+    # Of each matrix, for a stack that is transposed would be copied.
+    ranges = [torch.stack(matrix.detach().aminmax()) for matrix in weight]
+    if not bool(torch.stack(ranges).isfinite().all()):
+        raise ValueError(f"{label}: expected finite weights, got some that are NaN or infinite")
+
+
 def _quantized(parameter: Any, format: str, label: str) -> torch.Tensor:
-    if not _is_distributed(parameter):
-        return QuantizedWeight(quantize(parameter, format, label))
+    weight = QuantizedWeight(quantize(_local(parameter), format, label))
+    return _placed_as(parameter, weight) if _is_distributed(parameter) else weight
+
+
+def _placed_as(parameter: Any, local: torch.Tensor) -> torch.Tensor:
+    """A ``DTensor`` of this process's part, split as another is."""
     from torch.distributed.tensor import DTensor
 
-    weight = QuantizedWeight(quantize(parameter.to_local(), format, label))
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
     return DTensor.from_local(
-        weight, mesh, placements, run_check=False, shape=shape, stride=parameter.stride()
+        local, mesh, placements, run_check=False, shape=shape, stride=parameter.stride()
     )
+
+
+def _local(parameter: Any) -> torch.Tensor:
+    """What this process has of a parameter."""
+    return parameter.to_local() if _is_distributed(parameter) else parameter
+
+
+def _read(module: Any, name: str) -> QuantizedStack | None:
+    """The quantized stack that this process has under a parameter's name, or None."""
+    parameter = module._parameters.get(name)
+    if not _is_distributed(parameter):
+        return read_stack(module, name)
+    local = _local(parameter)
+    return local.stack if isinstance(local, QuantizedWeight) else None
 
 
 def _is_distributed(parameter: Any) -> bool:
@@ -92,13 +123,13 @@ def _is_distributed(parameter: Any) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def _refuse_other_splits(model: torch.nn.Module, parameter: Any, label: str) -> None:
+def _refuse_other_splits(model: torch.nn.Module, parameter: Any, label: str, action: str) -> None:
     """Raises NotImplementedError for a parameter that FSDP2 has split, or that is split inside of its matrices."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Shard
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise NotImplementedError(f"{label}: split by FSDP2; quantize before fully_shard")
+        raise NotImplementedError(f"{label}: split by FSDP2; {action} before fully_shard")
     if any(not placement.is_replicate() and placement != Shard(0) for placement in parameter.placements):
         raise NotImplementedError(
             f"{label}: expected a weight that is whole or split along its experts, got placements "
@@ -114,15 +145,21 @@ def dequantize_experts(model: torch.nn.Module) -> None:
 
     Raises:
         ValueError: A model without quantized experts, but for one whose experts merging made dense.
-        NotImplementedError: Experts whose own class computes with codes (transformers' fine-grained FP8).
+        NotImplementedError: Experts whose own class computes with codes (transformers' fine-grained FP8), or weights
+            that FSDP2 has split. Nothing has been changed then.
     """
-    quantized = [(path, *place) for path, *place in _weights(model) if read_stack(*place) is not None]
+    quantized = [(path, *place) for path, *place in _weights(model) if _read(*place) is not None]
     if not quantized:
         if describe_dense(model):  # Merging decoded them.
             return
         raise ValueError(
             f"dequantize_experts: expected quantized experts in {type(model).__name__}, got none"
         )
+    for path, module, name in quantized:
+        label = f"dequantize_experts: {path}.{name}"
+        _refuse_own_class(module, name, label)
+        if _is_distributed(parameter := module._parameters.get(name)):
+            _refuse_other_splits(model, parameter, label, "dequantize")
     # A parameter that modules share stays one.
     dense: dict[int, torch.nn.Parameter] = {}
     for path, module, name in quantized:
@@ -141,19 +178,25 @@ def make_dense(module: Any, name: str, label: str) -> None:
     Raises:
         NotImplementedError: The module's class computes with codes.
     """
-    stack = read_stack(module, name)
+    _refuse_own_class(module, name, label)
+    stack, parameter = _read(module, name), module._parameters.get(name)
     assert stack is not None
-    if hasattr(module, f"{name}_scale_inv") or hasattr(module, f"{name}_blocks"):
-        raise NotImplementedError(
-            f"{label}: {type(module).__name__} computes with codes alone; load the model with dequantize=True in its "
-            "quantization config instead"
-        )
     weight = QuantizedWeight(stack).dequantize().contiguous()
+    if _is_distributed(parameter):
+        weight = _placed_as(parameter, weight)
     if name in module._parameters:
         module._parameters[name] = None
     else:
         torch.nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+
+
+def _refuse_own_class(module: Any, name: str, label: str) -> None:
+    if hasattr(module, f"{name}_scale_inv") or hasattr(module, f"{name}_blocks"):
+        raise NotImplementedError(
+            f"{label}: {type(module).__name__} computes with codes alone; load the model with dequantize=True in its "
+            "quantization config instead"
+        )
 
 
 def _weights(model: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:

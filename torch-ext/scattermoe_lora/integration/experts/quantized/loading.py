@@ -39,7 +39,7 @@ def _is_known() -> bool:
     """True if transformers knows the method, by this build or by another."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    from .quantizer import METHOD
+    from .configuration import METHOD
 
     return METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -63,7 +63,8 @@ def register_quantizer() -> None:
     global _registered
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    from .quantizer import METHOD, ExpertsQuantizationConfig, ExpertsQuantizer
+    from .configuration import METHOD, ExpertsQuantizationConfig
+    from .quantizer import ExpertsQuantizer
 
     unregister_quantizer()  # Called again, it comes last again.
     _registered = ExpertsQuantizationConfig
@@ -80,7 +81,7 @@ def unregister_quantizer() -> None:
         return
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    from .quantizer import METHOD
+    from .configuration import METHOD
 
     registered, replaced = _registered, _registered.replaced
     _registered = registered.replaced = None

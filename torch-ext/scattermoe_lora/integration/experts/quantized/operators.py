@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from ....ops.quantization.stack import FLOATS
-from . import parts
+from . import broadcast, parts
 
 aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ def _of_experts(weight: Any, experts: list[int]) -> torch.Tensor:
 
 
 def _view(kind: Any, func: Any, weight: Any, size: Sequence[int]) -> Any:
-    if list(size) not in ([-1], [weight.numel()], list(weight.shape)):
+    if list(size) not in ([-1], [weight.numel()], list(weight.stack.shape)):
         return NotImplemented
     return kind(weight.stack, is_flat=len(size) == 1)
 
@@ -127,12 +127,10 @@ def _slice(
     end: int | None = None,
     step: int = 1,
 ) -> Any:
-    if weight.dim() != 3 or step != 1:
-        return NotImplemented
     first, last, _ = slice(start, end).indices(weight.shape[dim])
-    if (first, last) == (0, weight.shape[dim]):
-        return kind(weight.stack)
-    if dim not in (0, -3):
+    if step == 1 and (first, last) == (0, weight.shape[dim]):
+        return kind(weight.stack, is_flat=weight.dim() == 1)
+    if step != 1 or weight.dim() != 3 or dim not in (0, -3):
         return NotImplemented
     return kind(parts.take_experts(weight.stack, first, max(first, last)))
 
@@ -189,6 +187,16 @@ def _on_dense(kind: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     return func(*torch.utils._pytree.tree_map(dense, args), **torch.utils._pytree.tree_map(dense, kwargs))
 
 
+def _cat(kind: Any, func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
+    if any(tensor.dim() != 1 for tensor in tensors):
+        return NotImplemented
+    return broadcast.Row(tensors)
+
+
+def _broadcast(kind: Any, func: Any, *args: Any) -> Any:
+    return broadcast.broadcast(func, *args)
+
+
 def _gather(kind: Any, func: Any, weight: Any, *args: Any) -> Any:
     return weight.map_tensors(lambda part: func(part.contiguous(), *args))
 
@@ -197,8 +205,9 @@ def _wait(kind: Any, func: Any, weight: Any) -> Any:
     return weight.map_tensors(torch.ops._c10d_functional.wait_tensor.default)
 
 
-# What DTensor gathers with, by name, for torch defines the last one when it first does.
+# By name, for torch defines some when it first needs them: what DTensor gathers with, and DistributedDataParallel.
 _COLLECTIVES = {
+    "c10d::broadcast_": _broadcast,
     "_c10d_functional::all_gather_into_tensor": _gather,
     "_c10d_functional::wait_tensor": _wait,
     "_c10d_functional::_wrap_tensor_autograd": _wait,
@@ -215,6 +224,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.view.default: _view,
+    aten.cat.default: _cat,
     aten.as_strided.default: _as_strided,
     aten.new_zeros.default: _new_zeros,
     aten.index.Tensor: _index,

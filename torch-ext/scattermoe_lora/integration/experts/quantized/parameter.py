@@ -27,8 +27,13 @@ class QuantizedWeight(torch.Tensor):
     FSDP2 splits it along the experts, gathers codes and scales, and so needs no more memory or traffic than these.
 
     Args:
-        stack: Codes, scales and format.
+        stack: Codes, scales and format; or another quantized weight, of whose storage this is a parameter then, as
+            accelerate makes parameters where it offloads.
         is_flat: Gives it one dimension, as FSDP2 looks at a parameter.
+        requires_grad: Not so.
+
+    Raises:
+        ValueError: Dense numbers, or a gradient is asked for.
     """
 
     codes: torch.Tensor
@@ -37,13 +42,22 @@ class QuantizedWeight(torch.Tensor):
     _is_flat: bool
 
     @staticmethod
-    def __new__(cls, stack: QuantizedStack, is_flat: bool = False) -> QuantizedWeight:
+    def __new__(
+        cls, stack: QuantizedStack | QuantizedWeight, is_flat: bool = False, requires_grad: bool = False
+    ) -> QuantizedWeight:
+        _refuse_gradient(requires_grad)
+        stack = _stack_of(stack)
         shape = [stack.shape.numel()] if is_flat else stack.shape
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=stack.dtype, device=stack.device, requires_grad=False
         )
 
-    def __init__(self, stack: QuantizedStack, is_flat: bool = False) -> None:
+    def __init__(
+        self, stack: QuantizedStack | QuantizedWeight, is_flat: bool = False, requires_grad: bool = False
+    ) -> None:
+        if isinstance(stack, QuantizedWeight):
+            self._is_param = True
+        stack = _stack_of(stack)
         self.codes = stack.codes
         self._is_flat = is_flat
         self._layout = str(stack.format)
@@ -85,6 +99,21 @@ class QuantizedWeight(torch.Tensor):
         """Itself; ValueError where a gradient is asked for."""
         _refuse_gradient(requires_grad)
         return self
+
+    def share_memory_(self) -> QuantizedWeight:
+        """Itself, with codes and scales where other processes on this machine can read them."""
+        for name in self.__tensor_flatten__()[0]:
+            getattr(self, name).share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.codes.is_shared()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError(
+            f"scattermoe: a quantized weight {list(self.shape)} is no array of numbers: call dequantize() on it. It "
+            "cannot be offloaded to disk; to the CPU it can"
+        )
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return ["codes", *self._scale_names()], (
@@ -138,6 +167,14 @@ class QuantizedWeight(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return operators.run(cls, func, args, kwargs or {})
+
+
+def _stack_of(value: QuantizedStack | QuantizedWeight) -> QuantizedStack:
+    if isinstance(value, QuantizedWeight):
+        return value.stack
+    if isinstance(value, QuantizedStack):
+        return value
+    raise ValueError(f"scattermoe: a quantized weight: expected codes and scales, got {type(value).__name__}")
 
 
 def _refuse_gradient(requires_grad: bool) -> None:

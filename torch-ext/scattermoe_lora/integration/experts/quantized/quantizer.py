@@ -1,4 +1,4 @@
-"""Experts quantized while transformers loads them: a quantizer, and its configuration, for ``from_pretrained``.
+"""Experts quantized while transformers loads them: a quantizer for ``from_pretrained`` and ``save_pretrained``.
 
 Linear layers are another quantizer's (bitsandbytes' for example), or stay as they are.
 """
@@ -6,70 +6,29 @@ Linear layers are another quantizer's (bitsandbytes' for example), or stay as th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from ....ops.quantization.encode import FORMATS, layout_of, quantize
-from ....ops.quantization.stack import QuantizedStack, concatenate
+from ....ops.quantization.encode import layout_of
+from .configuration import ExpertsQuantizationConfig
+from .conversions import PARAMETERS, Deserialize, Quantize, by_expert, keep_saved_names, part_names
 from .parameter import QuantizedWeight
 
 try:
-    from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.integrations.accelerate import load_offloaded_parameter
     from transformers.modeling_utils import PreTrainedModel
-    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise ImportError(
         f"scattermoe: quantization in from_pretrained needs transformers 5.20 or later: {error}"
     ) from error
-
-METHOD = "scattermoe"
-"""The quantization method that ``config.json`` names."""
-
-_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
-
-
-class ExpertsQuantizationConfig(QuantizationConfigMixin):
-    """The configuration that ``config.json`` keeps; :func:`.loading.quantization_config` makes one.
-
-    Attributes:
-        replaced: The classes of configuration and quantizer that another build registered before this one.
-
-    Raises:
-        ValueError: An unknown format; a string instead of a list of modules to skip.
-    """
-
-    replaced: ClassVar[list[Any] | None] = None
-
-    def __init__(
-        self,
-        quant_type: str = "nf4",
-        linears: QuantizationConfigMixin | dict[str, Any] | None = None,
-        skip_modules: Sequence[str] | None = None,
-        quant_method: str = METHOD,
-    ) -> None:
-        if quant_type not in FORMATS:
-            raise ValueError(
-                f"quantization_config: quant_type: expected one of {', '.join(FORMATS)}, got {quant_type!r}"
-            )
-        if isinstance(skip_modules, str):
-            raise ValueError(
-                f"quantization_config: skip_modules: expected a list of names, got the string {skip_modules!r}"
-            )
-        self.quant_method = quant_method
-        self.quant_type = quant_type
-        self.linears = AutoQuantizationConfig.from_dict(linears) if isinstance(linears, dict) else linears
-        self.skip_modules = list(skip_modules or ())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as JSON has them."""
-        linears = None if self.linears is None else self.linears.to_dict()
-        return {**vars(self), "linears": linears}
 
 
 class ExpertsQuantizer(HfQuantizer):
@@ -79,6 +38,8 @@ class ExpertsQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: ExpertsQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        # Names of the weights to quantize, of the model that is being loaded.
+        self._quantized: list[str] = []
         # With a configuration that quantizes nothing but the experts, each question is for the base class to answer.
         self.linears: HfQuantizer = (
             _Dense(quantization_config, pre_quantized=self.pre_quantized)
@@ -91,7 +52,7 @@ class ExpertsQuantizer(HfQuantizer):
         module, parameter = get_module_from_name(model, name)
         path = name.rpartition(".")[0]
         return (
-            parameter in _PARAMETERS
+            parameter in PARAMETERS
             and hasattr(module, "has_gate")
             and should_convert_module(path, self.quantization_config.skip_modules)
         )
@@ -114,13 +75,13 @@ class ExpertsQuantizer(HfQuantizer):
         return self.linears.param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        return Quantize(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = self.linears.update_weight_conversions(weight_conversions, model)
         if not self.pre_quantized:
-            return [_by_expert(conversion) for conversion in conversions]
-        own = [WeightConverter(_part_names(name), name, [_Deserialize(self)]) for name in _PARAMETERS]
+            return [by_expert(conversion) for conversion in conversions]
+        own = [WeightConverter(part_names(name), name, [Deserialize(self)]) for name in PARAMETERS]
         return [*conversions, *own]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -130,22 +91,34 @@ class ExpertsQuantizer(HfQuantizer):
             for parameter in model.parameters()
         ):
             detach(model)  # Merging made the last of the experts dense.
-        layout = layout_of(self.quantization_config.quant_type)
         state, metadata = self.linears.get_state_dict_and_metadata(model)
         parts: dict[str, torch.Tensor] = {}
         for name, tensor in (model.state_dict() if state is None else state).items():
+            if hasattr(tensor, "full_tensor"):
+                # Every process comes here, as transformers' own gathering has it, which would come too late for codes.
+                tensor = tensor.full_tensor().cpu()
             if isinstance(tensor, QuantizedWeight):
-                if tensor.stack.format != layout:
-                    raise ValueError(
-                        f"{name}: expected the format of the model's quantization_config, "
-                        f"{self.quantization_config.quant_type} ({layout}), got {tensor.stack.format}; a checkpoint "
-                        "has one format"
-                    )
-                codes, (scales,), _ = tensor.stack.operands()
-                parts |= zip(_part_names(name), (codes, scales), strict=True)
+                parts |= self._saved_parts(model, name, tensor)
             else:
                 parts[name] = tensor
+        distributed = getattr(model.config, "distributed_config", None)
+        if distributed is not None and (distributed.fsdp_size or 1) > 1:
+            model.gather_sharded_state_dict_for_save = partial(_gathered, model)
         return parts, metadata
+
+    def _saved_parts(self, model: Any, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """Codes and scales by the names that a checkpoint has for them."""
+        layout = layout_of(self.quantization_config.quant_type)
+        if weight.stack.format != layout:
+            raise ValueError(
+                f"{name}: expected the format of the model's quantization_config, "
+                f"{self.quantization_config.quant_type} ({layout}), got {weight.stack.format}; a checkpoint has one "
+                "format"
+            )
+        if weight.is_meta and hasattr(model, "hf_device_map"):
+            weight = load_offloaded_parameter(model, name)
+        codes, (scales,), _ = weight.stack.operands()
+        return dict(zip(part_names(name), (codes, scales), strict=True))
 
     def is_serializable(self) -> bool:
         return self.linears.is_serializable()
@@ -163,10 +136,21 @@ class ExpertsQuantizer(HfQuantizer):
         keep_saved_names(model)
         return model if isinstance(self.linears, _Dense) else self.linears._dequantize(model, dtype=dtype)
 
-    # What is for the quantizer of the linear layers alone.
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self._refuse_disk(device_map)  # transformers comes back with the map that it made of "auto".
+        self.linears.validate_environment(*args, device_map=device_map, **kwargs)
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        self.linears.validate_environment(*args, **kwargs)
+    def _refuse_disk(self, device_map: Any) -> None:
+        """Raises ValueError for a map of devices that leaves quantized weights on disk."""
+        for place, device in device_map.items() if isinstance(device_map, dict) else ():
+            names = [name for name in self._quantized if f"{name}.".startswith(f"{place}." if place else "")]
+            if device == "disk" and names:
+                raise ValueError(
+                    f"device_map: {place or 'the model'}: expected a device or the CPU for {names[0]}, got disk, where "
+                    "quantized experts cannot be kept"
+                )
+
+    # What is for the quantizer of the linear layers alone.
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.linears.update_dtype(dtype)
@@ -177,10 +161,16 @@ class ExpertsQuantizer(HfQuantizer):
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
         return self.linears.adjust_max_memory(max_memory)
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> Any:
         # transformers and accelerate ask for it where bitsandbytes' layers need care.
         model.quantization_method = self.linears.quantization_config.quant_method
-        return self.linears._process_model_before_weight_loading(model, **kwargs)
+        for name, parameter in model.named_parameters():
+            if self.quantizes(model, name):
+                self._quantized.append(name)
+                # As FSDP2 finds it, which splits the model before weights are read.
+                parameter.requires_grad_(False)
+        self._refuse_disk(device_map)
+        return self.linears._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return self.linears._process_model_after_weight_loading(model, **kwargs)
@@ -193,6 +183,12 @@ class _Dense(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _gathered(model: Any, model_to_save: Any, state: Any, config: Any, save_on_this_rank: bool = True) -> Any:
+    """What FSDP2 has split, as transformers gathers it to save it once: it was gathered already."""
+    del model.gather_sharded_state_dict_for_save
+    return state if save_on_this_rank else {}
 
 
 def attach(model: torch.nn.Module, quant_type: str) -> None:
@@ -236,6 +232,7 @@ def detach(model: torch.nn.Module) -> bool:
             continue
         described = True
         keep_saved_names(base)
+        vars(base).pop("gather_sharded_state_dict_for_save", None)
         if isinstance(quantizer.linears, _Dense):
             quantizer.remove_quantization_config(base)
             base.config._is_quantized = False
@@ -245,149 +242,6 @@ def detach(model: torch.nn.Module) -> bool:
     return described
 
 
-def keep_saved_names(model: Any) -> None:
-    """Takes the reading of codes out of what ``save_pretrained`` reverses, which would take dense weights for them."""
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        return
-    model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if not any(isinstance(operation, _Deserialize) for operation in getattr(conversion, "operations", ()))
-    ]
-    if not model._weight_conversions:
-        # transformers then takes its own for the model's class.
-        del model._weight_conversions
-
-
 def _pretrained(model: torch.nn.Module) -> Iterator[Any]:
     """The outermost model of transformers' in ``model``."""
     return islice((module for module in model.modules() if isinstance(module, PreTrainedModel)), 1)
-
-
-class _Quantize(ConversionOps):
-    # Set where a converter hands over one expert after the other, and checks their number itself.
-    is_by_expert = False
-
-    def __init__(self, quantizer: ExpertsQuantizer) -> None:
-        self.quantizer = quantizer
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        if not self.quantizer.quantizes(model, full_layer_name):
-            operation = self.quantizer.linears.get_quantize_ops()
-            return operation.convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        stack = quantize(weight, self.quantizer.quantization_config.quant_type, full_layer_name)
-        if not self.is_by_expert:
-            _check_shape(model, full_layer_name, stack)
-        return {full_layer_name: _parameter(stack)}
-
-
-class _Deserialize(ConversionOps):
-    def __init__(self, quantizer: ExpertsQuantizer) -> None:
-        # transformers knows by this name that codes and scales keep their dtypes.
-        self.hf_quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        module, name = get_module_from_name(model, full_layer_name)
-        dense = getattr(module, name)
-        missing = [part for part in _part_names(name) if part not in input_dict]
-        if missing:
-            raise ValueError(
-                f"{full_layer_name}: expected codes and scales in the checkpoint, got no {missing[0]}"
-            )
-        parts = (input_dict[part] for part in _part_names(name))
-        codes, scales = (value[0] if isinstance(value, list) else value for value in parts)
-        layout = layout_of(self.hf_quantizer.quantization_config.quant_type)
-        stack = QuantizedStack(codes, (scales,), layout, dense.dtype).check(full_layer_name)
-        if stack.shape != dense.shape:
-            raise ValueError(
-                f"{full_layer_name}: expected codes of {list(dense.shape)}, got {list(stack.shape)}"
-            )
-        stack.refuse_nan(full_layer_name)
-        return {full_layer_name: _parameter(stack)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        # Saved are codes and scales by their names, which no reversed converter takes for a weight's.
-        return self
-
-
-class _ByExpert(WeightConverter):
-    """A converter of one tensor an expert, by which at most one expert of a weight is dense at a time."""
-
-    collected_tensors: Any
-
-    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
-        operation = self.quantization_operation
-        if operation is None:
-            return super().convert(layer_name, model=model, **kwargs)
-        loads = dict(self.collected_tensors)
-        counts = {pattern: len(tensors) for pattern, tensors in loads.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(
-                f"{layer_name}: expected as many experts in the checkpoint of each projection, got "
-                + ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
-            )
-        if not operation.quantizer.has_blocks_by_expert(model, layer_name):
-            return super().convert(layer_name, model=model, **kwargs)
-        operation.is_by_expert = True
-        stacks: list[QuantizedStack] = []
-        for one in zip(*loads.values(), strict=True):
-            tensors = [load() for load in one]
-            if tensors[0] is None:
-                continue  # Another process has this expert.
-            self.collected_tensors = {
-                pattern: [lambda tensor=tensor: tensor]
-                for pattern, tensor in zip(loads, tensors, strict=True)
-            }
-            ((name, parameter),) = super().convert(layer_name, model=model, **kwargs).items()
-            stacks.append(parameter.stack)
-        self.collected_tensors = {}
-        stack = concatenate(stacks)
-        _check_shape(model, name, stack)
-        return {name: _parameter(stack)}
-
-
-def _by_expert(conversion: Any) -> Any:
-    """The conversion, one expert at a time if it merges experts of which each has tensors of its own."""
-    if type(conversion) is not WeightConverter or not isinstance(conversion.operations[0], MergeModulelist):
-        return conversion
-    if conversion._original_target_patterns[0].rpartition(".")[2] not in _PARAMETERS:
-        return conversion
-    by_expert = _ByExpert(
-        list(conversion._original_source_patterns),
-        list(conversion._original_target_patterns),
-        list(conversion.operations),
-        conversion.force_cpu,
-    )
-    by_expert.scope_prefix, by_expert.base_model_prefix = (
-        conversion.scope_prefix,
-        conversion.base_model_prefix,
-    )
-    return by_expert
-
-
-def _check_shape(model: Any, name: str, stack: QuantizedStack) -> None:
-    """Raises ValueError for a weight that is not of its parameter's shape: experts or projections are missing."""
-    module, parameter = get_module_from_name(model, name)
-    dense = getattr(module, parameter)
-    # Of one that processes share, this one has a part.
-    if not hasattr(dense, "placements") and stack.shape != dense.shape:
-        raise ValueError(
-            f"{name}: expected weights of {list(dense.shape)} in the checkpoint, got {list(stack.shape)}"
-        )
-
-
-def _part_names(name: str) -> list[str]:
-    return [f"{name}_codes", f"{name}_scales"]
-
-
-def _parameter(stack: QuantizedStack) -> torch.nn.Parameter:
-    return torch.nn.Parameter(QuantizedWeight(stack), requires_grad=False)

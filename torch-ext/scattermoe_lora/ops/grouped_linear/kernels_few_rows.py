@@ -1,0 +1,103 @@
+"""Triton kernel: the grouped GEMM with a quantized weight, each tile of which is decoded as it is read.
+
+The product is that of ``grouped_matmul_kernel`` over the decoded weight, rounded to the dtype of the rows first.
+"""
+
+import triton
+import triton.language as tl
+
+from ..quantization.kernels import decode_tile
+from .kernels import add_low_rank_and_bias, place, store
+from .kernels_schedule import find_tile, program_tile
+
+
+@triton.jit
+def quantized_matmul_kernel(
+    x_ptr,
+    codes_ptr,
+    values_ptr,
+    scale_ptr,
+    factor_ptr,
+    nested_values_ptr,
+    nested_ptr,
+    offset_ptr,
+    u_ptr,
+    b_ptr,
+    bias_ptr,
+    row_weight_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    pairs,
+    num_experts,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_se,
+    stride_sn,
+    stride_sk,
+    stride_f,
+    stride_be,
+    stride_bn,
+    stride_br,
+    BITS: tl.constexpr,
+    HIGH_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GATHER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCATTER: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A tile of the product a program. A stored matrix is ``[N, K]``, or with ``TRANSPOSED`` ``[K, N]``."""
+    pid_m, pid_n = program_tile(N, BLOCK_N, 1)
+    expert, row, end = find_tile(
+        pid_m, offsets_ptr, offsets_ptr, pairs, num_experts, False, EXPERTS_POW2, BLOCK_M
+    )
+    if row >= end:
+        return
+    position, pair, in_tile, n, in_n = place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if expert < num_experts:
+        k = tl.arange(0, BLOCK_K)
+        e = expert.to(tl.int64)
+        x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
+        x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
+        # fmt: off
+        for k0 in range(0, K, BLOCK_K):
+            x = tl.load(x_tile, mask=in_tile[:, None] & (k0 + k < K)[None, :], other=0.0)
+            if TRANSPOSED:
+                w = decode_tile(
+                    codes_ptr, values_ptr, scale_ptr, factor_ptr, nested_values_ptr, nested_ptr, offset_ptr,
+                    e, k0 + k, pid_n * BLOCK_N, K, N, stride_se, stride_sn, stride_sk, stride_f,
+                    BITS, HIGH_FIRST, ROWS, COLUMNS, NESTED, SCALE, FACTOR, BLOCK_N,
+                )
+            else:
+                w = decode_tile(
+                    codes_ptr, values_ptr, scale_ptr, factor_ptr, nested_values_ptr, nested_ptr, offset_ptr,
+                    e, n, k0, N, K, stride_se, stride_sn, stride_sk, stride_f,
+                    BITS, HIGH_FIRST, ROWS, COLUMNS, NESTED, SCALE, FACTOR, BLOCK_K,
+                ).T
+            acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
+            x_tile += BLOCK_K
+        acc = add_low_rank_and_bias(
+            acc, u_ptr, b_ptr, bias_ptr, e, position, in_tile, n, in_n, N, R, stride_be, stride_bn, stride_br,
+            LOW_RANK, BIAS, PRECISION, False, BLOCK_R,
+        )
+        # fmt: on
+        if WEIGHTED:
+            acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
+    store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)
