@@ -111,7 +111,7 @@ def train(implementation: str, data: list[torch.Tensor]) -> dict[str, Any]:
         say("step", implementation=implementation, step=step + 1, steps=len(data), loss=losses[-1])
     return {
         "losses": losses,
-        "ms_per_step": 1000 * statistics.median(seconds[WARM_UP_STEPS:]),
+        "ms_per_step": 1000 * statistics.median(seconds[WARM_UP_STEPS:] or seconds),
         "peak_memory_bytes": memory.peak(),
     }
 

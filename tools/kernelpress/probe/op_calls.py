@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import re
 import signal
 import sys
@@ -69,6 +70,8 @@ def operators(namespace: str) -> dict[str, Any]:
 
 def call_all(namespace: str, own: str) -> dict[str, Any]:
     """Examine every operator of a namespace; see ``examine``."""
+    # It writes a traceback of every call that fails, and most are meant to.
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     end = time.process_time() + _ALL
     words = words_of(namespace)
     return {
@@ -295,6 +298,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _location(error: BaseException | None, own: str) -> dict[str, Any]:
-    frames = traceback.extract_tb(error.__traceback__ if error else None)
-    places = [frame for frame in frames if frame.filename.startswith(own)]
-    return {"file": places[-1].filename, "line": places[-1].lineno} if places else {}
+    frames = traceback.walk_tb(error.__traceback__ if error else None)
+    places = [(frame.f_code.co_filename, line) for frame, line in frames]
+    places = [place for place in places if place[0].startswith(own)]
+    return dict(zip(("file", "line"), places[-1], strict=True)) if places else {}

@@ -66,8 +66,8 @@ class SampleSearch:
 
     def learn(self, arguments: list[Any], error: BaseException) -> None:
         """Keep the list if its call came as far as the best: to that line of the operator's own outermost function."""
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((frame.lineno or 0 for frame in frames if frame.filename.startswith(self._own)), 0)
+        frames = traceback.walk_tb(error.__traceback__)
+        line = next((line for frame, line in frames if frame.f_code.co_filename.startswith(self._own)), 0)
         if self._best is None or line >= self._best[0]:
             self._best = line, arguments
 
