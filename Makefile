@@ -58,6 +58,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare_mlp.py
 	$(BIN)/python benchmarks/compare_loss.py
 	$(BIN)/python benchmarks/compare_projections.py
+	$(BIN)/python benchmarks/compare_quantized.py --shapes small,medium
 
 bench-hub: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py

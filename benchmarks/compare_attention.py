@@ -10,35 +10,31 @@ versions and the commit they belong to.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from measuring import (
     LAUNCHES,
-    REPOSITORY,
     Alone,
+    compare_cases,
+    comparison_parser,
     count_for,
-    device_name,
     median_seconds,
+    parse_cases,
     peak_memory,
-    require,
     run_beside_others,
     seconds_each,
     start_memory,
-    write,
 )
 
 
@@ -336,49 +332,19 @@ def show(name: str, case: Case, rows: dict[str, Any], rate: float) -> None:
         )
 
 
-@contextmanager
-def built_kernel() -> Iterator[Any]:
-    """The kernel as users load it, built for the while."""
-    from kernelpress.builder.build import build
-    from kernelpress.spec.load import load_spec
-    from kernels import get_kernel
-
-    with tempfile.TemporaryDirectory() as scratch:
-        built = build(load_spec(REPOSITORY), Path(scratch, "build")).directory
-        os.environ["LOCAL_KERNELS"] = f"org/scattermoe-lora={built}"
-        yield get_kernel("org/scattermoe-lora", version=1)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=CASES, default="cpu")
-    parser.add_argument(
-        "--cases", help="; ".join(f"{device}: {', '.join(cases)}" for device, cases in CASES.items())
-    )
-    parser.add_argument("--seconds", type=float, default=2.0, help="for the timing of a case; default 2")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    arguments = parser.parse_args()
-    cases = CASES[arguments.device]
-    names = arguments.cases.split(",") if arguments.cases else list(cases)
-    if unknown := set(names) - set(cases):
-        parser.error(f"--cases: {', '.join(sorted(unknown))}: none of {', '.join(cases)}")
-    require(arguments.device)
-    described = {"device": device_name(arguments.device), "threads": torch.get_num_threads()}
+    arguments, cases = parse_cases(comparison_parser(__doc__, list(CASES)), CASES, 2.0)
     rates: dict[str, float] = {}
-    results: dict[str, Any] = {}
-    with built_kernel() as kernel:
-        for name in names:
-            case = cases[name]
-            if case.dtype not in rates:
-                rates[case.dtype] = dense_rate(case.dtype, arguments.device)
-            results[name] = measure(kernel, case, arguments.device, arguments.seconds)
-            show(name, case, results[name], rates[case.dtype])
-            write(arguments.output, {**described, "dense_flops": rates, "results": results})
-    if refused := [name for name, rows in results.items() if "not" in rows["scattermoe"]]:
-        sys.exit(f"scattermoe failed: {', '.join(refused)}")
+
+    def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
+        if case.dtype not in rates:
+            rates[case.dtype] = dense_rate(case.dtype, arguments.device)
+        rows = measure(kernel, case, arguments.device, arguments.seconds)
+        show(name, case, rows, rates[case.dtype])
+        return rows
+
+    compare_cases(arguments, cases, measured, dense_flops=rates)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

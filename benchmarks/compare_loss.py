@@ -10,20 +10,17 @@ commit that they belong to.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare_attention import built_kernel, peak_bytes
-from measuring import device_name, require, write
+from compare_attention import peak_bytes
+from measuring import compare_cases, comparison_parser, parse_cases
 
 OURS, UNFUSED = "scattermoe", "logits in memory"
 RANK = 16
@@ -166,31 +163,15 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=CASES, default="cpu")
-    parser.add_argument(
-        "--cases", help="; ".join(f"{device}: {', '.join(cases)}" for device, cases in CASES.items())
-    )
-    parser.add_argument("--seconds", type=float, default=10.0, help="for the timing of a case; default 10")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    arguments = parser.parse_args()
-    cases = CASES[arguments.device]
-    names = arguments.cases.split(",") if arguments.cases else list(cases)
-    if unknown := set(names) - set(cases):
-        parser.error(f"--cases: {', '.join(sorted(unknown))}: none of {', '.join(cases)}")
-    require(arguments.device)
-    described = {"device": device_name(arguments.device), "threads": torch.get_num_threads()}
-    results: dict[str, Any] = {}
-    with built_kernel() as kernel:
-        for name in names:
-            results[name] = measure(kernel, cases[name], arguments.device, arguments.seconds)
-            show(name, cases[name], results[name])
-            write(arguments.output, {**described, "results": results})
-    if refused := [name for name, rows in results.items() if "not" in rows[OURS]]:
-        sys.exit(f"scattermoe failed: {', '.join(refused)}")
+    arguments, cases = parse_cases(comparison_parser(__doc__, list(CASES)), CASES, 10.0)
+
+    def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
+        rows = measure(kernel, case, arguments.device, arguments.seconds)
+        show(name, case, rows)
+        return rows
+
+    compare_cases(arguments, cases, measured, OURS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

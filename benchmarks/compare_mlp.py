@@ -10,20 +10,17 @@ versions and the commit they belong to. Liger's rows need a GPU and ``pip instal
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from compare_attention import built_kernel, peak_bytes
-from measuring import LAUNCHES, count_for, device_name, require, seconds_each, write
+from compare_attention import peak_bytes
+from measuring import LAUNCHES, compare_cases, comparison_parser, count_for, parse_cases, seconds_each
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextMLP
 
 
@@ -220,31 +217,15 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=CASES, default="cpu")
-    parser.add_argument(
-        "--cases", help="; ".join(f"{device}: {', '.join(cases)}" for device, cases in CASES.items())
-    )
-    parser.add_argument("--seconds", type=float, default=2.0, help="for the timing of a case; default 2")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    arguments = parser.parse_args()
-    cases = CASES[arguments.device]
-    names = arguments.cases.split(",") if arguments.cases else list(cases)
-    if unknown := set(names) - set(cases):
-        parser.error(f"--cases: {', '.join(sorted(unknown))}: none of {', '.join(cases)}")
-    require(arguments.device)
-    described = {"device": device_name(arguments.device), "threads": torch.get_num_threads()}
-    results: dict[str, Any] = {}
-    with built_kernel() as kernel:
-        for name in names:
-            results[name] = measure(kernel, cases[name], arguments.device, arguments.seconds)
-            show(name, cases[name], results[name])
-            write(arguments.output, {**described, "results": results})
-    if refused := [name for name, rows in results.items() if "not" in rows["scattermoe"]]:
-        sys.exit(f"scattermoe failed: {', '.join(refused)}")
+    arguments, cases = parse_cases(comparison_parser(__doc__, list(CASES)), CASES, 2.0)
+
+    def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
+        rows = measure(kernel, case, arguments.device, arguments.seconds)
+        show(name, case, rows)
+        return rows
+
+    compare_cases(arguments, cases, measured)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,26 +12,22 @@ versions and the commit they belong to.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from compare_attention import built_kernel
 from measuring import (
     LAUNCHES,
+    compare_cases,
+    comparison_parser,
     count_for,
-    device_name,
+    parse_cases,
     peak_memory,
-    require,
     seconds_each,
     start_memory,
-    write,
 )
 
 RANK = 16
@@ -190,33 +186,19 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=CASES, default="cpu")
-    parser.add_argument(
-        "--cases", help="; ".join(f"{device}: {', '.join(cases)}" for device, cases in CASES.items())
-    )
+    parser = comparison_parser(__doc__, list(CASES))
     parser.add_argument(
         "--base", choices=("ours", "torch"), default="ours", help="the base product's library"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the timing of a case; default 20")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    arguments = parser.parse_args()
-    cases = CASES[arguments.device]
-    names = arguments.cases.split(",") if arguments.cases else list(cases)
-    if unknown := set(names) - set(cases):
-        parser.error(f"--cases: {', '.join(sorted(unknown))}: none of {', '.join(cases)}")
-    require(arguments.device)
-    described = {"device": device_name(arguments.device), "threads": torch.get_num_threads()}
-    print(described["device"], flush=True)
-    results: dict[str, Any] = {}
-    with built_kernel() as kernel:
-        for name in names:
-            results[name] = measure(kernel, cases[name], arguments.device, arguments.seconds, arguments.base)
-            show(name, cases[name], results[name])
-            write(arguments.output, {**described, "base": arguments.base, "results": results})
+    arguments, cases = parse_cases(parser, CASES, 20.0)
+
+    def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
+        rows = measure(kernel, case, arguments.device, arguments.seconds, arguments.base)
+        show(name, case, rows)
+        return rows
+
+    compare_cases(arguments, cases, measured, base=arguments.base)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,32 +2,43 @@
 
 All in one process, a step of each in turn, so that what else the machine does slows down all alike. Prints medians,
 their ratio to bfloat16's, the bytes of the weights, and the peak above them. Codes are random: no time depends on them.
-Where bitsandbytes is installed its decoder decodes NF4 and FP4 on a CPU; ``--without-bitsandbytes`` leaves it out.
+``nf4 by torch`` is decoded without bitsandbytes, whose decoder ``nf4`` takes where it is installed. ``nf4 + PEFT`` is a
+layer of transformers with PEFT's LoRA over NF4, computed by ours; ``PEFT's own`` the same layer on PEFT's path, which
+decodes all of it each time it is read, and ``PEFT + bitsandbytes`` that over bitsandbytes' parametrization.
 
     python benchmarks/compare_quantized.py [--device cuda] [--shapes small,medium,large] [--formats nf4,float8,mxfp4]
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from compare import DEFAULT_SHAPES, SHAPES
-from layer import RANK, Shape
-from measuring import REPOSITORY, device_name, peak_memory, require, start_memory, write
+from layer import RANK, Layer, Shape
+from measuring import (
+    built_kernel,
+    chosen,
+    comparison_parser,
+    device_name,
+    peak_memory,
+    require,
+    start_memory,
+    write,
+)
 
 if TYPE_CHECKING:
     import torch
 
 FORMATS = ("nf4", "float8", "mxfp4")
+PEFT = "PEFT's own"
 
 
 class Layers:
@@ -102,8 +113,57 @@ class Layers:
         torch.autograd.grad(out, self._leaves, self._grad)
 
 
-def measure(layers: Layers, device: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds, bytes of the weights and the peak above them, of each kind of weight."""
+@dataclass(frozen=True)
+class Way:
+    """A way of computing a layer: a step of it, and the bytes of its weights."""
+
+    step: Callable[[], Any]
+    weight_bytes: int
+
+
+def by_torch(step: Callable[[], Any], cpu: Any) -> None:
+    """A step in which ``cpu``, our decoder's module, does not find bitsandbytes."""
+    with mock.patch.object(cpu, "has_bitsandbytes", return_value=False):
+        step()
+
+
+def peft_layer(kernel: Any, shape: Shape, implementation: str) -> Way:
+    """A layer of transformers with PEFT's LoRA, its experts in NF4."""
+    layer = Layer(replace(shape, dtype="bfloat16"), implementation)
+    kernel.quantize_experts(layer.module, "nf4")
+    experts = (p for p in layer.module.parameters() if not p.requires_grad)
+    return Way(layer.results, sum(p.stack.nbytes for p in experts))
+
+
+def bitsandbytes_layer(shape: Shape) -> Way:
+    """The same over bitsandbytes' own parametrization, on transformers' path."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    layer = Layer(replace(shape, dtype="bfloat16"), "grouped_mm")
+    experts = next(m for m in layer.module.modules() if type(m).__name__ == "Gemma4TextExperts")
+    for name in ("gate_up_proj", "down_proj"):
+        replace_parameter_4bit(experts, name, quant_type="nf4")
+    elements = 3 * shape.experts * shape.hidden * shape.intermediate
+    return Way(layer.results, elements // 2 + elements // 64 * 4)
+
+
+def ways(kernel: Any, shape: Shape, formats: Sequence[str]) -> dict[str, Way]:
+    """All that is compared, by name; the first is what the others' ratios are to."""
+    layers = Layers(kernel.__name__, shape, formats)
+    cpu = importlib.import_module(f"{kernel.__name__}.ops.quantization.cpu")
+    rows = {name: Way(partial(layers.step, name), layers.nbytes(name)) for name in layers.weights}
+    if "nf4" in formats:
+        if cpu.has_bitsandbytes():
+            rows["nf4 by torch"] = Way(partial(by_torch, rows["nf4"].step, cpu), rows["nf4"].weight_bytes)
+        rows["nf4 + PEFT"] = peft_layer(kernel, shape, "scattermoe")
+        rows[PEFT] = peft_layer(kernel, shape, "grouped_mm")
+        if cpu.has_bitsandbytes():
+            rows["PEFT + bitsandbytes"] = bitsandbytes_layer(shape)
+    return rows
+
+
+def measure(compared: Mapping[str, Way], device: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds, bytes of the weights and the peak above them, of each."""
     import torch
 
     def finish() -> None:
@@ -111,88 +171,70 @@ def measure(layers: Layers, device: str, repeats: int) -> dict[str, dict[str, fl
             torch.cuda.synchronize()
 
     rows: dict[str, dict[str, float]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in layers.weights}
-    for name in layers.weights:
-        layers.step(name)
+    seconds: dict[str, list[float]] = {name: [] for name in compared}
+    for name, way in compared.items():
+        way.step()
         finish()
         before = start_memory(device)
-        layers.step(name)
+        way.step()
         finish()
         rows[name] = {
-            "weight_bytes": layers.nbytes(name),
+            "weight_bytes": way.weight_bytes,
             "peak_bytes_above_weights": peak_memory(device) - before,
         }
     for _ in range(repeats):
-        for name, times in seconds.items():
+        for name, way in compared.items():
             begin = time.perf_counter()
-            layers.step(name)
+            way.step()
             finish()
-            times.append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - begin)
     for name, times in seconds.items():
         rows[name] |= {"ms": 1000 * statistics.median(times), "repeats": repeats}
     return rows
 
 
 def print_rows(rows: Mapping[str, Mapping[str, float]]) -> None:
-    """A line for each kind of weight, with its ratios to bfloat16's."""
+    """A line for each way, with its ratios to bfloat16's."""
     dense = rows["bfloat16"]
     for name, row in rows.items():
         times, weights, peak = (
             row[key] / dense[key] for key in ("ms", "weight_bytes", "peak_bytes_above_weights")
         )
         print(
-            f"{name:<10}{row['ms']:>9.1f} ms{times:>7.2f}x{row['weight_bytes'] / 1e6:>9.0f} MB{weights:>7.3f}x"
+            f"{name:<20}{row['ms']:>9.1f} ms{times:>7.2f}x{row['weight_bytes'] / 1e6:>9.0f} MB{weights:>7.3f}x"
             f"{row['peak_bytes_above_weights'] / 1e6:>9.0f} MB above{peak:>6.2f}x",
             flush=True,
         )
-
-
-def load(build: Callable[[Path], Path], scratch: str) -> str:
-    """The name of the built package, imported as users import it."""
-    from kernels import get_kernel
-
-    os.environ["LOCAL_KERNELS"] = f"org/scattermoe-lora={build(Path(scratch, 'build'))}"
-    name: str = get_kernel("org/scattermoe-lora", version=1).__name__
-    return name
+    if PEFT in rows:
+        ratio = rows[PEFT]["ms"] / rows["nf4 + PEFT"]["ms"]
+        print(f"{'':<20}nf4 + PEFT is {ratio:.1f}x as fast as PEFT's own", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu")
+    parser = comparison_parser(__doc__, list(DEFAULT_SHAPES))
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; default {DEFAULT_SHAPES}")
-    parser.add_argument("--formats", default=",".join(FORMATS), help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--formats", help=f"of {', '.join(FORMATS)}; default all")
     parser.add_argument("--repeats", type=int, default=7, help="steps of each, of which the median is taken")
-    parser.add_argument("--without-bitsandbytes", action="store_true", help="decode with torch alone")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
-    shapes = (arguments.shapes or DEFAULT_SHAPES[arguments.device]).split(",")
-    formats = arguments.formats.split(",")
-    for option, names, choices in (("shapes", shapes, tuple(SHAPES)), ("formats", formats, FORMATS)):
-        if unknown := set(names) - set(choices):
-            parser.error(f"--{option}: {', '.join(sorted(unknown))}: none of {', '.join(choices)}")
+    shapes = chosen(parser, "--shapes", arguments.shapes or DEFAULT_SHAPES[arguments.device], SHAPES)
+    formats = list(chosen(parser, "--formats", arguments.formats, dict.fromkeys(FORMATS)))
     require(arguments.device)
     import torch
-    from kernelpress.builder.build import build
-    from kernelpress.spec.load import load_spec
 
-    if not arguments.without_bitsandbytes:
-        with suppress(ImportError):
-            importlib.import_module("bitsandbytes")
-    with tempfile.TemporaryDirectory() as scratch:
-        kernel = load(lambda folder: build(load_spec(REPOSITORY), folder).directory, scratch)
-        has_bitsandbytes = importlib.import_module(f"{kernel}.ops.quantization.cpu").has_bitsandbytes()
-        print(f"{device_name(arguments.device)}, {'with' if has_bitsandbytes else 'without'} bitsandbytes")
-        results: dict[str, Any] = {}
-        for name in shapes:
+    with suppress(ImportError):
+        importlib.import_module("bitsandbytes")
+    results: dict[str, Any] = {}
+    with built_kernel() as kernel:
+        kernel.register()
+        print(device_name(arguments.device))
+        for name, shape in shapes.items():
             torch.manual_seed(0)
-            print(f"\n{name}: {SHAPES[name]}, in bfloat16, r={RANK}", flush=True)
+            print(f"\n{name}: {shape}, in bfloat16, r={RANK}", flush=True)
             with torch.device(arguments.device):
-                layers = Layers(kernel, SHAPES[name], formats)
-            results[name] = measure(layers, arguments.device, arguments.repeats)
+                compared = ways(kernel, shape, formats)
+            results[name] = measure(compared, arguments.device, arguments.repeats)
             print_rows(results[name])
-            write(arguments.output, {"bitsandbytes": has_bitsandbytes, "results": results})
+            write(arguments.output, {"results": results})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import gc
@@ -11,8 +12,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,3 +162,87 @@ def write(output: Path | None, figures: Mapping[str, Any]) -> None:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({**provenance(), **figures}, indent=2) + "\n")
+
+
+@contextmanager
+def built_kernel() -> Iterator[Any]:
+    """The kernel as users load it, built for the while."""
+    from kernelpress.builder.build import build
+    from kernelpress.spec.load import load_spec
+    from kernels import get_kernel
+
+    with tempfile.TemporaryDirectory() as scratch:
+        built = build(load_spec(REPOSITORY), Path(scratch, "build")).directory
+        os.environ["LOCAL_KERNELS"] = f"org/scattermoe-lora={built}"
+        yield get_kernel("org/scattermoe-lora", version=1)
+
+
+def comparison_parser(description: str | None, devices: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that every comparison has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=devices, default="cpu")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    return parser
+
+
+def chosen(
+    parser: argparse.ArgumentParser, option: str, names: str | None, choices: Mapping[str, T]
+) -> dict[str, T]:
+    """The choices that an option names, separated by commas; all of them without names.
+
+    Ends with the parser's error where one is unknown.
+    """
+    keys = names.split(",") if names else list(choices)
+    if unknown := set(keys) - set(choices):
+        parser.error(f"{option}: {', '.join(sorted(unknown))}: none of {', '.join(choices)}")
+    return {key: choices[key] for key in keys}
+
+
+def parse_cases(
+    parser: argparse.ArgumentParser, cases: Mapping[str, Mapping[str, T]], seconds: float
+) -> tuple[argparse.Namespace, dict[str, T]]:
+    """The arguments of a comparison whose cases have names by device, and the cases that they choose.
+
+    Ends with one line where the device is not there.
+    """
+    parser.add_argument(
+        "--cases", help="; ".join(f"{device}: {', '.join(names)}" for device, names in cases.items())
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"for the timing of a case; default {seconds:g}"
+    )
+    arguments = parser.parse_args()
+    cases_chosen = chosen(parser, "--cases", arguments.cases, cases[arguments.device])
+    require(arguments.device)
+    return arguments, cases_chosen
+
+
+def compare_cases(
+    arguments: argparse.Namespace,
+    cases: Mapping[str, T],
+    measure: Callable[[Any, str, T], dict[str, Any]],
+    ours: str = "scattermoe",
+    **described: Any,
+) -> None:
+    """Measures and shows one case after the other, writes the figures, and fails where ours refused a case.
+
+    Args:
+        arguments: Of :func:`parse_cases`.
+        cases: Those to measure.
+        measure: Takes the kernel, a case's name and the case, prints its table and returns its rows.
+        ours: The row that must not say ``not``.
+        described: What else the figures say of the run.
+    """
+    import torch
+
+    described = {"device": device_name(arguments.device), "threads": torch.get_num_threads(), **described}
+    print(described["device"], flush=True)
+    results: dict[str, Any] = {}
+    with built_kernel() as kernel:
+        for name, case in cases.items():
+            results[name] = measure(kernel, name, case)
+            write(arguments.output, {**described, "results": results})
+    if refused := [name for name, rows in results.items() if "not" in rows[ours]]:
+        sys.exit(f"scattermoe failed: {', '.join(refused)}")
