@@ -47,12 +47,42 @@ def bars(title: str, groups: Mapping[str, Sequence[Bar]], most: float | None = N
             ]
             y += BAR
         y += 8
-    size = f'width="{LEFT + WIDTH + 200}" height="{y + 8}"'
+    return svg(parts, y + 8)
+
+
+def svg(parts: Iterable[str], height: int) -> str:
+    """A picture of these elements on white."""
+    size = f'width="{LEFT + WIDTH + 200}" height="{height}"'
     style = 'font-family="sans-serif" font-size="12"'
     background = '<rect width="100%" height="100%" fill="white"/>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n{background}\n' + "\n".join(
         [*parts, "</svg>\n"]
     )
+
+
+def curves(title: str, lines: Mapping[str, Sequence[float]]) -> str:
+    """An SVG of lines over the same steps, the first in colour and on top, the others wide and grey behind it."""
+    left, top, height = 60, 36, 180
+    values = [value for line in lines.values() for value in line]
+    low, high = min(values), max(values)
+    steps = max(max(map(len, lines.values())) - 1, 1)
+    parts = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>']
+    for level in (low, high):
+        y = top + height * (high - level) / ((high - low) or 1)
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{level:.3g}</text>')
+    for index, (name, line) in reversed(list(enumerate(lines.items()))):
+        points = " ".join(
+            f"{left + WIDTH * step / steps:.1f},{top + height * (high - value) / ((high - low) or 1):.1f}"
+            for step, value in enumerate(line)
+        )
+        colour, width = (OTHERS, 5) if index else (OURS, 1.5)
+        parts += [
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width}"/>',
+            f'<text x="{left + WIDTH + 10}" y="{top + 14 + 16 * index}" fill="{"#666666" if index else OURS}">'
+            f"{escape(name)}</text>",
+        ]
+    parts.append(f'<text x="{left}" y="{top + height + 18}">{steps + 1} steps</text>')
+    return svg(parts, top + height + 28)
 
 
 def is_disturbed(row: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import argparse
 import codecs
 import gzip
 import heapq
+import io
 import json
 import math
 import pickle
@@ -39,7 +40,7 @@ FAMILIES = {
     "attention": r"attention|attn|flash_(fwd|bwd)|flash::|fmha|sdpa|segments_(for|back)ward",
     "quantization": r"dequant|kquantize|quantize_(4bit|blockwise|nf4|fp4|fp8|mx)|decode_(experts|kernel)",
     "experts": r"expert|(?<!scatter)moe|grouped_?(mm|gemm|matmul|outer|linear)|group_?gemm|groupproblemshape"
-    r"|gate_up_kernel|gate_backward_kernel|(count|place)_pairs|sum_choices|tile_schedule|matmul_ogs|scatter2scatter"
+    r"|gate_(up|forward|backward)_kernel|quantized_matmul|(count|place)_pairs|sum_choices|tile_schedule|matmul_ogs|scatter2scatter"
     r"|groupxty|bitmatrix|_sdd_",
     "norm": r"(layer|rms|group|batch)_?norm|rms_(for|back)ward|rms_layernorm|gammabeta|(norm_)?rotary_(for|back)ward"
     r"|triton_(red|per)_fused.*rsqrt",
@@ -270,6 +271,8 @@ class Reader:
                     raise DamageError(f"cut off at character {self._before + len(self._text):,}") from None
             except RecursionError:
                 raise DamageError(f"nested too deeply at character {self.position:,}") from None
+            except ValueError:
+                raise DamageError(f"a number of too many digits at character {self.position:,}") from None
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -423,9 +426,12 @@ def _nanoseconds(microseconds: object) -> int | None:
 
 def _memory(event: dict[str, Any], arguments: dict[str, Any]) -> tuple[int | None, str, int, int]:
     # c10's DeviceType: 0 is the CPU.
-    device = "CPU" if arguments.get("Device Type") == 0 else f"GPU {arguments.get('Device Id')}"
-    sizes = (arguments.get(f"Total {word}") for word in ("Allocated", "Reserved"))
-    allocated, reserved = (size if isinstance(size, int) else 0 for size in sizes)
+    keys = ("Total Allocated", "Total Reserved", "Device Id")
+    values = (arguments.get(key) for key in keys)
+    allocated, reserved, number = (
+        value if isinstance(value, int) and abs(value) < 1 << 62 else 0 for value in values
+    )
+    device = "CPU" if arguments.get("Device Type") == 0 else f"GPU {number}"
     return _nanoseconds(event.get("ts")), device, allocated, reserved
 
 
@@ -802,9 +808,9 @@ def memory_of_snapshot(path: Path) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """A report for people."""
     idle, gpu = result["idle"], result["device"] == "GPU"
-    count, devices = len(result["steps"]), result["devices"]
+    count, devices = max(len(result["steps"]), 1), result["devices"]
     lines = [
-        f"{count} steps of {result['step_ms']:.2f} ms (median) on "
+        f"{len(result['steps'])} steps of {result['step_ms']:.2f} ms (median) on "
         + (f"{devices} GPU{'s' * (devices > 1)}" if gpu else "the CPU, by operators' own time"),
         "",
         f"{'family':<16}{'ms a step':>12}{'share':>8}{'calls':>9}{'all streams' if gpu else 'all threads':>14}",
@@ -920,6 +926,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ModuleNotFoundError as error:
         sys.exit(f"--png needs {error.name}: pip install {error.name}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A kernel's name may have what the terminal, or even UTF-8, does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(json.dumps(result, indent=1) if options.json else table(result))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONSUMER = REPOSITORY / ".venv-consumer/bin/python"
-NEEDED = ("build.toml", "CARD.md", "LICENSE", "README.md", "torch-ext", "tools/demo")
+NEEDED = ("build.toml", "CARD.md", "LICENSE", "README.md", "torch-ext", "tools/demo", "benchmarks/results")
 
 
 def copy_of_the_repository(target: Path) -> Path:

@@ -382,6 +382,7 @@ def test_a_trace_that_is_cut_off_anywhere_is_refused_and_the_place_named(tmp_pat
         (b'{"a" 1}', "no JSON at character 5"),
         (b'{"traceEvents": []} {', "no JSON at character 20: unexpected '{'"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"traceEvents": [' + b"9" * 5000 + b"]}", "a number of too many digits at character 17"),
         (gzip.compress(b"[1, 2]", mtime=0)[:-8] + bytes(8), "a damaged gzip file"),
         (b"\x1f\x8b" + b"no" * 9, "a damaged gzip file"),
     ],
@@ -413,6 +414,19 @@ def test_a_file_that_is_not_there_and_events_without_time_are_told_of(tmp_path: 
     assert "Is a directory" in failure(tmp_path)
     events = [*GPU_STEP, event("kernel", "k", float("nan"), 1), event("kernel", "k", 1, -5)]
     assert trace.report(save(tmp_path / "t.json", events))["untimed_events"] == 2
+
+
+def test_strange_names_sizes_and_steps_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"Device Type": 1, "Device Id": "\ud800", "Total Allocated": 10**30, "Total Reserved": 1e9}
+    memory = {"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "ts": 1, "args": sizes}
+    step = event("user_annotation", "ProfilerStep#0", 0, 0)
+    trace.main([str(save(tmp_path / "t.json", [step, memory, event("kernel", "\ud800", 0, 5)]))])
+    assert "0 steps of 0.00 ms" in capsys.readouterr().out
+    trace.main([str(save(tmp_path / "t.json", [memory, event("kernel", "\ud800", 0, 5)]))])
+    # Without annotations the whole trace is one step.
+    assert "1 steps of 0.01 ms" in capsys.readouterr().out
 
 
 def snapshot(path: Path) -> Path:

@@ -14,17 +14,24 @@ from .integration.experts.forward import experts_forward
 from .integration.experts.quantized.convert import dequantize_experts, quantize_experts
 from .integration.experts.quantized.loading import quantization_config
 from .integration.experts.register import register, unregister
+from .integration.float8_training.adafactor import Adafactor
+from .integration.float8_training.convert import train_in_float8
+from .integration.float8_training.dense_steps import Float8Optimizer
 from .integration.projections.targets import lora_targets
 from .integration.projections.towers import freeze_towers
 from .ops.attention.api import flash_attn_func, flash_attn_varlen_func
 from .ops.gated_activation.api import gated_activation, gated_mlp
 from .ops.grouped_linear.api import grouped_linear
 from .ops.linear_cross_entropy.api import linear_cross_entropy
+from .ops.linear_cross_entropy.decoded import DecodedWeight
 from .ops.lora_linear.api import lora_linear
 from .ops.norm_rotary.api import rms_norm_rotary
 from .ops.rms_norm.api import add_rms_norm, rms_norm
 
 __all__ = [
+    "Adafactor",
+    "DecodedWeight",
+    "Float8Optimizer",
     "add_rms_norm",
     "apply_to",
     "convert_adapter",
@@ -46,6 +53,7 @@ __all__ = [
     "remove_from",
     "rms_norm",
     "rms_norm_rotary",
+    "train_in_float8",
     "unregister",
     "unregister_attention",
 ]

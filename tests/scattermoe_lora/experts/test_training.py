@@ -277,5 +277,5 @@ def test_two_processes_train_as_one(kernel: ModuleType, tmp_path: Path) -> None:
         command, env=environment, capture_output=True, text=True, check=False, timeout=1200
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
-    for check in ("ddp", "fsdp", "expert_parallel", "quantized"):
+    for check in ("ddp", "fsdp", "expert_parallel", "quantized", "loss", "float8"):
         assert finished.stdout.count(f"{check}: equal to one process") == 2

@@ -88,7 +88,7 @@ class Target(NamedTuple):
 
     def _is_wrapped(self) -> bool:
         """True if the module's forward wraps a fused one that runs the class's own once that is back."""
-        function = self.module.__dict__.get("forward")
+        function: Any = self.module.__dict__.get("forward")
         while hasattr(function, "__wrapped__"):
             function = function.__wrapped__
         return function is self.forward and hasattr(function, "scattermoe_fused")

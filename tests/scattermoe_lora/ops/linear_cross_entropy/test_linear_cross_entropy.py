@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from functools import partial
 from typing import Any
 
@@ -130,6 +131,36 @@ def test_results_and_gradients_match_the_reference(kernel, reference, shape, nam
         # With one word there is nothing to choose: all gradients are zero, and there is nothing to be relative to.
         if shape[2] > 1:
             assert_close(own, gradients(wanted, twins), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("head", ["frozen", "lora"])
+def test_a_weight_that_is_decoded_by_rows_gives_the_same_and_is_not_kept(
+    kernel, submodule, monkeypatch, head
+) -> None:
+    decoded = submodule("ops.linear_cross_entropy.decoded")
+    options = {"softcap": 2.0, "label_smoothing": 0.1, "class_weight": True, "z_loss": 0.1}
+    labels, arguments, leaves = problem((13, 32, 37, 3), torch.float32, options, HEADS[head])
+    weight = arguments.pop("weight")
+    monkeypatch.setattr(decoded, "_PART_BYTES", 5 * 32 * 4)
+    alive: list[Any] = []
+
+    def decode(start: int, stop: int) -> torch.Tensor:
+        alive.append(weakref.ref(part := weight[start:stop].clone()))
+        return part
+
+    quantized = kernel.DecodedWeight((37, 32), torch.float32, weight.device, decode)
+    more = {"return_log_probs": True, "return_entropy": True}
+    expected = kernel.linear_cross_entropy(weight=weight, labels=labels, **arguments, **more)
+    got = kernel.linear_cross_entropy(weight=quantized, labels=labels, **arguments, **more)
+    assert len(alive) == 8
+    assert not any(part() is not None for part in alive)
+    assert_close(got, expected, 2e-5)
+    assert_close(gradients(got, leaves), gradients(expected, leaves), 2e-5)
+    wrong = kernel.DecodedWeight((37, 32), torch.float64, weight.device, decode)
+    with pytest.raises(
+        ValueError, match=r"weight: expected dtype of hidden, torch\.float32, got torch\.float64"
+    ):
+        kernel.linear_cross_entropy(weight=wrong, labels=labels, **arguments)
 
 
 def test_loss_alone_has_the_same_bits_every_time_and_no_matter_what_else_is_asked_for(kernel) -> None:

@@ -10,11 +10,13 @@ import torch
 from ...ops.dispatch import refuse_transforms
 from ...ops.experts.arguments import Operands
 from ...ops.experts.op import experts as fused_experts
+from ...ops.float8.products import with_weight_gradient
+from ...ops.float8.weight import Float8Weight
 from ...ops.grouped_linear.adapters import Adapter, Update, combine, finish
 from ...ops.grouped_linear.arguments import Operands as LinearOperands
 from ...ops.grouped_linear.op import linear
 from ...ops.quantization.stack import Weight
-from ...ops.routing import sort_by_expert
+from ...ops.routing import Routing, sort_by_expert
 from .checks import LowRank, check_inputs
 from .expert_parallel import handed_factors
 from .module import fused_gate, read_weights
@@ -67,7 +69,8 @@ def experts_forward(
     # transformers' own grouped_mm.
     x = hidden_states.to(up.dtype).contiguous()
     gate = fused_gate(experts)
-    if gate is not None and not first.terms and not second.terms:
+    trained = _trained(experts, weights.up_name), _trained(experts, "down_proj")
+    if gate is not None and not first.terms and not second.terms and trained == (None, None):
         operands = Operands(x, up, down, top_k_weights, a1, b1, a2, b2, bias1, bias2, order, offsets)
         keep = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in operands)
         out, *_ = fused_experts(operands, gate, sentinels, keep)
@@ -75,10 +78,12 @@ def experts_forward(
 
     tokens, top_k = top_k_index.shape
     h, _ = linear(LinearOperands(x, up, a1, b1, bias1, order, offsets), top_k, sentinels)
+    h = _with_gradient(h, x, trained[0], experts, Routing(order, offsets), top_k)
     h = finish(first, h, x, order, offsets, top_k)
     h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
     h = h.to(down.dtype).contiguous()
     y, _ = linear(LinearOperands(h, down, a2, b2, bias2, order, offsets), top_k, sentinels)
+    y = _with_gradient(y, h, trained[1], experts, Routing(order, offsets), top_k)
     y = finish(second, y, h, order, offsets, top_k)
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
@@ -99,3 +104,17 @@ def _update(
         return Update(None, None, bias)
     a, b = lora[name]
     return Update(a.contiguous(), b.contiguous(), bias)
+
+
+def _trained(module: Any, name: str) -> Float8Weight | None:
+    """The module's parameter if it is trained in float8, whose gradient the operators do not make."""
+    parameter = module._parameters.get(name)
+    return parameter if isinstance(parameter, Float8Weight) and parameter.requires_grad else None
+
+
+def _with_gradient(
+    y: torch.Tensor, x: torch.Tensor, weight: Float8Weight | None, module: Any, routing: Routing, top_k: int
+) -> torch.Tensor:
+    if weight is None:
+        return y
+    return with_weight_gradient(y, x, weight, routing, top_k, module.is_transposed)

@@ -100,12 +100,26 @@ def _loss(
     plain: Callable[..., torch.Tensor], logits: _Logits, labels: Any, vocab_size: int, **kwargs: Any
 ) -> torch.Tensor:
     """As ``ForCausalLMLoss`` of transformers 5.22, which is ``plain``."""
-    head = heads.read(logits.head)
+    module: Any = logits.head
+    is_sharded = heads.is_sharded(module) and not torch.compiler.is_compiling()
+    head = heads.Head(module.weight, module.bias) if is_sharded else heads.read(module, logits.hidden.dtype)
     reason = head if isinstance(head, str) else _misfit(head, logits, vocab_size)
     if isinstance(head, str) or reason is not None:
         _log_once(f"loss: runs unfused: {reason}")
         return plain(logits=logits.value(), labels=labels, vocab_size=vocab_size, **kwargs)
-    hidden, softcap = logits.hidden, logits.outer
+    if not is_sharded:
+        return _fused_loss(head, logits, logits.hidden, labels, **kwargs)
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        return _fused_loss(heads.Head(module.weight, module.bias), logits, hidden, labels, **kwargs)
+
+    return heads.run_sharded(module, logits.hidden, run)
+
+
+def _fused_loss(
+    head: heads.Head, logits: _Logits, hidden: torch.Tensor, labels: Any, **kwargs: Any
+) -> torch.Tensor:
+    softcap = logits.outer
     result: Any = linear_cross_entropy(
         hidden,
         head.weight,
@@ -255,5 +269,7 @@ PART = Part(
 The class's own forward runs, with a head that keeps its input, and :func:`~scattermoe_lora.linear_cross_entropy` takes
 the place of ``ForCausalLMLoss``: the same shift, ``num_items_in_batch``, soft cap, scale and LoRA on the head. A result
 has no ``logits`` in training; ``skip_logits=False`` asks for them, ``skip_logits=True`` leaves them out in evaluation.
-A head that is more than a linear layer (hooks, shards, quantized) runs as it is, and one line of the log says why.
+A head that bitsandbytes keeps in 4 bits is decoded a part at a time, and one that FSDP2 shards is gathered by its
+hooks. One that is more than a linear layer (other hooks, other shards, quantized otherwise) runs as it is, and one line
+of the log says why.
 """

@@ -3,32 +3,73 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from ...ops.linear_cross_entropy.decoded import DecodedWeight
 from ..fused_classes import has_hooks, plain_class
+from . import quantized
 
 
 class Head(NamedTuple):
     """``x W^T + bias + (x A^T) B^T``, as the arguments of ``linear_cross_entropy``."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | DecodedWeight
     bias: torch.Tensor | None
     lora_a: torch.Tensor | None = None
     lora_b: torch.Tensor | None = None
 
 
-def read(module: torch.nn.Module) -> Head | str:
-    """What ``module`` multiplies by; or the reason why calling it does something else, too."""
+def run_sharded(
+    module: torch.nn.Module, hidden: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``run(hidden)`` in place of the forward of a layer that FSDP2 shards, whose weight is whole meanwhile.
+
+    Its hooks gather the weight before, and again for the backward of the result.
+    """
+    module.forward = run
+    try:
+        result: torch.Tensor = module(hidden)
+        return result
+    finally:
+        del module.forward
+
+
+def is_sharded(module: Any) -> bool:
+    """True of a linear layer that FSDP2 shards by itself, and that has no hooks but those that gather its weight."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule) or not isinstance(module, torch.nn.Linear):
+        return False
+    layer: Any = module
+    state = layer._get_fsdp_state()
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return (
+        type(module).forward is torch.nn.Linear.forward
+        and "forward" not in module.__dict__
+        and all(getattr(hook, "__self__", None) is state for hook in hooks)
+        # Of the result, which then is a loss.
+        and state._mp_policy.output_dtype in (None, torch.float32)
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def read(module: torch.nn.Module, dtype: torch.dtype) -> Head | str:
+    """What ``module`` multiplies an input of ``dtype`` by; or the reason why calling it does something else, too."""
     layer, tuners = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.utils.other")
     if tuners is not None and isinstance(module, tuners.ModulesToSaveWrapper):
         is_own = not module.disable_adapters and bool(module.active_adapters)
         copies: Any = module.modules_to_save
         own = copies[module.active_adapters[0]] if is_own else module.original_module
-        return _obstacle(module, tuners.ModulesToSaveWrapper) or read(own)
+        return _obstacle(module, tuners.ModulesToSaveWrapper) or read(own, dtype)
     if layer is not None and isinstance(module, layer.LoraLayer):
-        return _obstacle(module, layer.Linear) or _read_lora(module)
+        bits = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+        around = bits if bits is not None and isinstance(module, bits) else layer.Linear
+        return _obstacle(module, around) or _read_lora(module, dtype)
+    own_class = quantized.layer_class()
+    if own_class is not None and isinstance(module, own_class) and not torch.compiler.is_compiling():
+        return _obstacle(module, own_class) or _read_quantized(module, dtype)
     reason = _obstacle(module, torch.nn.Linear)
     if reason is not None:
         return reason
@@ -49,8 +90,13 @@ def _obstacle(module: torch.nn.Module, base: type[torch.nn.Module]) -> str | Non
     return None
 
 
-def _read_lora(module: Any) -> Head | str:
-    base = read(module.get_base_layer())
+def _read_quantized(module: Any, dtype: torch.dtype) -> Head | str:
+    weight = quantized.decoded_weight(module, dtype)
+    return weight if isinstance(weight, str) else Head(weight, module.bias)
+
+
+def _read_lora(module: Any, dtype: torch.dtype) -> Head | str:
+    base = read(module.get_base_layer(), dtype)
     if isinstance(base, str) or module.disable_adapters or module.merged:
         return base
     names = [name for name in module.active_adapters if name in module.lora_A]

@@ -12,7 +12,7 @@ import torch
 
 from ..cpu_blocks import Block, split
 from ..cpu_matmul import add_matmul, rounded
-from ..quantization.product import Matrices
+from ..quantization.cpu import Matrices
 from ..quantization.stack import QuantizedStack, Weight
 from ..routing import empty_gradient
 from .arguments import Operands

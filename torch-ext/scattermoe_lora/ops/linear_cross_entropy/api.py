@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
+from .arguments import Settings
 from .checks import check
+from .decoded import DecodedWeight, statistics
 from .op import linear_cross_entropy_forward
 
 
@@ -28,7 +30,7 @@ class LinearCrossEntropy(NamedTuple):
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | DecodedWeight,
     labels: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -57,7 +59,8 @@ def linear_cross_entropy(
     Args:
         hidden: ``[..., H]``, any strides; float64 (on the CPU only), float32, bfloat16 or float16.
         weight: ``[V, H]``, dtype of ``hidden``. Under autocast, any of these dtypes: it is read block by block in the
-            dtype that autocast computes in, and its gradient is of its own.
+            dtype that autocast computes in, and its gradient is of its own. Or a :class:`DecodedWeight`, frozen: 64 MB
+            of it are decoded at a time, forward and backward.
         labels: ``[...]`` integers: as ``hidden`` without its last dimension. Those below 0 or above ``V - 1`` other
             than ``ignore_index`` are refused on the CPU, and make the loss NaN on a GPU, which nobody waits for.
         bias: ``[V]``, any of the dtypes.
@@ -99,7 +102,10 @@ def linear_cross_entropy(
         reduction,
         num_items_in_batch,
     )
-    dispatch.refuse_transforms("linear_cross_entropy", hidden, weight, bias, lora_a, lora_b, token_weight)
+    head_weight = weight if isinstance(weight, torch.Tensor) else None
+    dispatch.refuse_transforms(
+        "linear_cross_entropy", hidden, head_weight, bias, lora_a, lora_b, token_weight
+    )
     valid = (labels != ignore_index).reshape(-1)
     flat = labels.reshape(-1).long()
     # Below the vocabulary is what the operator leaves out, above it what has no logit.
@@ -110,22 +116,21 @@ def linear_cross_entropy(
         low = F.linear(rows, lora_a.to(rows.dtype))
         lora_b = (lora_b * scaling).to(rows.dtype).contiguous()
     head = (bias, low, lora_b)
-    # Where hidden states alone get a gradient, the forward can have it ready.
-    is_frozen = not weight.requires_grad and not any(t is not None and t.requires_grad for t in (bias, low))
-    pulls = torch.is_grad_enabled() and rows.requires_grad and is_frozen and low is None
-    pulls = pulls and not label_smoothing and not return_entropy and not dispatch.use_triton(rows)
-    lse, label_logit, logit_sum, entropy, _ = linear_cross_entropy_forward(
-        rows,
-        weight.contiguous(),
-        *head,
-        index,
-        class_weight,
-        float(logit_scale),
-        float(softcap or 0.0),
-        bool(label_smoothing),
-        return_entropy,
-        pulls,
+    settings = Settings(
+        float(logit_scale), float(softcap or 0.0), bool(label_smoothing), return_entropy, False
     )
+    if isinstance(weight, DecodedWeight):
+        lse, label_logit, logit_sum, entropy, _ = statistics(
+            rows, weight, *head, index, class_weight, settings
+        )
+    else:
+        # Where hidden states alone get a gradient, the forward can have it ready.
+        is_frozen = not any(t is not None and t.requires_grad for t in (weight, bias, low))
+        pulls = torch.is_grad_enabled() and rows.requires_grad and is_frozen and low is None
+        pulls = pulls and not label_smoothing and not return_entropy and not dispatch.use_triton(rows)
+        lse, label_logit, logit_sum, entropy, _ = linear_cross_entropy_forward(
+            rows, weight.contiguous(), *head, index, class_weight, *settings._replace(pulls=pulls)
+        )
     log_probs = label_logit - lse
     loss = -log_probs
     weights = valid.to(loss.dtype)

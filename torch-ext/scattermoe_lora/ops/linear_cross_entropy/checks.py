@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from .decoded import DecodedWeight
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -14,7 +16,9 @@ def _refuse(name: str, expected: str, got: object) -> None:
     raise ValueError(f"linear_cross_entropy: {name}: expected {expected}, got {got}")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: list[int], hidden: torch.Tensor) -> None:
+def _check_tensor(
+    name: str, tensor: torch.Tensor | DecodedWeight, shape: list[int], hidden: torch.Tensor
+) -> None:
     if list(tensor.shape) != shape:
         _refuse(name, f"shape {shape}", list(tensor.shape))
     if tensor.dtype not in _DTYPES:
@@ -25,7 +29,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: list[int], hidden: tor
 
 def check(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | DecodedWeight,
     labels: torch.Tensor,
     by_word: Mapping[str, torch.Tensor | None],
     lora: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -46,7 +50,7 @@ def check(
     if hidden.dtype not in _DTYPES:
         _refuse("hidden", "float64, float32, bfloat16 or float16", hidden.dtype)
     width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+    if len(weight.shape) != 2 or weight.shape[1] != width or weight.shape[0] == 0:
         _refuse("weight", f"[V, {width}], the width of hidden", list(weight.shape))
     vocabulary = weight.shape[0]
     _check_tensor("weight", weight, [vocabulary, width], hidden)

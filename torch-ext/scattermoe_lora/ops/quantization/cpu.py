@@ -4,24 +4,29 @@ Scalar lookups are what costs here: torch's own cast from float8 makes one an el
 operations on whole vectors instead, where a format's values have few digits: its bits put where float16 has its own
 give the value times a power of two. NF4's have all digits of float32. bitsandbytes' decoder is called where it is
 loaded, and else a table has the values of both codes of a byte.
+
+Those integers take as many bytes as bfloat16, so they are written where the result will be: all of a matrix by one
+call, as each costs a start and, on a busy machine, a wait for the slowest core.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 import torch
 
 from .formats import ELEMENTS, byte_values, element_values
 from .stack import QuantizedStack
 
-# Elements that are decoded at a time through float32: 2 MB. Fewer stay in cache, but each operator costs a start.
+# Elements that are scaled and rounded at a time through float32: 2 MB.
 _CHUNK_ELEMENTS = 1 << 19
 
 
 class Decoder:
-    """Decodes matrices of one stack, through a buffer of a few megabytes that serves one after the other."""
+    """Decodes matrices of one stack, through a buffer of 2 MB or a block that serves one after the other."""
 
     def __init__(self, stack: QuantizedStack) -> None:
         self._stack = stack
@@ -33,15 +38,16 @@ class Decoder:
         if layout.is_flat:
             self._decode_flat(expert, out.view(-1))
             return out
-        codes, scales = self._stack.codes[expert], self._scales(expert)
+        scales = self._scales(expert)
         values, power = _values[layout.element]
+        numbers = values(self._stack.codes[expert], _integers(out))
         # Both are exact where nothing overflows, and there are fewer scales than elements.
         large = scales * power
         is_finite = bool(large.isfinite().all())
         scales = large if is_finite else scales
         for first, last in _chunks(out.shape[0], layout.rows, out.shape[1]):
             part = out[first:last]
-            wide = self._float32(part).copy_(values(codes[first:last]))
+            wide = self._float32(part).copy_(numbers[first:last])
             if not is_finite:
                 wide.mul_(power)
             blocks = slice(first // layout.rows, -(-last // layout.rows))
@@ -99,12 +105,39 @@ class Decoder:
         for first, last in _chunks(out.numel(), block, 1):
             part = out[first:last]
             wide = self._float32(part)
-            index = codes[first // 2 : last // 2].int()
-            torch.index_select(_pairs(element), 0, index, out=wide.view(torch.int64))
+            _look_up(_pairs(element), codes[first // 2 : last // 2], wide.view(torch.int64))
             multiply_blocks(
                 wide.view(1, -1), scales[first // block : -(-last // block)].view(1, -1), 1, block
             )
             _round(wide, part)
+
+
+class Matrices(Sequence[torch.Tensor]):
+    """The matrices of a quantized stack, each decoded when it is asked for, as ``dense.unbind()`` would list them.
+
+    All share one workspace: a matrix is valid until the next one is asked for.
+
+    Args:
+        stack: Quantized matrices ``[E, N, K]``.
+        dtype: The dtype to decode to; by default the one that the stack stands for.
+    """
+
+    def __init__(self, stack: QuantizedStack, dtype: torch.dtype | None = None) -> None:
+        self._stack, self._decoder = stack, Decoder(stack)
+        self._workspace = torch.empty(stack.stored_shape[1:], dtype=dtype or stack.dtype, device=stack.device)
+
+    def __len__(self) -> int:
+        return self._stack.shape[0]
+
+    @overload
+    def __getitem__(self, expert: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, expert: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, expert: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
+        if isinstance(expert, slice):
+            raise TypeError("matrices of a quantized stack share a workspace: ask for one at a time")
+        matrix = self._decoder.decode(expert, self._workspace)
+        return matrix.mT if self._stack.format.transposed else matrix
 
 
 def _chunks(rows: int, block: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -113,6 +146,11 @@ def _chunks(rows: int, block: int, columns: int) -> Iterator[tuple[int, int]]:
     step *= max(1, _CHUNK_ELEMENTS // (step * columns))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
+
+
+def _integers(out: torch.Tensor) -> torch.Tensor:
+    """An int16 for each element of ``out``: in its own memory, unless its elements have another size."""
+    return out.view(torch.int16) if out.itemsize == 2 else torch.empty_like(out, dtype=torch.int16)
 
 
 def _round(wide: torch.Tensor, out: torch.Tensor) -> None:
@@ -147,26 +185,34 @@ def _pairs(element: str) -> torch.Tensor:
     return torch.stack(pair, dim=-1).view(torch.int64).view(-1)
 
 
+def _look_up(table: torch.Tensor, codes: torch.Tensor, out: torch.Tensor) -> None:
+    """``table[codes]``, of one dimension each, into ``out``."""
+    # As rows: index_select, and gather of a single row, run on one core.
+    shape = (-1, math.gcd(codes.numel(), 1024))
+    index = codes.long().view(shape)
+    torch.gather(table.expand(index.shape[0], -1), 1, index, out=out.view(shape))
+
+
 def _looked_up(floats: torch.Tensor) -> torch.Tensor:
     """An 8-bit float tensor in float32, faster than by torch's cast."""
     index = floats.contiguous().view(torch.uint8).view(-1).long()
     return byte_values(floats.dtype).index_select(0, index).view(floats.shape)
 
 
-def _e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """float16 values of E4M3, exactly, times 2^-8."""
+def _e4m3(codes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """float16 values of E4M3, exactly, times 2^-8, in the memory of ``bits``."""
     # The greatest byte, and the greatest of signed bytes, are the two codes for NaN, which bits alone do not make one.
     if int(codes.amax()) == 0xFF or int(codes.view(torch.int8).amax()) == 0x7F:
-        return codes.view(torch.float8_e4m3fn).to(torch.float16).mul_(2.0**-8)
+        return bits.view(torch.float16).copy_(codes.view(torch.float8_e4m3fn)).mul_(2.0**-8)
     # With its sign extended, 7 places further left each bit but the second has its place in float16.
-    bits = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~0x4000)
+    bits.copy_(codes.view(torch.int8)).mul_(1 << 7).bitwise_and_(~0x4000)
     return bits.view(torch.float16)
 
 
-def _e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """float16 values of two E2M1 a byte, exactly, times 2^-14."""
+def _e2m1(codes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """float16 values of two E2M1 a byte, exactly, times 2^-14, in the memory of ``bits``."""
     # The lower code in the top bits of the lower half of an int32, the upper code in those of the upper half.
-    bits = codes.int().mul_((1 << 12) + (1 << 24)).view(torch.int16)
+    bits.view(torch.int32).copy_(codes).mul_((1 << 12) + (1 << 24))
     # 3 places to the right, the sign repeated, exponent and digit stand where float16 has them.
     bits.bitwise_right_shift_(3).bitwise_and_(~0x71FF)
     return bits.view(torch.float16)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ....ops.float8.weight import Float8Weight
 from ....ops.quantization.bitsandbytes import read_parametrized
 from ....ops.quantization.float4 import read_float4, read_mxfp4
 from ....ops.quantization.float8 import read_float8
@@ -20,9 +21,9 @@ from .parameter import QuantizedWeight
 def read_stack(module: Any, name: str) -> QuantizedStack | None:
     """The quantized stack under a parameter's name, in the module's own orientation; None where it is not quantized.
 
-    A :class:`QuantizedWeight`; bitsandbytes' parametrization; transformers' fine-grained FP8 and packed FP4
-    (``{name}_scale_inv``) and MXFP4 (``{name}_blocks`` and ``{name}_scales``); torchao's tensors. Codes that do not say
-    which dtype they stand for are of the config's.
+    A :class:`QuantizedWeight`, or a :class:`Float8Weight` that is trained; bitsandbytes' parametrization; transformers'
+    fine-grained FP8 and packed FP4 (``{name}_scale_inv``) and MXFP4 (``{name}_blocks`` and ``{name}_scales``);
+    torchao's tensors. Codes that do not say which dtype they stand for are of the config's.
 
     Raises:
         ValueError, NotImplementedError: Parts that do not fit together, or a format that is not known; the message
@@ -38,7 +39,7 @@ def read_stack(module: Any, name: str) -> QuantizedStack | None:
         stack = read_mxfp4(blocks, _scales(module, label, f"{name}_scales"), label, _dtype(module))
         return stack.mT if module.is_transposed else stack
     parameter = getattr(module, name, None)
-    if isinstance(parameter, QuantizedWeight):
+    if isinstance(parameter, (QuantizedWeight, Float8Weight)):
         return parameter.stack
     if not isinstance(parameter, torch.Tensor):
         return None

@@ -1,0 +1,163 @@
+"""docs/results.md and the card's figures are what benchmarks/results holds; a recipe's figures come from its runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch):
+    """``benchmark("results_page")``: a script of ``benchmarks``."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.fixture
+def page(benchmark) -> ModuleType:
+    return benchmark("results_page")
+
+
+RECIPE = {
+    "recipe": "some_qlora",
+    "command": "python benchmarks/compare_recipe.py recipes/some_qlora.py -- --tiny",
+    "date": "2026-11-27T07:00:00+00:00",
+    "commit": "abc",
+    "versions": {"torch": "2.13.0", "triton": None},
+    "device": "a card",
+    "losses": {"ours": [5.0, 4.0], "eager": [5.0, 4.01]},
+    "ms_per_step": {"ours": 10.0, "eager": 40.0},
+    "peak_bytes": {"ours": 2e9, "eager": 3e9},
+    "planned_bytes": 2.1e9,
+}
+
+
+def save(root: Path, name: str, content: Any) -> Path:
+    path = root / "benchmarks/results" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return root
+
+
+def test_the_page_its_pictures_and_the_card_are_what_the_command_makes(page: ModuleType) -> None:
+    contents = page.read(REPOSITORY)
+    files = page.render(contents)
+    for path, text in files.items():
+        assert (REPOSITORY / path).read_text("utf-8") == text, (
+            f"run python benchmarks/results_page.py: {path}"
+        )
+    pictures = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "docs/results").iterdir()}
+    assert pictures | {page.PAGE} == set(files)
+    (figures,) = page.CARD_FIGURES.findall((REPOSITORY / "CARD.md").read_text("utf-8"))
+    assert figures == page.card_figures(contents)
+    assert all(f"### {name}\n" in files[page.PAGE] for name in contents)
+
+
+def test_a_recipe_is_shown_with_its_loss_time_memory_and_plan(page: ModuleType, tmp_path: Path) -> None:
+    files = page.render(page.read(save(tmp_path, "recipes/some_qlora.json", RECIPE)))
+    text = files[page.PAGE]
+    row = "| some_qlora | a card | 5.000 to 4.000; 5.000 to 4.010 | 1.0e-02 | 10; 40 | 2000; 3000 | 2100 |"
+    assert row in text
+    assert "2026-11-27, a card; torch 2.13.0; commit abc." in text
+    assert "![Figures of recipes/some_qlora.json](results/recipes-some_qlora.svg)" in text
+    assert files[Path("docs/results/recipes-some_qlora.svg")].count("<polyline") == 2
+    assert "40 ms" in files[Path("docs/results/recipes-ms.svg")]
+    assert "3000 MB" in files[Path("docs/results/recipes-MB.svg")]
+    unplanned = page.render({"recipes/some_qlora.json": {**RECIPE, "planned_bytes": None}})
+    assert "| not planned |" in unplanned[page.PAGE]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("strange.json", {}, "no section of docs/results.md shows it"),
+        ("attention_cpu.json", "{", "no JSON"),
+        ("attention_cpu.json", {"date": "", "versions": {}}, "without commit"),
+        ("recipes/a.json", {key: value for key, value in RECIPE.items() if key != "losses"}, "without losses"),
+    ],
+)  # fmt: skip
+def test_a_file_that_the_page_cannot_show_is_named(
+    page: ModuleType, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=f"error: benchmarks/results/{name}: {message}"):
+        page.read(save(tmp_path, name, content))
+
+
+TRAINING = """
+import torch
+from transformers import Trainer, TrainingArguments
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return {"loss": (x - self.weight).square().mean()}
+
+settings = TrainingArguments("out", max_steps=4, logging_steps=1, save_strategy="no", learning_rate=0.1, report_to=[])
+Trainer(Model(), settings, train_dataset=[{"x": torch.ones(3)}] * 8).train()
+"""
+
+
+def test_losses_and_times_are_those_of_the_trainer_that_a_recipe_runs(
+    benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import trainer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", list(trainer.DEFAULT_CALLBACKS))
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(TRAINING)
+    compare_recipe = benchmark("compare_recipe")
+    row = compare_recipe.train(recipe, ["--tiny"])
+    assert len(row["losses"]) == 4
+    assert row["losses"][0] > row["losses"][-1]
+    assert row["ms_per_step"] > 0
+    recipe.write_text("")
+    with pytest.raises(SystemExit, match="trained less than two steps"):
+        compare_recipe.train(recipe, [])
+
+
+def test_a_recipe_runs_as_it_is_and_then_eager(
+    benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: ModuleType
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *"-- --tiny --eager") loss=2.5 ;; *"-- --tiny") loss=2.0 ;; esac\n'
+        'test -d "${LOCAL_KERNELS#org/scattermoe-lora=}" || exit 3\n'
+        'echo "{\\"device\\": \\"d\\", \\"losses\\": [3.0, $loss], \\"ms_per_step\\": 7.0, \\"peak_bytes\\": 5}"\n'
+    )
+    python.chmod(0o755)
+    output = tmp_path / "benchmarks/results/recipes/recipe.json"
+    options = [
+        "recipe.py",
+        "--python",
+        str(python),
+        "--output",
+        str(output),
+        "--planned",
+        "9",
+        "--warning",
+        "loaded",
+    ]
+    monkeypatch.setattr(sys, "argv", ["compare_recipe.py", *options, "--", "--tiny"])
+    benchmark("compare_recipe").main()
+    (content,) = page.read(tmp_path).values()
+    assert content["losses"] == {"ours": [3.0, 2.0], "eager": [3.0, 2.5]}
+    assert content["command"] == "python benchmarks/compare_recipe.py recipes/recipe.py -- --tiny"
+    assert (content["planned_bytes"], content["device"], content["warning"]) == (9, "d", "loaded")
+    python.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(SystemExit, match=r"recipe.py \(ours\) ended with exit code 3"):
+        benchmark("compare_recipe").main()
