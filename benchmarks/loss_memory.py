@@ -1,10 +1,10 @@
 """The memory that a loss over Gemma 4's 262,144 words takes, against the number of tokens, as figures and a picture.
 
-Forward and backward by a frozen bfloat16 head and by a trained one, 256 hidden states wide: the logits' memory does not
-depend on that. Bytes above inputs and gradients, counted at each allocation; so it does not matter what else the machine
-does. Writes a PNG, and the figures beside it as JSON, with date, device, versions and the commit they belong to.
+Forward and backward by a frozen bfloat16 head and by a trained one, of 64 hidden states: the logits' memory does not
+depend on their number. Bytes above inputs and gradients are counted at each allocation, so it does not matter what else
+the machine does. Writes an SVG, and the figures beside it as JSON.
 
-    python benchmarks/loss_memory.py benchmarks/results/loss-memory.png
+    python benchmarks/loss_memory.py benchmarks/results/loss-memory.svg
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from compare_attention import built_kernel, peak_bytes
-from compare_loss import implementations
-from matplotlib.figure import Figure
+from compare_loss import OURS, implementations
 from measuring import device_name, write
+from pictures import OTHERS, Bar, bars
+from pictures import OURS as COLOUR
 
-TOKENS, WIDTH, WORDS = (128, 256, 512, 1024, 2048), 256, 262144
+TOKENS, WIDTH, WORDS = (64, 128, 256, 512), 64, 262144
 
 
 def measure(kernel: Any, trained: bool, counts: Sequence[int], words: int = WORDS) -> dict[str, list[int]]:
@@ -35,10 +36,8 @@ def measure(kernel: Any, trained: bool, counts: Sequence[int], words: int = WORD
         leaves = [hidden, weight] if trained else [hidden]
         for name, loss in implementations(kernel, "cpu"):
 
-            def step(
-                loss: Any = loss, hidden: Any = hidden, labels: Any = labels
-            ) -> tuple[torch.Tensor, ...]:
-                return torch.autograd.grad(loss(hidden, weight, labels, None, None), leaves)
+            def step(loss: Any = loss, inputs: Any = (hidden, weight, labels), leaves: Any = leaves) -> Any:
+                return torch.autograd.grad(loss(*inputs, None, None), leaves)
 
             step()
             peak = peak_bytes(step, "cpu") - sum(leaf.nbytes for leaf in leaves)
@@ -46,20 +45,18 @@ def measure(kernel: Any, trained: bool, counts: Sequence[int], words: int = WORD
     return rows
 
 
-def draw(results: dict[str, dict[str, list[int]]], counts: Sequence[int], path: Path) -> None:
-    """Write a PNG with a panel for each head, both axes logarithmic."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(results), squeeze=False)[0]
-    for axis, (head, rows) in zip(axes, results.items(), strict=True):
-        for name, peaks in rows.items():
-            axis.loglog(counts, [peak / 1e6 for peak in peaks], marker="o", label=name)
-        axis.set(title=f"{head} head", xlabel="tokens", xticks=counts, xticklabels=list(map(str, counts)))
-        axis.set_ylabel("peak above inputs and gradients, MB")
-        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, format="png", dpi=110)
+def picture(results: dict[str, dict[str, list[int]]], counts: Sequence[int]) -> str:
+    """An SVG with a bar for each head, number of tokens and implementation, all of one scale."""
+    groups = {
+        f"{tokens:,} tokens, {head} head": [
+            Bar(name, peaks[i], f"{peaks[i] / 1e6:,.0f} MB", COLOUR if name == OURS else OTHERS)
+            for name, peaks in rows.items()
+        ]
+        for head, rows in results.items()
+        for i, tokens in enumerate(counts)
+    }
+    most = max(bar.value for members in groups.values() for bar in members)
+    return bars("Loss over 262,144 words: memory above inputs and gradients", groups, most)
 
 
 def main() -> None:
@@ -71,7 +68,7 @@ def main() -> None:
             print(f"{head:<8}{name:<18}" + "".join(f"{peak / 1e6:>9.1f}" for peak in peaks), "MB")
     described = {"device": device_name("cpu"), "tokens": TOKENS, "width": WIDTH, "words": WORDS}
     write(path.with_suffix(".json"), {**described, "peak_bytes": results})
-    draw(results, TOKENS, path)
+    path.write_text(picture(results, TOKENS))
 
 
 if __name__ == "__main__":

@@ -988,21 +988,21 @@ def largest(plan: Callable[[int], Plan], start: int, unit: int, limit: int) -> i
         plan: Makes the plan for a number; its peak grows nearly linearly.
         start: The number to try first.
     """
-    low, high, points = 0, limit + 1, []
-    trial = max(start // unit * unit, unit)
-    for _ in range(8):
+    low, high, peaks = 0, limit + 1, {}
+    trial = min(max(start // unit * unit, unit), limit)
+    for count in range(12):
         result = plan(trial)
         assert result.capacity is not None
-        points.append((trial, result.peak))
+        peaks[trial] = result.peak
         low, high = (trial, high) if result.fits else (low, trial)
-        if len(points) == 1:
-            trial = trial * 2 if result.fits else trial // 2
-        else:
-            (n0, p0), (n1, p1) = points[-2:]
-            trial = round(n1 + (result.capacity - p1) * (n1 - n0) / (p1 - p0)) if p1 != p0 else 2 * n1
-        trial = min(max(trial // unit * unit, low + unit), (high - 1) // unit * unit)
-        if trial <= low:
+        if high - low <= max(unit, low // 64):
             break
+        if low in peaks and high in peaks and count % 3:
+            share = (result.capacity - peaks[low]) / (peaks[high] - peaks[low])
+            trial = round(low + share * (high - low))
+        else:
+            trial = 2 * low if high > limit else (low + high) // 2
+        trial = min(max(trial // unit * unit, low + unit), high - 1)
     return low
 
 
