@@ -14,7 +14,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 # The second and third take another way through the code where bitsandbytes can be imported.
-PATHS = ["libraries", "ops/quantization/test_decode.py", "ops/quantization/test_product.py"]
+PATHS = ["libraries", "ops/quantization/test_decode.py", "ops/quantization/test_matrices.py"]
 
 
 def test_bitsandbytes_and_torchao_agree() -> None:
