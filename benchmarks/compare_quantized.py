@@ -4,7 +4,7 @@ All in one process, a step of each in turn, so that what else the machine does s
 their ratio to bfloat16's, the bytes of the weights, and the peak above them. Codes are random: no time depends on them.
 ``nf4 by torch`` is decoded without bitsandbytes, whose decoder ``nf4`` takes where it is installed. ``nf4 + PEFT`` is a
 layer of transformers with PEFT's LoRA over NF4, computed by ours; ``PEFT's own`` the same layer on PEFT's path, which
-decodes all of it each time it is read, and ``PEFT + bitsandbytes`` that over bitsandbytes' parametrization.
+decodes all of it each time it is read.
 
     python benchmarks/compare_quantized.py [--device cuda] [--shapes small,medium,large] [--formats nf4,float8,mxfp4]
 """
@@ -135,18 +135,6 @@ def peft_layer(kernel: Any, shape: Shape, implementation: str) -> Way:
     return Way(layer.results, sum(p.stack.nbytes for p in experts))
 
 
-def bitsandbytes_layer(shape: Shape) -> Way:
-    """The same over bitsandbytes' own parametrization, on transformers' path."""
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-    layer = Layer(replace(shape, dtype="bfloat16"), "grouped_mm")
-    experts = next(m for m in layer.module.modules() if type(m).__name__ == "Gemma4TextExperts")
-    for name in ("gate_up_proj", "down_proj"):
-        replace_parameter_4bit(experts, name, quant_type="nf4")
-    elements = 3 * shape.experts * shape.hidden * shape.intermediate
-    return Way(layer.results, elements // 2 + elements // 64 * 4)
-
-
 def ways(kernel: Any, shape: Shape, formats: Sequence[str]) -> dict[str, Way]:
     """All that is compared, by name; the first is what the others' ratios are to."""
     layers = Layers(kernel.__name__, shape, formats)
@@ -157,8 +145,6 @@ def ways(kernel: Any, shape: Shape, formats: Sequence[str]) -> dict[str, Way]:
             rows["nf4 by torch"] = Way(partial(by_torch, rows["nf4"].step, cpu), rows["nf4"].weight_bytes)
         rows["nf4 + PEFT"] = peft_layer(kernel, shape, "scattermoe")
         rows[PEFT] = peft_layer(kernel, shape, "grouped_mm")
-        if cpu.has_bitsandbytes():
-            rows["PEFT + bitsandbytes"] = bitsandbytes_layer(shape)
     return rows
 
 
