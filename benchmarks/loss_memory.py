@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_attention import built_kernel, peak_bytes
+from compare_attention import peak_bytes
 from compare_loss import OURS, implementations
-from measuring import device_name, write
+from measuring import built_kernel, device_name, write
 from pictures import OTHERS, Bar, bars
 from pictures import OURS as COLOUR
 

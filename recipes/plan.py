@@ -337,10 +337,12 @@ class FusedExperts(torch.autograd.Function):
 
 def cpu_buffers(x: torch.Tensor, pairs: int, experts: int, widest: int, columns: int) -> list[torch.Tensor]:
     """Our kernel's workspace on a CPU: rows of as many experts as fit 2 MiB, and sums of ``x`` in float32."""
-    # An eighth more for the busiest expert, and for what pads its rows.
-    rows = -(-pairs * 9 // (8 * experts) // 16) * 16
-    while experts > 1 and experts * rows * widest * x.itemsize > 1 << 21:
-        experts //= 2
+    rows = -(-pairs // experts)
+    step = max(16, (1 << rows.bit_length()) // 16)
+    rows, block = -(-rows // step) * step, 1
+    while 2 * block <= experts and 2 * block * rows * widest * x.itemsize <= 1 << 21:
+        block *= 2
+    experts = block
     buffers = [x.new_empty((experts * rows, columns))]
     if x.itemsize < 4:
         buffers += [x.new_empty((n, x.shape[1]), dtype=torch.float32) for n in (experts * rows, x.shape[0])]

@@ -105,6 +105,7 @@ def dry_rows(again: bool) -> list[rows.Row]:
 def built(folder: Path, tiles: Path | None) -> Path:
     """The kernel as users load it, built with the tile tables of ``tiles`` in the place of those that ship."""
     from kernelpress.builder.build import build
+    from kernelpress.source.card import read_card
     from kernelpress.spec.load import load_spec
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +113,9 @@ def built(folder: Path, tiles: Path | None) -> Path:
     if tiles is not None:
         root = folder / "sources"
         shutil.copytree(REPOSITORY / "torch-ext", root / "torch-ext", dirs_exist_ok=True)
-        for name in ("build.toml", "CARD.md", "LICENSE"):
+        for name in ("build.toml", "CARD.md", "LICENSE", *read_card(REPOSITORY)[1]):
             if (REPOSITORY / name).exists():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(REPOSITORY / name, root / name)
         shutil.copytree(tiles, root / OPS.relative_to(REPOSITORY), dirs_exist_ok=True)
     return build(load_spec(root), folder / "build").directory

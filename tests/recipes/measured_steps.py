@@ -100,6 +100,9 @@ def measured_peak(config: Any, recipe: str, setup: plan.Setup, shape: tuple[int,
             # As get_peft_model does.
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     model.train()
+    for module in model.modules():
+        if plan.is_experts(module):
+            module.register_forward_pre_hook(_balance, with_kwargs=True)
     if setup.fused_loss:
         kernel.apply_to(model, "loss")
     if setup.checkpointing:
@@ -117,6 +120,17 @@ def measured_peak(config: Any, recipe: str, setup: plan.Setup, shape: tuple[int,
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def _balance(module: Any, args: Any, kwargs: Any) -> Any:
+    """Gives each expert the same number of tokens, as plan.py assumes, whatever the router chose."""
+
+    def balanced(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.is_floating_point():
+            return x
+        return torch.arange(x.numel()).view(x.shape) % module.num_experts
+
+    return tuple(map(balanced, args)), {name: balanced(x) for name, x in kwargs.items()}
 
 
 def setup_parts(config: Any) -> set[str]:

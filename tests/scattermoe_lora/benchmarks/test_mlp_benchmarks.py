@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +36,7 @@ def test_the_comparison_of_an_operation_compares_the_same_thing(kernel, compare,
 def test_an_implementation_that_is_not_installed_is_named_and_the_others_measured(
     kernel, compare, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setitem(compare.sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setattr(compare, "eager", compare.liger)
     case = compare.Case("norm", "float32", 4, 8)
     rows = compare.measure(kernel, case, "cpu", 0.0)

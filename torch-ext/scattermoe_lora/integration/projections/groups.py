@@ -4,9 +4,9 @@ A layer's forward calls its projections one after the other. The first call comp
 what is theirs. Which ones belong together is read from the forward's source: those that it calls with one variable.
 Whether they may is decided at each call: with the same tensor, unchanged, and with the same parameters.
 
-What waits holds the graph of the whole step, so it must not outlive a call that fails halfway: the first result holds
-the others. Where the layer lets go of the first before it calls the others (an activation between them, whose input a
-checkpoint does not keep), the group holds them from the second time on, until a projection of any group is called.
+What waits holds the graph of the whole step. After a call that fails halfway it waits until the next projection of any
+group. That it waits no shorter is on purpose: a layer may let go of the first result before it asks for the others (an
+activation between them, whose input a checkpoint does not keep), and a recomputation has to do what the forward did.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import torch
 from ...ops.lora_linear.api import project
 from . import terms
 
+# What siblings were computed with, and their results, by ``id`` of the module.
+_Results = dict[int, tuple[tuple[object, ...], torch.Tensor]]
+
 
 class _Group:
     """Modules that are called with one input, in the order of their calls, and the results that wait for theirs.
@@ -33,41 +36,25 @@ class _Group:
 
     def __init__(self, members: list[torch.nn.Module]) -> None:
         self.members = [weakref.ref(member) for member in members]
-        self.holds = False
         self.forget()
 
     def forget(self) -> None:
         self.source: Callable[[], torch.Tensor | None] = lambda: None
         self.version = 0
-        self.results: Callable[[], _Results | None] = lambda: None
+        self.results: _Results = {}
 
-    def keep(self, x: torch.Tensor, first: torch.Tensor, results: _Results) -> None:
-        """Lets the results for ``x`` wait, as long as ``first`` is there or, if it has to be, longer."""
-        self.source, self.version = weakref.ref(x), x._version
-        if self.holds:
-            self.results = lambda: results
-        else:
-            # Of what it is a view: a layer goes on with another view of that.
-            holder: Any = first if first._base is None else first._base
-            holder.scattermoe_siblings = results
-            self.results = weakref.ref(results)
+    def keep(self, x: torch.Tensor, results: _Results) -> None:
+        """Lets the results for ``x`` wait."""
+        self.source, self.version, self.results = weakref.ref(x), x._version, results
 
     def take(self, module: torch.nn.Module, x: torch.Tensor, key: tuple[object, ...]) -> torch.Tensor | None:
         """The result of ``module`` for ``x``, if it waits here."""
         if self.source() is not x or self.version != x._version:
             return None
-        results = self.results()
-        if results is None:
-            self.holds = self.holds or self.members[0]() is not module
-            return None
-        computed_with, y = results.pop(id(module), (None, None))
-        if not results:
+        computed_with, y = self.results.pop(id(module), (None, None))
+        if not self.results:
             self.forget()
         return y if computed_with == key else None
-
-
-class _Results(dict[int, tuple[tuple[object, ...], torch.Tensor]]):
-    """What siblings were computed with, and their results, by ``id`` of the module."""
 
 
 _groups: weakref.WeakKeyDictionary[torch.nn.Module, _Group] = weakref.WeakKeyDictionary()
@@ -121,7 +108,7 @@ def project_with_siblings(module: Any, x: torch.Tensor, own: terms.Terms) -> tor
     if others:
         siblings = list(read.items())[1:]
         results = {at: (_key(its, x), y) for (at, its), y in zip(siblings, others, strict=True)}
-        group.keep(x, first, _Results(results))
+        group.keep(x, results)
     return first
 
 
