@@ -44,7 +44,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("Recipes", ("recipes/*",), "benchmarks/compare_recipe.py RECIPE"),
+    Section("Recipes", ("recipes/*",), "recipes/measure.py RECIPE"),
     Section("Quantization", ("*quantized*",), "benchmarks/compare_quantized.py"),
     Section("Attention", ("*attention*",), "benchmarks/compare_attention.py"),
     Section("Experts", ("cpu-growth.json", "*experts*", "*/rows.json"), "benchmarks/compare.py"),

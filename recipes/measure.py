@@ -3,8 +3,9 @@
     python recipes/measure.py laptop                        # any recipe's name, with the recipe's own options
     python recipes/measure.py gemma4_26b_qlora --card 80 --steps 20 --no-eager --planned 19327352832
 
-Each runs in a process of its own. Time is the median between optimizer steps. Memory is the peak above what the process
-held once its libraries were imported: by CUDA's allocator, or without a GPU by Linux's count of the process's pages.
+Each runs in a process of its own; `python benchmarks/results_page.py` then shows the file in docs/results.md. Time is
+the median between optimizer steps. Memory is the peak above what the process held once its libraries were imported: by CUDA's
+allocator, or without a GPU by Linux's count of the process's pages.
 """
 
 from __future__ import annotations
@@ -46,15 +47,19 @@ def run(recipe: str, arguments: list[str], result: str) -> None:
             torch.cuda.synchronize()
         moments.append(time.perf_counter())
 
-    register_optimizer_step_post_hook(note)
+    hook = register_optimizer_step_post_hook(note)
     start = _memory("VmRSS")
     sys.argv = [recipe, *arguments]
     sys.path.insert(0, str(RECIPES))
     state = runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+    hook.remove()
     steps = [after - before for before, after in itertools.pairwise(moments)]
-    losses = state.get("losses") or [
-        row["loss"] for row in state["trainer"].state.log_history if "loss" in row
-    ]
+    history = state["trainer"].state.log_history if "trainer" in state else []
+    losses = state.get("losses") or [row["loss"] for row in history if "loss" in row]
+    if not steps or not losses:
+        sys.exit(
+            f"measure: {recipe} has neither losses nor a trainer that logged them after two steps or more"
+        )
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _memory("VmHWM") - start
     measured = {
         "losses": losses,
@@ -130,12 +135,15 @@ def main() -> None:
     )
     parser.add_argument("--no-eager", action="store_true", help="with the kernel alone")
     parser.add_argument("--planned", type=int, help="peak in bytes that recipes/plan.py foresees")
+    parser.add_argument("--warning", help="what readers of the figures must know, shown beside them")
     parser.add_argument("--json", type=Path, help="file to write; benchmarks/results/recipes/RECIPE.json")
     options, arguments = parser.parse_known_args()
     try:
         result = measure(options.recipe, arguments, not options.no_eager, options.planned)
     except subprocess.CalledProcessError as error:
         sys.exit(f"measure: {options.recipe} ended with exit status {error.returncode}; nothing was written")
+    if options.warning:
+        result["warning"] = options.warning
     path = options.json or RESULTS / f"{options.recipe}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

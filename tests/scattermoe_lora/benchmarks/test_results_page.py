@@ -28,7 +28,7 @@ def page(benchmark) -> ModuleType:
 
 RECIPE = {
     "recipe": "some_qlora",
-    "command": "python benchmarks/compare_recipe.py recipes/some_qlora.py -- --tiny",
+    "command": "python recipes/measure.py some_qlora --tiny",
     "date": "2026-11-27T07:00:00+00:00",
     "commit": "abc",
     "versions": {"torch": "2.13.0", "triton": None},
@@ -104,60 +104,54 @@ class Model(torch.nn.Module):
         return {"loss": (x - self.weight).square().mean()}
 
 settings = TrainingArguments("out", max_steps=4, logging_steps=1, save_strategy="no", learning_rate=0.1, report_to=[])
-Trainer(Model(), settings, train_dataset=[{"x": torch.ones(3)}] * 8).train()
+trainer = Trainer(Model(), settings, train_dataset=[{"x": torch.ones(3)}] * 8)
+trainer.train()
 """
 
 
-def test_losses_and_times_are_those_of_the_trainer_that_a_recipe_runs(
-    benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import trainer
-
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """recipes/measure.py, with a recipe of four steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", list(trainer.DEFAULT_CALLBACKS))
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(TRAINING)
-    compare_recipe = benchmark("compare_recipe")
-    row = compare_recipe.train(recipe, ["--tiny"])
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "recipes"), *sys.path])
+    module = importlib.import_module("measure")
+    monkeypatch.setattr(module, "RECIPES", tmp_path)
+    (tmp_path / "recipe.py").write_text(TRAINING)
+    return module
+
+
+def test_losses_and_times_are_those_of_the_recipe(measure: ModuleType, tmp_path: Path) -> None:
+    measure.run("recipe", ["--tiny"], "row.json")
+    row = json.loads((tmp_path / "row.json").read_text())
     assert len(row["losses"]) == 4
     assert row["losses"][0] > row["losses"][-1]
     assert row["ms_per_step"] > 0
-    recipe.write_text("")
-    with pytest.raises(SystemExit, match="trained less than two steps"):
-        compare_recipe.train(recipe, [])
+    (tmp_path / "recipe.py").write_text("")
+    with pytest.raises(SystemExit, match="recipe has neither losses nor a trainer"):
+        measure.run("recipe", [], "row.json")
 
 
 def test_a_recipe_runs_as_it_is_and_then_eager(
-    benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: ModuleType
+    measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: ModuleType
 ) -> None:
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"
-        'case "$*" in *"-- --tiny --eager") loss=2.5 ;; *"-- --tiny") loss=2.0 ;; esac\n'
-        'test -d "${LOCAL_KERNELS#org/scattermoe-lora=}" || exit 3\n'
-        'echo "{\\"device\\": \\"d\\", \\"losses\\": [3.0, $loss], \\"ms_per_step\\": 7.0, \\"peak_bytes\\": 5}"\n'
+        'case "$*" in *"--eager") loss=2.5 ;; *) loss=2.0 ;; esac\n'
+        'echo \'{"device": "d", "losses": [3.0, \'$loss\'], "ms_per_step": 7.0, "peak_bytes": 5}\' > "$4"\n'
     )
     python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(measure.importlib.metadata, "version", lambda name: "1.0")
     output = tmp_path / "benchmarks/results/recipes/recipe.json"
-    options = [
-        "recipe.py",
-        "--python",
-        str(python),
-        "--output",
-        str(output),
-        "--planned",
-        "9",
-        "--warning",
-        "loaded",
-    ]
-    monkeypatch.setattr(sys, "argv", ["compare_recipe.py", *options, "--", "--tiny"])
-    benchmark("compare_recipe").main()
+    options = ["recipe", "--json", str(output), "--planned", "9", "--warning", "loaded", "--tiny"]
+    monkeypatch.setattr(sys, "argv", ["measure.py", *options])
+    measure.main()
     (content,) = page.read(tmp_path).values()
     assert content["losses"] == {"ours": [3.0, 2.0], "eager": [3.0, 2.5]}
-    assert content["command"] == "python benchmarks/compare_recipe.py recipes/recipe.py -- --tiny"
+    assert content["command"] == "python recipes/measure.py recipe --tiny"
     assert (content["planned_bytes"], content["device"], content["warning"]) == (9, "d", "loaded")
     python.write_text("#!/bin/sh\nexit 3\n")
-    with pytest.raises(SystemExit, match=r"recipe.py \(ours\) ended with exit code 3"):
-        benchmark("compare_recipe").main()
+    with pytest.raises(SystemExit, match="recipe ended with exit status 3; nothing was written"):
+        measure.main()
