@@ -28,6 +28,7 @@ DRAWN = {
     "cpu-growth.json": "cpu-growth.png",
     "h100/rows.json": "h100/time.svg",
     "h100/sweep.json": "h100/roof.svg",
+    "loss-memory.json": "loss-memory.svg",
 }
 CARD_FIGURES = re.compile(
     r"(?<=\{# figures: python benchmarks/results_page.py #\}\n).*?(?=\{# end #\})", re.DOTALL
@@ -263,7 +264,7 @@ def render(contents: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
                 lines += [f"![Figures of {name}](../{(RESULTS / DRAWN[name]).as_posix()})", ""]
             if "problems" in content:
                 lines += [*launches(content), ""]
-            elif "losses" not in content:
+            elif any(rows_of(content)):
                 lines += [*measured(content), ""]
     return files | {PAGE: "\n".join(lines).rstrip() + "\n"}
 

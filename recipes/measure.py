@@ -4,8 +4,8 @@
     python recipes/measure.py gemma4_26b_qlora --card 80 --steps 20 --no-eager --planned 19327352832
 
 Each runs in a process of its own; `python benchmarks/results_page.py` then shows the file in docs/results.md. Time is
-the median between optimizer steps. Memory is the peak above what the process held once its libraries were imported: by CUDA's
-allocator, or without a GPU by Linux's count of the process's pages.
+the median between optimizer steps. Memory is the peak above what the process held once its libraries were imported: by
+CUDA's allocator, or without a GPU by Linux's count of the process's pages.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class Card:
     link: float
 
 
-# Rates, bandwidths and links (NVLink or PCIe, one direction) from the makers' data sheets, without sparsity and with
-# sums in float32; memory as torch reports it, which is less than on the box.
+# Rates, bandwidths and links (NVLink or PCIe, one direction) as makers give them, to our knowledge, without sparsity
+# and with sums in float32; memory as torch reports it, which is less than on the box.
 CARDS = {
     "T4": Card(14.6, 65, 320, 16),
     "L4": Card(22.0, 121, 300, 32),
@@ -515,7 +515,6 @@ def linear_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-transformers.logging.set_verbosity_error()
 ALL_ATTENTION_FUNCTIONS.register("plan_fused", flash_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("plan_fused", lambda *_, **__: None)
 ALL_ATTENTION_FUNCTIONS.register("plan_sdpa", sdpa_attention)
@@ -1136,6 +1135,7 @@ def advice(planner: Planner, config: Any, plan: Plan, card: Card) -> str:
 
 
 def main() -> None:
+    transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="config.json, or a directory that has one")
     parser.add_argument("--card", required=True, help=f"memory such as 24GB, or one of {', '.join(CARDS)}")

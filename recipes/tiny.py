@@ -56,15 +56,17 @@ TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = TOWER | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4}
 
 
-def text() -> str:
-    """The repository's own documents: real text that every clone has."""
-    paths = [path for pattern in DOCUMENTS for path in sorted(REPOSITORY.glob(pattern))]
+def text(kind: str) -> str:
+    """Real text that every clone has: the repository's documents for a laptop's minutes, its license for a few steps,
+    whose losses then do not change with every edit of a document."""
+    patterns = DOCUMENTS if kind == "laptop" else ("LICENSE",)
+    paths = [path for pattern in patterns for path in sorted(REPOSITORY.glob(pattern))]
     return "\n".join(path.read_text("utf-8") for path in paths)
 
 
-def lines(count: int = 12) -> str:
+def lines(content: str, count: int = 12) -> str:
     """A few of its long lines: so little that every step of a short run sees all of it."""
-    return "\n".join([line for line in text().splitlines() if 100 < len(line) < 120][:count])
+    return "\n".join([line.strip() for line in content.splitlines() if len(line) > 70][:count])
 
 
 def prepare(kind: str) -> tuple[str, str]:
@@ -73,7 +75,7 @@ def prepare(kind: str) -> tuple[str, str]:
     Args:
         kind: A key of ``_configurations``.
     """
-    content = text()
+    content = text(kind)
     code = hashlib.sha256(content.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
     parent = Path(tempfile.gettempdir(), f"scattermoe-tiny-{os.getuid()}")
     directory = parent / f"{kind}-{code}"
@@ -84,7 +86,7 @@ def prepare(kind: str) -> tuple[str, str]:
             if kind == "gemma4_images":
                 data = _save_pictures(directory, Path(scratch))
             else:
-                data = content if kind == "laptop" else lines()
+                data = content if kind == "laptop" else lines(content)
             Path(scratch, "train.txt").write_text(data, encoding="utf-8")
             # At once, for the processes of a parallel run do the same; the first to end is the one that counts.
             with contextlib.suppress(OSError):
