@@ -89,6 +89,9 @@ def test_every_option_of_a_launch_is_compiled_for_every_device_that_has_it(submo
     [
         ("attention_dkdv_kernel", "SPLIT 0 PASSES 2 ONE_LOOP 1 512 bf16 ieee"),
         ("attention_dq_kernel", "DELTA 1 512 bf16 ieee"),
+        ("attention_dkdv_kernel", "TMA 1 causal 512 bf16 ieee dk"),
+        ("attention_dkdv_kernel", "TMA 1 causal 512 bf16 ieee dv"),
+        ("attention_dq_kernel", "TMA 1 causal 512 bf16 ieee"),
     ],
 )
 def test_options_of_a_head_of_512_keep_their_values_in_registers(submodule, name, label) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..grouped_linear.descriptors import is_aligned
@@ -19,24 +20,29 @@ class Tile(NamedTuple):
     columns: int
 
 
-def box_of(rows: int, columns: int) -> list[int]:
-    """A tile as a box of ``[B, H, S, D]``."""
-    return [1, 1, rows, columns]
+def box_of(rows: int, columns: int, packed: bool) -> list[int]:
+    """A tile as a box of what :func:`describe` describes."""
+    return [1] * (3 if packed else 2) + [rows, columns]
 
 
 def describe(tile: Tile) -> TensorDescriptor | None:
-    """A descriptor of ``[B, H, S, D]`` whose boxes are tiles.
+    """A descriptor whose boxes are tiles: of ``[B, H, S, D]``, or a ragged one of packed sequences, ``[H, S, D]``.
 
-    None where the hardware cannot copy them: a tensor without elements, a stride of 0 or one that is not a multiple of
+    A ragged one (``triton.tools.ragged_tma``) gives zeros past the end of each sequence, not the next one's rows: what
+    is infinite in those would be NaN when multiplied by a probability of 0.
+
+    None where the hardware cannot copy boxes: a tensor without elements, a stride of 0 or one that is not a multiple of
     16 bytes, or such an address.
     """
-    x = tile.tensor if tile.tensor.dim() == 4 else tile.tensor.unsqueeze(0)
-    x = x.transpose(1, 2)
+    x = tile.tensor.transpose(-3, -2)
     # The stride of a dimension with one element is never taken; 8 elements are 16 bytes or more.
-    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    if x.numel() == 0 or x.stride(3) != 1 or not is_aligned(x, strides):
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
+    if x.numel() == 0 or x.stride(-1) != 1 or not is_aligned(x, strides):
         return None
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box_of(tile.rows, tile.columns))
+    x = x.as_strided(x.shape, [*strides, 1])
+    if x.dim() == 3:
+        return create_ragged_descriptor(x, [1, tile.rows, tile.columns], 1)
+    return TensorDescriptor.from_tensor(x, box_of(tile.rows, tile.columns, False))
 
 
 def sources(

@@ -10,6 +10,7 @@ at a multiple of 16 bytes. All else is contiguous.
 
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import load_ragged
 
 
 @triton.jit
@@ -77,12 +78,12 @@ def head_of(
     """The place of one head's rows of a sequence, as ``rows_of`` takes it.
 
     Args:
-        source: A pointer, or with ``TMA`` a descriptor of ``[B, H, S, D]``.
-        batch, head, start: Where the rows begin. With ``VARLEN`` the rows of the batch are those of one sequence.
+        source: A pointer, or with ``TMA`` a descriptor of :func:`.descriptors.describe`.
+        batch, head, start: Where the rows begin.
         stride_b, stride_s, stride_h: Of batch, rows and heads, in units of so many elements.
     """
     if TMA:
-        return source, (batch * (0 if VARLEN else 1)).to(tl.int32), head.to(tl.int32), start
+        return source, head.to(tl.int32), start if VARLEN else batch.to(tl.int32)
     else:
         return source + UNIT * (
             batch * stride_b + start.to(tl.int64) * stride_s + head * stride_h
@@ -99,14 +100,19 @@ def rows_of(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     MASK: tl.constexpr,
+    VARLEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """``[ROWS, COLUMNS]`` from row ``first`` and column ``d0`` on.
+    """``[ROWS, COLUMNS]`` from row ``first`` and column ``d0`` on; zeros past the head, and past the last row.
 
-    Zeros past the head, and with ``MASK`` past the last of ``rows``; with ``TMA`` past the last of the tensor.
+    Without ``MASK`` and ``TMA`` there is none past the last row.
     """
     if TMA:
-        return place[0].load([place[1], place[2], place[3] + first, d0]).reshape(ROWS, COLUMNS)
+        if VARLEN:
+            box = load_ragged(place[0], place[2], rows, [place[1], first, d0], 1)
+        else:
+            box = place[0].load([place[2], place[1], first, d0])
+        return box.reshape(ROWS, COLUMNS)
     else:
         row = first + tl.arange(0, ROWS)
         d = d0 + tl.arange(0, COLUMNS)
@@ -133,20 +139,6 @@ def store_rows(ptr, row, stride, rows, value, d0, HEAD_DIM: tl.constexpr, COLUMN
 
 
 @triton.jit
-def own_rows(
-    tile, first, rows, ROWS: tl.constexpr, VARLEN: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr
-):
-    """A tile of ``rows_of`` with zeros past the sequence's last row.
-
-    A box holds the next sequence's rows there; what is infinite in them is NaN when multiplied by 0.
-    """
-    if VARLEN and MASK and TMA:
-        return tl.where((first + tl.arange(0, ROWS) < rows)[:, None], tile, 0.0)
-    else:
-        return tile
-
-
-@triton.jit
 def dot_rows(
     a,
     a_first,
@@ -160,13 +152,14 @@ def dot_rows(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,
+    VARLEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """``a b^T`` of two tiles of rows, read a chunk of columns at a time; ``a`` may always pass its last row."""
     acc = tl.zeros((A_ROWS, B_ROWS), dtype=tl.float32)
     for d0 in range(0, HEAD_DIM, CHUNK):
-        a_chunk = rows_of(a, a_first, a_rows, d0, HEAD_DIM, A_ROWS, CHUNK, True, TMA)
-        b_chunk = rows_of(b, b_first, b_rows, d0, HEAD_DIM, B_ROWS, CHUNK, MASK, TMA)
+        a_chunk = rows_of(a, a_first, a_rows, d0, HEAD_DIM, A_ROWS, CHUNK, True, VARLEN, TMA)
+        b_chunk = rows_of(b, b_first, b_rows, d0, HEAD_DIM, B_ROWS, CHUNK, MASK, VARLEN, TMA)
         acc = tl.dot(a_chunk, tl.trans(b_chunk), acc, input_precision=PRECISION)
     return acc
 
@@ -239,7 +232,7 @@ def attention_forward_kernel(
 ):
     """A tile of one head's queries against all the keys that they see.
 
-    With ``TMA`` ``q_ptr``, ``k_ptr`` and ``v_ptr`` are tensor descriptors of ``[B, H, S, D]``.
+    With ``TMA`` ``q_ptr``, ``k_ptr`` and ``v_ptr`` are tensor descriptors.
     """
     pid = tl.program_id(0)
     head = (pid // tiles % heads).to(tl.int64)
@@ -259,7 +252,7 @@ def attention_forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     q = 0.0
     if CHUNK == WIDTH:
-        q = rows_of(q_rows, first, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, True, TMA)
+        q = rows_of(q_rows, first, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, True, VARLEN, TMA)
 
     last = min(first + BLOCK_M, queries)
     begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N, ONE_LOOP)
@@ -270,12 +263,13 @@ def attention_forward_kernel(
             key0 = begin + block * BLOCK_N
             key = key0 + tl.arange(0, BLOCK_N)
             if CHUNK == WIDTH:
-                k = rows_of(k_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, TMA)
+                k = rows_of(k_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             else:
                 # fmt: off
                 s = dot_rows(
-                    q_rows, first, queries, k_rows, key0, keys, HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION, MASK, TMA,
+                    q_rows, first, queries, k_rows, key0, keys,
+                    HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION, MASK, VARLEN, TMA,
                 )
                 # fmt: on
             s, _ = capped(s, scale, softcap, SOFTCAP)
@@ -292,9 +286,8 @@ def attention_forward_kernel(
             v = (
                 k
                 if SAME_KV and CHUNK == WIDTH
-                else rows_of(v_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, TMA)
+                else rows_of(v_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
             )
-            v = own_rows(v, key0, keys, BLOCK_N, VARLEN, MASK, TMA)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
     total = tl.where(total == 0, 1.0, total)
@@ -325,8 +318,8 @@ def attention_delta_kernel(
     first = pid % tiles * BLOCK
     at = (batch * rows * heads + head) * HEAD_DIM
     stride = heads * HEAD_DIM
-    do = rows_of((grad_out_ptr + at, stride), first, rows, 0, HEAD_DIM, BLOCK, WIDTH, True, False)
-    o = rows_of((out_ptr + at, stride), first, rows, 0, HEAD_DIM, BLOCK, WIDTH, True, False)
+    do = rows_of((grad_out_ptr + at, stride), first, rows, 0, HEAD_DIM, BLOCK, WIDTH, True, False, False)
+    o = rows_of((out_ptr + at, stride), first, rows, 0, HEAD_DIM, BLOCK, WIDTH, True, False, False)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     row = first + tl.arange(0, BLOCK)
     at = (batch * heads + head) * rows + row

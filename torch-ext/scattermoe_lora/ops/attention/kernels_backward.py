@@ -7,7 +7,7 @@ that of the queries is summed by another, which computes the scores once more. N
 import triton
 import triton.language as tl
 
-from .kernels import capped, dot_rows, head_of, own_rows, rows_of, sees, sequence, spans, store_rows
+from .kernels import capped, dot_rows, head_of, rows_of, sees, sequence, spans, store_rows
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def attention_dkdv_kernel(
 
     The head's columns are summed by as many programs as there are ``PASSES``, each of which computes the scores.
 
-    With ``TMA`` ``q_ptr``, ``k_ptr``, ``v_ptr`` and ``grad_out_ptr`` are tensor descriptors of ``[B, H, S, D]``, and
+    With ``TMA`` ``q_ptr``, ``k_ptr``, ``v_ptr`` and ``grad_out_ptr`` are tensor descriptors, and
     ``q_columns_ptr`` and ``grad_out_columns_ptr`` those whose boxes have a pass's columns, if these are no chunk.
     """
     COLUMNS: tl.constexpr = WIDTH // PASSES
@@ -91,12 +91,12 @@ def attention_dkdv_kernel(
     k = 0.0
     v = 0.0
     if CHUNK == WIDTH:
-        k = rows_of(k_rows, first, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, True, TMA)
+        k = rows_of(k_rows, first, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, True, VARLEN, TMA)
         if SAME_KV:
             v = k
         else:
             if WANT_K:
-                v = rows_of(v_rows, first, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, True, TMA)
+                v = rows_of(v_rows, first, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, True, VARLEN, TMA)
 
     last = min(first + BLOCK_N, keys)
     # The window seen from the keys: what was left of a query is to the right of a key.
@@ -124,13 +124,13 @@ def attention_dkdv_kernel(
                 query0 = begin + block * BLOCK_M
                 query = query0 + tl.arange(0, BLOCK_M)
                 if CHUNK == WIDTH:
-                    q = rows_of(q_rows, query0, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, MASK, TMA)
+                    q = rows_of(q_rows, query0, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, MASK, VARLEN, TMA)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 else:
                     # fmt: off
                     s = dot_rows(
                         k_rows, first, keys, q_rows, query0, queries,
-                        HEAD_DIM, BLOCK_N, BLOCK_M, CHUNK, PRECISION, MASK, TMA,
+                        HEAD_DIM, BLOCK_N, BLOCK_M, CHUNK, PRECISION, MASK, VARLEN, TMA,
                     )
                     # fmt: on
                 s, slope = capped(s, scale, softcap, SOFTCAP)
@@ -140,16 +140,24 @@ def attention_dkdv_kernel(
                     visible = sees(query[None, :], key[:, None], queries, keys, left, right, LEFT, RIGHT)
                     p = tl.where(visible, p, 0.0)
                 if CHUNK == WIDTH:
-                    do = rows_of(do_rows, query0, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, MASK, TMA)
+                    do = rows_of(do_rows, query0, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, MASK, VARLEN, TMA)
                 if WANT_V:
                     do_columns = (
                         do
                         if WHOLE
                         else rows_of(
-                            do_columns_rows, query0, queries, d0, HEAD_DIM, BLOCK_M, COLUMNS, MASK, TMA
+                            do_columns_rows,
+                            query0,
+                            queries,
+                            d0,
+                            HEAD_DIM,
+                            BLOCK_M,
+                            COLUMNS,
+                            MASK,
+                            VARLEN,
+                            TMA,
                         )
                     )
-                    do_columns = own_rows(do_columns, query0, queries, BLOCK_M, VARLEN, MASK, TMA)
                     if SAME_KV:
                         dk = tl.dot(p.to(do_columns.dtype), do_columns, dk, input_precision=PRECISION)
                     else:
@@ -161,19 +169,16 @@ def attention_dkdv_kernel(
                         # fmt: off
                         dp = dot_rows(
                             v_rows, first, keys, do_rows, query0, queries,
-                            HEAD_DIM, BLOCK_N, BLOCK_M, CHUNK, PRECISION, MASK, TMA,
+                            HEAD_DIM, BLOCK_N, BLOCK_M, CHUNK, PRECISION, MASK, VARLEN, TMA,
                         )
                         # fmt: on
                     q_columns = (
                         q
                         if WHOLE
                         else rows_of(
-                            q_columns_rows, query0, queries, d0, HEAD_DIM, BLOCK_M, COLUMNS, MASK, TMA
+                            q_columns_rows, query0, queries, d0, HEAD_DIM, BLOCK_M, COLUMNS, MASK, VARLEN, TMA
                         )
                     )
-                    q_columns = own_rows(q_columns, query0, queries, BLOCK_M, VARLEN, MASK, TMA)
-                    if VARLEN and MASK and TMA:
-                        dp = tl.where(visible, dp, 0.0)
                     delta = tl.load(delta_base + query, mask=query < queries, other=0.0)
                     ds = p * (dp - delta[None, :]) * (slope * scale)
                     dk = tl.dot(ds.to(q_columns.dtype), q_columns, dk, input_precision=PRECISION)
@@ -240,7 +245,7 @@ def attention_dq_kernel(
     With ``DELTA`` it also computes what ``attention_delta_kernel`` else has computed before; ``out_ptr`` and
     ``grad_lse_ptr`` are read for that alone, and the second may be None.
 
-    With ``TMA`` ``q_ptr``, ``k_ptr``, ``v_ptr`` and ``grad_out_ptr`` are tensor descriptors of ``[B, H, S, D]``, and
+    With ``TMA`` ``q_ptr``, ``k_ptr``, ``v_ptr`` and ``grad_out_ptr`` are tensor descriptors, and
     ``k_columns_ptr`` one whose boxes have all columns, if these are no chunk.
     """
     pid = tl.program_id(0)
@@ -271,17 +276,17 @@ def attention_dq_kernel(
     q = 0.0
     do = 0.0
     if CHUNK == WIDTH:
-        q = rows_of(q_rows, first, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, True, TMA)
-        do = rows_of(do_rows, first, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, True, TMA)
+        q = rows_of(q_rows, first, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, True, VARLEN, TMA)
+        do = rows_of(do_rows, first, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, True, VARLEN, TMA)
     if DELTA:
         delta = tl.zeros((BLOCK_M,), tl.float32)
         # A few columns at a time, whatever is read again: here no register is worth a product's.
         # Boxes have a chunk's.
         COLUMNS: tl.constexpr = 64 if CHUNK > 64 and not TMA else CHUNK
         for d0 in range(0, HEAD_DIM, COLUMNS):
-            do_columns = rows_of(do_rows, first, queries, d0, HEAD_DIM, BLOCK_M, COLUMNS, True, TMA)
+            do_columns = rows_of(do_rows, first, queries, d0, HEAD_DIM, BLOCK_M, COLUMNS, True, VARLEN, TMA)
             o = rows_of(
-                (out_ptr + at, stride_dos), first, queries, d0, HEAD_DIM, BLOCK_M, COLUMNS, True, False
+                (out_ptr + at, stride_dos), first, queries, d0, HEAD_DIM, BLOCK_M, COLUMNS, True, False, False
             )
             delta += tl.sum(do_columns.to(tl.float32) * o.to(tl.float32), axis=1)
         if grad_lse_ptr is not None:
@@ -298,30 +303,31 @@ def attention_dq_kernel(
             key0 = begin + block * BLOCK_N
             key = key0 + tl.arange(0, BLOCK_N)
             if CHUNK == WIDTH:
-                k = rows_of(k_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, TMA)
-                v = k if SAME_KV else rows_of(v_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, TMA)
+                k = rows_of(k_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
+                v = (
+                    k
+                    if SAME_KV
+                    else rows_of(v_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
+                )
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             else:
                 # fmt: off
                 s = dot_rows(
                     q_rows, first, queries, k_rows, key0, keys,
-                    HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION, MASK, TMA,
+                    HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION, MASK, VARLEN, TMA,
                 )
                 dp = dot_rows(
                     do_rows, first, queries, v_rows, key0, keys,
-                    HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION, MASK, TMA,
+                    HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION, MASK, VARLEN, TMA,
                 )
                 # fmt: on
-                k = rows_of(k_columns_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, TMA)
-            k = own_rows(k, key0, keys, BLOCK_N, VARLEN, MASK, TMA)
+                k = rows_of(k_columns_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
             s, slope = capped(s, scale, softcap, SOFTCAP)
             p = tl.exp2(s - lse[:, None])
             if MASK:
                 visible = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
                 p = tl.where(visible, p, 0.0)
-                if VARLEN and TMA:
-                    dp = tl.where(visible, dp, 0.0)
             ds = p * (dp - delta[:, None]) * (slope * scale)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_rows(dq_ptr + at, query, heads * HEAD_DIM, queries, dq, 0, HEAD_DIM, WIDTH)

@@ -92,16 +92,21 @@ def _spec(
 def _boxes(kernel: Any, constants: dict[str, Any]) -> dict[str, list[int]]:
     """The boxes of what a kernel reads by descriptors."""
     rows, keys, chunk, width = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "CHUNK", "WIDTH"))
-    boxes = {"q_ptr": box_of(rows, chunk), "k_ptr": box_of(keys, chunk)}
+    packed = constants["VARLEN"]
+    boxes = {"q_ptr": box_of(rows, chunk, packed), "k_ptr": box_of(keys, chunk, packed)}
     if kernel is attention_forward_kernel:
-        return {**boxes, "v_ptr": box_of(keys, width)}
-    boxes |= {"v_ptr": box_of(keys, chunk), "grad_out_ptr": box_of(rows, chunk)}
+        return {**boxes, "v_ptr": box_of(keys, width, packed)}
+    boxes |= {"v_ptr": box_of(keys, chunk, packed), "grad_out_ptr": box_of(rows, chunk, packed)}
     columns = width // constants.get("PASSES", 1)
     if columns == chunk:
         return boxes
     if kernel is attention_dq_kernel:
-        return {**boxes, "k_columns_ptr": box_of(keys, columns)}
-    return {**boxes, "q_columns_ptr": box_of(rows, columns), "grad_out_columns_ptr": box_of(rows, columns)}
+        return {**boxes, "k_columns_ptr": box_of(keys, columns, packed)}
+    return {
+        **boxes,
+        "q_columns_ptr": box_of(rows, columns, packed),
+        "grad_out_columns_ptr": box_of(rows, columns, packed),
+    }
 
 
 def _largest_head(rule: Rule) -> int:
