@@ -238,17 +238,23 @@ KERNELS = ("attention_forward", "attention_dkdv", "attention_dq")
 BACKWARD_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
 OPTIONS = {
     "one loop": {key: {"ONE_LOOP": 1} for key in KERNELS},
-    "two passes": {"attention_dkdv": {"PASSES": 2, "SPLIT": 0, "CHUNK": 16}},
-    "two passes, split": {"attention_dkdv": {"PASSES": 2, "SPLIT": 1, "CHUNK": 512, "ONE_LOOP": 1}},
+    "two passes": {
+        "attention_forward": {"PASSES": 2, "CHUNK": 16},
+        "attention_dkdv": {"PASSES": 2, "SPLIT": 0, "CHUNK": 16},
+    },
+    "two passes, split": {
+        "attention_forward": {"PASSES": 2, "CHUNK": 512, "ONE_LOOP": 1},
+        "attention_dkdv": {"PASSES": 2, "SPLIT": 1, "CHUNK": 512, "ONE_LOOP": 1},
+    },
     "delta in dq": {"attention_dq": {"DELTA": 1}},
     "delta in dq, chunks": {"attention_dq": {"DELTA": 1, "CHUNK": 16, "ONE_LOOP": 1}},
     "16 keys": {"attention_dkdv": {**BACKWARD_BLOCKS, "SPLIT": 0}, "attention_dq": BACKWARD_BLOCKS},
     "16 queries": {
         key: {"BLOCK_M": 16, "BLOCK_N": 16} for key in ("attention_forward", "attention_dkdv", "attention_dq")
     },
-    "tma": {key: {"TMA": 1, "CHUNK": 512} for key in KERNELS},
+    "tma": {key: {"TMA": 1, "CHUNK": 512, "UNCHAIN": 1} for key in KERNELS},
     "tma, chunks": {
-        "attention_forward": {"TMA": 1, "CHUNK": 16, "ONE_LOOP": 1},
+        "attention_forward": {"TMA": 1, "CHUNK": 16, "PASSES": 2, "ONE_LOOP": 1},
         "attention_dkdv": {"TMA": 1, "CHUNK": 16, "PASSES": 2, "SPLIT": 0},
         "attention_dq": {"TMA": 1, "CHUNK": 16, "DELTA": 1},
     },

@@ -39,10 +39,14 @@ def tile(
 ) -> dict[str, int]:
     """Block sizes, ``CHUNK`` (columns of the head that are multiplied at a time), ``num_warps`` and ``num_stages``.
 
-    Optional, and off where absent: ``ONE_LOOP`` masks every block, so that one loop goes through all; ``TMA`` copies
-    tiles of queries, keys, values and their gradient by tensor descriptors, where the hardware can; of
-    ``attention_dkdv`` ``SPLIT`` (a launch each for dK and dV) and ``PASSES`` (a program each for as many parts of the
-    head's columns); of ``attention_dq`` ``DELTA`` (it computes delta, instead of a launch before it).
+    Optional, and off where absent, are
+
+    - of all ``ONE_LOOP`` (one loop goes through all blocks, and masks each), ``TMA`` (tiles of queries, keys, values
+      and the result's gradient are copied by tensor descriptors, where the hardware can) and ``UNCHAIN`` (warp groups
+      share the scores' columns where a chunk is the head and 64 rows have 8 warps);
+    - of ``attention_forward`` and ``attention_dkdv`` ``PASSES`` (a program for each of as many parts of the columns);
+    - of ``attention_dkdv`` ``SPLIT`` (a launch each for dK and dV);
+    - of ``attention_dq`` ``DELTA`` (it computes delta, instead of a launch before it).
 
     Args:
         kernel: ``attention_forward``, ``attention_dkdv`` or ``attention_dq``.
@@ -116,12 +120,12 @@ class _Problem:
             self.constants["WIDTH"],
         )
         tiles = [Tile(q, rows, chunk), Tile(k, keys, chunk)]
+        columns = width // blocks.get("PASSES", 1)
         if grad_out is None:
-            return [*tiles, Tile(v, keys, width)], []
+            return [*tiles, Tile(v, keys, columns)], []
         tiles += [Tile(v, keys, chunk), Tile(grad_out, rows, chunk)]
         if not by_key:
-            return tiles, [Tile(k, keys, width)]
-        columns = width // blocks.get("PASSES", 1)
+            return tiles, [Tile(k, keys, columns)]
         return tiles, [Tile(q, rows, columns), Tile(grad_out, rows, columns)]
 
     def launch(

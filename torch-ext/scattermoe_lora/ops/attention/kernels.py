@@ -165,6 +165,22 @@ def dot_rows(
 
 
 @triton.jit
+def dot_transposed(a, b, rows, PRECISION: tl.constexpr, UNCHAIN: tl.constexpr):
+    """``a b^T``; ``rows`` is any number above 0 that is only known at launch.
+
+    Where another product of the result follows, Triton gives each warp group all columns of 64 rows, and with 64 rows
+    in all two groups compute the same. With ``UNCHAIN`` it does not see what follows, and each computes half of them.
+    """
+    if UNCHAIN:
+        product = tl.zeros((a.shape[0], b.shape[0]), dtype=tl.float32)
+        for _ in range(min(rows, 1)):
+            product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+        return product
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
 def capped(s, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores in units of log 2, and the soft cap's derivative by ``s * scale`` (1 where there is none)."""
     if SOFTCAP:
@@ -228,13 +244,19 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ONE_LOOP: tl.constexpr = 0,
+    PASSES: tl.constexpr = 1,
     TMA: tl.constexpr = 0,
+    UNCHAIN: tl.constexpr = 0,
 ):
     """A tile of one head's queries against all the keys that they see.
 
-    With ``TMA`` ``q_ptr``, ``k_ptr`` and ``v_ptr`` are tensor descriptors.
+    The head's columns are summed by as many programs as there are ``PASSES``, each of which computes the scores. With
+    ``TMA`` ``q_ptr``, ``k_ptr`` and ``v_ptr`` are tensor descriptors.
     """
-    pid = tl.program_id(0)
+    COLUMNS: tl.constexpr = WIDTH // PASSES
+    # Programs that read the same rows stand side by side.
+    d0 = tl.program_id(0) % PASSES * COLUMNS
+    pid = tl.program_id(0) // PASSES
     head = (pid // tiles % heads).to(tl.int64)
     batch = (pid // tiles // heads).to(tl.int64)
     q_start, queries = sequence(cu_seqlens_q_ptr, batch, queries, VARLEN)
@@ -247,7 +269,7 @@ def attention_forward_kernel(
     k_rows = head_of(k_ptr, batch, head // group, k_start, stride_kb, stride_ks, stride_kh, 8, VARLEN, TMA)
     v_rows = head_of(v_ptr, batch, head // group, k_start, stride_vb, stride_vs, stride_vh, 8, VARLEN, TMA)
     query = first + tl.arange(0, BLOCK_M)
-    acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     q = 0.0
@@ -264,7 +286,7 @@ def attention_forward_kernel(
             key = key0 + tl.arange(0, BLOCK_N)
             if CHUNK == WIDTH:
                 k = rows_of(k_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s = dot_transposed(q, k, keys, PRECISION, UNCHAIN)
             else:
                 # fmt: off
                 s = dot_rows(
@@ -285,16 +307,17 @@ def attention_forward_kernel(
             total = total * shrink + tl.sum(p, axis=1)
             v = (
                 k
-                if SAME_KV and CHUNK == WIDTH
-                else rows_of(v_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
+                if SAME_KV and CHUNK == WIDTH and PASSES == 1
+                else rows_of(v_rows, key0, keys, d0, HEAD_DIM, BLOCK_N, COLUMNS, MASK, VARLEN, TMA)
             )
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
     total = tl.where(total == 0, 1.0, total)
     out_base = out_ptr + batch * stride_ob + (q_start.to(tl.int64) * heads + head) * HEAD_DIM
-    store_rows(out_base, query, heads * HEAD_DIM, queries, acc / total[:, None], 0, HEAD_DIM, WIDTH)
+    store_rows(out_base, query, heads * HEAD_DIM, queries, acc / total[:, None], d0, HEAD_DIM, COLUMNS)
     lse = (top + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse_ptr + batch * stride_lb + head * stride_lh + q_start + query, lse, mask=query < queries)
+    if d0 == 0:
+        tl.store(lse_ptr + batch * stride_lb + head * stride_lh + q_start + query, lse, mask=query < queries)
 
 
 @triton.jit

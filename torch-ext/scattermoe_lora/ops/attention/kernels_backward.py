@@ -7,7 +7,7 @@ that of the queries is summed by another, which computes the scores once more. N
 import triton
 import triton.language as tl
 
-from .kernels import capped, dot_rows, head_of, rows_of, sees, sequence, spans, store_rows
+from .kernels import capped, dot_rows, dot_transposed, head_of, rows_of, sees, sequence, spans, store_rows
 
 
 @triton.jit
@@ -62,6 +62,7 @@ def attention_dkdv_kernel(
     ONE_LOOP: tl.constexpr = 0,
     PASSES: tl.constexpr = 1,
     TMA: tl.constexpr = 0,
+    UNCHAIN: tl.constexpr = 0,
 ):
     """A tile of one key head's keys against all the queries that see them, of every query head that reads it.
 
@@ -125,7 +126,7 @@ def attention_dkdv_kernel(
                 query = query0 + tl.arange(0, BLOCK_M)
                 if CHUNK == WIDTH:
                     q = rows_of(q_rows, query0, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, MASK, VARLEN, TMA)
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    s = dot_transposed(k, q, queries, PRECISION, UNCHAIN)
                 else:
                     # fmt: off
                     s = dot_rows(
@@ -164,7 +165,7 @@ def attention_dkdv_kernel(
                         dv = tl.dot(p.to(do_columns.dtype), do_columns, dv, input_precision=PRECISION)
                 if WANT_K:
                     if CHUNK == WIDTH:
-                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                        dp = dot_transposed(v, do, queries, PRECISION, UNCHAIN)
                     else:
                         # fmt: off
                         dp = dot_rows(
@@ -239,6 +240,7 @@ def attention_dq_kernel(
     ONE_LOOP: tl.constexpr = 0,
     DELTA: tl.constexpr = 0,
     TMA: tl.constexpr = 0,
+    UNCHAIN: tl.constexpr = 0,
 ):
     """A tile of one head's queries against all the keys that they see.
 
@@ -309,8 +311,8 @@ def attention_dq_kernel(
                     if SAME_KV
                     else rows_of(v_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
                 )
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                s = dot_transposed(q, k, keys, PRECISION, UNCHAIN)
+                dp = dot_transposed(do, v, keys, PRECISION, UNCHAIN)
             else:
                 # fmt: off
                 s = dot_rows(

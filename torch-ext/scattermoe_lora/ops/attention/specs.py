@@ -32,17 +32,23 @@ _CAPPED = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": True}
 # What a table may turn on: for each kernel changes of the devices' own launches for heads of 512, and who takes them.
 _PASSES = {"SPLIT": 0, "PASSES": 2, "ONE_LOOP": 1}
 _WITH_TMA = ("sm_90", "sm_100", "sm_120")
+# A head's tiles stay on the chip. Two warp groups of Hopper would each compute all of a chain's first product.
+_RESIDENT = {"TMA": 1, "ONE_LOOP": 1, "UNCHAIN": 1, "CHUNK": 512, "num_warps": 8, "num_stages": 1}
 _OPTIONAL = {
     "attention_forward": (
         ({"ONE_LOOP": 1}, TARGETS),
         ({"TMA": 1}, _WITH_TMA),
         ({"TMA": 1, "ONE_LOOP": 1}, _WITH_TMA),
+        ({"PASSES": 2, "ONE_LOOP": 1}, TARGETS),
+        ({"TMA": 1, "ONE_LOOP": 1, "PASSES": 2, "BLOCK_M": 128, "BLOCK_N": 32, "num_stages": 2}, ("sm_90",)),
+        ({**_RESIDENT, "BLOCK_M": 64, "BLOCK_N": 64}, ("sm_90",)),
     ),
     "attention_dkdv": (
         (_PASSES, TARGETS),
         ({"TMA": 1}, _WITH_TMA),
         ({"TMA": 1, "ONE_LOOP": 1}, _WITH_TMA),
         ({**_PASSES, "TMA": 1}, _WITH_TMA),
+        ({**_RESIDENT, "BLOCK_M": 32, "BLOCK_N": 64}, ("sm_90",)),
         # On sm_80 it spills.
         (
             {**_PASSES, "BLOCK_M": 64, "BLOCK_N": 16, "CHUNK": 64, "num_warps": 4},
@@ -55,9 +61,10 @@ _OPTIONAL = {
         ({"TMA": 1}, _WITH_TMA),
         ({"TMA": 1, "ONE_LOOP": 1}, _WITH_TMA),
         ({"TMA": 1, "DELTA": 1}, _WITH_TMA),
+        ({**_RESIDENT, "BLOCK_M": 64, "BLOCK_N": 32}, ("sm_90",)),
     ),
 }
-_OFF = {"ONE_LOOP": 0, "PASSES": 1, "DELTA": 0, "TMA": 0}
+_OFF = {"ONE_LOOP": 0, "PASSES": 1, "DELTA": 0, "TMA": 0, "UNCHAIN": 0}
 
 
 def _type(name: str, dtype: str, head_dim: int) -> str:
@@ -94,10 +101,10 @@ def _boxes(kernel: Any, constants: dict[str, Any]) -> dict[str, list[int]]:
     rows, keys, chunk, width = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "CHUNK", "WIDTH"))
     packed = constants["VARLEN"]
     boxes = {"q_ptr": box_of(rows, chunk, packed), "k_ptr": box_of(keys, chunk, packed)}
-    if kernel is attention_forward_kernel:
-        return {**boxes, "v_ptr": box_of(keys, width, packed)}
-    boxes |= {"v_ptr": box_of(keys, chunk, packed), "grad_out_ptr": box_of(rows, chunk, packed)}
     columns = width // constants.get("PASSES", 1)
+    if kernel is attention_forward_kernel:
+        return {**boxes, "v_ptr": box_of(keys, columns, packed)}
+    boxes |= {"v_ptr": box_of(keys, chunk, packed), "grad_out_ptr": box_of(rows, chunk, packed)}
     if columns == chunk:
         return boxes
     if kernel is attention_dq_kernel:
