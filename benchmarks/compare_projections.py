@@ -68,8 +68,9 @@ class Layer:
             hidden_size=case.hidden,
             intermediate_size=case.intermediate,
             num_hidden_layers=1,
-            num_attention_heads=case.hidden // 256,
-            num_key_value_heads=max(1, case.hidden // 512),
+            # Two heads of queries to one of keys, as in Gemma 4.
+            num_attention_heads=case.hidden // 512 * 2,
+            num_key_value_heads=case.hidden // 512,
             head_dim=256,
             hidden_size_per_layer_input=0,
             layer_types=["sliding_attention"],

@@ -56,3 +56,11 @@ def test_who_is_short_of_memory_beside_others_is_prepared_alone(monkeypatch: pyt
     memory_is_free = False
     never = interleaved.measure_in_turns({"large": lambda: make(large, True)}, describe, "cpu", 0.0)
     assert never == {"large": {"not": "OutOfMemoryError: tried to allocate 8 GiB"}}
+
+
+def test_the_layers_of_a_gpus_cases_of_projections_can_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[3] / "benchmarks")
+    projections = importlib.import_module("compare_projections")
+    for hidden in {case.hidden for case in projections.CASES["cuda"].values()}:
+        output, gradient = projections.Layer(projections.Case(hidden, 8, 2, "bfloat16"), False)()
+        assert output.shape == gradient.shape == (1, 2, hidden)
