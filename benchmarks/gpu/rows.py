@@ -96,7 +96,7 @@ class _Late(Exception):
 
 
 def _late(*_: object) -> None:
-    raise _Late
+    raise _Late("was not prepared in time")
 
 
 class Timing:
@@ -179,8 +179,8 @@ def main() -> None:
     failed = None
     try:
         rows = measure(row, given["device"], timing)
-    except _Late:
-        failed = "was not prepared in time"
+    except _Late as late:
+        failed = str(late)
     except Exception as error:  # noqa: BLE001 - whatever an implementation fails with, the others run
         lines = str(error).strip().splitlines() or ["no reason given"]
         failed = f"{type(error).__name__}: {lines[0][:120]}"

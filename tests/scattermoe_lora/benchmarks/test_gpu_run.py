@@ -104,6 +104,8 @@ def test_the_report_is_a_page_with_pictures(dry) -> None:
     assert "![Time by implementation](time.svg)" in page
     assert "![Each launch's share of the roof](roof.svg)" in page
     assert "| tests | " in page
+    for kind in ("attention", "loss", "mlp", "projections", "quantized"):
+        assert f"| {kind}-small | scattermoe | " in page
 
 
 def test_a_stage_that_would_overrun_is_cut_and_an_interrupt_leaves_whole_files_and_no_children(
