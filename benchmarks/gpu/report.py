@@ -91,7 +91,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], dense_tflops: float) -> list[s
         ours = next((row["ms"] for row in members if row["implementation"] == "scattermoe"), None)
         for row in members:
             ratio = f"{row['ms'] / ours:.2f}" if ours else ""
-            share = f"{row['tflops'] / dense_tflops:.0%}"
+            share = f"{row['tflops'] / dense_tflops:.0%}" if "tflops" in row else ""
             disturbed = "disturbed" if pictures.is_disturbed(row) else ""
             name, ms, peak = row["implementation"], f"{row['ms']:.3g}", f"{row['peak_mb']:.0f}"
             lines.append((layer, name, ms, ratio, peak, share, disturbed))

@@ -97,9 +97,18 @@ def run_rows(run: Run, name: str, until: float, tiles: Path | None = None) -> li
 def dry_rows(again: bool) -> list[rows.Row]:
     """Small rows, on the CPU."""
     layer = {"experts": 4, "hidden": 32, "intermediate": 16, "top_k": 2, "tokens": 8, "dtype": "float32"}
-    case = {"length": 16, "head_dim": 16, "dtype": "float32"}
     experts = rows.Row("small-scattermoe", "experts", layer, "scattermoe")
-    return [experts] if again else [experts, rows.Row("attention-small", "attention", case, "all")]
+    if again:
+        return [experts]
+    dtype = {"dtype": "float32"}
+    cases = {
+        "attention": {"length": 16, "head_dim": 16, **dtype},
+        "loss": {"trained": "nothing", "tokens": 8, "width": 16, "words": 40, **dtype},
+        "quantized": {**layer, "hidden": 64, "intermediate": 32, "format": "nf4"},
+        "mlp": {"operation": "geglu", "tokens": 8, "hidden": 16, "intermediate": 32, **dtype},
+        "projections": {"hidden": 512, "intermediate": 32, "tokens": 8, **dtype},
+    }
+    return [experts, *(rows.Row(f"{kind}-small", kind, case, "all") for kind, case in cases.items())]
 
 
 def built(folder: Path, tiles: Path | None) -> Path:
