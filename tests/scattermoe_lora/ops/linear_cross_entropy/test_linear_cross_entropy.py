@@ -41,12 +41,19 @@ def small_blocks(submodule, monkeypatch) -> None:
     cpu = submodule("ops.linear_cross_entropy.cpu")
     monkeypatch.setattr(cpu, "_TOKENS", 5)
     monkeypatch.setattr(cpu, "_VOCABULARY", 7)
+    total = submodule("ops.linear_cross_entropy.cpu_total")
+    monkeypatch.setattr(total, "_LEAST_TOKENS", 3)
+    monkeypatch.setattr(total, "_LOGITS_BYTES", 1)
     if INTERPRETED:
         gpu = submodule("ops.linear_cross_entropy.gpu")
         blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
         monkeypatch.setattr(gpu, "tile", lambda *_: blocks)
         # Two tiles of words, for most of the shapes below.
         monkeypatch.setattr(gpu, "_PART_BYTES", 64 * 4 * 13)
+        total = submodule("ops.linear_cross_entropy.gpu_total")
+        monkeypatch.setattr(total, "_LOGITS_BYTES", 1)
+        monkeypatch.setattr(total, "_MULTIPLE", 3)
+        monkeypatch.setattr(total, "LAUNCH", {"BLOCK_N": 32, "num_warps": 1, "num_stages": 1})
 
 
 @pytest.fixture
@@ -287,8 +294,9 @@ if not INTERPRETED:
 
             return run
 
-        for name in ("forward", "backward"):
-            monkeypatch.setattr(cpu, name, watched(getattr(cpu, name)))
+        total = submodule("ops.linear_cross_entropy.cpu_total")
+        for module, name in ((cpu, "forward"), (cpu, "backward"), (total, "forward")):
+            monkeypatch.setattr(module, name, watched(getattr(module, name)))
         torch.autograd.grad(kernel.linear_cross_entropy(labels=labels, **arguments), leaves)
         assert max(sizes) == vocabulary * width
 
