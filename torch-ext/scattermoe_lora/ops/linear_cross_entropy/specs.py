@@ -53,7 +53,7 @@ _LEAST = ("gfx90a",)
 def _kind(name: str, use: _Use) -> str:
     if name == "labels_ptr":
         return "*i64:16"
-    if name in _FLOAT32 or (name.startswith("d_") and name != "d_ptr"):
+    if name in _FLOAT32 or (name.startswith("d_") and name not in ("d_ptr", "d_stride")):
         return "*fp32:16"
     if name.endswith("_ptr"):
         return f"*{use.dtype}:16"
