@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 OPERATORS = sorted(path.parent.name for path in REPOSITORY.glob("torch-ext/scattermoe_lora/ops/*/tiles"))
@@ -40,7 +39,7 @@ def test_a_timing_is_that_of_the_file_that_it_names(tables) -> None:
 
 
 def test_what_was_timed_is_launched_with_what_was_fastest(tables, submodule) -> None:
-    find = submodule("ops.tile_tables").find
+    lookup = submodule("ops.tile_tables").lookup
     for folder, device, table in tables:
         for timing in table.measured.values():
             assert problems(timing, table)
@@ -49,7 +48,8 @@ def test_what_was_timed_is_launched_with_what_was_fastest(tables, submodule) -> 
                     (entry for entry in problem["launches"] if entry["ms"] is not None),
                     key=lambda entry: entry["ms"],
                 )
-                launch = find(folder, device, problem["kernel"], torch.bfloat16, problem["sizes"])
+                itemsize = problem.get("itemsize", 2)
+                launch = lookup(folder, device, problem["kernel"], itemsize, problem["sizes"])
                 assert launch == fastest["launch"], problem["what"]
 
 
@@ -63,7 +63,8 @@ def test_a_rule_that_names_a_timing_serves_a_problem_of_it_and_sizes_like_it(tab
                 served = [
                     problem["sizes"]
                     for problem in problems(timing, table)
-                    if problem["kernel"] == kernel and rule.serves(2, problem["sizes"])
+                    if problem["kernel"] == kernel
+                    and rule.serves(problem.get("itemsize", 2), problem["sizes"])
                 ]
                 assert served, dict(rule.limits)
                 for name, limit in rule.limits.items():
