@@ -31,7 +31,7 @@ from gpu.rows import is_failure
 RESULTS = REPOSITORY / "benchmarks" / "results"
 # The kernel's own and its tests', and what kernelpress builds it with.
 NEEDED = (
-    "torch", "triton", "transformers", "peft", "kernels", "pytest", "xdist", "hypothesis", "httpx2", "dulwich", "tomli",
+    "torch", "triton", "transformers", "peft", "kernels", "pytest", "xdist", "hypothesis", "httpx2", "dulwich", "tomli", "ruff",
 )  # fmt: skip
 # What kernelpress builds a kernel with that comes in a wheel.
 PEERS_NEED = ("tomlkit",)
