@@ -79,18 +79,18 @@ def test_the_sweeps_tables_load_and_the_rows_ran_with_them(dry, results, gpu) ->
     tables = gpu("tables")
     tiles = sys.modules["scattermoe_lora.ops.tile_tables"]
     sweep = json.loads(dry.joinpath("sweep.json").read_text())
-    assert len(sweep["problems"]) == 5
+    assert len(sweep["problems"]) == 10
     served = 0
     for problem in sweep["problems"].values():
         folder = dry / "tiles" / problem["operator"] / "tiles"
-        if folder.is_dir():
+        if folder.is_dir() and problem["kernel"] in tiles.load(folder, "sm_90").rules:
             served += 1
             launch = tiles.find(folder, "sm_90", problem["kernel"], torch.bfloat16, problem["sizes"])
             assert launch == tables.fastest(problem)
             built = dry / "work" / "rows_with_new_tables-kernel" / "build"
             (file,) = built.glob(f"torch-cuda/ops/{problem['operator']}/tiles/sm_90.json")
             assert file.read_text() == folder.joinpath("sm_90.json").read_text()
-    assert served >= 4
+    assert served >= 5
 
 
 def test_the_report_is_a_page_with_pictures(dry) -> None:

@@ -36,7 +36,7 @@ def sweep(gpu):
 
 def test_the_plan_names_parts_and_sizes_that_there_are_and_options_of_the_kernels(plan, gpu) -> None:
     entries = plan.load_plan()
-    assert {entry.part for entry in entries} == set(gpu("problems").PARTS)
+    assert {entry.part for entry in entries} == set(gpu("parts").PARTS)
     assert len({entry.name for entry in entries}) == len(entries)
     heads = {entry.sizes["head_dim"] for entry in entries if entry.part.startswith("attention")}
     assert heads == {64, 128, 256, 512}
@@ -339,16 +339,17 @@ def test_a_table_of_a_sweep_loads_and_serves_what_was_timed_with_the_fastest_and
 INTERPRETED = """
 import json, sys
 import torch
-from gpu import problems, sweep
+from gpu import parts, problems, sweep
 from gpu.sweep_plan import PLAN, Entry, small_plan
 problems.DTYPE = sweep.DTYPE = torch.float32
-plan = small_plan(json.loads(PLAN.read_text()), problems.PARTS)
+plan = small_plan(json.loads(PLAN.read_text()), parts.PARTS)
 small = {part: plan["sizes"][of] for part, of, *_ in plan["sweep"]}
 for part, launch in json.loads(sys.argv[1]):
     sizes = {**small[part], "tokens": 20}
-    problem = problems.make(Entry(part, part, sizes, ()), real=True)
+    problem = parts.make(Entry(part, part, sizes, ()), real=True)
     with sweep.launched_with(problem, launch):
-        got, expected = (sweep.select(problem, list(r)) for r in (problem.call(), problem.expected()))
+        results = (problem.results or problem.call)()
+        got, expected = (sweep.select(problem, list(r)) for r in (results, problem.expected()))
     assert sweep.is_right(got, expected), (part, launch)
     for i in range(len(expected)):
         wrong = [1.05 * t if i == j else t for j, t in enumerate(expected)]
@@ -366,7 +367,7 @@ def test_what_is_timed_computes_what_torch_computes_and_so_does_each_launch_that
         if "_" in name
     }
     cases = [(part_of.get(name, name), launch) for name, launch in launches.items()]
-    parts = set(gpu("problems").PARTS)
+    parts = set(gpu("parts").PARTS)
     cases += [(part, {}) for part in sorted(parts - {part for part, _ in cases})]
     by_torch = json.loads(gpu("sweep_plan").PLAN.read_text())["candidates"]["library"]
     by_torch = dict(zip(by_torch["names"], by_torch["launches"][1], strict=True))

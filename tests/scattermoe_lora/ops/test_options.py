@@ -17,9 +17,9 @@ from helpers import AWKWARD, TRITON, Shape, assert_close, low_rank, route
 
 OPTIONS = {
     "schedule": {"SCHEDULE": 1},
-    "tma": {"TMA": 1},
+    "tma": {"TMA": 1, "TMA_ROWS": 1},
     "persistent": {"PERSISTENT": 3},
-    "persistent, flat, tma": {"PERSISTENT": 2, "FLATTEN": 1, "TMA": 1},
+    "persistent, flat, tma": {"PERSISTENT": 2, "FLATTEN": 1, "TMA": 1, "TMA_ROWS": 1},
     "library, schedule": {"LIBRARY": 1, "SCHEDULE": 1},
     "own sort and sums": {},
 }

@@ -62,6 +62,7 @@ def gate_up_kernel(
     LIBRARY: tl.constexpr,
     SCHEDULE: tl.constexpr,
     TMA: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -100,9 +101,10 @@ def gate_up_kernel(
     if expert < num_experts:
         # fmt: off
         acc = multiply_rows(
-            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, first_n, n, in_n,
+            x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, row, first_n, n, in_n,
             N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
-            GATHER, TOP_K, LOW_RANK, BIAS, LIBRARY, TMA, PRECISION, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            GATHER, TOP_K, LOW_RANK, BIAS, LIBRARY, TMA, TMA_ROWS, PRECISION, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K,
+            BLOCK_R,
         )
         # fmt: on
     # Rounded as it is kept: the backward computes the same activation from it, to the bit.

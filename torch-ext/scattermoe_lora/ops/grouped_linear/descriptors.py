@@ -1,6 +1,8 @@
-"""Tensor descriptors of weights, whose boxes hardware (TMA) copies to shared memory, not a program's threads."""
+"""Tensor descriptors of weights and of rows in order, whose boxes hardware (TMA) copies to shared memory."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -40,7 +42,18 @@ def describe(
         strides = [expert, term, column]
     else:
         return weight, ""
-    is_aligned = weight.data_ptr() % _BYTES == 0
-    if not is_aligned or any(stride * weight.itemsize % _BYTES or not stride for stride in strides[:-1]):
+    if not _is_aligned(weight, strides[:-1]):
         return weight, ""
     return TensorDescriptor(weight, shape, strides, box_of(along, parts, block_n, block_k)), along
+
+
+def describe_rows(x: torch.Tensor, block_m: int, block_k: int) -> TensorDescriptor | None:
+    """A descriptor of rows ``[S, K]``, or None where the hardware cannot copy boxes of them."""
+    if x.stride(1) != 1 or not _is_aligned(x, [x.stride(0)]):
+        return None
+    return TensorDescriptor.from_tensor(x, [block_m, block_k])
+
+
+def _is_aligned(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    is_aligned = tensor.data_ptr() % _BYTES == 0
+    return is_aligned and all(stride and stride * tensor.itemsize % _BYTES == 0 for stride in strides)

@@ -14,7 +14,7 @@ from ..quantization.stack import Weight
 from ..routing import Routing
 from . import few_rows, library
 from .arguments import Operands
-from .descriptors import describe
+from .descriptors import describe, describe_rows
 from .kernels import grouped_matmul_kernel
 from .kernels_outer import grouped_outer_kernel
 from .pairs import TILES, sum_choices
@@ -31,6 +31,8 @@ OPTIONS = {
     "FLATTEN": 0,
     # 1: copy the weights by tensor descriptors (TMA). 0: by pointers.
     "TMA": 0,
+    # 1: copy rows that lie in sorted order so, too.
+    "TMA_ROWS": 0,
     # 1: torch's grouped matrix product multiplies, and the kernel adds the rest. 0: the kernel does both.
     "LIBRARY": 0,
 }
@@ -118,8 +120,12 @@ def matmul_launch(
     described, options["TMA"] = (
         describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"]) if options["TMA"] else (weight, "")
     )
+    rows: Any = None
+    if options["TMA_ROWS"] and not options["LIBRARY"] and top_k is None:
+        rows = describe_rows(x, blocks["BLOCK_M"], blocks["BLOCK_K"])
+    options["TMA_ROWS"] = rows is not None
     arguments = (
-        x,
+        x if rows is None else rows,
         described,
         left,
         right,

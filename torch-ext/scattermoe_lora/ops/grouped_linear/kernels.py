@@ -74,6 +74,7 @@ def multiply_rows(
     position,
     pair,
     in_tile,
+    first_row,
     first_n,
     n,
     in_n,
@@ -93,6 +94,7 @@ def multiply_rows(
     BIAS: tl.constexpr,
     LIBRARY: tl.constexpr,
     TMA: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     SHORT_RANK: tl.constexpr,
@@ -104,7 +106,8 @@ def multiply_rows(
     """``x[row] W[expert]^T (+ u B[expert]^T) (+ bias[expert])`` of a tile of rows and columns ``n``, in float32.
 
     ``LIBRARY`` tells that ``x`` holds the base product itself, in sorted order; nothing is read of the weight then.
-    ``TMA`` is ``K`` or ``N``, along which the weight behind the descriptor ``w_ptr`` is contiguous, or empty.
+    ``TMA`` is ``K`` or ``N``, along which the weight behind the descriptor ``w_ptr`` is contiguous, or empty. With
+    ``TMA_ROWS`` ``x_ptr`` is a descriptor, too, of rows in sorted order; those behind the tile's last are another's.
     """
     if LIBRARY:
         base_tile = x_ptr + position[:, None].to(tl.int64) * stride_xm + n[None, :]
@@ -114,19 +117,21 @@ def multiply_rows(
     k = tl.arange(0, BLOCK_K)
     # 64-bit from here on: a stack of experts passes 2^31 elements, and so does a matrix of rows.
     e = expert.to(tl.int64)
-    x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
-    x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
+    if not TMA_ROWS:
+        x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
+        x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
     if not TMA:
         w_tile = (
             w_ptr + e * stride_we + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
         )
     for k0 in range(0, 0 if LIBRARY else K, BLOCK_K):
-        if EVEN_K:
+        # What lies outside of what a descriptor describes is zero without a mask.
+        if TMA_ROWS:
+            x = x_ptr.load([first_row.to(tl.int32), k0])
+        elif EVEN_K:
             x = tl.load(x_tile, mask=in_tile[:, None], other=0.0)
         else:
-            in_k = k0 + k < K
-            x = tl.load(x_tile, mask=in_tile[:, None] & in_k[None, :], other=0.0)
-        # Of a weight behind a descriptor what lies outside is zero without a mask.
+            x = tl.load(x_tile, mask=in_tile[:, None] & (k0 + k < K)[None, :], other=0.0)
         if TMA == "N":
             w = w_ptr.load([expert, k0, first_n]).reshape(BLOCK_K, BLOCK_N)
         elif TMA == "K":
@@ -134,9 +139,10 @@ def multiply_rows(
         elif EVEN_K:
             w = tl.load(w_tile, mask=in_n[None, :], other=0.0)
         else:
-            w = tl.load(w_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
+            w = tl.load(w_tile, mask=(k0 + k < K)[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        x_tile += BLOCK_K
+        if not TMA_ROWS:
+            x_tile += BLOCK_K
         if not TMA:
             w_tile += BLOCK_K * stride_wk
     # fmt: off
@@ -198,6 +204,7 @@ def grouped_matmul_kernel(
     PERSISTENT: tl.constexpr,
     FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -222,9 +229,10 @@ def grouped_matmul_kernel(
             position, pair, in_tile, n, in_n = place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
             # fmt: off
             acc = multiply_rows(
-                x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
+                x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, row, pid_n * BLOCK_N, n, in_n,
                 N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br, GATHER, TOP_K,
-                LOW_RANK, BIAS, LIBRARY, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                LOW_RANK, BIAS, LIBRARY, TMA, TMA_ROWS, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K,
+                BLOCK_R,
             )
             # fmt: on
             if WEIGHTED:
@@ -250,9 +258,10 @@ def grouped_matmul_kernel(
         if expert < num_experts:
             # fmt: off
             acc = multiply_rows(
-                x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, pid_n * BLOCK_N, n, in_n,
+                x_ptr, w_ptr, u_ptr, b_ptr, bias_ptr, expert, position, pair, in_tile, row, pid_n * BLOCK_N, n, in_n,
                 N, K, R, stride_xm, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br, GATHER, TOP_K,
-                LOW_RANK, BIAS, LIBRARY, TMA, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                LOW_RANK, BIAS, LIBRARY, TMA, TMA_ROWS, PRECISION, EVEN_K, SHORT_RANK, BLOCK_M, BLOCK_N, BLOCK_K,
+                BLOCK_R,
             )
             # fmt: on
             if WEIGHTED:

@@ -32,6 +32,7 @@ OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
     # Triton 3.9 cannot compile it for sm_100, and before Hopper it spills.
     "FLATTEN": ("sm_90",),
     "TMA": ("sm_90", "sm_100", "sm_120"),
+    "TMA_ROWS": ("sm_90", "sm_100", "sm_120"),
     # Elsewhere torch has no kernel of its own for a grouped product.
     "LIBRARY": ("sm_90", "sm_100"),
 }
@@ -40,7 +41,9 @@ _TRIALS = (
     ("SCHEDULE",),
     ("PERSISTENT",),
     ("TMA",),
+    ("TMA", "TMA_ROWS"),
     ("PERSISTENT", "FLATTEN", "TMA"),
+    ("PERSISTENT", "FLATTEN", "TMA", "TMA_ROWS"),
     ("SCHEDULE", "LIBRARY"),
 )
 
@@ -190,9 +193,15 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
         "LIBRARY": bool(constants["LIBRARY"]),
         "GATHER": constants["GATHER"] and not constants["LIBRARY"],
     }
+    constants["TMA_ROWS"] = (
+        bool(constants["TMA_ROWS"]) and not constants["GATHER"] and not constants["LIBRARY"]
+    )
     if "PERSISTENT" in kernel.arg_names:
         constants |= {"PERSISTENT": persistent, "FLATTEN": flatten, "SHORT_RANK": flatten}
     spec = tile.spec(kernel, tile.label(use.label, "MNK"), constants)
+    if constants["TMA_ROWS"]:
+        box = [blocks["BLOCK_M"], blocks["BLOCK_K"]]
+        spec = replace(spec, arguments={**spec.arguments, "x_ptr": f"tensordesc<{tile.dtype}{box}>"})
     parts = 2 if use.flags.get("INTERLEAVED") is False else 1
     along = "N" if use.transposed else "K"
     if not blocks.get("TMA") or (along == "N" and parts > 1):
