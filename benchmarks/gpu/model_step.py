@@ -18,10 +18,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,10 @@ from measuring import (
     provenance,
     require,
     start_memory,
+    write,
 )
 
-sys.path.insert(0, str(REPOSITORY / "recipes"))
+from gpu.stages import cores
 
 MODEL = "gemma-4-26B-A4B"
 # Rows and tokens of a step by the card's memory in GB, as in the recipe.
@@ -206,9 +207,21 @@ def optimizer_of(model: Any, setting: Setting) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=LEARNING_RATE)
 
 
+class Loaders(ThreadPoolExecutor):
+    """Threads that compile a kernel, and what launches it, and load both."""
+
+    def submit(self, compiled: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        def load() -> Any:
+            kernel = compiled()
+            _ = kernel.run
+            return kernel
+
+        return super().submit(load)
+
+
 @contextmanager
-def compiling(kernel: Any, workers: int) -> Iterator[None]:
-    """Triton kernels that are called are not launched, but compiled, side by side; on return all are.
+def compiling(kernel: Any, pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Kernels that are called are compiled, side by side, and not launched; on return all are.
 
     What they would have written is what was in memory, so nothing may be indexed by it. The backward runs in this
     thread, where Triton looks for how to compile.
@@ -219,7 +232,7 @@ def compiling(kernel: Any, workers: int) -> Iterator[None]:
 
     library = importlib.import_module(f"{kernel.__name__}.ops.grouped_linear.library")
     with (
-        ThreadPoolExecutor(workers) as pool,
+        pool,
         Launcher(never=True),
         mock.patch.object(library, "product", unwritten_product),
         torch.autograd.set_multithreading_enabled(False),
@@ -278,7 +291,7 @@ def measure(config: Any, implementation: str, setting: Setting, kernel: Any) -> 
         torch.cuda.synchronize()
         say(f"{implementation}: {torch.cuda.memory_allocated() / 1e9:.1f} GB of weights and adapters")
         if implementation == "ours":
-            with compiling(kernel, len(os.sched_getaffinity(0))):
+            with compiling(kernel, Loaders(cores())):
                 training.backward()
             training.optimizer.zero_grad()
             say("compiled")
@@ -287,27 +300,23 @@ def measure(config: Any, implementation: str, setting: Setting, kernel: Any) -> 
 
 
 def planned(config: Any, setting: Setting) -> dict[str, Any]:
-    """What recipes/plan.py foresees: bytes, and operations of a step, among them those that checkpointing repeats."""
+    """The parameters, and what recipes/plan.py foresees of the kernel's steps.
+
+    Bytes are those of tensors, as ``peak_bytes`` counts them; operations are those of all matrix products.
+    """
+    sys.path.insert(0, str(REPOSITORY / "recipes"))
     import plan
 
     setup = plan.Setup(rank=RANK, dtype=str(setting.dtype).removeprefix("torch."), device=setting.device)
     foreseen = plan.Planner(config, "qlora", setup).plan(setting.batch, setting.length)
-    parameters = sum(count for part, count in foreseen.parameters.items() if part != "adapters")
+    once = plan.Planner(config, "qlora", replace(setup, checkpointing=False)).step(1, setting.length)
+    beside = ("allocator's slack", "CUDA context and libraries")
     return {
-        "planned_bytes": foreseen.peak,
-        "operations_per_step": foreseen.operations,
-        "parameters": parameters,
+        "parameters": sum(count for part, count in foreseen.parameters.items() if part != "adapters"),
+        "planned_bytes": foreseen.peak - sum(foreseen.parts.get(part, 0) for part in beside),
+        "operations": foreseen.operations,
+        "operations_once": setting.batch * sum(operations for operations, _ in once.work),
     }
-
-
-def warning_of(setting: Setting, layers: int) -> str:
-    """What readers of the figures must know."""
-    linears = "NF4 by bitsandbytes" if setting.four_bits else str(setting.dtype).removeprefix("torch.")
-    return (
-        f"Random weights and tokens: {layers} layers, {setting.batch} x {setting.length:,} tokens a step, experts in "
-        f"NF4, linear layers in {linears}. Eager is transformers' sdpa and grouped_mm with PEFT's own LoRA and all "
-        "logits. The plan is of adapters in float32 on all linear layers."
-    )
 
 
 def main() -> None:
@@ -323,69 +332,80 @@ def main() -> None:
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
     setting = Setting(batch, length, given.steps, given.device, dtype)
     config = configuration(given.layers, given.tiny)
-    layers = config.text_config.num_hidden_layers
     if given.device == "cuda":
         fraction = MOST_BYTES / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
     figures: dict[str, Any] = {
-        "recipe": f"gemma4_26b_qlora, {layers} layers, {batch} x {length}",
+        "recipe": f"gemma4_26b_qlora, {config.text_config.num_hidden_layers} layers, {batch} x {length}",
         "command": " ".join(["python -m gpu.model_step", *sys.argv[1:]]),
         "device": device_name(given.device),
-        "warning": warning_of(setting, layers),
-        "losses": {}, "ms_per_step": {}, "peak_bytes": {}, "tokens_per_second": {}, "refused": {},
-        "planned_bytes": None,
+        "warning": warning_of(setting),
+        "losses": {}, "ms_per_step": {}, "peak_bytes": {}, "refused": {},
+        **planned(config, setting),
+        "dense_tflops": dense_rate(str(dtype).removeprefix("torch."), given.device) / 1e12,
     }  # fmt: skip
-    with built_kernel() as kernel:
+    say(
+        f"{figures['parameters'] / 1e9:.2f} billion parameters, {figures['planned_bytes'] / 1e9:.1f} GB planned"
+    )
+    with own_kernel() as kernel:
         kernel.register()
         kernel.register_attention("scattermoe")
         for implementation in list(IMPLEMENTATIONS)[: 1 + given.eager]:
-            say(implementation)
             try:
                 row = measure(config, implementation, setting, kernel)
             except torch.OutOfMemoryError as error:
-                figures["refused"][implementation] = str(error).partition(".")[0]
+                figures["refused"][implementation] = str(error).partition(". ")[0]
             else:
                 for name, value in row.items():
                     figures[name][implementation] = value
-                seconds = row["ms_per_step"] / 1000
-                figures["tokens_per_second"][implementation] = batch * length / seconds
+            figures["about"] = about(figures, batch * length)
             save(given.output, figures)
-            if implementation == "ours":
-                figures |= planned(config, setting)
-                figures["dense_tflops"] = dense_rate(str(dtype).removeprefix("torch."), given.device) / 1e12
-                save(given.output, figures)
-    show(figures)
+    print(figures["about"])
     if "ours" in figures["refused"]:
-        sys.exit(f"scattermoe failed: {figures['refused']['ours']}")
+        sys.exit(1)
+
+
+def own_kernel() -> AbstractContextManager[Any]:
+    """The kernel that the environment names, or one that is built for the while."""
+    if "LOCAL_KERNELS" not in os.environ:
+        return built_kernel()
+    from kernels import get_kernel
+
+    return nullcontext(get_kernel("org/scattermoe-lora", version=1))
+
+
+def warning_of(setting: Setting) -> str:
+    """What readers of the figures must know."""
+    linears = "NF4 by bitsandbytes" if setting.four_bits else str(setting.dtype).removeprefix("torch.")
+    return (
+        f"Random weights and tokens; experts in NF4, linear layers in {linears}. Eager is transformers' sdpa and "
+        "grouped_mm with PEFT's own LoRA and all logits. The plan is of adapters in float32 on all linear layers."
+    )
+
+
+def about(figures: dict[str, Any], tokens: int) -> str:
+    """The figures that are no column of a recipe's table, in words."""
+    dense = figures["dense_tflops"]
+    results = []
+    for name, milliseconds in figures["ms_per_step"].items():
+        shares = [
+            f"{figures[key] / milliseconds / 1e9 / dense:.0%}" for key in ("operations", "operations_once")
+        ]
+        results.append(
+            f"{name} {1000 * tokens / milliseconds:,.0f} tokens a second, {' and '.join(shares)} of the dense rate"
+        )
+    results += [f"{name} not: {reason}" for name, reason in figures["refused"].items()]
+    return (
+        f"{'; '.join(results)}. That is {dense:.3g} TFLOP/s, measured beside them, and of the step "
+        f"{figures['operations'] / 1e12:.3g} TFLOP of matrix products, as recipes/plan.py counts them, or "
+        f"{figures['operations_once'] / 1e12:.3g} without those that checkpointing repeats."
+    )
 
 
 def save(output: Path | None, figures: dict[str, Any]) -> None:
     """Writes the figures so far, if anywhere, with where and when they were measured."""
-    about = provenance()
-    about["versions"] |= {"bitsandbytes": installed("bitsandbytes")}
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({**about, **figures}, indent=2) + "\n")
-
-
-def show(figures: dict[str, Any]) -> None:
-    """Prints the figures as a table, and what reasons there are against some."""
-    print(
-        f"\n{figures['recipe']} on {figures['device']}: {figures['parameters'] / 1e9:.2f} billion parameters"
-    )
-    print(
-        f"{'':<8}{'first loss':>12}{'last loss':>12}{'ms a step':>12}{'tokens a s':>12}{'peak MB':>12}{'of dense':>10}"
-    )
-    for name, losses in figures["losses"].items():
-        milliseconds, peak = figures["ms_per_step"][name], figures["peak_bytes"][name] / 1e6
-        share = figures["operations_per_step"] / milliseconds / 1e9 / figures["dense_tflops"]
-        print(
-            f"{name:<8}{losses[0]:>12.4f}{losses[-1]:>12.4f}{milliseconds:>12.0f}"
-            f"{figures['tokens_per_second'][name]:>12.0f}{peak:>12.0f}{share:>10.0%}"
-        )
-    for name, reason in figures["refused"].items():
-        print(f"{name:<8}{reason}")
-    print(f"planned {figures['planned_bytes'] / 1e6:>44.0f} MB")
+    versions = {**provenance()["versions"], "bitsandbytes": installed("bitsandbytes")}
+    write(output, {**figures, "versions": versions})
 
 
 if __name__ == "__main__":
