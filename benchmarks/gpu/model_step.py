@@ -45,6 +45,8 @@ from measuring import (
 from gpu.stages import cores
 
 MODEL = "gemma-4-26B-A4B"
+# The recipe's name in recipes/plan.py.
+PLAN = "qlora-8bit"
 # Rows and tokens of a step by the card's memory in GB, as in the recipe.
 ROWS = {24: (1, 2048), 80: (2, 8192)}
 RANK = 16
@@ -308,8 +310,8 @@ def planned(config: Any, setting: Setting) -> dict[str, Any]:
     import plan
 
     setup = plan.Setup(rank=RANK, dtype=str(setting.dtype).removeprefix("torch."), device=setting.device)
-    foreseen = plan.Planner(config, "qlora", setup).plan(setting.batch, setting.length)
-    once = plan.Planner(config, "qlora", replace(setup, checkpointing=False)).step(1, setting.length)
+    foreseen = plan.Planner(config, PLAN, setup).plan(setting.batch, setting.length)
+    once = plan.Planner(config, PLAN, replace(setup, checkpointing=False)).step(1, setting.length)
     beside = ("allocator's slack", "CUDA context and libraries")
     return {
         "parameters": sum(count for part, count in foreseen.parameters.items() if part != "adapters"),
@@ -379,7 +381,7 @@ def warning_of(setting: Setting) -> str:
     linears = "NF4 by bitsandbytes" if setting.four_bits else str(setting.dtype).removeprefix("torch.")
     return (
         f"Random weights and tokens; experts in NF4, linear layers in {linears}. Eager is transformers' sdpa and "
-        "grouped_mm with PEFT's own LoRA and all logits. The plan is of adapters in float32 on all linear layers."
+        "grouped_mm with PEFT's own LoRA and all logits. The plan is of linear layers in NF4 and AdamW in 8 bits."
     )
 
 
