@@ -1,6 +1,6 @@
 """Training steps of Gemma 4 26B-A4B at its real size on one card, as ``recipes/gemma4_26b_qlora.py`` takes them.
 
-    PYTHONPATH=benchmarks:torch-ext:tools python -m gpu.model_step --card 80 [--eager] [--layers 12] [--output FILE]
+    PYTHONPATH=benchmarks:torch-ext:tools python -m gpu.model_step --device cuda --card 80 [--eager] [--output FILE]
 
 The weights are random and made on the card: codes and scales of the experts in NF4, linear layers in NF4 where
 bitsandbytes is installed, and the rest in bfloat16; the dense model never exists. The adapters, their dtype, the
@@ -53,9 +53,10 @@ RANK = 16
 # What the process may take, so that the rest of the card is left to others.
 MOST_BYTES = 70e9
 WARM_UP_STEPS = 2
-PHASE_SECONDS = 30.0
+# No step begins later than so long after the first.
+PHASE_SECONDS = 20.0
 LEARNING_RATE = 2e-4
-# The spread of weights that are not in the model's own initialization, which is theirs too.
+# The standard deviation of quantized weights, which is that of the model's own initialization, too.
 STD = 0.02
 TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -71,7 +72,7 @@ IMPLEMENTATIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is of: rows and tokens of a step, steps, device and dtype."""
+    """The sizes of a run: rows and tokens of a step, and steps; its device, and the dtype of what is not quantized."""
 
     batch: int
     length: int
@@ -173,6 +174,7 @@ def materialize(model: Any, device: str, kernel: Any) -> None:
                 weight = quantized_weight(random_stack(parameter, device, kernel))
                 setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
             module._is_hf_initialized = True
+            continue
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
@@ -186,7 +188,7 @@ def materialize(model: Any, device: str, kernel: Any) -> None:
 
 
 def random_stack(parameter: torch.Tensor, device: str, kernel: Any) -> Any:
-    """A quantized stack of an expert parameter's shape and dtype with random codes, which spreads by :data:`STD`."""
+    """A stack of random codes in an expert parameter's shape and dtype, whose standard deviation is :data:`STD`."""
     encode, formats, stack = (
         importlib.import_module(f"{kernel.__name__}.ops.quantization.{name}")
         for name in ("encode", "formats", "stack")
@@ -377,7 +379,7 @@ def own_kernel() -> AbstractContextManager[Any]:
 
 
 def warning_of(setting: Setting) -> str:
-    """What readers of the figures must know."""
+    """The caveats that stand beside the figures."""
     linears = "NF4 by bitsandbytes" if setting.four_bits else str(setting.dtype).removeprefix("torch.")
     return (
         f"Random weights and tokens; experts in NF4, linear layers in {linears}. Eager is transformers' sdpa and "

@@ -29,7 +29,7 @@ def setting(steps: ModuleType, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def test_steps_have_eagers_losses_and_the_results_page_shows_their_figures(
-    steps, monkeypatch, tmp_path, capsys
+    steps, gpu, monkeypatch, tmp_path, capsys
 ) -> None:
     path = tmp_path / "benchmarks/results/recipes/tiny.json"
     options = ["--tiny", "--eager", "--layers", "2", "--steps", "3"]
@@ -42,6 +42,9 @@ def test_steps_have_eagers_losses_and_the_results_page_shows_their_figures(
     assert losses["ours"] == sorted(losses["ours"], reverse=True)
     assert figures["operations"] > figures["operations_once"] > 0
     assert figures["about"] in capsys.readouterr().out
+    table = gpu("report").model_table({"24": {"outcome": "passed", **figures}, "80": {"outcome": "cut off"}})
+    assert [line.split(" | ")[1] for line in table[2:4]] == ["ours", "eager"]
+    assert table[-3:-1] == [f"- 24 GB, passed: {figures['about']}", "- 80 GB, cut off: no figures"]
     page = importlib.import_module("results_page")
     assert "| gemma4_26b_qlora, 2 layers, 2 x 64 |" in page.render(page.read(tmp_path))[page.PAGE]
 
@@ -97,6 +100,20 @@ def test_kernels_are_compiled_before_the_first_step_and_none_is_launched(
         torch.use_deterministic_algorithms(False)
     for kind in ("gate_up", "matmul", "outer", "attention", "rotary", "rms", "gated", "logits", "decode"):
         assert any(kind in name for name in called), f"{kind}: {sorted(called)}"
+
+
+def test_the_stage_returns_the_figures_that_there_are(gpu, monkeypatch, tmp_path) -> None:
+    stages = gpu("stages")
+    path = tmp_path / "recipes/gemma4_26b_80.json"
+    path.parent.mkdir()
+    path.write_text('{"ms_per_step": {"ours": 5.0}}')
+    monkeypatch.setattr(stages, "built", lambda folder, tiles: folder)
+    monkeypatch.setattr(stages, "run_all", lambda jobs, *_: {job.name: "cut off" for job in jobs})
+    results = stages.run_model(stages.Run(tmp_path, {}, dict, 2), 0.0)
+    assert results == {
+        "80": {"outcome": "cut off", "ms_per_step": {"ours": 5.0}},
+        "24": {"outcome": "cut off"},
+    }
 
 
 def test_jobs_of_the_stage_have_options_that_the_program_takes(steps, gpu, monkeypatch, tmp_path) -> None:
