@@ -94,7 +94,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], dense_tflops: float) -> list[s
         ours = next((row["ms"] for row in members if row["implementation"] == "scattermoe"), None)
         for row in members:
             ratio = f"{row['ms'] / ours:.2f}" if ours else ""
-            share = f"{row['tflops'] / dense_tflops:.0%}"
+            share = f"{row['tflops'] / dense_tflops:.0%}" if "tflops" in row else ""
             disturbed = "disturbed" if pictures.is_disturbed(row) else ""
             name, ms, peak = row["implementation"], f"{row['ms']:.3g}", f"{row['peak_mb']:.0f}"
             lines.append((layer, name, ms, ratio, peak, share, disturbed))
@@ -105,14 +105,14 @@ def rows_table(rows: Sequence[Mapping[str, Any]], dense_tflops: float) -> list[s
 
 
 def model_table(model: Mapping[str, Any]) -> list[str]:
-    """The steps of a whole model by card and implementation, and what else their files say."""
+    """The steps of a whole model by job and implementation, and what else their files say."""
     lines = [
-        (f"{card} GB", name, f"{ms:.0f}", f"{run['peak_bytes'][name] / 1e9:.1f}", f"{run['planned_bytes'] / 1e9:.1f}")
-        for card, run in model.items()
+        (job, name, f"{ms:.0f}", f"{run['peak_bytes'][name] / 1e9:.1f}", f"{run['planned_bytes'] / 1e9:.1f}")
+        for job, run in model.items()
         for name, ms in run.get("ms_per_step", {}).items()
-    ]  # fmt: skip
-    told = [f"- {card} GB, {run['outcome']}: {run.get('about', 'no figures')}" for card, run in model.items()]
-    return [*table(("card", "implementation", "ms a step", "GB", "GB planned, ours"), lines), *told, ""]
+    ]
+    told = [f"- {job}, {run['outcome']}: {run.get('about', 'no figures')}" for job, run in model.items()]
+    return [*table(("steps", "implementation", "ms a step", "GB", "GB planned, ours"), lines), *told, ""]
 
 
 def sweep_table(sweep: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from measuring import REPOSITORY, provenance
 from gpu import report, stages
 from gpu.budget import Budget
 from gpu.processes import end_children_when_ended
+from gpu.rows import is_failure
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 # The kernel's own and its tests', and what kernelpress builds it with.
@@ -119,10 +120,9 @@ def run_all(run: stages.Run, results: dict[str, Any], budget: Budget, install: b
     if not run.dry:
         recorder.stage("sanitizer", "sanitizer", lambda until: stages.run_sanitizer(run, until))
     print(f"report: {run.folder / 'report.md'}", flush=True)
-    ours = [row for row in results["rows"] if row["implementation"] in ("scattermoe", "all")]
     tests = results["tests"]
     failed = bool(tests["failed"]) or tests["outcome"].startswith("exit status")
-    return int(failed or any("refused" in row for row in ours))
+    return int(failed or any(is_failure(row) for row in results["rows"]))
 
 
 def main() -> None:

@@ -102,20 +102,22 @@ def model_jobs(run: Run, build: Path) -> list[Job]:
             name,
             [
                 sys.executable, "-m", "gpu.model_step", "--device", "cuda", *options,
-                "--output", str(run.folder / "recipes" / f"gemma4_26b_{name}.json"),
+                "--output", str(run.folder / "recipes" / f"{name}.json"),
             ],
             {"LOCAL_KERNELS": f"org/scattermoe-lora={build}"},
         )
-        for name, options in (("80", ["--card", "80"]), ("24", ["--card", "24", "--eager"]))
+        for name, options in (
+            ("gemma4_26b_80", ["--card", "80"]), ("gemma4_26b_24", ["--card", "24", "--eager"]),
+        )
     ]  # fmt: skip
 
 
 def run_model(run: Run, until: float) -> dict[str, Any]:
-    """Run the whole model's steps, one job after the other: by job how it ended, and what its figures say."""
+    """Run the whole model's steps, one job after the other: by job how it ended, and its figures as far as it came."""
     outcomes = run_all(model_jobs(run, built(run.work / "model-kernel", None)), run.work, until, 1)
     results = {}
     for name, outcome in outcomes.items():
-        path = run.folder / "recipes" / f"gemma4_26b_{name}.json"
+        path = run.folder / "recipes" / f"{name}.json"
         figures = json.loads(path.read_text()) if path.exists() else {}
         results[name] = {"outcome": outcome, **figures}
     return results
@@ -124,9 +126,18 @@ def run_model(run: Run, until: float) -> dict[str, Any]:
 def dry_rows(again: bool) -> list[rows.Row]:
     """Small rows, on the CPU."""
     layer = {"experts": 4, "hidden": 32, "intermediate": 16, "top_k": 2, "tokens": 8, "dtype": "float32"}
-    case = {"length": 16, "head_dim": 16, "dtype": "float32"}
     experts = rows.Row("small-scattermoe", "experts", layer, "scattermoe")
-    return [experts] if again else [experts, rows.Row("attention-small", "attention", case, "all")]
+    if again:
+        return [experts]
+    dtype = {"dtype": "float32"}
+    cases = {
+        "attention": {"length": 16, "head_dim": 16, **dtype},
+        "loss": {"trained": "nothing", "tokens": 8, "width": 16, "words": 40, **dtype},
+        "quantized": {**layer, "hidden": 64, "intermediate": 32, "format": "nf4"},
+        "mlp": {"operation": "geglu", "tokens": 8, "hidden": 16, "intermediate": 32, **dtype},
+        "projections": {"hidden": 512, "intermediate": 32, "tokens": 8, **dtype},
+    }
+    return [experts, *(rows.Row(f"{kind}-small", kind, case, "all") for kind, case in cases.items())]
 
 
 def built(folder: Path, tiles: Path | None) -> Path:
