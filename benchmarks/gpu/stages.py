@@ -1,7 +1,8 @@
-"""The stages of a run: tests, rows, the sweep, rows with its tables, and a memory checker."""
+"""The stages of a run: tests, rows, a whole model's steps, the sweep, rows with its tables, and a memory checker."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -92,6 +93,34 @@ def run_rows(run: Run, name: str, until: float, tiles: Path | None = None) -> li
         )  # fmt: skip
         run_all(jobs, run.work / f"{name}-logs", end, run.cores)
     return rows.collect(folder)
+
+
+def model_jobs(run: Run, build: Path) -> list[Job]:
+    """Steps of Gemma 4 26B-A4B, named for the card that the recipe has such steps for; beside eager only the small."""
+    return [
+        Job(
+            name,
+            [
+                sys.executable, "-m", "gpu.model_step", "--device", "cuda", *options,
+                "--output", str(run.folder / "recipes" / f"{name}.json"),
+            ],
+            {"LOCAL_KERNELS": f"org/scattermoe-lora={build}"},
+        )
+        for name, options in (
+            ("gemma4_26b_80", ["--card", "80"]), ("gemma4_26b_24", ["--card", "24", "--eager"]),
+        )
+    ]  # fmt: skip
+
+
+def run_model(run: Run, until: float) -> dict[str, Any]:
+    """Run the whole model's steps, one job after the other: by job how it ended, and its figures as far as it came."""
+    outcomes = run_all(model_jobs(run, built(run.work / "model-kernel", None)), run.work, until, 1)
+    results = {}
+    for name, outcome in outcomes.items():
+        path = run.folder / "recipes" / f"{name}.json"
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        results[name] = {"outcome": outcome, **figures}
+    return results
 
 
 def dry_rows(again: bool) -> list[rows.Row]:
