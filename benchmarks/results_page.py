@@ -162,21 +162,20 @@ def launches(content: Mapping[str, Any]) -> list[str]:
 
 
 def recipe_rows(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table of all recipes: loss, time and memory, ours and eager."""
+    """A table of all recipes: loss, time and memory, ours and, where it was run, eager."""
     lines = []
     for content in contents.values():
-        ours, eager = (content["losses"][name] for name in ("ours", "eager"))
-        apart = max((abs(a - b) for a, b in zip(ours, eager, strict=False)), default=0.0)
-        sizes = {name: _number(size / 1e6) for name, size in content["peak_bytes"].items()}
+        losses = content["losses"]
+        apart = [abs(a - b) for a, b in zip(losses["ours"], losses.get("eager", ()), strict=False)]
         planned = content["planned_bytes"]
         lines.append(
             (
                 content["recipe"],
                 content["device"],
-                f"{ours[0]:.3f} to {ours[-1]:.3f}; {eager[0]:.3f} to {eager[-1]:.3f}",
-                f"{apart:.1e}",
-                "; ".join(_number(content["ms_per_step"][name]) for name in ("ours", "eager")),
-                "; ".join(sizes[name] for name in ("ours", "eager")),
+                "; ".join(f"{curve[0]:.3f} to {curve[-1]:.3f}" for curve in losses.values()),
+                f"{max(apart):.1e}" if apart else "",
+                "; ".join(map(_number, content["ms_per_step"].values())),
+                "; ".join(_number(size / 1e6) for size in content["peak_bytes"].values()),
                 "not planned" if planned is None else _number(planned / 1e6),
             )
         )
@@ -215,7 +214,7 @@ def picture(name: str, content: Mapping[str, Any]) -> str | None:
         return None
     title = f"{Path(name).stem}, {content['date'][:10]}"
     if "losses" in content:
-        return curves(f"Loss, {title}", {key: content["losses"][key] for key in ("ours", "eager")})
+        return curves(f"Loss, {title}", content["losses"])
     rows = list(rows_of(content))
     return (
         time_by_implementation(rows, f"Milliseconds, {title}") if any("ms" in row for row in rows) else None

@@ -17,9 +17,12 @@ FACTORS = {"rows": 2, "pairs": 2, "experts": 2, "n": math.sqrt(2), "k": math.sqr
 
 
 def fastest(problem: Mapping[str, Any]) -> Mapping[str, int] | None:
-    """The launch to take for a problem: the fastest, unless the one that ships is as fast; None if none was timed."""
+    """The launch to take for a problem: the fastest, unless the one that ships is as fast.
+
+    None if none was timed, or if time ran out for the one that ships: an earlier timing may have chosen it.
+    """
     timed = [entry for entry in problem["launches"] if entry["ms"] is not None]
-    if not timed:
+    if not timed or not any(entry["ships"] for entry in problem["launches"]):
         return None
     best = min(timed, key=lambda entry: entry["ms"])
     ships = [entry for entry in timed if entry["ships"] and best["ms"] > FASTER * entry["ms"]]

@@ -73,6 +73,9 @@ def test_a_recipe_is_shown_with_its_loss_time_memory_and_plan(page: ModuleType, 
     assert "3000 MB" in files[Path("docs/results/recipes-MB.svg")]
     unplanned = page.render({"recipes/some_qlora.json": {**RECIPE, "planned_bytes": None}})
     assert "| not planned |" in unplanned[page.PAGE]
+    alone = {key: {"ours": RECIPE[key]["ours"]} for key in ("losses", "ms_per_step", "peak_bytes")}
+    text = page.render({"recipes/some_qlora.json": {**RECIPE, **alone}})[page.PAGE]
+    assert "| some_qlora | a card | 5.000 to 4.000 |  | 10 | 2000 | 2100 |" in text
 
 
 @pytest.mark.parametrize(

@@ -40,17 +40,22 @@ def test_a_timing_is_that_of_the_file_that_it_names(tables) -> None:
 
 def test_what_was_timed_is_launched_with_what_was_fastest(tables, submodule) -> None:
     lookup = submodule("ops.tile_tables").lookup
+    compared = 0
     for folder, device, table in tables:
-        for timing in table.measured.values():
-            assert problems(timing, table)
+        for name, timing in table.measured.items():
             for problem in problems(timing, table):
-                fastest = min(
-                    (entry for entry in problem["launches"] if entry["ms"] is not None),
-                    key=lambda entry: entry["ms"],
-                )
-                itemsize = problem.get("itemsize", 2)
-                launch = lookup(folder, device, problem["kernel"], itemsize, problem["sizes"])
-                assert launch == fastest["launch"], problem["what"]
+                sizes, kernel, itemsize = problem["sizes"], problem["kernel"], problem.get("itemsize", 2)
+                rule = next((rule for rule in table.rules[kernel] if rule.serves(itemsize, sizes)), None)
+                # A later timing may have taken over the problem, and torch's operators may be as fast.
+                if rule is None or rule.measured != name:
+                    continue
+                launch = lookup(folder, device, kernel, itemsize, sizes)
+                times = [entry["ms"] for entry in problem["launches"] if entry["ms"] is not None]
+                (own,) = [entry["ms"] for entry in problem["launches"] if entry["launch"] == launch]
+                # What is faster by less than that owes it to chance, and the launch that shipped stays.
+                assert min(times) > 0.98 * own or own == min(times), (kernel, sizes)
+                compared += 1
+    assert compared
 
 
 def test_a_rule_that_names_a_timing_serves_a_problem_of_it_and_sizes_like_it(tables) -> None:
