@@ -21,6 +21,7 @@ KERNELS = {
     "gate_up_kernel",
     "grouped_matmul_kernel",
     "grouped_outer_kernel",
+    "matmul_gate_backward_kernel",
     "place_pairs_kernel",
     "quantized_matmul_kernel",
     "rotary_backward_kernel",

@@ -35,6 +35,8 @@ OPTIONS = {
     "TMA_ROWS": 0,
     # 1: torch's grouped matrix product multiplies, and the kernel adds the rest. 0: the kernel does both.
     "LIBRARY": 0,
+    # 1: the product that is the gradient of the gated activation ends with what comes through it. 0: a launch more.
+    "GATE_BACKWARD": 0,
 }
 
 
@@ -108,6 +110,7 @@ def matmul_launch(
     tiles_m = most_tiles(pairs, num_experts, blocks["BLOCK_M"])
     schedule = routing.offsets
     options: dict[str, Any] = {**OPTIONS, **blocks}
+    del options["GATE_BACKWARD"]
     persistent, flatten = options.pop("PERSISTENT"), options.pop("FLATTEN")
     # Programs that walk over the tiles have to know how many there are.
     options["SCHEDULE"] = options["SCHEDULE"] or persistent > 0

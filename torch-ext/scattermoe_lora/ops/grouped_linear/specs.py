@@ -31,6 +31,8 @@ OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
     "TMA_ROWS": ("sm_90", "sm_100", "sm_120"),
     # Elsewhere torch has no kernel of its own for a grouped product.
     "LIBRARY": ("sm_90", "sm_100"),
+    # Elsewhere it has not been compiled for every tile.
+    "GATE_BACKWARD": ("sm_90",),
 }
 # Options that are compiled together for every architecture that may take them, whether its table does or not.
 _TRIALS = (
@@ -99,7 +101,8 @@ class Tile:
 
     def blocks(self) -> dict[str, int]:
         """The launch's constants."""
-        return {name: value for name, value in self.rule.launch.items() if not name.startswith("num_")}
+        others = ("num_warps", "num_stages", "GATE_BACKWARD")
+        return {name: value for name, value in self.rule.launch.items() if name not in others}
 
     def options(self) -> dict[str, int]:
         """The launch's options of the compiler."""
