@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import replace
+
 from gpu import rows, sweep_plan, tables
 from gpu.processes import REPOSITORY, Job, run_all
 
@@ -197,7 +199,7 @@ def install(tiles: Path) -> list[Path]:
     installed = []
     for path in sorted(tiles.glob("*/tiles/*.json")):
         target = OPS / path.relative_to(tiles)
-        tables.replace(target, path.read_text())
+        replace(target, path.read_text())
         installed.append(target)
     return installed
 
