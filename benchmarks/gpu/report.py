@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pictures
-
-from gpu.tables import replace
+from measuring import replace
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
@@ -101,7 +100,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], dense_tflops: float) -> list[s
     header = ("layer", "implementation", "ms", "of ours", "MB above", "of dense", "")
     refused = [row for row in rows if "refused" in row]
     told = [f"- {row['layer']}, {row['implementation']}: {row['refused']}" for row in refused]
-    return [*table(header, lines), *told, *([""] if told else [])]
+    return [*(table(header, lines) if lines else []), *told, *([""] if told else [])]
 
 
 def model_table(model: Mapping[str, Any]) -> list[str]:

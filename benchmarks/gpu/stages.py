@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import replace
+
 from gpu import rows, sweep_plan, tables
 from gpu.processes import REPOSITORY, Job, run_all
 
@@ -115,9 +117,9 @@ def model_jobs(run: Run, build: Path) -> list[Job]:
     ]  # fmt: skip
 
 
-def run_model(run: Run, until: float) -> dict[str, Any]:
+def run_model(run: Run, until: float, tiles: Path | None = None) -> dict[str, Any]:
     """Run the whole model's steps, one job after the other: by job how it ended, and its figures as far as it came."""
-    outcomes = run_all(model_jobs(run, built(run.work / "model-kernel", None)), run.work, until, 1)
+    outcomes = run_all(model_jobs(run, built(run.work / "model-kernel", tiles)), run.work, until, 1)
     results = {}
     for name, outcome in outcomes.items():
         path = run.folder / "recipes" / f"{name}.json"
@@ -197,7 +199,7 @@ def install(tiles: Path) -> list[Path]:
     installed = []
     for path in sorted(tiles.glob("*/tiles/*.json")):
         target = OPS / path.relative_to(tiles)
-        tables.replace(target, path.read_text())
+        replace(target, path.read_text())
         installed.append(target)
     return installed
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from measuring import replace
 from scattermoe_lora.ops.tile_tables import parse_rule
 
 # A launch that is faster than the one that ships by less than this may owe it to chance.
@@ -115,10 +116,3 @@ def write(
             replace(path, render(updated(json.loads(source.read_text()), own, name, timing)))
             written.append(path)
     return written
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file at once: an interrupt leaves the old one or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
