@@ -1,4 +1,9 @@
-"""Operators whose arguments are declared once, as the fields of named tuples."""
+"""Operators whose arguments are declared once, and which calls that nothing looks at run without torch's dispatcher.
+
+An operator that is written in Python takes tenths of a millisecond to call, forward and backward. That is more than the
+kernels of most calls take, and than a ``torch.autograd.Function``, which serves as well where a call is neither
+compiled, traced nor transformed.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +52,73 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     # A compiled or decorated caller sees this one, not the wrapped function's.
     flat.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
     return flat
+
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
+
+
+def is_plain(arguments: Sequence[Any]) -> bool:
+    """True if nothing but autograd looks at a call with these arguments, the first of which is a tensor.
+
+    So not where they are compiled, traced or transformed, where a mode or a subclass of tensors wants to see the
+    operator, or where they have no data.
+    """
+    for value in arguments:
+        if type(value) not in _PLAIN and not (type(value) is list and _PLAIN.issuperset(map(type, value))):
+            return False
+    return not (
+        arguments[0].is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
+
+
+def eager(operator: torch.library.CustomOpDef) -> Callable[..., Any]:
+    """The operator as a function that computes plain calls without the dispatcher, where no gradient is recorded."""
+    compute = operator._init_fn
+
+    @functools.wraps(compute)
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(arguments):
+            return operator(*arguments)
+        return compute(*arguments)
+
+    return call
+
+
+def register_autograd(
+    operator: torch.library.CustomOpDef,
+    backward: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+) -> Callable[..., Any]:
+    """Registers an operator's autograd; the operator as a function whose plain calls go without the dispatcher.
+
+    Args:
+        operator: Has no gradient of a list's tensors, and returns none.
+        backward, setup_context: As ``register_autograd`` of ``torch.library`` takes them.
+    """
+    operator.register_autograd(backward, setup_context=setup_context)
+    compute = operator._init_fn
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        results = compute(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(compute.__name__, (torch.autograd.Function,), methods)
+
+    @functools.wraps(compute)
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not is_plain(arguments):
+            return operator(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(*arguments)
+        return compute(*arguments)
+
+    return call
 
 
 def names_needed(operands: NamedTuple, needs: Iterable[bool]) -> list[str]:
