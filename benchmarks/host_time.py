@@ -2,8 +2,8 @@
 
 On small CPU tensors, so that computing takes next to nothing; by default the Triton kernels are launched on a made-up
 GPU, to which each launch goes with all of its Python, up to the driver's own call. Prints the least and the median of
-the CPU microseconds of a call (``time.process_time``). ``--package`` takes another copy of the package: run two versions
-in turns to compare them.
+the CPU microseconds of a call (``time.process_time``). ``--package`` takes another copy of the package: run two
+versions in turns to compare them.
 
     OMP_NUM_THREADS=1 python benchmarks/host_time.py [--native] [--profile] [--package DIRECTORY] [--cases norm,...]
 """

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 T = TypeVar("T")
@@ -69,9 +70,17 @@ def is_plain(arguments: Sequence[Any]) -> bool:
     return not (
         arguments[0].is_meta
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and _is_function_mode_active())
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
+    )
+
+
+def _is_function_mode_active() -> bool:
+    """True if a mode wants to see calls of torch's functions; a default device, which is one, does not of these."""
+    return any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext
+        for i in range(torch._C._len_torch_function_stack())
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,7 @@ DEFAULT = "default"
 DEVICES = tuple(sorted((*TARGETS, DEFAULT)))
 """Those with a table."""
 
+_MOST_LAUNCHES = 4096
 
 Limit = int | tuple[int, int] | None
 
@@ -79,6 +80,10 @@ class Table:
 
     measured: Mapping[str, Timing]
     rules: Mapping[str, tuple[Rule, ...]]
+    launches: dict[tuple[Any, ...], Mapping[str, int]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """What has been found so far, by kernel, element size and sizes."""
 
     def timing(self, rule: Rule) -> Timing | None:
         """The timing that chose a rule's launch; None where nothing was timed."""
@@ -145,7 +150,21 @@ def find(
     Raises:
         NotImplementedError: No rule for elements of that size.
     """
-    for rule in load(folder, device).rules[kernel]:
+    table = load(folder, device)
+    key = (kernel, dtype, *sizes.items())
+    launch = table.launches.get(key)
+    if launch is None:
+        # Of tokens there may be another number each time.
+        if len(table.launches) >= _MOST_LAUNCHES:
+            table.launches.clear()
+        table.launches[key] = launch = _first(table.rules[kernel], kernel, dtype, sizes)
+    return launch
+
+
+def _first(
+    rules: tuple[Rule, ...], kernel: str, dtype: torch.dtype, sizes: Mapping[str, float]
+) -> Mapping[str, int]:
+    for rule in rules:
         if rule.serves(dtype.itemsize, sizes):
             return rule.launch
     raise NotImplementedError(f"{kernel}: no Triton kernel for {dtype}; use float32, bfloat16 or float16")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-import triton
 
-from ..rows import rows_of
+from ..launch import cdiv, next_power_of_2, rows_of
 from .kernels import gated_backward_kernel, gated_forward_kernel
 from .limits import LARGEST, LIMIT
 
@@ -16,7 +14,6 @@ from .limits import LARGEST, LIMIT
 _COLUMNS = 1024
 
 
-@functools.cache
 def constants_of(dtype: torch.dtype, columns: int, activation: str) -> dict[str, Any]:
     """The kernels' constants for rows of so many columns."""
     half = dtype == torch.float16
@@ -24,7 +21,7 @@ def constants_of(dtype: torch.dtype, columns: int, activation: str) -> dict[str,
         "LARGEST": LARGEST if half else None,
         "LIMIT": LIMIT if half else None,
         "ACTIVATION": activation,
-        "BLOCK": min(_COLUMNS, triton.next_power_of_2(columns)),
+        "BLOCK": min(_COLUMNS, next_power_of_2(columns)),
     }
 
 
@@ -40,7 +37,7 @@ def _launch(kernel: Any, sources: list[torch.Tensor], targets: list[torch.Tensor
     columns = target.shape[-1]
     rows, strides = zip(*map(rows_of, sources), strict=True)
     constants = constants_of(target.dtype, columns, activation)
-    grid = target.numel() // columns, -(-columns // constants["BLOCK"])
+    grid = target.numel() // columns, cdiv(columns, constants["BLOCK"])
     kernel[grid](*rows, *targets, columns, *strides, **constants)
 
 

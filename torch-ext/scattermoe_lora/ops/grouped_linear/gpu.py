@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from .. import tile_tables
+from ..launch import cdiv, next_power_of_2
 from ..quantization.stack import Weight
 from ..routing import Routing
 from . import few_rows, library
@@ -146,16 +146,14 @@ def matmul_launch(
         "TOP_K": top_k or 1,
         "LOW_RANK": low is not None,
         "BIAS": bias is not None,
-        "EXPERTS_POW2": triton.next_power_of_2(num_experts + 1),
+        "EXPERTS_POW2": next_power_of_2(num_experts + 1),
         "PRECISION": float32_precision(x),
         "EVEN_K": n_in % blocks["BLOCK_K"] == 0,
         # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
-        "BLOCK_R": min(blocks["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
+        "BLOCK_R": min(blocks["BLOCK_K"], max(16, next_power_of_2(rank))),
         **options,
     }
-    return Launch(
-        tiles_m * triton.cdiv(n_out, blocks["BLOCK_N"]), arguments, constants, persistent, bool(flatten)
-    )
+    return Launch(tiles_m * cdiv(n_out, blocks["BLOCK_N"]), arguments, constants, persistent, bool(flatten))
 
 
 def grouped_matmul(
@@ -247,7 +245,7 @@ def grouped_outer(
     n_p, n_q = p.shape[1], q.shape[1]
     out = p.new_empty((num_experts, n_p, n_q))
     blocks = tile("grouped_outer", p, routing.order.shape[0] / num_experts, n_q, n_p)
-    grid = (triton.cdiv(n_q, blocks["BLOCK_Q"]), triton.cdiv(n_p, blocks["BLOCK_P"]), num_experts)
+    grid = (cdiv(n_q, blocks["BLOCK_Q"]), cdiv(n_p, blocks["BLOCK_P"]), num_experts)
     grouped_outer_kernel[grid](
         p,
         q,
