@@ -85,9 +85,23 @@ def _is_function_mode_active() -> bool:
     )
 
 
+def _recorded(operator: torch.library.CustomOpDef) -> Callable[..., Any]:
+    """The operator's own computation, which a profiler sees under the operator's name."""
+    compute, name = operator._init_fn, operator._qualname
+
+    @functools.wraps(compute)
+    def call(*arguments: Any) -> Any:
+        if not torch._C._autograd._profiler_enabled():
+            return compute(*arguments)
+        with torch.profiler.record_function(name):
+            return compute(*arguments)
+
+    return call
+
+
 def eager(operator: torch.library.CustomOpDef) -> Callable[..., Any]:
     """The operator as a function that computes plain calls without the dispatcher, where no gradient is recorded."""
-    compute = operator._init_fn
+    compute = _recorded(operator)
 
     @functools.wraps(compute)
     def call(*arguments: Any) -> Any:
@@ -110,7 +124,7 @@ def register_autograd(
         backward, setup_context: As ``register_autograd`` of ``torch.library`` takes them.
     """
     operator.register_autograd(backward, setup_context=setup_context)
-    compute = operator._init_fn
+    compute = _recorded(operator)
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = compute(*arguments)
