@@ -55,7 +55,7 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     return flat
 
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, torch.dtype, type(None)})
 
 
 def is_plain(arguments: Sequence[Any]) -> bool:

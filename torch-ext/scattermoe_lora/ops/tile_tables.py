@@ -142,6 +142,24 @@ def table_of(device: torch.device) -> str:
     return closest("cuda", f"{major}{minor}")
 
 
+def lookup(
+    folder: Path, device: str, kernel: str, itemsize: int, sizes: Mapping[str, float]
+) -> Mapping[str, int] | None:
+    """The launch of the first rule that serves elements of that many bytes and these sizes; None where none does."""
+    table = load(folder, device)
+    key = (kernel, itemsize, *sizes.items())
+    launch = table.launches.get(key)
+    if launch is None:
+        rules = table.rules.get(kernel, ())
+        launch = next((rule.launch for rule in rules if rule.serves(itemsize, sizes)), None)
+        # Of tokens there may be another number each time.
+        if len(table.launches) >= _MOST_LAUNCHES:
+            table.launches.clear()
+        if launch is not None:
+            table.launches[key] = launch
+    return launch
+
+
 def find(
     folder: Path, device: str, kernel: str, dtype: torch.dtype, sizes: Mapping[str, float]
 ) -> Mapping[str, int]:
@@ -150,21 +168,7 @@ def find(
     Raises:
         NotImplementedError: No rule for elements of that size.
     """
-    table = load(folder, device)
-    key = (kernel, dtype, *sizes.items())
-    launch = table.launches.get(key)
+    launch = lookup(folder, device, kernel, dtype.itemsize, sizes)
     if launch is None:
-        # Of tokens there may be another number each time.
-        if len(table.launches) >= _MOST_LAUNCHES:
-            table.launches.clear()
-        table.launches[key] = launch = _first(table.rules[kernel], kernel, dtype, sizes)
+        raise NotImplementedError(f"{kernel}: no Triton kernel for {dtype}; use float32, bfloat16 or float16")
     return launch
-
-
-def _first(
-    rules: tuple[Rule, ...], kernel: str, dtype: torch.dtype, sizes: Mapping[str, float]
-) -> Mapping[str, int]:
-    for rule in rules:
-        if rule.serves(dtype.itemsize, sizes):
-            return rule.launch
-    raise NotImplementedError(f"{kernel}: no Triton kernel for {dtype}; use float32, bfloat16 or float16")
