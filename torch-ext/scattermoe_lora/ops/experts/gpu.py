@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import triton
 
 from ..activation import Gate
 from ..grouped_linear import gpu
@@ -22,6 +21,7 @@ from ..grouped_linear.gpu import (
 from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
 from ..grouped_linear.workspace import LowRank, shares
+from ..launch import cdiv, next_power_of_2
 from ..quantization.stack import Weight
 from ..routing import Routing
 from .arguments import Kept, Operands
@@ -60,8 +60,8 @@ def project_and_gate(
         # The two columns that a gate joins may be far apart in a stored matrix, of which a tile is one piece.
         hidden = grouped_matmul(x, weight, routing, top_k=top_k, low=low, bias=bias)
         if pairs:
-            block = min(GATE_BLOCK, triton.next_power_of_2(a.shape[1]))
-            grid = (pairs, triton.cdiv(a.shape[1], block))
+            block = min(GATE_BLOCK, next_power_of_2(a.shape[1]))
+            grid = (pairs, cdiv(a.shape[1], block))
             gate_forward_kernel[grid](hidden, a, a.shape[1], **_constants(gate), BLOCK=block)
         return hidden if keep else x.new_empty((0, width)), a
     hidden = x.new_empty((pairs if keep else 0, width))
@@ -84,7 +84,7 @@ def _gate_backward(
     a, dh = torch.empty_like(da), torch.empty_like(h)
     d_row_weight = torch.empty(rows, dtype=torch.float32, device=da.device)
     if rows:
-        block = min(GATE_BLOCK, triton.next_power_of_2(intermediate))
+        block = min(GATE_BLOCK, next_power_of_2(intermediate))
         gate_backward_kernel[(rows,)](
             da, h, row_weight, order, a, dh, d_row_weight, intermediate, **_constants(gate), BLOCK=block
         )

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import triton
 
 from .. import tile_tables
 from ..dispatch import undisturbed
+from ..launch import cdiv, next_power_of_2
 from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
 
 TILES = Path(__file__).parent / "tiles"
@@ -43,8 +43,8 @@ def sort_pairs(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tens
     launch = own_launch("sort_pairs", index, {"pairs": pairs, "experts": num_experts}) if pairs else None
     if launch is None:
         return None
-    blocks = triton.cdiv(pairs, launch["BLOCK"])
-    constants = {"EXPERTS_POW2": triton.next_power_of_2(num_experts + 1), **launch}
+    blocks = cdiv(pairs, launch["BLOCK"])
+    constants = {"EXPERTS_POW2": next_power_of_2(num_experts + 1), **launch}
     counts = torch.empty((num_experts + 1) * blocks, dtype=torch.int32, device=index.device)
     order = torch.empty(pairs, dtype=torch.int64, device=index.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=index.device)
@@ -69,6 +69,6 @@ def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
     if launch is None:
         return by_pair.view(tokens, top_k, columns).sum(dim=1)
     out = by_pair.new_empty((tokens, columns))
-    grid = (tokens, triton.cdiv(columns, launch["BLOCK"]))
+    grid = (tokens, cdiv(columns, launch["BLOCK"]))
     sum_choices_kernel[grid](by_pair, out, columns, TOP_K=top_k, **launch)
     return out

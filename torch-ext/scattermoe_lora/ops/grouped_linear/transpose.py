@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..launch import cdiv, next_power_of_2
+from ..operator import register_autograd
 
 # Elements of a block, and the most of its shorter side.
 _BLOCK, _SIDE = 4096, 64
@@ -31,7 +33,8 @@ def transpose_and_scale(matrix: torch.Tensor, scaling: float, dtype: torch.dtype
     # Where a graph is made the compiler chooses the kernels.
     if {matrix.dtype, dtype} <= _DTYPES and not torch.compiler.is_compiling() and dispatch.use_triton(matrix):
         dispatch.refuse_transforms("experts_forward", matrix)
-        return scaled_transpose(matrix.contiguous(), float(scaling), dtype)
+        result: torch.Tensor = _differentiable(matrix.contiguous(), float(scaling), dtype)
+        return result
     if scaling != 1:
         matrix = matrix.to(torch.promote_types(matrix.dtype, dtype)) * scaling
     return matrix.to(dtype).t().contiguous()
@@ -40,16 +43,14 @@ def transpose_and_scale(matrix: torch.Tensor, scaling: float, dtype: torch.dtype
 @torch.library.custom_op("scattermoe_lora::scaled_transpose", mutates_args=())
 def scaled_transpose(matrix: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
     """:func:`transpose_and_scale` of a contiguous matrix by the Triton kernel."""
-    import triton
-
     from .kernels_transpose import scaled_transpose_kernel
 
     rows, columns = matrix.shape
     out = matrix.new_empty((columns, rows), dtype=dtype)
     if out.numel():
-        side = min(_SIDE, *(triton.next_power_of_2(size) for size in (rows, columns)))
+        side = min(_SIDE, *(next_power_of_2(size) for size in (rows, columns)))
         blocks = (side, _BLOCK // side) if rows < columns else (_BLOCK // side, side)
-        grid = (triton.cdiv(rows, blocks[0]) * triton.cdiv(columns, blocks[1]),)
+        grid = (cdiv(rows, blocks[0]) * cdiv(columns, blocks[1]),)
         with dispatch.undisturbed(matrix):
             scaled_transpose_kernel[grid](
                 matrix, out, scaling, rows, columns, BLOCK_ROWS=blocks[0], BLOCK_COLUMNS=blocks[1]
@@ -68,7 +69,7 @@ def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, float, torch.dtype], ou
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    return scaled_transpose(grad.contiguous(), ctx.scaling, ctx.dtype), None, None
+    return _differentiable(grad.contiguous(), ctx.scaling, ctx.dtype), None, None
 
 
-scaled_transpose.register_autograd(_backward, setup_context=_setup_context)
+_differentiable = register_autograd(scaled_transpose, _backward, _setup_context)
