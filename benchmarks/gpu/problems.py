@@ -43,6 +43,7 @@ class Problem:
         expected: torch's results of the call.
         timed: The Triton kernels that count; all if there are none.
         results: Computes what ``expected`` has, where a call alone does not: with products by torch, say.
+        itemsize: Of the elements that its rule is looked up by, in bytes.
     """
 
     operator: str
@@ -54,6 +55,7 @@ class Problem:
     expected: Callable[[], Tensors]
     timed: tuple[str, ...] = ()
     results: Callable[[], Tensors] | None = None
+    itemsize: int = DTYPE.itemsize
 
 
 def values(real: bool, *shape: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ NEEDED = (
 # What kernelpress builds a kernel with that comes in a wheel.
 PEERS_NEED = ("tomlkit",)
 # In order. What one leaves over serves those after it, and what all leave over the memory checker.
-SHARES = {"tests": 0.2, "rows": 0.24, "model": 0.2, "sweep": 0.22, "rows again": 0.12, "sanitizer": 0.02}
+SHARES = {"tests": 0.2, "rows": 0.24, "sweep": 0.22, "rows again": 0.12, "model": 0.2, "sanitizer": 0.02}
 MEASURE_CARD = """
 import json, torch
 from compare_attention import dense_rate
@@ -111,7 +111,6 @@ def run_all(run: stages.Run, results: dict[str, Any], budget: Budget, install: b
     name, tiles = name_of(results["device"], results["date"]), run.folder / "tiles"
     recorder.stage("tests", "tests", lambda until: stages.run_tests(run, until))
     recorder.stage("rows", "rows", lambda until: stages.run_rows(run, "rows", until))
-    recorder.stage("model", "model", lambda until: stages.run_model(run, until))
     recorder.stage("sweep", "sweep", lambda until: stages.run_sweep(run, until, name, timing))
     if install:
         for path in stages.install(tiles):
@@ -119,6 +118,8 @@ def run_all(run: stages.Run, results: dict[str, Any], budget: Budget, install: b
     if tiles.is_dir():
         again = "rows_with_new_tables"
         recorder.stage("rows again", again, lambda until: stages.run_rows(run, again, until, tiles))
+    new = tiles if tiles.is_dir() else None
+    recorder.stage("model", "model", lambda until: stages.run_model(run, until, new))
     recorder.stage("sanitizer", "sanitizer", lambda until: stages.run_sanitizer(run, until))
     print(f"report: {run.folder / 'report.md'}", flush=True)
     tests = results.get("tests", {"failed": 0, "outcome": ""})

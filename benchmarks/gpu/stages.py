@@ -117,9 +117,9 @@ def model_jobs(run: Run, build: Path) -> list[Job]:
     ]  # fmt: skip
 
 
-def run_model(run: Run, until: float) -> dict[str, Any]:
+def run_model(run: Run, until: float, tiles: Path | None = None) -> dict[str, Any]:
     """Run the whole model's steps, one job after the other: by job how it ended, and its figures as far as it came."""
-    outcomes = run_all(model_jobs(run, built(run.work / "model-kernel", None)), run.work, until, 1)
+    outcomes = run_all(model_jobs(run, built(run.work / "model-kernel", tiles)), run.work, until, 1)
     results = {}
     for name, outcome in outcomes.items():
         path = run.folder / "recipes" / f"{name}.json"

@@ -26,6 +26,7 @@ BY_MODULE = {
         "or linear_matches_the_reference and True or every_row_once and 300 or torch_sorts and int64 and 40 "
         "or are_summed and 70 or nan_in_another or negative_indices or equal_bits and (flat or own)"
     ),
+    "ops/test_transpose.py": "rounded_once and bfloat16-torch",
     "ops/test_experts.py": (
         "gradients_match_the_reference or half_precision or one_expert or sentinels or no_tokens or nan_in or bits"
     ),

@@ -25,6 +25,7 @@ KERNELS = {
     "quantized_matmul_kernel",
     "rotary_backward_kernel",
     "rotary_forward_kernel",
+    "scaled_transpose_kernel",
     "sum_choices_kernel",
     "tile_schedule_kernel",
 }

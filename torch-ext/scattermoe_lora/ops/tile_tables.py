@@ -137,6 +137,14 @@ def table_of(device: torch.device) -> str:
     return closest("cuda", f"{major}{minor}")
 
 
+def lookup(
+    folder: Path, device: str, kernel: str, itemsize: int, sizes: Mapping[str, float]
+) -> Mapping[str, int] | None:
+    """The launch of the first rule that serves elements of that many bytes and these sizes; None where none does."""
+    rules = load(folder, device).rules.get(kernel, ())
+    return next((rule.launch for rule in rules if rule.serves(itemsize, sizes)), None)
+
+
 def find(
     folder: Path, device: str, kernel: str, dtype: torch.dtype, sizes: Mapping[str, float]
 ) -> Mapping[str, int]:
@@ -145,7 +153,7 @@ def find(
     Raises:
         NotImplementedError: No rule for elements of that size.
     """
-    for rule in load(folder, device).rules[kernel]:
-        if rule.serves(dtype.itemsize, sizes):
-            return rule.launch
-    raise NotImplementedError(f"{kernel}: no Triton kernel for {dtype}; use float32, bfloat16 or float16")
+    launch = lookup(folder, device, kernel, dtype.itemsize, sizes)
+    if launch is None:
+        raise NotImplementedError(f"{kernel}: no Triton kernel for {dtype}; use float32, bfloat16 or float16")
+    return launch

@@ -25,8 +25,7 @@ CHUNK = 16
 def own_launch(kernel: str, like: torch.Tensor, sizes: Mapping[str, float]) -> Mapping[str, int] | None:
     """The launch of the first rule that serves these sizes; None where the device's table has none, and torch's own
     operators do what the kernel does."""
-    rules = tile_tables.load(TILES, tile_tables.table_of(like.device)).rules.get(kernel, ())
-    return next((rule.launch for rule in rules if rule.serves(like.dtype.itemsize, sizes)), None)
+    return tile_tables.lookup(TILES, tile_tables.table_of(like.device), kernel, like.dtype.itemsize, sizes)
 
 
 def sort_pairs(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -12,10 +12,6 @@ from .descriptors import box_of
 from .gpu import TILES
 from .kernels import grouped_matmul_kernel
 from .kernels_outer import grouped_outer_kernel
-from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
-from .kernels_schedule import tile_schedule_kernel
-from .pairs import CHUNK
-from .schedule import TILES_A_PROGRAM
 
 POINTERS = {
     "row_weight_ptr": "*fp32:16",
@@ -240,44 +236,6 @@ def _outer(weighted: bool, tile: Tile) -> CompileSpec:
     return tile.spec(grouped_outer_kernel, label, constants)
 
 
-def _schedules() -> Iterator[CompileSpec]:
-    for block in (16, 128):
-        yield CompileSpec(
-            tile_schedule_kernel,
-            f"{block} rows",
-            {
-                "offsets_ptr": "*i64:16",
-                "schedule_ptr": "*i32:16",
-                **dict.fromkeys(("pairs", "num_experts", "capacity"), "i32"),
-            },
-            {"EXPERTS_POW2": 256, "BLOCK_M": block, "TILES": TILES_A_PROGRAM},
-            {"num_warps": 4},
-            TARGETS,
-        )
-
-
-def _of_pairs() -> Iterator[CompileSpec]:
-    """The kernels around the products, of which a table may have rules."""
-    integers = dict.fromkeys(("pairs", "num_experts"), "i32")
-    pointers = dict.fromkeys(("counts_ptr", "through_ptr"), "*i32:16")
-    index = {"index_ptr": "*i64:16", **pointers, **POINTERS, **integers}
-    for block in (128, 512):
-        constants = {"EXPERTS_POW2": 256, "BLOCK": block, "CHUNK": CHUNK}
-        for kernel in (count_pairs_kernel, place_pairs_kernel):
-            yield CompileSpec(
-                kernel,
-                f"{block} pairs",
-                {name: index[name] for name in kernel.arg_names if name in index},
-                {name: value for name, value in constants.items() if name in kernel.arg_names},
-                {"num_warps": 4},
-                TARGETS,
-            )
-    for dtype in ("bf16", "fp32"):
-        arguments = {"by_pair_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "columns": "i32:16"}
-        constants = {"TOP_K": 8, "BLOCK": 1024}
-        yield CompileSpec(sum_choices_kernel, dtype, arguments, constants, {"num_warps": 4}, TARGETS)
-
-
 def _specs() -> Iterator[CompileSpec]:
     for tile in tiles_of("grouped_matmul"):
         for use in _uses(tile):
@@ -288,4 +246,4 @@ def _specs() -> Iterator[CompileSpec]:
                 yield _outer(weighted, tile)
 
 
-COMPILE_SPECS = distinct([*_specs(), *_schedules(), *_of_pairs()])
+COMPILE_SPECS = distinct(_specs())
