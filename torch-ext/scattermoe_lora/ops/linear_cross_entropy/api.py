@@ -53,7 +53,7 @@ def linear_cross_entropy(
     """Cross entropy of ``logits = cap(logit_scale * (hidden W^T + scaling * hidden A^T B^T + bias))``.
 
     The logits of more than a block of tokens are never in memory, forward or backward; they are in float32. Where the
-    loss is one number its gradients are computed with it. What a head without a gradient would need for one is not computed.
+    loss is one number its gradients are computed with it. What a frozen head would need for one is not computed.
     Differentiable once in ``hidden``, ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``token_weight``, through every
     result. The same input gives the same bits.
 
