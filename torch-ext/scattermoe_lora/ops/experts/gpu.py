@@ -111,7 +111,7 @@ def gate_gradients(
         da = grouped_matmul(grad_out, weight, routing, top_k=top_k, low=low)
         return _gate_backward(da, hidden, row_weight, routing.order, gate)
     a, dh = grad_out.new_empty((pairs, intermediate)), torch.empty_like(hidden)
-    sums = hidden.new_empty((pairs, triton.cdiv(intermediate, blocks["BLOCK_N"])), dtype=torch.float32)
+    sums = hidden.new_empty((pairs, cdiv(intermediate, blocks["BLOCK_N"])), dtype=torch.float32)
     activation = {name: value for name, value in _constants(gate).items() if name != "INTERLEAVED"}
     for dense, share, factors, _ in shares(weight, routing, low, None):
         tiles, arguments, constants, *_ = matmul_launch(grad_out, dense, share, top_k=top_k, low=factors)
