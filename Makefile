@@ -58,7 +58,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/compare_mlp.py
 	$(BIN)/python benchmarks/compare_loss.py
 	$(BIN)/python benchmarks/compare_projections.py
-	$(BIN)/python benchmarks/compare_quantized.py --shapes small,medium
+	$(BIN)/python benchmarks/compare_quantized.py --cases small-nf4,small-float8,medium-nf4,medium-float8
 
 bench-hub: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py

@@ -10,31 +10,21 @@ versions and the commit they belong to.
 
 from __future__ import annotations
 
-import itertools
-import os
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interleaved import against_first, measure_in_turns
 from measuring import (
-    LAUNCHES,
     Alone,
     compare_cases,
     comparison_parser,
-    count_for,
     median_seconds,
     parse_cases,
-    peak_memory,
     run_beside_others,
-    seconds_each,
-    start_memory,
 )
 
 
@@ -206,43 +196,10 @@ def implementations(kernel: Any, case: Case, device: str) -> Iterator[tuple[str,
         yield "ffpa_attn", partial(ffpa, case, device)
 
 
-@contextmanager
-def without_stderr() -> Iterator[None]:
-    """Drops the process's standard error, to which torch's profiler writes past Python."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """The most bytes that tensors made in ``step`` take at once, its results among them."""
-    if device == "cuda":
-        before = start_memory(device)
-        step()
-        torch.cuda.synchronize()
-        return peak_memory(device) - before
-    # The process as a whole also holds what the allocator kept of earlier implementations.
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with without_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
-
-
 def measure(
     kernel: Any, case: Case, device: str, seconds: float, alone: Alone = run_beside_others
 ) -> dict[str, Any]:
-    """Rows by implementation: median time, peak memory above the inputs and largest error, or why there is none.
-
-    ``alone`` runs what is timed when nothing else does.
-    """
+    """The case's rows, as of :func:`measure_in_turns`, with peak memory above the inputs and the largest error."""
     generator = torch.Generator(device).manual_seed(0)
     tokens, dtype = case.length * case.sequences, getattr(torch, case.dtype)
 
@@ -253,51 +210,17 @@ def measure(
     inputs = [random(heads).requires_grad_() for heads in (case.heads, case.key_heads, case.key_heads)]
     grad = random(case.heads)
 
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def prepared(make: Callable[[], Attention]) -> Callable[[], list[torch.Tensor]]:
+        attention = make()
 
-    rows: dict[str, Any] = {}
-    steps: dict[str, Callable[[], list[torch.Tensor]]] = {}
-    expected: list[torch.Tensor] | None = None
-    for name, make in implementations(kernel, case, device):
-        try:
-            attention = make()
+        def step() -> list[torch.Tensor]:
+            out = attention(*inputs)
+            return [out, *torch.autograd.grad(out, inputs, grad)]
 
-            def step(attention: Attention = attention) -> list[torch.Tensor]:
-                out = attention(*inputs)
-                return [out, *torch.autograd.grad(out, inputs, grad)]
+        return step
 
-            got = [tensor.detach().float().cpu() for tensor in step()]
-            finish()
-            peak = peak_bytes(step, device)
-        # Whatever an implementation refuses a case with, the others are to be measured.
-        except Exception as error:  # noqa: BLE001 - Triton's errors are of no common kind
-            message = str(error).strip() or "no reason given"
-            rows[name] = {"not": f"{type(error).__name__}: {message.splitlines()[0][:90]}"}
-            continue
-        if expected is None:
-            expected = got
-        # Ours is the first: how far another's results are from it, relative to the largest.
-        difference = max(float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
-        rows[name] = {"peak_bytes_above_inputs": peak, "difference": difference}
-        steps[name] = step
-
-    def timed() -> dict[str, list[float]]:
-        counts = {name: count_for(step, finish, LAUNCHES[device]) for name, step in steps.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        start = time.perf_counter()
-        runs = 0
-        while steps and runs < 50 and (runs < 3 or time.perf_counter() - start < seconds):
-            for name, step in steps.items():
-                times[name].append(seconds_each(step, finish, counts[name]))
-            runs += 1
-        return times
-
-    times: dict[str, list[float]] = alone(timed)
-    for name, measured in times.items():
-        rows[name].update(ms=1000 * statistics.median(measured), runs=len(measured))
-    return rows
+    makers = {name: partial(prepared, make) for name, make in implementations(kernel, case, device)}
+    return measure_in_turns(makers, against_first(device), device, seconds, alone)
 
 
 def dense_rate(dtype: str, device: str) -> float:

@@ -10,8 +10,6 @@ commit that they belong to.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare_attention import peak_bytes
-from measuring import compare_cases, comparison_parser, parse_cases
+from interleaved import FirstResults, measure_in_turns, peak_bytes
+from measuring import Alone, compare_cases, comparison_parser, parse_cases, run_beside_others
 
 OURS, UNFUSED = "scattermoe", "logits in memory"
 RANK = 16
@@ -35,6 +33,11 @@ class Case:
     tokens: int
     width: int
     words: int
+
+    def flops(self) -> int:
+        """Of the products with the head: the logits, hidden states' gradient and, if it is trained, the head's."""
+        products = 3 if self.trained == "weight" else 2
+        return products * 2 * self.tokens * self.width * self.words
 
 
 def _cases(dtypes: dict[str, str], *sizes: int) -> dict[str, Case]:
@@ -92,8 +95,13 @@ def implementations(kernel: Any, device: str) -> Iterator[tuple[str, Loss]]:
         yield "cut_cross_entropy", cut
 
 
-def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Rows by implementation: median time and peak memory above inputs and gradients, or why there is none."""
+def measure(
+    kernel: Any, case: Case, device: str, seconds: float, alone: Alone = run_beside_others
+) -> dict[str, Any]:
+    """The case's rows, as of :func:`measure_in_turns`.
+
+    With peak memory above inputs and gradients, and the error of the hidden states' gradient.
+    """
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
@@ -109,37 +117,23 @@ def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, A
     factors = [factor.requires_grad_() for factor in pair if factor is not None]
     leaves = [hidden, *([weight] if weight.requires_grad else []), *factors]
 
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def step(loss: Loss) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss(hidden, weight, labels, *pair), leaves)
 
-    rows: dict[str, Any] = {}
-    steps: dict[str, Callable[[], Any]] = {}
-    for name, loss in implementations(kernel, device):
+    first = FirstResults()
 
-        def step(loss: Loss = loss) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(loss(hidden, weight, labels, *pair), leaves)
+    def describe(step: Callable[[], tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+        gradients = step()
+        size, difference = sum(t.nbytes for t in gradients), first.difference(gradients[:1])
+        del gradients
+        peak = peak_bytes(step, device) - size
+        return {"peak_bytes_above_inputs_and_gradients": peak, "difference": difference}
 
-        try:
-            gradients = sum(t.nbytes for t in step())
-            peak = peak_bytes(step, device) - gradients
-        # Whatever an implementation refuses a case with, the others are to be measured.
-        except Exception as error:  # noqa: BLE001 - Triton's errors are of no common kind
-            rows[name] = {"not": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:90]}"}
-            continue
-        rows[name] = {"peak_bytes_above_inputs_and_gradients": peak}
-        steps[name] = step
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start = time.perf_counter()
-    while min(map(len, times.values())) < 3 or time.perf_counter() - start < seconds:
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            finish()
-            times[name].append(time.perf_counter() - begin)
-    for name, measured in times.items():
-        rows[name].update(ms=1000 * statistics.median(measured), runs=len(measured))
-    return rows
+    makers = {
+        name: partial(partial, step, loss)  # one that makes the step
+        for name, loss in implementations(kernel, device)
+    }
+    return measure_in_turns(makers, describe, device, seconds, alone)
 
 
 def show(name: str, case: Case, rows: dict[str, Any]) -> None:

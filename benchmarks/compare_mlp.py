@@ -10,8 +10,6 @@ versions and the commit they belong to. Liger's rows need a GPU and ``pip instal
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from compare_attention import peak_bytes
-from measuring import LAUNCHES, compare_cases, comparison_parser, count_for, parse_cases, seconds_each
+from interleaved import against_first, measure_in_turns
+from measuring import Alone, compare_cases, comparison_parser, parse_cases, run_beside_others
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextMLP
 
 
@@ -152,50 +150,24 @@ def implementations(kernel: Any, setup: Setup, device: str) -> Iterator[tuple[st
         yield "liger", partial(liger, setup)
 
 
-def measure(kernel: Any, case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Rows by implementation: median time, peak memory above the inputs and largest error, or why there is none."""
+def measure(
+    kernel: Any, case: Case, device: str, seconds: float, alone: Alone = run_beside_others
+) -> dict[str, Any]:
+    """The case's rows, as of :func:`measure_in_turns`, with peak memory above the inputs and the largest error."""
     setup = Setup(case, device)
-    rows: dict[str, Any] = {}
-    steps: dict[str, Callable[[], list[torch.Tensor]]] = {}
-    expected: list[torch.Tensor] | None = None
 
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def prepared(make: Callable[[], Step]) -> Callable[[], list[torch.Tensor]]:
+        function = make()
 
-    for name, make in implementations(kernel, setup, device):
-        try:
-            function = make()
+        def step() -> list[torch.Tensor]:
+            result = function(*setup.inputs)
+            results = list(result) if isinstance(result, tuple) else [result]
+            return [*results, *torch.autograd.grad(results, setup.inputs, setup.grads)]
 
-            def step(function: Step = function) -> list[torch.Tensor]:
-                result = function(*setup.inputs)
-                results = list(result) if isinstance(result, tuple) else [result]
-                return [*results, *torch.autograd.grad(results, setup.inputs, setup.grads)]
+        return step
 
-            got = [tensor.detach().float().cpu() for tensor in step()]
-            finish()
-            peak = peak_bytes(step, device)
-        # Whatever an implementation refuses a case with, the others are to be measured.
-        except Exception as error:  # noqa: BLE001 - Triton's errors are of no common kind
-            rows[name] = {
-                "not": f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:90]}"
-            }
-            continue
-        expected = expected or got
-        difference = max(float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True))
-        rows[name] = {"peak_bytes_above_inputs": peak, "difference": difference}
-        steps[name] = step
-
-    counts = {name: count_for(step, finish, LAUNCHES[device]) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start, runs = time.perf_counter(), 0
-    while steps and runs < 200 and (runs < 3 or time.perf_counter() - start < seconds):
-        for name, step in steps.items():
-            times[name].append(seconds_each(step, finish, counts[name]))
-        runs += 1
-    for name, measured in times.items():
-        rows[name].update(ms=1000 * statistics.median(measured), runs=len(measured))
-    return rows
+    makers = {name: partial(prepared, make) for name, make in implementations(kernel, setup, device)}
+    return measure_in_turns(makers, against_first(device), device, seconds, alone)
 
 
 def show(name: str, case: Case, rows: dict[str, Any]) -> None:

@@ -13,22 +13,13 @@ versions and the commit they belong to.
 from __future__ import annotations
 
 import importlib
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from measuring import (
-    LAUNCHES,
-    compare_cases,
-    comparison_parser,
-    count_for,
-    parse_cases,
-    peak_memory,
-    seconds_each,
-    start_memory,
-)
+from interleaved import FirstResults, measure_in_turns, process_peak
+from measuring import Alone, compare_cases, comparison_parser, parse_cases, run_beside_others
 
 RANK = 16
 
@@ -63,7 +54,7 @@ class Layer:
     """A frozen decoder layer of Gemma 4 and its inputs.
 
     Attributes:
-        model: The layer, PEFT's adapters on its projections if there are any.
+        model: The layer, PEFT's adapters on its projections if ``adapters``.
     """
 
     def __init__(self, case: Case, adapters: bool) -> None:
@@ -71,14 +62,15 @@ class Layer:
         from transformers import Gemma4TextConfig
         from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
-        dtype = getattr(torch, case.dtype)
+        dtype, self.adapters = getattr(torch, case.dtype), adapters
         config = Gemma4TextConfig(
             vocab_size=8,
             hidden_size=case.hidden,
             intermediate_size=case.intermediate,
             num_hidden_layers=1,
-            num_attention_heads=case.hidden // 256,
-            num_key_value_heads=max(1, case.hidden // 512),
+            # Two heads of queries to one of keys, as in Gemma 4.
+            num_attention_heads=case.hidden // 512 * 2,
+            num_key_value_heads=case.hidden // 512,
             head_dim=256,
             hidden_size_per_layer_input=0,
             layer_types=["sliding_attention"],
@@ -98,7 +90,7 @@ class Layer:
         self.x = torch.randn(1, case.tokens, case.hidden).to(dtype).requires_grad_()
         self.grad = torch.randn(1, case.tokens, case.hidden).to(dtype)
 
-    def step(self) -> list[torch.Tensor]:
+    def __call__(self) -> list[torch.Tensor]:
         """The output and the gradients of the input and the adapters."""
         y = self.model(inputs_embeds=self.x, use_cache=False).last_hidden_state
         leaves = [self.x, *(p for p in self.model.parameters() if p.requires_grad)]
@@ -122,49 +114,29 @@ class Layer:
         return total
 
 
-def difference(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """The largest error of a tensor, its norm over that of the exact one."""
-    return max(
-        float((g.double() - e.double()).norm() / e.double().norm()) for g, e in zip(got, exact, strict=True)
-    )
+def measure(
+    kernel: Any, case: Case, device: str, seconds: float, alone: Alone = run_beside_others
+) -> dict[str, Any]:
+    """A row for each layer, as of :func:`measure_in_turns`, with memory and the difference from PEFT's results."""
 
+    def layer(name: str) -> Layer:
+        # The seed gives all layers the same weights.
+        with torch.device(device):
+            result = Layer(case, name != "frozen")
+        if name == "scattermoe":
+            kernel.apply_to(result.model, "projections")
+        return result
 
-def measure(kernel: Any, case: Case, device: str, seconds: float, base: str) -> dict[str, Any]:
-    """A row for each layer: its time, its addition to the frozen layer's, and memory."""
-    if base == "torch":
-        importlib.import_module(f"{kernel.__name__}.ops.lora_linear.products").prefers_onednn = lambda: False
-    with torch.device(device):
-        layers = {"frozen": Layer(case, False), "peft": Layer(case, True), "scattermoe": Layer(case, True)}
-    layers["scattermoe"].model.load_state_dict(layers["peft"].model.state_dict())
-    kernel.apply_to(layers["scattermoe"].model, "projections")
-    finish: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    rows: dict[str, Any] = {}
-    for name, layer in layers.items():
-        layer.step()
-        finish()
-        before = start_memory(device)
-        layer.step()
-        finish()
-        rows[name] = {
-            "peak_bytes": peak_memory(device) - before,
-            "saved_bytes": layer.saved_bytes(),
-        }
-    # A bfloat16 step is compared as far as its own rounding allows.
-    rows["scattermoe"]["difference"] = difference(layers["scattermoe"].step(), layers["peft"].step())
-    count = count_for(layers["frozen"].step, finish, LAUNCHES[device])
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    while sum(times["frozen"]) * count * len(layers) < seconds or len(times["frozen"]) < 7:
-        for name, layer in layers.items():
-            times[name].append(seconds_each(layer.step, finish, count))
-    for name, measured in times.items():
-        # Of each round, in which the machine was as busy for one layer as for the other.
-        ratios = [own / frozen for own, frozen in zip(measured, times["frozen"], strict=True)]
-        rows[name].update(
-            ms=1000 * statistics.median(measured),
-            runs=len(measured),
-            adds=statistics.median(ratios) - 1,
-        )
-    return rows
+    first = FirstResults()
+
+    def describe(layer: Layer) -> dict[str, Any]:
+        results = layer()
+        differs = {"difference": first.difference(results)} if layer.adapters else {}
+        del results
+        return {"peak_bytes": process_peak(layer, device), "saved_bytes": layer.saved_bytes(), **differs}
+
+    makers = {name: partial(layer, name) for name in ("frozen", "peft", "scattermoe")}
+    return measure_in_turns(makers, describe, device, seconds, alone)
 
 
 def show(name: str, case: Case, rows: dict[str, Any]) -> None:
@@ -173,16 +145,24 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
         f"{'MB at peak':>12}{'MB kept for backward':>22}"
     )
     for implementation, row in rows.items():
-        adds = "" if implementation == "frozen" else f"{row['adds']:.1%}"
+        if "not" in row:
+            print(f"{implementation:<12}  {row['not']}", flush=True)
+            continue
+        adds = "" if implementation == "frozen" else f"{row['of_first'] - 1:.1%}"
         print(
             f"{implementation:<12}{row['ms']:>9.2f}{row['runs']:>6}{adds:>11}{row['peak_bytes'] / 1e6:>12.0f}"
             f"{row['saved_bytes'] / 1e6:>22.1f}",
             flush=True,
         )
-    print(
-        f"{'':<12}largest difference of a tensor to PEFT's: {rows['scattermoe']['difference']:.1e}",
-        flush=True,
-    )
+    # A bfloat16 step is compared as far as its own rounding allows.
+    if "ms" in rows["scattermoe"]:
+        difference = rows["scattermoe"]["difference"]
+        print(f"{'':<12}largest difference of a tensor to PEFT's: {difference:.1e}", flush=True)
+
+
+def leave_base_to_torch(kernel: Any) -> None:
+    """Has the base product computed by torch everywhere."""
+    importlib.import_module(f"{kernel.__name__}.ops.lora_linear.products").prefers_onednn = lambda: False
 
 
 def main() -> None:
@@ -193,7 +173,9 @@ def main() -> None:
     arguments, cases = parse_cases(parser, CASES, 20.0)
 
     def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
-        rows = measure(kernel, case, arguments.device, arguments.seconds, arguments.base)
+        if arguments.base == "torch":
+            leave_base_to_torch(kernel)
+        rows = measure(kernel, case, arguments.device, arguments.seconds)
         show(name, case, rows)
         return rows
 

@@ -2,63 +2,63 @@
 
 All in one process, a step of each in turn, so that what else the machine does slows down all alike. Prints medians,
 their ratio to bfloat16's, the bytes of the weights, and the peak above them. Codes are random: no time depends on them.
-``nf4 by torch`` is decoded without bitsandbytes, whose decoder ``nf4`` takes where it is installed. ``nf4 + PEFT`` is a
-layer of transformers with PEFT's LoRA over NF4, computed by ours; ``PEFT's own`` the same layer on PEFT's path, which
-decodes all of it each time it is read.
+``scattermoe`` is the layer over the case's format. ``decoded by torch`` is the same without bitsandbytes, whose decoder
+it takes on a CPU where it is installed. ``scattermoe + PEFT`` is a layer of transformers with PEFT's LoRA over NF4,
+computed by ours; ``PEFT's own`` the same layer on PEFT's path, which decodes all of it each time it is read.
 
-    python benchmarks/compare_quantized.py [--device cuda] [--shapes small,medium,large] [--formats nf4,float8,mxfp4]
+    python benchmarks/compare_quantized.py [--device cuda] [--cases small-nf4,medium-float8,...] [--output FILE]
 """
 
 from __future__ import annotations
 
 import importlib
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
+import torch
 from compare import DEFAULT_SHAPES, SHAPES
+from interleaved import FirstResults, measure_in_turns, process_peak
 from layer import RANK, Layer, Shape
-from measuring import (
-    built_kernel,
-    chosen,
-    comparison_parser,
-    device_name,
-    peak_memory,
-    require,
-    start_memory,
-    write,
-)
-
-if TYPE_CHECKING:
-    import torch
+from measuring import Alone, compare_cases, comparison_parser, parse_cases, run_beside_others
 
 FORMATS = ("nf4", "float8", "mxfp4")
-PEFT = "PEFT's own"
+OURS, WITH_PEFT, PEFT = "scattermoe", "scattermoe + PEFT", "PEFT's own"
+
+
+@dataclass(frozen=True)
+class Case(Shape):
+    """A layer's sizes, and one of ``FORMATS``. The dtype is not read."""
+
+    format: str
+
+
+CASES = {
+    device: {
+        f"{name}-{format}": Case(**asdict(SHAPES[name]), format=format)
+        for name in names.split(",")
+        for format in FORMATS
+    }
+    for device, names in DEFAULT_SHAPES.items()
+}
 
 
 class Layers:
-    """A layer's factors and rows, and its weights in bfloat16 and in each of the formats.
+    """A layer's factors and rows, and its weights in bfloat16 and in the case's format.
 
-    Args:
-        kernel: The built package's name.
-        shape: Sizes; its dtype is not read.
-        formats: Some of ``FORMATS``.
+    ``kernel`` is the built package's name.
     """
 
-    def __init__(self, kernel: str, shape: Shape, formats: Sequence[str]) -> None:
-        import torch
-
-        self._kernel, self._shape = kernel, shape
+    def __init__(self, kernel: str, shape: Case) -> None:
+        self._kernel = kernel
         hidden, width, experts = shape.hidden, shape.intermediate, shape.experts
         self._sizes = {"gate_up": (experts, 2 * width, hidden), "down": (experts, hidden, width)}
         self.weights = {
             name: [self._weight(name, *size) for size in self._sizes.values()]
-            for name in ("bfloat16", *formats)
+            for name in ("bfloat16", shape.format)
         }
         factors = [
             torch.randn(experts, *size, dtype=torch.bfloat16).mul_(0.02).requires_grad_()
@@ -76,8 +76,6 @@ class Layers:
         return importlib.import_module(f"{self._kernel}.{name}")
 
     def _weight(self, name: str, experts: int, n: int, k: int) -> Any:
-        import torch
-
         if name == "bfloat16":
             return torch.randn(experts, n, k, dtype=torch.bfloat16).mul_(0.02)
         layout = self._module("ops.quantization.formats").Format
@@ -101,8 +99,6 @@ class Layers:
 
     def step(self, name: str) -> None:
         """Output and all gradients but the weights'."""
-        import torch
-
         up, down = self.weights[name]
         _, *factors = self._leaves
         operands = self._module("ops.experts.arguments").Operands(
@@ -115,10 +111,14 @@ class Layers:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of computing a layer: a step of it, and the bytes of its weights."""
+    """A way of computing a layer: a step of it, the bytes of its weights, and what to compare the results with."""
 
     step: Callable[[], Any]
     weight_bytes: int
+    first: FirstResults | None = None
+
+    def __call__(self) -> Any:
+        return self.step()
 
 
 def by_torch(step: Callable[[], Any], cpu: Any) -> None:
@@ -127,100 +127,84 @@ def by_torch(step: Callable[[], Any], cpu: Any) -> None:
         step()
 
 
-def peft_layer(kernel: Any, shape: Shape, implementation: str) -> Way:
+def peft_layer(kernel: Any, shape: Shape, implementation: str, device: str, first: FirstResults) -> Way:
     """A layer of transformers with PEFT's LoRA, its experts in NF4."""
-    layer = Layer(replace(shape, dtype="bfloat16"), implementation)
-    kernel.quantize_experts(layer.module, "nf4")
+    # The same weights for each.
+    torch.manual_seed(0)
+    with torch.device(device):
+        layer = Layer(shape, implementation)
+        kernel.quantize_experts(layer.module, "nf4")
     experts = (p for p in layer.module.parameters() if not p.requires_grad)
-    return Way(layer.results, sum(p.stack.nbytes for p in experts))
+    return Way(lambda: [*layer.results().values()], sum(p.stack.nbytes for p in experts), first)
 
 
-def ways(kernel: Any, shape: Shape, formats: Sequence[str]) -> dict[str, Way]:
-    """All that is compared, by name; the first is what the others' ratios are to."""
-    layers = Layers(kernel.__name__, shape, formats)
-    cpu = importlib.import_module(f"{kernel.__name__}.ops.quantization.cpu")
-    rows = {name: Way(partial(layers.step, name), layers.nbytes(name)) for name in layers.weights}
-    if "nf4" in formats:
-        if cpu.has_bitsandbytes():
-            rows["nf4 by torch"] = Way(partial(by_torch, rows["nf4"].step, cpu), rows["nf4"].weight_bytes)
-        rows["nf4 + PEFT"] = peft_layer(kernel, shape, "scattermoe")
-        rows[PEFT] = peft_layer(kernel, shape, "grouped_mm")
-    return rows
+def ways(kernel: Any, case: Case, device: str) -> dict[str, Callable[[], Way]]:
+    """Makers of all that is compared, by name; the first is the one that the others' ratios are to."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        layers = Layers(kernel.__name__, case)
+    dense, quantized = (Way(partial(layers.step, name), layers.nbytes(name)) for name in layers.weights)
+    makers = {"bfloat16": lambda: dense, OURS: lambda: quantized}
+    if case.format == "nf4":
+        cpu = importlib.import_module(f"{kernel.__name__}.ops.quantization.cpu")
+        if device == "cpu" and cpu.has_bitsandbytes():
+            by_torch_alone = Way(partial(by_torch, quantized.step, cpu), quantized.weight_bytes)
+            makers["decoded by torch"] = lambda: by_torch_alone
+        sizes = {name: value for name, value in asdict(case).items() if name != "format"}
+        shape, first = Shape(**{**sizes, "dtype": "bfloat16"}), FirstResults()
+        for name, implementation in ((PEFT, "grouped_mm"), (WITH_PEFT, "scattermoe")):
+            makers[name] = partial(peft_layer, kernel, shape, implementation, device, first)
+    return makers
 
 
-def measure(compared: Mapping[str, Way], device: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds, bytes of the weights and the peak above them, of each."""
-    import torch
+def measure(
+    kernel: Any, case: Case, device: str, seconds: float, alone: Alone = run_beside_others
+) -> dict[str, Any]:
+    """The case's rows, as of :func:`measure_in_turns`, with the bytes of the weights and the peak above them."""
+    kernel.register()
+    with suppress(ImportError):
+        importlib.import_module("bitsandbytes")
 
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def describe(way: Way) -> dict[str, Any]:
+        results = way()
+        differs = {"difference": way.first.difference(results)} if way.first else {}
+        del results
+        peak = process_peak(way, device)
+        return {"weight_bytes": way.weight_bytes, "peak_bytes_above_weights": peak, **differs}
 
-    rows: dict[str, dict[str, float]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in compared}
-    for name, way in compared.items():
-        way.step()
-        finish()
-        before = start_memory(device)
-        way.step()
-        finish()
-        rows[name] = {
-            "weight_bytes": way.weight_bytes,
-            "peak_bytes_above_weights": peak_memory(device) - before,
-        }
-    for _ in range(repeats):
-        for name, way in compared.items():
-            begin = time.perf_counter()
-            way.step()
-            finish()
-            seconds[name].append(time.perf_counter() - begin)
-    for name, times in seconds.items():
-        rows[name] |= {"ms": 1000 * statistics.median(times), "repeats": repeats}
-    return rows
+    return measure_in_turns(ways(kernel, case, device), describe, device, seconds, alone)
 
 
-def print_rows(rows: Mapping[str, Mapping[str, float]]) -> None:
-    """A line for each way, with its ratios to bfloat16's."""
+def show(name: str, case: Case, rows: dict[str, Any]) -> None:
+    """Prints a line for each way, with its ratios to bfloat16's."""
+    print(f"\n{name}: {case}, in bfloat16, r={RANK}")
     dense = rows["bfloat16"]
-    for name, row in rows.items():
+    for implementation, row in rows.items():
+        if "not" in row or "not" in dense:
+            print(f"{implementation:<20}  {row.get('not', '')}", flush=True)
+            continue
         times, weights, peak = (
             row[key] / dense[key] for key in ("ms", "weight_bytes", "peak_bytes_above_weights")
         )
         print(
-            f"{name:<20}{row['ms']:>9.1f} ms{times:>7.2f}x{row['weight_bytes'] / 1e6:>9.0f} MB{weights:>7.3f}x"
-            f"{row['peak_bytes_above_weights'] / 1e6:>9.0f} MB above{peak:>6.2f}x",
+            f"{implementation:<20}{row['ms']:>9.1f} ms{times:>7.2f}x{row['weight_bytes'] / 1e6:>9.0f} MB"
+            f"{weights:>7.3f}x{row['peak_bytes_above_weights'] / 1e6:>9.0f} MB above{peak:>6.2f}x",
             flush=True,
         )
-    if PEFT in rows:
-        ratio = rows[PEFT]["ms"] / rows["nf4 + PEFT"]["ms"]
-        print(f"{'':<20}nf4 + PEFT is {ratio:.1f}x as fast as PEFT's own", flush=True)
+    own, mine = rows.get(PEFT, {}), rows.get(WITH_PEFT, {})
+    if "ms" in own and "ms" in mine:
+        print(f"{'':<20}{WITH_PEFT} is {own['ms'] / mine['ms']:.1f}x as fast as PEFT's own", flush=True)
 
 
 def main() -> None:
-    parser = comparison_parser(__doc__, list(DEFAULT_SHAPES))
-    parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; default {DEFAULT_SHAPES}")
-    parser.add_argument("--formats", help=f"of {', '.join(FORMATS)}; default all")
-    parser.add_argument("--repeats", type=int, default=7, help="steps of each, of which the median is taken")
-    arguments = parser.parse_args()
-    shapes = chosen(parser, "--shapes", arguments.shapes or DEFAULT_SHAPES[arguments.device], SHAPES)
-    formats = list(chosen(parser, "--formats", arguments.formats, dict.fromkeys(FORMATS)))
-    require(arguments.device)
-    import torch
+    arguments, cases = parse_cases(comparison_parser(__doc__, list(CASES)), CASES, 5.0)
 
-    with suppress(ImportError):
-        importlib.import_module("bitsandbytes")
-    results: dict[str, Any] = {}
-    with built_kernel() as kernel:
-        kernel.register()
-        print(device_name(arguments.device))
-        for name, shape in shapes.items():
-            torch.manual_seed(0)
-            print(f"\n{name}: {shape}, in bfloat16, r={RANK}", flush=True)
-            with torch.device(arguments.device):
-                compared = ways(kernel, shape, formats)
-            results[name] = measure(compared, arguments.device, arguments.repeats)
-            print_rows(results[name])
-            write(arguments.output, {"results": results})
+    def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
+        rows = measure(kernel, case, arguments.device, arguments.seconds)
+        show(name, case, rows)
+        return rows
+
+    compare_cases(arguments, cases, measured)
 
 
 if __name__ == "__main__":

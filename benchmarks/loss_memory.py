@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_attention import peak_bytes
 from compare_loss import OURS, implementations
+from interleaved import peak_bytes
 from measuring import built_kernel, device_name, write
 from pictures import OTHERS, Bar, bars
 from pictures import OURS as COLOUR

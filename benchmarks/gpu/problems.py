@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scattermoe_lora.ops import activation
@@ -20,9 +20,12 @@ from scattermoe_lora.ops.grouped_linear import gpu
 from scattermoe_lora.ops.norm_rotary import gpu as norm_gpu
 from scattermoe_lora.ops.norm_rotary.arguments import Operands as NormOperands
 from scattermoe_lora.ops.norm_rotary.reference import rms_norm_rotary
+from scattermoe_lora.ops.quantization import reference
+from scattermoe_lora.ops.quantization.formats import Format
+from scattermoe_lora.ops.quantization.stack import QuantizedStack, Weight
 from scattermoe_lora.ops.routing import sort_by_expert
 
-from gpu.sweep_plan import Entry, Sizes
+from gpu.sweep_plan import Sizes
 
 DTYPE = torch.bfloat16
 Tensors = Sequence[torch.Tensor]
@@ -39,6 +42,8 @@ class Problem:
         call: Launches it, and what it cannot be called without.
         expected: torch's results of the call.
         timed: The Triton kernels that count; all if there are none.
+        results: Computes what ``expected`` has, where a call alone does not: with products by torch, say.
+        itemsize: Of the elements that its rule is looked up by, in bytes.
     """
 
     operator: str
@@ -49,16 +54,48 @@ class Problem:
     call: Callable[[], Tensors]
     expected: Callable[[], Tensors]
     timed: tuple[str, ...] = ()
+    results: Callable[[], Tensors] | None = None
+    itemsize: int = DTYPE.itemsize
 
 
-def _values(real: bool, *shape: int) -> torch.Tensor:
+def values(real: bool, *shape: int) -> torch.Tensor:
     """Random values, or memory as it is where nothing reads them."""
     if not real:
         return torch.empty(shape, dtype=DTYPE)
     return (torch.randn(shape) / shape[-1] ** 0.5).to(DTYPE)
 
 
-class _Layer:
+def make_stack(layout: Format, experts: int, n: int, k: int, real: bool) -> QuantizedStack:
+    """A stack ``[experts, n, k]`` of random codes, each scale near ``k**-0.5``; or of memory as it is."""
+    codes_shape = experts, n, k // layout.codes_per_byte
+    if layout.is_flat:
+        scales_shape: tuple[int, ...] = (experts * n * k // layout.columns,)
+    else:
+        scales_shape = experts, -(-n // layout.rows), -(-k // layout.columns)
+    if not real:
+        codes, scales = torch.empty(codes_shape, dtype=torch.uint8), torch.empty(scales_shape)
+    else:
+        # Of float8's codes, those below the two that are no numbers.
+        codes = torch.randint(0x7F if layout.codes_per_byte == 1 else 0x100, codes_shape, dtype=torch.uint8)
+        scales = (0.5 + torch.rand(scales_shape)) * k**-0.5
+    if layout.element == "e2m1":
+        scales = scales.to(torch.float8_e8m0fnu)
+    return QuantizedStack(codes, (scales,), layout, DTYPE)
+
+
+def decoded(stack: QuantizedStack) -> torch.Tensor:
+    """A stack of :func:`make_stack` as dense matrices, one at a time: decoding takes 8 bytes and more an element."""
+    scales = stack.scales[0].view(
+        stack.codes.shape[0], *([-1] if stack.format.is_flat else stack.scales[0].shape[1:])
+    )
+    matrices = [
+        QuantizedStack(codes[None], (own if stack.format.is_flat else own[None],), stack.format, stack.dtype)
+        for codes, own in zip(stack.codes, scales, strict=True)
+    ]
+    return torch.cat([reference.decode(matrix) for matrix in matrices])
+
+
+class Layer:
     """Rows, weights and factors of one MoE layer, and products by torch, expert by expert."""
 
     def __init__(self, sizes: Sizes, real: bool) -> None:
@@ -69,7 +106,7 @@ class _Layer:
         self.tokens, self.pairs = sizes["tokens"], sizes["tokens"] * self.top_k
 
     def values(self, *shape: int) -> torch.Tensor:
-        return _values(self.real, *shape)
+        return values(self.real, *shape)
 
     def each(self) -> Iterator[tuple[int, slice]]:
         """Each expert and its rows, in sorted order."""
@@ -103,7 +140,7 @@ class _Layer:
 
 
 def _gate_up(sizes: Sizes, real: bool) -> Problem:
-    layer, gate = _Layer(sizes, real), Gate("silu")
+    layer, gate = Layer(sizes, real), Gate("silu")
     e, h, i, r, s = layer.experts, layer.hidden, layer.intermediate, layer.rank, layer.pairs
     x, weight = layer.values(layer.tokens, h), layer.values(e, 2 * i, h)
     low, low_weight = layer.values(s, r), layer.values(e, 2 * i, r)
@@ -120,15 +157,19 @@ def _gate_up(sizes: Sizes, real: bool) -> Problem:
 
 
 def _matmul(
-    sizes: Sizes, real: bool, n: str, k: str, transposed: bool, gather: bool, scatter: bool, weighted: bool = False
+    sizes: Sizes, real: bool, n: str, k: str, transposed: bool, gather: bool, scatter: bool, weighted: bool = False,
+    quantized: bool = False,
 ) -> Problem:  # fmt: skip
-    """A wide product with its low-rank term; ``n`` and ``k`` name sizes of the layer."""
-    layer = _Layer(sizes, real)
+    """A wide product with its low-rank term, its weight in NF4 if ``quantized``; ``n`` and ``k`` name sizes of the
+    layer."""
+    layer = Layer(sizes, real)
     columns = {"hidden": layer.hidden, "intermediate": layer.intermediate, "both": 2 * layer.intermediate}
     e, r, s, n_out, n_in = layer.experts, layer.rank, layer.pairs, columns[n], columns[k]
     x = layer.values(layer.tokens if gather else s, n_in)
     stored, stored_low = ((n_in, n_out), (r, n_out)) if transposed else ((n_out, n_in), (n_out, r))
-    weight, low_weight = layer.values(e, *stored), layer.values(e, *stored_low)
+    nf4 = Format("nf4", 0, 64)
+    weight: Weight = make_stack(nf4, e, *stored, real=real) if quantized else layer.values(e, *stored)
+    low_weight = layer.values(e, *stored_low)
     if transposed:
         weight, low_weight = weight.mT, low_weight.mT
     low = layer.values(s, r)
@@ -142,18 +183,23 @@ def _matmul(
         return [y]
 
     def expected() -> Tensors:
-        y = layer.product(layer.gathered(x) if gather else x, weight, low, low_weight)
+        dense = decoded(weight) if isinstance(weight, QuantizedStack) else weight
+        y = layer.product(layer.gathered(x) if gather else x, dense, low, low_weight)
         y = layer.by_pair(y) if scatter else y
         if row_weight is None:
             return [y]
         return [y * (row_weight if scatter else row_weight[layer.routing.order])[:, None]]
 
-    moved = x.numel() + weight.numel() + s * n_out + low.numel() + low_weight.numel()
-    return layer.problem("grouped_matmul", n_out, n_in, moved, call, expected)
+    moved = x.numel() + s * n_out + low.numel() + low_weight.numel()
+    if isinstance(weight, QuantizedStack):
+        moved += weight.nbytes // DTYPE.itemsize
+        problem = layer.problem("quantized_matmul", n_out, n_in, moved, call, expected)
+        return replace(problem, timed=("quantized_matmul_kernel",))
+    return layer.problem("grouped_matmul", n_out, n_in, moved + weight.numel(), call, expected)
 
 
 def _low_rank(sizes: Sizes, real: bool) -> Problem:
-    layer = _Layer(sizes, real)
+    layer = Layer(sizes, real)
     x, a = layer.values(layer.tokens, layer.hidden), layer.values(layer.experts, layer.rank, layer.hidden)
     moved = x.numel() + a.numel() + layer.pairs * layer.rank
     return layer.problem(
@@ -164,7 +210,7 @@ def _low_rank(sizes: Sizes, real: bool) -> Problem:
 
 
 def _outer_a(sizes: Sizes, real: bool) -> Problem:
-    layer = _Layer(sizes, real)
+    layer = Layer(sizes, real)
     low, x = layer.values(layer.pairs, layer.rank), layer.values(layer.tokens, layer.hidden)
     moved = low.numel() + x.numel() + layer.experts * layer.rank * layer.hidden
     return layer.problem(
@@ -175,7 +221,7 @@ def _outer_a(sizes: Sizes, real: bool) -> Problem:
 
 
 def _outer_b(sizes: Sizes, real: bool) -> Problem:
-    layer = _Layer(sizes, real)
+    layer = Layer(sizes, real)
     grad, low = layer.values(layer.pairs, 2 * layer.intermediate), layer.values(layer.pairs, layer.rank)
     moved = grad.numel() + low.numel() + layer.experts * layer.rank * 2 * layer.intermediate
     return layer.problem(
@@ -189,7 +235,7 @@ def _attention(kernel: str, sizes: Sizes, real: bool) -> Problem:
     length, d, heads, key_heads = sizes["length"], sizes["head_dim"], sizes["heads"], sizes["key_heads"]
     reach = min(sizes["window"] or length, length)
     seen = reach * (reach + 1) // 2 + (length - reach) * reach
-    q, k, v, grad = (_values(real, 1, length, n, d) for n in (heads, key_heads, key_heads, heads))
+    q, k, v, grad = (values(real, 1, length, n, d) for n in (heads, key_heads, key_heads, heads))
     # Scores of the size that norms give them.
     q, k = q * d**0.25, k * d**0.25
     left = sizes["window"] - 1 if sizes["window"] else -1
@@ -247,11 +293,11 @@ def _eager_attention(
 def _norm(part: str, sizes: Sizes, real: bool) -> Problem:
     tokens, heads, d = sizes["tokens"], sizes["heads"], sizes["head_dim"]
     x, grad, weight = (
-        _values(real, 1, tokens, heads, d),
-        _values(real, 1, tokens, heads, d),
-        _values(real, d) + 1,
+        values(real, 1, tokens, heads, d),
+        values(real, 1, tokens, heads, d),
+        values(real, d) + 1,
     )
-    cos, sin = (_values(real, 1, tokens, d) for _ in range(2)) if sizes["rotary"] else (None, None)
+    cos, sin = (values(real, 1, tokens, d) for _ in range(2)) if sizes["rotary"] else (None, None)
     operands = NormOperands(x, weight, cos, sin, 1e-6)
     angles = 0 if cos is None else 2 * cos.numel()
 
@@ -278,11 +324,18 @@ def _norm(part: str, sizes: Sizes, real: bool) -> Problem:
     return Problem("norm_rotary", kernel, looked_up, 0, 2 * moved, call, expected)
 
 
-PARTS: Mapping[str, Callable[[Sizes, bool], Problem]] = {
+Part = Callable[[Sizes, bool], Problem]
+PARTS: Mapping[str, Part] = {
     "gate_up": _gate_up,
     "down": lambda s, real: _matmul(s, real, "hidden", "intermediate", False, False, True, weighted=True),
-    "d_activation": lambda s, real: _matmul(s, real, "intermediate", "hidden", True, True, False),
     "d_hidden": lambda s, real: _matmul(s, real, "hidden", "both", True, False, True),
+    "quantized_up": lambda s, real: _matmul(s, real, "both", "hidden", False, True, False, quantized=True),
+    "quantized_down": lambda s, real: _matmul(
+        s, real, "hidden", "intermediate", False, False, True, weighted=True, quantized=True
+    ),
+    "quantized_d_hidden": lambda s, real: _matmul(
+        s, real, "hidden", "both", True, False, True, quantized=True
+    ),
     "low_rank": _low_rank,
     "outer_a": _outer_a,
     "outer_b": _outer_b,
@@ -295,8 +348,3 @@ PARTS: Mapping[str, Callable[[Sizes, bool], Problem]] = {
         for part in ("forward", "backward")
     },
 }
-
-
-def make(entry: Entry, real: bool) -> Problem:
-    """A problem of the plan on torch's default device, with values to compute with if ``real``."""
-    return PARTS[entry.part](entry.sizes, real)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import sys
@@ -14,26 +15,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import replace
+
 from gpu.card import Turns, time_undisturbed
 from gpu.processes import Job
-from gpu.tables import replace
 
-# Layers of compare.py, and cases of compare_attention.py, those worth most first.
+# Layers of compare.py, and cases of the other comparisons, those worth most first.
 LAYERS = ("gemma4", "mixtral", "qwen3")
 IMPLEMENTATIONS = ("scattermoe", "unsloth", "axolotl", "grouped_mm")
-CASES = ("global-8k", "sliding-8k", "global-2k", "ratio-2")
+CASES = {
+    "attention": ("global-8k", "sliding-8k", "global-2k", "ratio-2"),
+    "loss": ("frozen-bf16", "trained-bf16", "lora-bf16"),
+    "quantized": ("gemma4-nf4", "gemma4-float8", "gemma4-mxfp4"),
+    "mlp": ("geglu-26b", "mlp-26b", "norm-26b", "add-norm-26b"),
+    "projections": ("bf16", "bf16-adapters"),
+}
 # Of which an idle card and its clocks give a steady median.
 SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """A process: a layer in one implementation, or a case of attention in all that take it.
+    """A process: a layer in one implementation, or a case of another comparison in all that take it.
 
     Attributes:
-        kind: ``experts`` or ``attention``.
-        layer: A shape of compare.py or a case of compare_attention.py, by name or by its sizes.
-        implementation: Of the experts; of attention all that there are run in turns.
+        kind: ``experts``, or that of ``CASES`` whose comparison is compare_KIND.py.
+        layer: A shape of compare.py or a case of the comparison, by name or by its sizes.
+        implementation: Of the experts; of a case all that there are run in turns.
         unpacked: Where a peer was prepared.
     """
 
@@ -52,8 +60,13 @@ def planned(unpacked: Mapping[str, Path]) -> list[Row]:
         for name in IMPLEMENTATIONS
         if name in ("scattermoe", "grouped_mm") or name in unpacked
     ]
-    cases = [Row(f"attention-{case}", "attention", case, "all") for case in CASES]
-    return [*experts[:4], *cases[:2], *experts[4:], *cases[2:]]
+    cases = {
+        kind: [Row(f"{kind}-{name}", kind, name, "all") for name in names] for kind, names in CASES.items()
+    }
+    attention, loss, quantized = cases["attention"], cases["loss"], cases["quantized"]
+    first = [*experts[:4], *attention[:2], loss[0], quantized[0]]
+    layers = [*experts[4:], *attention[2:], *cases["mlp"]]
+    return [*first, *layers, *loss[1:], *cases["projections"], *quantized[1:]]
 
 
 def jobs(
@@ -84,7 +97,7 @@ class _Late(Exception):
 
 
 def _late(*_: object) -> None:
-    raise _Late
+    raise _Late("was not prepared in time")
 
 
 class Timing:
@@ -119,26 +132,33 @@ def measure_experts(row: Row, device: str, timing: Timing) -> list[dict[str, Any
     ]  # fmt: skip
 
 
-def measure_attention(row: Row, device: str, timing: Timing) -> list[dict[str, Any]]:
-    """A row for each implementation of attention, with the reason where it refuses the case."""
-    from compare_attention import CASES as ALL
-    from compare_attention import Case, measure
+def measure_case(row: Row, device: str, timing: Timing) -> list[dict[str, Any]]:
+    """A row for each implementation of a comparison's case, with the reason where it refuses the case."""
     from kernels import get_kernel
 
-    case = ALL["cuda"][row.layer] if isinstance(row.layer, str) else Case(**row.layer)
+    comparison = importlib.import_module(f"compare_{row.kind}")
+    by_name = isinstance(row.layer, str)
+    case = comparison.CASES["cuda"][row.layer] if by_name else comparison.Case(**row.layer)
     kernel = get_kernel("org/scattermoe-lora", version=1)
     rows = []
-    for name, figures in measure(kernel, case, device, SECONDS, timing).items():
+    for name, figures in comparison.measure(kernel, case, device, SECONDS, timing).items():
         described = {"layer": row.name, "implementation": name}
         if "not" in figures:
             rows.append({**described, "refused": figures["not"]})
-        else:
-            peak = figures["peak_bytes_above_inputs"] / 1e6
-            measured = {"ms": figures["ms"], "runs": figures["runs"], "peak_mb": peak}
-            tflops = case.flops() / figures["ms"] / 1e9
-            difference = {"difference": figures["difference"]}
-            rows.append({**described, **measured, "tflops": tflops, **difference, **timing.about})
+            continue
+        peak = next(size for key, size in figures.items() if key.startswith("peak_bytes")) / 1e6
+        measured = {"ms": figures["ms"], "runs": figures["runs"], "peak_mb": peak}
+        if hasattr(case, "flops"):
+            measured["tflops"] = case.flops() / figures["ms"] / 1e9
+        if "difference" in figures:
+            measured["difference"] = figures["difference"]
+        rows.append({**described, **measured, **timing.about})
     return rows
+
+
+def is_failure(row: Mapping[str, Any]) -> bool:
+    """True if ours, with whatever is beside it, refused."""
+    return "refused" in row and (row["implementation"] == "all" or "scattermoe" in row["implementation"])
 
 
 def main() -> None:
@@ -156,12 +176,12 @@ def main() -> None:
         return dense_rate("bfloat16", "cuda") / 1e12
 
     timing = Timing(turns, dense_tflops, given["idle_tflops"])
-    measure = {"experts": measure_experts, "attention": measure_attention}[row.kind]
+    measure = measure_experts if row.kind == "experts" else measure_case
     failed = None
     try:
         rows = measure(row, given["device"], timing)
-    except _Late:
-        failed = "was not prepared in time"
+    except _Late as late:
+        failed = str(late)
     except Exception as error:  # noqa: BLE001 - whatever an implementation fails with, the others run
         lines = str(error).strip().splitlines() or ["no reason given"]
         failed = f"{type(error).__name__}: {lines[0][:120]}"
@@ -171,7 +191,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     replace(folder / f"{row.name}.json", json.dumps(rows, indent=2))
     # A refusal of ours is a failure.
-    sys.exit(any(row["implementation"] in ("scattermoe", "all") and "refused" in row for row in rows))
+    sys.exit(any(is_failure(row) for row in rows))
 
 
 if __name__ == "__main__":

@@ -74,11 +74,14 @@ def collect(folder: Path, plan: Path) -> dict[str, Any]:
 
 # A run without a GPU makes do with this.
 SMALL = {
-    "experts": 4, "hidden": 256, "intermediate": 128, "tokens": 64, "top_k": 2, "rank": 16,
-    "length": 128, "head_dim": 64, "heads": 2, "key_heads": 1, "window": 64,
+    "experts": 4, "hidden": 256, "intermediate": 128, "tokens": 32, "top_k": 2, "rank": 16,
+    "length": 128, "head_dim": 64, "heads": 2, "key_heads": 1, "window": 64, "words": 300,
 }  # fmt: skip
 # One of each kind of problem: parts share their kernels.
-PARTS = ("gate_up", "outer_a", "attention_forward", "attention_dq", "norm_forward")
+PARTS = (
+    "gate_up", "outer_a", "attention_forward", "attention_dq", "norm_forward", "logits_backward", "quantized_up",
+    "decode", "gated_backward", "rms_backward",
+)  # fmt: skip
 
 
 def small_plan(plan: Mapping[str, Any], parts: Collection[str] = PARTS) -> dict[str, Any]:

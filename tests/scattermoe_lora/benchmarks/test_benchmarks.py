@@ -201,22 +201,21 @@ def test_unknown_names_are_refused_before_anything_is_measured(
 
 def test_quantized_weights_are_measured_against_bfloat16(script, monkeypatch, capsys, tmp_path) -> None:
     module, output = script("compare_quantized"), tmp_path / "figures.json"
-    monkeypatch.setitem(module.SHAPES, "tiny", module.Shape(8, 64, 32, 2, 24, "float32"))
-    monkeypatch.setattr(
-        sys, "argv", ["compare_quantized.py", "--shapes", "tiny", "--repeats", "2", "--output", str(output)]
-    )
+    tiny = {name: module.Case(8, 64, 32, 2, 24, "float32", name) for name in module.FORMATS}
+    monkeypatch.setitem(module.CASES, "cpu", tiny)
+    monkeypatch.setattr(sys, "argv", ["compare_quantized.py", "--seconds", "0", "--output", str(output)])
     monkeypatch.setenv("LOCAL_KERNELS", "")
     module.main()
-    rows = json.loads(output.read_text())["results"]["tiny"]
-    assert [name for name in rows if "PEFT" not in name] == ["bfloat16", *module.FORMATS]
-    assert (
-        rows["nf4 + PEFT"]["weight_bytes"] == rows[module.PEFT]["weight_bytes"] == rows["nf4"]["weight_bytes"]
-    )
+    results = json.loads(output.read_text())["results"]
+    assert list(results) == list(module.FORMATS)
+    assert all(list(rows)[:2] == ["bfloat16", module.OURS] for rows in results.values())
     # Codes, and a float32 for 64 of them or one byte for 32; a float8 matrix of this size has one block.
     elements = 8 * 3 * 64 * 32
-    assert rows["nf4"]["weight_bytes"] == elements / 2 + elements / 64 * 4
-    assert rows["mxfp4"]["weight_bytes"] == elements / 2 + elements / 32
-    assert rows["float8"]["weight_bytes"] == elements + 2 * 8 * 4
+    for name in (module.OURS, module.WITH_PEFT, module.PEFT):
+        assert results["nf4"][name]["weight_bytes"] == elements / 2 + elements / 64 * 4
+    assert results["nf4"][module.WITH_PEFT]["difference"] < 0.02
+    assert results["mxfp4"][module.OURS]["weight_bytes"] == elements / 2 + elements / 32
+    assert results["float8"][module.OURS]["weight_bytes"] == elements + 2 * 8 * 4
     told = capsys.readouterr().out
     assert "1.00x" in told
     assert "as fast as PEFT's own" in told

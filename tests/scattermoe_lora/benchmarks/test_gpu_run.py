@@ -57,6 +57,10 @@ def test_rows_are_timed_and_say_what_the_card_was_like(results) -> None:
     assert set(rows) == {
         ("small", "scattermoe"),
         *(("attention-small", n) for n in ("scattermoe", "sdpa", "eager")),
+        *(("loss-small", n) for n in ("scattermoe", "logits in memory")),
+        *(("mlp-small", n) for n in ("scattermoe", "transformers")),
+        *(("projections-small", n) for n in ("frozen", "peft", "scattermoe")),
+        *(("quantized-small", n) for n in ("bfloat16", "scattermoe", "scattermoe + PEFT", "PEFT's own")),
     }
     for row in rows.values():
         assert row["ms"] > 0
@@ -79,18 +83,18 @@ def test_the_sweeps_tables_load_and_the_rows_ran_with_them(dry, results, gpu) ->
     tables = gpu("tables")
     tiles = sys.modules["scattermoe_lora.ops.tile_tables"]
     sweep = json.loads(dry.joinpath("sweep.json").read_text())
-    assert len(sweep["problems"]) == 5
+    assert len(sweep["problems"]) == 10
     served = 0
     for problem in sweep["problems"].values():
         folder = dry / "tiles" / problem["operator"] / "tiles"
-        if folder.is_dir():
+        if folder.is_dir() and problem["kernel"] in tiles.load(folder, "sm_90").rules:
             served += 1
             launch = tiles.find(folder, "sm_90", problem["kernel"], torch.bfloat16, problem["sizes"])
             assert launch == tables.fastest(problem)
             built = dry / "work" / "rows_with_new_tables-kernel" / "build"
             (file,) = built.glob(f"torch-cuda/ops/{problem['operator']}/tiles/sm_90.json")
             assert file.read_text() == folder.joinpath("sm_90.json").read_text()
-    assert served >= 4
+    assert served >= 5
 
 
 def test_the_report_is_a_page_with_pictures(dry) -> None:
@@ -100,6 +104,8 @@ def test_the_report_is_a_page_with_pictures(dry) -> None:
     assert "![Time by implementation](time.svg)" in page
     assert "![Each launch's share of the roof](roof.svg)" in page
     assert "| tests | " in page
+    for kind in ("attention", "loss", "mlp", "projections", "quantized"):
+        assert f"| {kind}-small | scattermoe | " in page
 
 
 def test_a_stage_that_would_overrun_is_cut_and_an_interrupt_leaves_whole_files_and_no_children(
@@ -164,12 +170,14 @@ def test_the_report_says_what_the_figures_say(gpu) -> None:
             "disturbed": False,
         },
         {"layer": "a", "implementation": "third", "refused": "OutOfMemoryError"},
+        {"layer": "norm", "implementation": "scattermoe", "ms": 4.0, "peak_mb": 30, "disturbed": False},
     ]
     lines = report.rows_table(rows, 600.0)
     # A row that was not disturbed counts more than one that was.
-    assert lines[2:4] == [
+    assert lines[2:5] == [
         "| a | scattermoe | 2 | 1.00 | 10 | 50% |  |",
         "| a | other | 5 | 2.50 | 20 | 20% |  |",
+        "| norm | scattermoe | 4 | 1.00 | 30 |  |  |",
     ]
     assert "- a, third: OutOfMemoryError" in lines
     launches = [
@@ -216,13 +224,22 @@ def test_rows_are_of_implementations_layers_and_cases_that_there_are(gpu, monkey
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     rows = gpu("rows")
     compare = importlib.import_module("compare")
-    compare_attention = importlib.import_module("compare_attention")
     assert set(rows.LAYERS) <= set(compare.SHAPES)
     assert set(rows.IMPLEMENTATIONS) <= set(compare.IMPLEMENTATIONS)
-    assert set(rows.CASES) <= set(compare_attention.CASES["cuda"])
+    for kind, cases in rows.CASES.items():
+        assert set(cases) <= set(importlib.import_module(f"compare_{kind}").CASES["cuda"])
     everything = rows.planned({"axolotl": Path("a"), "unsloth": Path("b")})
-    assert len({row.name for row in everything}) == len(everything) == 16
+    assert len({row.name for row in everything}) == len(everything) == 28
+    assert [row.name for row in everything[6:8]] == ["loss-frozen-bf16", "quantized-gemma4-nf4"]
     assert [row.implementation for row in rows.planned({})].count("unsloth") == 0
+
+
+def test_only_what_is_ours_fails_by_refusing(gpu) -> None:
+    is_failure = gpu("rows").is_failure
+    refused = ("scattermoe", "all", "scattermoe + PEFT", "liger", "PEFT's own")
+    failures = [name for name in refused if is_failure({"implementation": name, "refused": "x"})]
+    assert failures == ["scattermoe", "all", "scattermoe + PEFT"]
+    assert not is_failure({"implementation": "scattermoe", "ms": 1.0})
 
 
 def test_without_a_gpu_one_line_says_so() -> None:

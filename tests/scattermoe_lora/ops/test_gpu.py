@@ -41,6 +41,18 @@ def test_triton_passes_the_same_tests_on_a_gpu(module: str) -> None:
     assert " passed" in done.stdout
 
 
+def test_every_module_has_tests_for_a_gpu_and_there_is_time_for_all() -> None:
+    # As of a GPU, but none is run.
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-k", CHOSEN]
+    process = subprocess.run(
+        [*command, *(str(TESTS / module) for module in MODULES)],
+        env={**os.environ, "KERNEL_TESTS_DEVICE": "cuda"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    tests = [line.partition("::")[0] for line in process.stdout.splitlines() if "::" in line]
+    assert [module for module in MODULES if not any(path.endswith(module) for path in tests)] == []
+    assert len(tests) <= 250
+
+
 def test_float64_which_no_triton_kernel_takes_is_not_asked_of_a_gpu() -> None:
     code = (
         "import torch, test_attention as a, test_norm_rotary as n; "

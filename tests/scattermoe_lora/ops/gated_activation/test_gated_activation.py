@@ -26,8 +26,12 @@ SHAPES = [(1,), (3, 5), (2, 3, 33), (7, 1500), (0, 8), (4, 0)]
 
 
 def leaves(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    """``gate``, ``up`` and a gradient."""
-    gate, up, grad = ((2 * torch.randn(shape, dtype=torch.float64)).to(dtype) for _ in range(3))
+    """``gate``, ``up`` and a gradient, of the CPU's numbers on any device: beside one that is nearly zero, as an
+    activation can be, rounding is large."""
+    gate, up, grad = (
+        (2 * torch.randn(shape, dtype=torch.float64, device="cpu")).to(torch.get_default_device(), dtype)
+        for _ in range(3)
+    )
     return [gate.requires_grad_(), up.requires_grad_(), grad]
 
 

@@ -1,4 +1,4 @@
-"""Products with quantized stacks on a CPU: those of the decoded matrices, which never exist all at once."""
+"""Products with quantized stacks: those of the decoded matrices, which on a CPU never exist all at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from allocations import Allocations
 from bits import every_code
 from helpers import error
+
+pytestmark = pytest.mark.usefixtures("bfloat16")
 
 EXPERTS, N, K = 7, 96, 64
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TypeGuard
 
 import torch
-import triton
 
+from ..launch import cdiv, next_power_of_2
 from ..quantization import gpu as decoding
 from ..quantization.stack import QuantizedStack, Weight
 from ..routing import Routing
@@ -32,7 +32,7 @@ def blocks_for(itemsize: int, rank: int) -> dict[str, int]:
     """What to launch with for elements of that many bytes and factors of that rank, 0 for none."""
     step = STEP_BYTES // itemsize
     # 16 is the least that ``tl.dot`` multiplies.
-    return {**BLOCKS, "BLOCK_K": step, "BLOCK_R": min(step, max(16, triton.next_power_of_2(rank)))}
+    return {**BLOCKS, "BLOCK_K": step, "BLOCK_R": min(step, max(16, next_power_of_2(rank)))}
 
 
 def has_few_rows(weight: Weight, routing: Routing) -> TypeGuard[QuantizedStack]:
@@ -60,7 +60,7 @@ def matmul(
     left, right = low or (x, x)
     rank = left.shape[1] if low else 0
     stack, blocks = decoding.kernel_operands(weight), blocks_for(x.element_size(), rank)
-    tiles = most_tiles(pairs, num_experts, blocks["BLOCK_M"]) * triton.cdiv(n_out, blocks["BLOCK_N"])
+    tiles = most_tiles(pairs, num_experts, blocks["BLOCK_M"]) * cdiv(n_out, blocks["BLOCK_N"])
     quantized_matmul_kernel[(tiles,)](
         x,
         *stack.pointers,
@@ -86,7 +86,7 @@ def matmul(
         LOW_RANK=low is not None,
         BIAS=bias is not None,
         WEIGHTED=row_weight is not None,
-        EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
+        EXPERTS_POW2=next_power_of_2(num_experts + 1),
         PRECISION=precision,
         **blocks,
         **decoding.OPTIONS,
