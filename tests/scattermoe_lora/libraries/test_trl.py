@@ -57,7 +57,7 @@ def build() -> Any:
     return transformers.Gemma2ForCausalLM(config)
 
 
-def policy(tmp_path: Any, peft: bool) -> Any:
+def policy(tmp_path: Any, peft: bool, **options: Any) -> Any:
     """A trainer of log-probabilities at a temperature, with entropies and a reference model."""
     settings = GRPOConfig(
         str(tmp_path),
@@ -68,6 +68,7 @@ def policy(tmp_path: Any, peft: bool) -> Any:
         temperature=0.7,
         beta=0.1,
         top_entropy_quantile=0.5,
+        **options,
     )
     data = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{2 * i}"[: 6 + 3 * (i % 2)] for i in range(4)]})
 
@@ -181,3 +182,17 @@ def test_dpo_trains_to_the_same_weights_and_keeps_its_own_head(kernel, calls, tm
     assert kernel.apply_to(trainer.ref_model, "loss") == 1
     torch.testing.assert_close(trained(trainer), plain, rtol=1e-5, atol=1e-5)
     assert calls == [False] * 3
+
+
+def test_head_that_trl_casts_runs_as_trl_has_it_and_the_log_says_why(
+    kernel, submodule, calls, tmp_path, caplog
+) -> None:
+    heads = submodule("integration.loss.heads")
+    heads._logged.clear()
+    plain = trained(policy(tmp_path, False, cast_lm_head_to_fp32=True))
+    trainer = policy(tmp_path, False, cast_lm_head_to_fp32=True)
+    kernel.apply_to(trainer.model, "loss")
+    torch.testing.assert_close(trained(trainer), plain, rtol=1e-5, atol=1e-5)
+    assert calls == []
+    lines = [record.getMessage() for record in caplog.records if record.name == heads.__name__]
+    assert lines == ["loss: runs as TRL has it: the head is a Linear with a forward of its own"]
