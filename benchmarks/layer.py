@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peers
-from measuring import Alone, device_name, median_seconds, peak_memory, run_beside_others, start_memory
+from measuring import (
+    LAUNCHES,
+    Alone,
+    device_name,
+    median_seconds,
+    peak_memory,
+    run_beside_others,
+    start_memory,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +205,7 @@ def measure(
 
     def timed() -> tuple[float, int, int, float, float]:
         before = start_memory(device)
-        seconds, repeats = median_seconds(step, finish, steady=steady)
+        seconds, repeats = median_seconds(step, finish, steady=steady, least=LAUNCHES[device])
         peak = peak_memory(device) - before
         side = 8192 if device == "cuda" else 2048
         a = torch.randn(side, side).to(dtype)

@@ -164,6 +164,13 @@ def write(output: Path | None, figures: Mapping[str, Any]) -> None:
         output.write_text(json.dumps({**provenance(), **figures}, indent=2) + "\n")
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a file at once: an interrupt leaves the old one or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 @contextmanager
 def built_kernel() -> Iterator[Any]:
     """The kernel as users load it, built for the while."""

@@ -1,12 +1,7 @@
-"""Draws figures of a GPU as bars: time by implementation, and each launch's share of what the card could do at most.
-
-python benchmarks/pictures.py benchmarks/results/h100      from rows.json, attention.json and sweep.json there
-"""
+"""Draws figures of a GPU as bars: time by implementation, and each launch's share of what the card could do at most."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -150,19 +145,3 @@ def draw(folder: Path, rows: Iterable[Mapping[str, Any]], sweep: Mapping[str, An
     if sweep and any(problem["launches"] for problem in sweep["problems"].values()):
         title = f"Launches' share of the roof (five fastest), {of}"
         folder.joinpath("roof.svg").write_text(share_of_roof(sweep, title))
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    rows: list[Any] = []
-    contents = {
-        name: json.loads(folder.joinpath(f"{name}.json").read_text()) for name in ("rows", "attention")
-    }
-    for content in contents.values():
-        rows += content["rows"]
-    sweep = json.loads(folder.joinpath("sweep.json").read_text())
-    draw(folder, rows, sweep, f"{sweep['device']}, {sweep['date']}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,12 +9,13 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pictures import OTHERS, Bar, bars, best_rows, curves, floor_ms, is_disturbed, time_by_implementation
+from gpu import latest
+from gpu.report import sweep_table, table
+from pictures import OTHERS, Bar, bars, best_rows, curves, is_disturbed, share_of_roof, time_by_implementation
 from pictures import OURS as OURS_COLOUR
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -24,35 +25,22 @@ CARD = Path("CARD.md")
 OURS = "scattermoe"
 RECIPE_KEYS = ("recipe", "command", "device", "losses", "ms_per_step", "peak_bytes", "planned_bytes")
 # Pictures that lie beside the figures; of other files bars are drawn.
-DRAWN = {
-    "cpu-growth.json": "cpu-growth.png",
-    "h100/rows.json": "h100/time.svg",
-    "h100/sweep.json": "h100/roof.svg",
-    "loss-memory.json": "loss-memory.svg",
-}
+DRAWN = {"cpu-growth.json": "cpu-growth.png", "loss-memory.json": "loss-memory.svg"}
 CARD_FIGURES = re.compile(
     r"(?<=\{# figures: python benchmarks/results_page.py #\}\n).*?(?=\{# end #\})", re.DOTALL
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading of the page, the files below benchmarks/results that it shows, and what makes another."""
-
-    title: str
-    files: tuple[str, ...]
-    command: str
-
-
-SECTIONS = (
-    Section("Recipes", ("recipes/*",), "recipes/measure.py RECIPE"),
-    Section("Quantization", ("*quantized*",), "benchmarks/compare_quantized.py"),
-    Section("Attention", ("*attention*",), "benchmarks/compare_attention.py"),
-    Section("Experts", ("cpu-growth.json", "*experts*", "*/rows.json"), "benchmarks/compare.py"),
-    Section("Norms and rotary embedding", ("*norm*",), "benchmarks/benchmark_norm_rotary.py"),
-    Section("Loss, MLPs and projections", ("*loss*", "*mlp*", "*projections*"), "benchmarks/compare_loss.py"),
-    Section("Launches on a GPU", ("*/sweep.json",), "benchmarks/gpu"),
-)
+GPU = "On a GPU"
+# Headings of the page, and the files below benchmarks/results that they show. A file is under the first that fits.
+SECTIONS = {
+    "Recipes": ("recipes/*", "*/recipes/*"),
+    GPU: ("*/report.json",),
+    "Launches on a GPU": ("*/sweep.json",),
+    "Quantization": ("*quantized*",),
+    "Attention": ("*attention*",),
+    "Experts": ("cpu-growth.json", "*experts*"),
+    "Norms and rotary embedding": ("*norm*",),
+    "Loss, MLPs and projections": ("*loss*", "*mlp*", "*projections*"),
+}
 
 
 def read(root: Path) -> dict[str, dict[str, Any]]:
@@ -64,14 +52,14 @@ def read(root: Path) -> dict[str, dict[str, Any]]:
     contents = {}
     for path in sorted(root.joinpath(RESULTS).rglob("*.json")):
         name = path.relative_to(root / RESULTS).as_posix()
-        if not any(fnmatch(name, pattern) for section in SECTIONS for pattern in section.files):
+        if not any(fnmatch(name, pattern) for patterns in SECTIONS.values() for pattern in patterns):
             sys.exit(f"error: {RESULTS / name}: no section of {PAGE} shows it; add its name to SECTIONS")
         try:
             contents[name] = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             sys.exit(f"error: {RESULTS / name}: no JSON: {error}")
         missing = {"date", "commit", "versions"} - contents[name].keys()
-        if name.startswith("recipes/"):
+        if "recipes/" in name:
             missing |= set(RECIPE_KEYS) - contents[name].keys()
         if missing:
             sys.exit(f"error: {RESULTS / name}: without {', '.join(sorted(missing))}")
@@ -107,12 +95,6 @@ def provenance(content: Mapping[str, Any]) -> str:
     return f"{content['date'][:10]}, {device}; {versions}; commit {content['commit'] or 'unknown'}."
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """A table in Markdown."""
-    header = list(header)
-    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
-
-
 def _number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return ""
@@ -138,45 +120,24 @@ def measured(content: Mapping[str, Any]) -> list[str]:
     words = re.sub("_bytes|_mb", "", memory).replace("_", " ")
     refused = [f"{row['implementation']} on {row['layer']}" for row in rows if "refused" in row]
     text = table(("layer", "implementation", "ms", f"{words}, MB"), lines)
-    return [*text, "", f"Refused: {', '.join(refused)}."] if refused else text
+    return [*text, f"Refused: {', '.join(refused)}.", ""] if refused else text
 
 
-def launches(content: Mapping[str, Any]) -> list[str]:
-    """A table of the fastest launch of each kernel, and its share of what the card can do at most."""
+def recipe_rows(contents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A table of all recipes: loss, time and memory, ours and, where it was run, eager."""
     lines = []
-    for name, problem in content["problems"].items():
-        times = [launch["ms"] for launch in problem["launches"] if launch["ms"] is not None]
-        if times:
-            floor, binds = floor_ms(problem, content["dense_tflops"], content["copy_gb_per_s"])
-            library = problem.get("grouped_mm_ms")
-            lines.append(
-                (
-                    name,
-                    len(times),
-                    _number(min(times)),
-                    f"{floor / min(times):.0%} of {binds}",
-                    _number(library),
-                )
-            )
-    return table(("kernel", "launches", "fastest, ms", "share of the roof", "torch's grouped_mm, ms"), lines)
-
-
-def recipe_rows(contents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table of all recipes: loss, time and memory, ours and eager."""
-    lines = []
-    for content in contents.values():
-        ours, eager = (content["losses"][name] for name in ("ours", "eager"))
-        apart = max((abs(a - b) for a, b in zip(ours, eager, strict=False)), default=0.0)
-        sizes = {name: _number(size / 1e6) for name, size in content["peak_bytes"].items()}
+    for content in contents:
+        losses = content["losses"]
+        apart = [abs(a - b) for a, b in zip(losses.get("ours", ()), losses.get("eager", ()), strict=False)]
         planned = content["planned_bytes"]
         lines.append(
             (
                 content["recipe"],
                 content["device"],
-                f"{ours[0]:.3f} to {ours[-1]:.3f}; {eager[0]:.3f} to {eager[-1]:.3f}",
-                f"{apart:.1e}",
-                "; ".join(_number(content["ms_per_step"][name]) for name in ("ours", "eager")),
-                "; ".join(sizes[name] for name in ("ours", "eager")),
+                "; ".join(f"{curve[0]:.3f} to {curve[-1]:.3f}" for curve in losses.values()),
+                f"{max(apart):.1e}" if apart else "",
+                "; ".join(map(_number, content["ms_per_step"].values())),
+                "; ".join(_number(size / 1e6) for size in content["peak_bytes"].values()),
                 "not planned" if planned is None else _number(planned / 1e6),
             )
         )
@@ -205,6 +166,7 @@ def recipe_bars(contents: Iterable[Mapping[str, Any]], key: str, unit: str, scal
             for name, value in content[key].items()
         ]
         for content in contents
+        if content[key]
     }
     return bars(f"{key.replace('_', ' ')}, {unit}", groups)
 
@@ -215,11 +177,68 @@ def picture(name: str, content: Mapping[str, Any]) -> str | None:
         return None
     title = f"{Path(name).stem}, {content['date'][:10]}"
     if "losses" in content:
-        return curves(f"Loss, {title}", {key: content["losses"][key] for key in ("ours", "eager")})
+        return curves(f"Loss, {title}", content["losses"]) if content["losses"] else None
+    if "problems" in content:
+        return share_of_roof(content, f"Launches' share of the roof (five fastest), {content['device']}")
     rows = list(rows_of(content))
     return (
         time_by_implementation(rows, f"Milliseconds, {title}") if any("ms" in row for row in rows) else None
     )
+
+
+def by_newest(names: Iterable[str], contents: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The newest file of each device and file name, with those before it, by date."""
+    groups: dict[tuple[object, str], list[str]] = {}
+    for name in sorted(names, key=lambda name: (contents[name]["date"][:10], name), reverse=True):
+        groups.setdefault((contents[name].get("device"), Path(name).name), []).append(name)
+    return {newest: earlier for newest, *earlier in groups.values()}
+
+
+def drawing_path(name: str) -> Path:
+    """The path of a file's picture; the same for all runs on a device, for other pages to show the newest."""
+    device, *rest = name.removesuffix(".json").split("/")
+    return PAGE.with_suffix("") / f"{'-'.join([device, *rest[-1:]])}.svg"
+
+
+def gpu_runs(contents: Mapping[str, Mapping[str, Any]], files: dict[Path, str]) -> list[str]:
+    """What ``make gpu`` found on each device; the pictures go into ``files``."""
+    lines: list[str] = [
+        "`make gpu` ([how](kernel/triton.md#on-a-gpu)), of each layer the rows of the newest run that timed ours. All",
+        "are forward and backward, with the launches that shipped at the run's commit. *Of ours* is a time over ours,",
+        "*MB above* the peak of memory above weights and inputs, *of dense* the share of the card's dense rate. A row",
+        "that is disturbed was timed while the card was slower than it is when idle.",
+        "",
+    ]
+    for device, runs in latest.runs_by_device(contents).items():
+        lines += [f"### {device}", "", *latest.overview(runs, f"../{RESULTS.as_posix()}")]
+        lines += ["#### Beside the fastest other", "", *latest.beside_fastest(runs, latest.LAYERS)]
+        for kind, title, rows, svg in latest.sections(runs):
+            lines += [f"#### {title}", ""]
+            if svg:
+                path = drawing_path(f"{runs[0].folder.split('/')[0]}/{kind}.json")
+                files[path] = svg
+                lines += [f"![{title}](results/{path.name})", ""]
+            lines += rows
+        lines += latest.others(runs)
+    return lines
+
+
+def one_file(name: str, content: Mapping[str, Any], files: dict[Path, str]) -> list[str]:
+    """A file with its table; a picture that is drawn for it goes into ``files``."""
+    address = f"../{(RESULTS / name).as_posix()}"
+    lines = [f"### {name}", "", f"[{Path(name).name}]({address}): {provenance(content)}", ""]
+    lines += [f"{content[key]}\n" for key in ("about", "warning") if content.get(key)]
+    lines += [f"`{content['command']}`\n"] if "command" in content else []
+    drawing = picture(name, content)
+    if drawing is not None:
+        path = drawing_path(name)
+        files[path] = drawing
+        lines += [f"![Figures of {name}](results/{path.name})", ""]
+    elif name in DRAWN:
+        lines += [f"![Figures of {name}](../{(RESULTS / DRAWN[name]).as_posix()})", ""]
+    if "problems" in content:
+        return [*lines, *sweep_table(content)]
+    return [*lines, *measured(content)] if any(rows_of(content)) else lines
 
 
 def render(contents: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
@@ -234,56 +253,41 @@ def render(contents: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
     ]
     files: dict[Path, str] = {}
     shown: set[str] = set()
-    for section in SECTIONS:
+    for title, patterns in SECTIONS.items():
         own = {
             name: content
             for name, content in contents.items()
-            if name not in shown and any(fnmatch(name, pattern) for pattern in section.files)
+            if name not in shown and any(fnmatch(name, pattern) for pattern in patterns)
         }
-        shown |= own.keys()
-        lines += [f"## {section.title}", ""]
         if not own:
-            lines += [f"No file yet; `python {section.command}` with `--output` makes one.", ""]
-        if section.title == "Recipes" and own:
-            lines += [*recipe_rows(own), ""]
+            continue
+        shown |= own.keys()
+        lines += [f"## {title}", ""]
+        if title == GPU:
+            lines += gpu_runs(own, files)
+            continue
+        newest = by_newest(own, contents)
+        if title == "Recipes":
+            figures = [content for name, content in own.items() if name in newest]
+            lines += recipe_rows(figures)
             for key, unit, scale in (("ms_per_step", "ms", 1), ("peak_bytes", "MB", 1e-6)):
                 path = PAGE.with_suffix("") / f"recipes-{unit}.svg"
-                files[path] = recipe_bars(own.values(), key, unit, scale)
+                files[path] = recipe_bars(figures, key, unit, scale)
                 lines += [f"![{unit} of each recipe](results/{path.name})", ""]
-        for name, content in own.items():
-            address = f"../{(RESULTS / name).as_posix()}"
-            lines += [f"### {name}", "", f"[{Path(name).name}]({address}): {provenance(content)}", ""]
-            lines += [f"{content[key]}\n" for key in ("about", "warning") if key in content]
-            lines += [f"`{content['command']}`\n"] if "command" in content else []
-            drawing = picture(name, content)
-            if drawing is not None:
-                path = PAGE.with_suffix("") / f"{name.removesuffix('.json').replace('/', '-')}.svg"
-                files[path] = drawing
-                lines += [f"![Figures of {name}]({path.relative_to(PAGE.parent).as_posix()})", ""]
-            elif name in DRAWN:
-                lines += [f"![Figures of {name}](../{(RESULTS / DRAWN[name]).as_posix()})", ""]
-            if "problems" in content:
-                lines += [*launches(content), ""]
-            elif any(rows_of(content)):
-                lines += [*measured(content), ""]
+        for name in [name for name in own if name in newest]:
+            lines += one_file(name, own[name], files)
+            addresses = [f"[{other}](../{(RESULTS / other).as_posix()})" for other in newest[name]]
+            lines += [f"Earlier: {', '.join(addresses)}.", ""] if addresses else []
     return files | {PAGE: "\n".join(lines).rstrip() + "\n"}
 
 
 def card_figures(contents: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures of whole layers on a GPU, ours beside the fastest other, for the card."""
-    lines: list[str] = []
-    for name in ("h100/rows.json", "h100/attention.json"):
-        content = contents[name]
-        layers = best_rows(rows_of(content))
-        compared = [
-            (layer, f"{_number(own['ms'])} ms", f"{_number(other['ms'])} ms ({other['implementation']})")
-            for layer, members in layers.items()
-            for own in members
-            if own["implementation"] == OURS
-            for other in [row for row in members if row is not own][:1]
-        ]
-        text = [content[key] for key in ("about", "warning") if key in content]
-        lines += [*text, "", *table(("layer", OURS, "fastest other"), compared), "", provenance(content), ""]
+    lines = [
+        line
+        for runs in latest.runs_by_device(contents).values()
+        for line in latest.beside_fastest(runs, latest.CARD)
+    ]
     content = contents["cpu-growth.json"]
     lines += [
         f"![One layer's time and memory on a CPU]({RESULTS / DRAWN['cpu-growth.json']})",

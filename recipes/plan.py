@@ -79,22 +79,27 @@ class Recipe:
 
     Attributes:
         matrices: Format of the linear layers' and the experts' weights; all others are in ``bfloat16``.
-        adapters: Whether LoRA is trained, in float32 as PEFT makes it; otherwise all of the language model is.
-        optimizer: ``adamw`` (two values a parameter in its dtype) or ``adafactor`` (rows and columns in float32).
+        adapters: Format of LoRA's factors; with None all of the language model is trained.
+        adapted: Parts of the model whose linear layers have adapters; experts have them in any case.
+        optimizer: ``adamw`` (two values a parameter in its dtype), ``adamw8bit`` (two bytes a parameter, with a scale
+            for 256 of each) or ``adafactor`` (rows and columns in float32).
         gradient: Bytes of a gradient's element where the weight has the format ``matrices``.
     """
 
     matrices: str
-    adapters: bool
+    adapters: str | None
+    adapted: tuple[str, ...] = ("attention", "MLP")
     optimizer: str = "adamw"
     gradient: float = 2.0
 
 
 RECIPES = {
-    "qlora": Recipe("nf4", True),
-    "lora": Recipe("bfloat16", True),
-    "fp8": Recipe("fp8", False, "adafactor", 1.0),
-    "full": Recipe("bfloat16", False),
+    # As the scripts beside this file have it; in the next two the adapters are as PEFT makes them of itself.
+    "qlora-8bit": Recipe("nf4", "bfloat16", ("attention",), "adamw8bit"),
+    "qlora": Recipe("nf4", "float32"),
+    "lora": Recipe("bfloat16", "float32"),
+    "fp8": Recipe("fp8", None, optimizer="adafactor", gradient=1.0),
+    "full": Recipe("bfloat16", None),
 }
 
 
@@ -600,7 +605,8 @@ def _prepare(model: Any, head: Any, recipe: Recipe, setup: Setup) -> None:
                 parameter = getattr(module, weight)
                 parameter.plan_format = module.plan_format
                 if recipe.adapters:
-                    _adapt(module, f"_{weight}", parameter.shape[1:], setup.rank, parameter.shape[0])
+                    shape = parameter.shape
+                    _adapt(module, f"_{weight}", shape[1:], setup.rank, shape[0], recipe.adapters)
             for parameter in module.parameters(recurse=False):
                 if not hasattr(parameter, "plan_part") or parameter.plan_part != "adapters":
                     parameter.plan_part, parameter.plan_of_experts = "experts", True
@@ -610,8 +616,8 @@ def _prepare(model: Any, head: Any, recipe: Recipe, setup: Setup) -> None:
             if module.out_features in experts_count:
                 continue
             module.weight.plan_format = module.plan_format = stored_format(recipe, setup)
-            if recipe.adapters:
-                _adapt(module, "", module.weight.shape[::-1], setup.rank, 1)
+            if recipe.adapters and module.weight.plan_part in recipe.adapted:
+                _adapt(module, "", module.weight.shape[::-1], setup.rank, 1, recipe.adapters)
             module.forward = types.MethodType(linear_forward, module)
         elif isinstance(module, torch.nn.Embedding):
             module.weight.plan_part = "embeddings and head"
@@ -648,14 +654,14 @@ def is_experts(module: Any) -> bool:
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
-def _adapt(module: Any, suffix: str, sizes: tuple[int, int], rank: int, experts: int) -> None:
+def _adapt(module: Any, suffix: str, sizes: tuple[int, int], rank: int, experts: int, dtype: str) -> None:
     """Give a module PEFT's factors of a matrix ``sizes`` (in PEFT's order), of each expert."""
     for letter, shape in (
         ("a", (rank * experts, sizes[-1 if suffix else 0])),
         ("b", (sizes[0 if suffix else 1], rank * experts)),
     ):
-        parameter = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float32))
-        parameter.plan_part, parameter.plan_format = "adapters", "float32"
+        parameter = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=getattr(torch, dtype)))
+        parameter.plan_part, parameter.plan_format = "adapters", dtype
         parameter.plan_of_experts = experts > 1
         module.register_parameter(f"lora_{letter}{suffix}", parameter)
 
@@ -930,11 +936,13 @@ class Planner:
     def _optimizer_bytes(self, parameter: Any, elements: float) -> float:
         if self.recipe.optimizer == "adamw":
             return 2 * elements * FORMATS[parameter.plan_format]
+        if self.recipe.optimizer == "adamw8bit":
+            return 2 * elements * (1 + 4 / 256)
         return 4 * elements * (1 if parameter.dim() < 2 else sum(1 / n for n in parameter.shape[-2:]))
 
     def _update_bytes(self, parameter: Any, elements: float) -> float:
         """What the optimizer's step makes: nothing in fused AdamW, a matrix and its update in float32 in Adafactor."""
-        if self.recipe.optimizer == "adamw":
+        if self.recipe.optimizer != "adafactor":
             return 0
         return 8 * elements / (parameter.shape[0] if parameter.dim() > 2 else 1)
 

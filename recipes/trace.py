@@ -40,8 +40,8 @@ FAMILIES = {
     "attention": r"attention|attn|flash_(fwd|bwd)|flash::|fmha|sdpa|segments_(for|back)ward",
     "quantization": r"dequant|kquantize|quantize_(4bit|blockwise|nf4|fp4|fp8|mx)|decode_(experts|kernel)",
     "experts": r"expert|(?<!scatter)moe|grouped_?(mm|gemm|matmul|outer|linear)|group_?gemm|groupproblemshape"
-    r"|gate_(up|forward|backward)_kernel|quantized_matmul|(count|place)_pairs|sum_choices|tile_schedule|matmul_ogs|scatter2scatter"
-    r"|groupxty|bitmatrix|_sdd_",
+    r"|gate_(up|forward|backward)_kernel|quantized_matmul|(count|place)_pairs|sum_choices|tile_schedule"
+    r"|scaled_transpose|matmul_ogs|scatter2scatter|groupxty|bitmatrix|_sdd_",
     "norm": r"(layer|rms|group|batch)_?norm|rms_(for|back)ward|rms_layernorm|gammabeta|(norm_)?rotary_(for|back)ward"
     r"|triton_(red|per)_fused.*rsqrt",
     "copies": r"memcpy|memset|copy|(^|::)(to|clone|contiguous|cat|stack|fill_|zero_)$|catarray|fillfunctor|pin_memory",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gpu import dense_problems, problems
+from gpu import dense_problems, pair_problems, problems
 from gpu.problems import Part, Problem
 from gpu.sweep_plan import Entry
 
-PARTS: Mapping[str, Part] = {**problems.PARTS, **dense_problems.PARTS}
+PARTS: Mapping[str, Part] = {**problems.PARTS, **dense_problems.PARTS, **pair_problems.PARTS}
 
 
 def make(entry: Entry, real: bool) -> Problem:

@@ -43,6 +43,7 @@ class Problem:
         expected: torch's results of the call.
         timed: The Triton kernels that count; all if there are none.
         results: Computes what ``expected`` has, where a call alone does not: with products by torch, say.
+        itemsize: Of the elements that its rule is looked up by, in bytes.
     """
 
     operator: str
@@ -54,6 +55,7 @@ class Problem:
     expected: Callable[[], Tensors]
     timed: tuple[str, ...] = ()
     results: Callable[[], Tensors] | None = None
+    itemsize: int = DTYPE.itemsize
 
 
 def values(real: bool, *shape: int) -> torch.Tensor:
@@ -93,7 +95,7 @@ def decoded(stack: QuantizedStack) -> torch.Tensor:
     return torch.cat([reference.decode(matrix) for matrix in matrices])
 
 
-class _Layer:
+class Layer:
     """Rows, weights and factors of one MoE layer, and products by torch, expert by expert."""
 
     def __init__(self, sizes: Sizes, real: bool) -> None:
@@ -138,7 +140,7 @@ class _Layer:
 
 
 def _gate_up(sizes: Sizes, real: bool) -> Problem:
-    layer, gate = _Layer(sizes, real), Gate("silu")
+    layer, gate = Layer(sizes, real), Gate("silu")
     e, h, i, r, s = layer.experts, layer.hidden, layer.intermediate, layer.rank, layer.pairs
     x, weight = layer.values(layer.tokens, h), layer.values(e, 2 * i, h)
     low, low_weight = layer.values(s, r), layer.values(e, 2 * i, r)
@@ -160,7 +162,7 @@ def _matmul(
 ) -> Problem:  # fmt: skip
     """A wide product with its low-rank term, its weight in NF4 if ``quantized``; ``n`` and ``k`` name sizes of the
     layer."""
-    layer = _Layer(sizes, real)
+    layer = Layer(sizes, real)
     columns = {"hidden": layer.hidden, "intermediate": layer.intermediate, "both": 2 * layer.intermediate}
     e, r, s, n_out, n_in = layer.experts, layer.rank, layer.pairs, columns[n], columns[k]
     x = layer.values(layer.tokens if gather else s, n_in)
@@ -197,7 +199,7 @@ def _matmul(
 
 
 def _low_rank(sizes: Sizes, real: bool) -> Problem:
-    layer = _Layer(sizes, real)
+    layer = Layer(sizes, real)
     x, a = layer.values(layer.tokens, layer.hidden), layer.values(layer.experts, layer.rank, layer.hidden)
     moved = x.numel() + a.numel() + layer.pairs * layer.rank
     return layer.problem(
@@ -208,7 +210,7 @@ def _low_rank(sizes: Sizes, real: bool) -> Problem:
 
 
 def _outer_a(sizes: Sizes, real: bool) -> Problem:
-    layer = _Layer(sizes, real)
+    layer = Layer(sizes, real)
     low, x = layer.values(layer.pairs, layer.rank), layer.values(layer.tokens, layer.hidden)
     moved = low.numel() + x.numel() + layer.experts * layer.rank * layer.hidden
     return layer.problem(
@@ -219,7 +221,7 @@ def _outer_a(sizes: Sizes, real: bool) -> Problem:
 
 
 def _outer_b(sizes: Sizes, real: bool) -> Problem:
-    layer = _Layer(sizes, real)
+    layer = Layer(sizes, real)
     grad, low = layer.values(layer.pairs, 2 * layer.intermediate), layer.values(layer.pairs, layer.rank)
     moved = grad.numel() + low.numel() + layer.experts * layer.rank * 2 * layer.intermediate
     return layer.problem(
@@ -326,7 +328,6 @@ Part = Callable[[Sizes, bool], Problem]
 PARTS: Mapping[str, Part] = {
     "gate_up": _gate_up,
     "down": lambda s, real: _matmul(s, real, "hidden", "intermediate", False, False, True, weighted=True),
-    "d_activation": lambda s, real: _matmul(s, real, "intermediate", "hidden", True, True, False),
     "d_hidden": lambda s, real: _matmul(s, real, "hidden", "both", True, False, True),
     "quantized_up": lambda s, real: _matmul(s, real, "both", "hidden", False, True, False, quantized=True),
     "quantized_down": lambda s, real: _matmul(

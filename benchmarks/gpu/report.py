@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pictures
-
-from gpu.tables import replace
+from measuring import replace
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
@@ -17,7 +16,8 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
 
     Args:
         results: ``device``, ``date``, ``commit``, ``versions``, ``card``, ``minutes`` and ``stages``, and as far as the
-            run came ``tests``, ``rows``, ``sweep`` (problems by name), ``rows_with_new_tables`` and ``sanitizer``.
+            run came ``tests``, ``rows``, ``model``, ``sweep`` (problems by name), ``rows_with_new_tables`` and
+            ``sanitizer``.
     """
     of = f"{results['device']}, {results['date'][:10]}"
     sweep = sweep_file(results) if results.get("sweep") else None
@@ -63,6 +63,8 @@ def page(results: Mapping[str, Any], sweep: Mapping[str, Any] | None, drawn: Seq
     ):
         if results.get(key):
             lines += [f"## {title}", "", *rows_table(results[key], card["dense_tflops"])]
+    if results.get("model"):
+        lines += ["## Steps of Gemma 4 26B-A4B, random weights", "", *model_table(results["model"])]
     if "time.svg" in drawn:
         lines += ["![Time by implementation](time.svg)", ""]
     if sweep:
@@ -98,7 +100,18 @@ def rows_table(rows: Sequence[Mapping[str, Any]], dense_tflops: float) -> list[s
     header = ("layer", "implementation", "ms", "of ours", "MB above", "of dense", "")
     refused = [row for row in rows if "refused" in row]
     told = [f"- {row['layer']}, {row['implementation']}: {row['refused']}" for row in refused]
-    return [*table(header, lines), *told, *([""] if told else [])]
+    return [*(table(header, lines) if lines else []), *told, *([""] if told else [])]
+
+
+def model_table(model: Mapping[str, Any]) -> list[str]:
+    """The steps of a whole model by job and implementation, and what else their files say."""
+    lines = [
+        (job, name, f"{ms:.0f}", f"{run['peak_bytes'][name] / 1e9:.1f}", f"{run['planned_bytes'] / 1e9:.1f}")
+        for job, run in model.items()
+        for name, ms in run.get("ms_per_step", {}).items()
+    ]
+    told = [f"- {job}, {run['outcome']}: {run.get('about', 'no figures')}" for job, run in model.items()]
+    return [*table(("steps", "implementation", "ms a step", "GB", "GB planned, ours"), lines), *told, ""]
 
 
 def sweep_table(sweep: Mapping[str, Any]) -> list[str]:

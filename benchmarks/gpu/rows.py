@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import replace
+
 from gpu.card import Turns, time_undisturbed
 from gpu.processes import Job
-from gpu.tables import replace
 
 # Layers of compare.py, and cases of the other comparisons, those worth most first.
 LAYERS = ("gemma4", "mixtral", "qwen3")

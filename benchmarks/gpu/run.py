@@ -32,11 +32,12 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 # The kernel's own and its tests', and what kernelpress builds it with.
 NEEDED = (
     "torch", "triton", "transformers", "peft", "kernels", "pytest", "xdist", "hypothesis", "httpx2", "dulwich", "tomli",
+    "ruff",
 )  # fmt: skip
 # What kernelpress builds a kernel with that comes in a wheel.
 PEERS_NEED = ("tomlkit",)
 # In order. What one leaves over serves those after it, and what all leave over the memory checker.
-SHARES = {"tests": 0.24, "rows": 0.3, "sweep": 0.28, "rows again": 0.16, "sanitizer": 0.02}
+SHARES = {"tests": 0.2, "rows": 0.24, "sweep": 0.22, "rows again": 0.12, "model": 0.2, "sanitizer": 0.02}
 MEASURE_CARD = """
 import json, torch
 from compare_attention import dense_rate
@@ -84,7 +85,9 @@ class Recorder:
         self.folder, self.results, self.budget = folder, results, budget
 
     def stage(self, name: str, key: str, run: Callable[[float], Any]) -> None:
-        """Run a stage until its time is over, and write the report with its results."""
+        """Run a stage that is to run until its time is over, and write the report with its results."""
+        if name not in self.budget.shares:
+            return
         begin, until = time.monotonic(), self.budget.until(name)
         print(f"{name}: at most {until - begin:.0f} s", flush=True)
         stage = self.results["stages"][name] = {"seconds": 0.0, "outcome": "interrupted"}
@@ -115,12 +118,14 @@ def run_all(run: stages.Run, results: dict[str, Any], budget: Budget, install: b
     if tiles.is_dir():
         again = "rows_with_new_tables"
         recorder.stage("rows again", again, lambda until: stages.run_rows(run, again, until, tiles))
-    if not run.dry:
-        recorder.stage("sanitizer", "sanitizer", lambda until: stages.run_sanitizer(run, until))
+    new = tiles if tiles.is_dir() else None
+    recorder.stage("model", "model", lambda until: stages.run_model(run, until, new))
+    recorder.stage("sanitizer", "sanitizer", lambda until: stages.run_sanitizer(run, until))
     print(f"report: {run.folder / 'report.md'}", flush=True)
-    tests = results["tests"]
+    tests = results.get("tests", {"failed": 0, "outcome": ""})
     failed = bool(tests["failed"]) or tests["outcome"].startswith("exit status")
-    return int(failed or any(is_failure(row) for row in results["rows"]))
+    rows = [*results.get("rows", ()), *results.get("rows_with_new_tables", ())]
+    return int(failed or any(is_failure(row) for row in rows))
 
 
 def main() -> None:
@@ -128,6 +133,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for all stages together; default 8")
+    parser.add_argument("--stages", default=",".join(SHARES), help="some of them; default %(default)s")
     parser.add_argument("--wheels", type=Path, help="the folder with axolotl's and Unsloth's wheels")
     parser.add_argument("--install", action="store_true", help="put the sweep's tables over those that ship")
     parser.add_argument("--output", type=Path, help="the folder for results")
@@ -139,7 +145,11 @@ def main() -> None:
         parser.error(f"--wheels: {given.wheels} is no folder")
     if given.dry and (given.install or not given.output):
         parser.error("--dry: needs --output, and times that are made up are not installed")
-    budget = Budget(given.minutes, SHARES)
+    # Without a GPU there are neither steps of a whole model nor a memory checker.
+    names = set(given.stages.split(",")) - ({"model", "sanitizer"} if given.dry else set())
+    if unknown := names - set(SHARES):
+        parser.error(f"--stages: {', '.join(sorted(unknown))}: none of {', '.join(SHARES)}")
+    budget = Budget(given.minutes, {name: share for name, share in SHARES.items() if name in names})
     card = MADE_UP if given.dry else measured_card([*NEEDED, *(PEERS_NEED if given.wheels else [])])
     results: dict[str, Any] = {
         **provenance(), "device": card["device"], "card": card, "minutes": given.minutes, "stages": {},

@@ -1,7 +1,8 @@
-"""The stages of a run: tests, rows, the sweep, rows with its tables, and a memory checker."""
+"""The stages of a run: tests, rows, a whole model's steps, the sweep, rows with its tables, and a memory checker."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import replace
+
 from gpu import rows, sweep_plan, tables
 from gpu.processes import REPOSITORY, Job, run_all
 
 TESTS = REPOSITORY / "tests" / "scattermoe_lora"
 OPS = REPOSITORY / "torch-ext" / "scattermoe_lora" / "ops"
+# Rows that prepare at once: the weights and buffers of all of them have to fit the card.
+ROWS_AT_ONCE = 10
 # Of a stage's time: for preparing, the rest is for timing.
 PREPARING = 0.6
 # Less than this is not worth the start of a memory checker.
@@ -78,20 +83,49 @@ def read_tests(log: str) -> dict[str, Any]:
 
 
 def run_rows(run: Run, name: str, until: float, tiles: Path | None = None) -> list[dict[str, Any]]:
-    """Run the rows, as many at once as there are cores, with the tile tables of a folder if one is given."""
+    """Run the rows, some at once, with the tile tables of a folder if one is given."""
     folder = run.work / name
     planned = dry_rows(tiles is not None) if run.dry else rows.planned(run.peers())
     build = built(run.work / f"{name}-kernel", tiles)
-    for begin in range(0, len(planned), run.cores):
+    at_once = min(run.cores, ROWS_AT_ONCE)
+    for begin in range(0, len(planned), at_once):
         # Of the time that is left, as much as this part is of the rows that are left.
-        now, some = time.monotonic(), planned[begin : begin + run.cores]
+        now, some = time.monotonic(), planned[begin : begin + at_once]
         end = now + (until - now) * len(some) / (len(planned) - begin)
         jobs = rows.jobs(
             some, folder, build, "cpu" if run.dry else "cuda", run.card["dense_tflops"],
             now + PREPARING * (end - now),
         )  # fmt: skip
-        run_all(jobs, run.work / f"{name}-logs", end, run.cores)
+        run_all(jobs, run.work / f"{name}-logs", end, at_once)
     return rows.collect(folder)
+
+
+def model_jobs(run: Run, build: Path) -> list[Job]:
+    """Steps of Gemma 4 26B-A4B, named for the card that the recipe has such steps for; beside eager only the small."""
+    return [
+        Job(
+            name,
+            [
+                sys.executable, "-m", "gpu.model_step", "--device", "cuda", *options,
+                "--output", str(run.folder / "recipes" / f"{name}.json"),
+            ],
+            {"LOCAL_KERNELS": f"org/scattermoe-lora={build}"},
+        )
+        for name, options in (
+            ("gemma4_26b_80", ["--card", "80"]), ("gemma4_26b_24", ["--card", "24", "--eager"]),
+        )
+    ]  # fmt: skip
+
+
+def run_model(run: Run, until: float, tiles: Path | None = None) -> dict[str, Any]:
+    """Run the whole model's steps, one job after the other: by job how it ended, and its figures as far as it came."""
+    outcomes = run_all(model_jobs(run, built(run.work / "model-kernel", tiles)), run.work, until, 1)
+    results = {}
+    for name, outcome in outcomes.items():
+        path = run.folder / "recipes" / f"{name}.json"
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        results[name] = {"outcome": outcome, **figures}
+    return results
 
 
 def dry_rows(again: bool) -> list[rows.Row]:
@@ -165,7 +199,7 @@ def install(tiles: Path) -> list[Path]:
     installed = []
     for path in sorted(tiles.glob("*/tiles/*.json")):
         target = OPS / path.relative_to(tiles)
-        tables.replace(target, path.read_text())
+        replace(target, path.read_text())
         installed.append(target)
     return installed
 

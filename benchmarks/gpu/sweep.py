@@ -29,7 +29,7 @@ from triton.testing import do_bench
 
 from gpu.card import Turns, append_line
 from gpu.parts import make
-from gpu.problems import DTYPE, Problem, Tensors
+from gpu.problems import Problem, Tensors
 from gpu.sweep_plan import PLAN, Entry, Launch, launches_of, load_plan, shares
 
 # By how much a result may differ from torch's, as a share of the largest: rounding makes less of a difference, a lost
@@ -46,11 +46,11 @@ def folder_of(operator: str) -> Path:
 
 
 def own_launch(problem: Problem, device: str) -> Launch:
-    """The launch that the tables have for a problem; none where its kernel has no table."""
+    """The launch that the tables have for a problem; none where they have no rule for it."""
     folder = folder_of(problem.operator)
-    if not folder.is_dir() or problem.kernel not in tile_tables.load(folder, device).rules:
+    if not folder.is_dir():
         return {}
-    return tile_tables.find(folder, device, problem.kernel, DTYPE, problem.sizes)
+    return tile_tables.lookup(folder, device, problem.kernel, problem.itemsize, problem.sizes) or {}
 
 
 class Launcher:
@@ -104,19 +104,21 @@ def unwritten_product(x: torch.Tensor, weight: torch.Tensor, routing: Routing, _
 @contextmanager
 def launched_with(problem: Problem, launch: Launch) -> Iterator[None]:
     """The problem's kernel is launched with this, whatever the tables say."""
-    find = tile_tables.find
+    lookup = tile_tables.lookup
 
-    def chosen(folder: Path, device: str, kernel: str, *rest: Any) -> Launch:
-        return dict(launch) if launch and kernel == problem.kernel else find(folder, device, kernel, *rest)
+    def chosen(folder: Path, device: str, kernel: str, *rest: Any) -> Launch | None:
+        return dict(launch) if launch and kernel == problem.kernel else lookup(folder, device, kernel, *rest)
 
-    with mock.patch.object(tile_tables, "find", chosen):
+    with mock.patch.object(tile_tables, "lookup", chosen):
         yield
 
 
 def is_right(results: Tensors, expected: Tensors) -> bool:
-    """Tell whether results are torch's everywhere, up to rounding."""
+    """Tell whether results are torch's everywhere: integers as they are, others up to rounding."""
     return all(
         bool((got.float() - right.float()).abs().max() <= CLOSE * right.float().abs().max())
+        if right.is_floating_point()
+        else torch.equal(got, right)
         for got, right in zip(results, expected, strict=True)
     )
 
@@ -206,6 +208,7 @@ class Worker:
         own = dict(launch) == dict(own_launch(problem, self.device))
         about = {
             "operator": problem.operator, "kernel": problem.kernel, "sizes": dict(problem.sizes),
+            "itemsize": problem.itemsize,
             "gflop": problem.flop / 1e9, "mb": problem.bytes / 1e6,
         }  # fmt: skip
         entry_result = {**result, "launch": dict(launch), "ships": own}

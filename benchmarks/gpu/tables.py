@@ -8,16 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from measuring import replace
 from scattermoe_lora.ops.tile_tables import parse_rule
 
 # A launch that is faster than the one that ships by less than this may owe it to chance.
 FASTER = 0.98
+# By how much smaller and larger the sizes are that a rule serves beside the one that was timed.
+FACTORS = {"rows": 2, "pairs": 2, "experts": 2, "n": math.sqrt(2), "k": math.sqrt(2)}
 
 
 def fastest(problem: Mapping[str, Any]) -> Mapping[str, int] | None:
-    """The launch to take for a problem: the fastest, unless the one that ships is as fast; None if none was timed."""
+    """The launch to take for a problem: the fastest, unless the one that ships is as fast.
+
+    None if none was timed, or if time ran out for the one that ships: an earlier timing may have chosen it.
+    """
     timed = [entry for entry in problem["launches"] if entry["ms"] is not None]
-    if not timed:
+    if not timed or not any(entry["ships"] for entry in problem["launches"]):
         return None
     best = min(timed, key=lambda entry: entry["ms"])
     ships = [entry for entry in timed if entry["ships"] and best["ms"] > FASTER * entry["ms"]]
@@ -26,7 +32,7 @@ def fastest(problem: Mapping[str, Any]) -> Mapping[str, int] | None:
 
 
 def limits(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The limits of a rule that serves sizes like these: rows by a factor of 2, columns by one of its root.
+    """The limits of a rule that serves sizes like these, up to one of the :data:`FACTORS`.
 
     A head's size is what its blocks are made for; a rank of 16 is the least that is multiplied.
     """
@@ -36,13 +42,12 @@ def limits(sizes: Mapping[str, Any]) -> dict[str, Any]:
             # A rule for both kinds is not what was timed; keys that are the values have rules of their own.
             if name != "same_kv":
                 around[name] = size
-        elif name not in ("rows", "n", "k"):
+        elif name not in FACTORS:
             around[name] = size
-        elif size <= 16:
+        elif size <= 16 and name in ("n", "k"):
             around[name] = 16
         else:
-            factor = 2 if name == "rows" else math.sqrt(2)
-            around[name] = [math.ceil(size / factor), math.floor(size * factor)]
+            around[name] = [math.ceil(size / FACTORS[name]), math.floor(size * FACTORS[name])]
     return around
 
 
@@ -52,15 +57,17 @@ def serves(rule: Mapping[str, Any], sizes: Mapping[str, Any], itemsize: int = 2)
 
 
 def with_rule(
-    rules: list[dict[str, Any]], sizes: Mapping[str, Any], launch: Mapping[str, int], timing: str
+    rules: list[dict[str, Any]], problem: Mapping[str, Any], launch: Mapping[str, int], timing: str
 ) -> None:
-    """Let the sizes be served by a rule with this launch: in the place of one for the same sizes, else before the first
-    that serves them."""
-    rule = {"bytes": 2, **limits(sizes), "launch": dict(launch), "measured": timing}
-    place = next(position for position, other in enumerate(rules) if serves(other, sizes))
+    """Let a problem's sizes be served by a rule with this launch: in the place of one for the same sizes, else before
+    the first that serves them, else at the end, as with kernels that stand in for torch's operators."""
+    itemsize, sizes = problem.get("itemsize", 2), problem["sizes"]
+    rule = {"bytes": itemsize, **limits(sizes), "launch": dict(launch), "measured": timing}
+    serving = (position for position, other in enumerate(rules) if serves(other, sizes, itemsize))
+    place = next(serving, len(rules))
     described = ("launch", "measured")
-    before = {name: value for name, value in rules[place].items() if name not in described}
-    if before == {name: value for name, value in rule.items() if name not in described}:
+    before = [{name: value for name, value in other.items() if name not in described} for other in rules]
+    if before[place:] and before[place] == {name: rule[name] for name in rule if name not in described}:
         rules[place] = rule
     else:
         rules.insert(place, rule)
@@ -83,8 +90,8 @@ def updated(
     result = {kernel: list(rules) for kernel, rules in table.items() if kernel != "measured"}
     for problem in problems.values():
         launch = fastest(problem)
-        if launch and problem["kernel"] in result:
-            with_rule(result[problem["kernel"]], problem["sizes"], launch, name)
+        if launch:
+            with_rule(result.setdefault(problem["kernel"], []), problem, launch, name)
     timings = {**(table["measured"] or {}), name: dict(timing)}
     named = {rule.get("measured") for rules in result.values() for rule in rules}
     return {"measured": {key: value for key, value in timings.items() if key in named}, **result}
@@ -109,10 +116,3 @@ def write(
             replace(path, render(updated(json.loads(source.read_text()), own, name, timing)))
             written.append(path)
     return written
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file at once: an interrupt leaves the old one or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)

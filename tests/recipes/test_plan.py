@@ -90,6 +90,16 @@ def test_parts_are_what_parameters_take_and_shrink_with_cards(planner: Any) -> N
     assert parallel.step_seconds >= parallel.seconds["compute"] > 0
 
 
+def test_adapters_of_the_scripts_take_six_bytes_a_parameter_and_are_on_attention_and_experts() -> None:
+    planner = plan.Planner(config("Gemma 4 MoE"), "qlora-8bit")
+    result = planner.plan(1, 16)
+    trained = [name for name, p in planner.model.named_parameters() if p.requires_grad]
+    assert {name.split(".")[-2] for name in trained} == {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}
+    assert result.parts["adapters"] == 2 * result.trained
+    assert result.parts["optimizer"] == 2 * (1 + 4 / 256) * result.trained
+    assert planner.step(1, 16).peak["gradients"] <= 2 * result.trained + 512 * len(trained)
+
+
 def test_float8_training_takes_two_bytes_a_parameter_and_the_rows_and_columns() -> None:
     settings = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 256}
     planner = plan.Planner(transformers.LlamaConfig(**settings, architectures=["LlamaForCausalLM"]), "fp8")
@@ -160,7 +170,11 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
             "not a language model",
         ),
         (("--card", "B52"), None, "--card: expected memory such as 24GB or one of T4"),
-        (("--recipe", "dora"), None, "--recipe: expected one of qlora, lora, fp8, full, got 'dora'"),
+        (
+            ("--recipe", "dora"),
+            None,
+            "--recipe: expected one of qlora-8bit, qlora, lora, fp8, full, got 'dora'",
+        ),
         (("--length", "0"), None, "--length: expected 1 or more"),
         (("--cards", "6", "--expert-parallel", "4"), None, "a multiple of --expert-parallel"),
         (("--model", "/nowhere/config.json"), None, "cannot be read"),

@@ -145,6 +145,9 @@ for heads, length, packed in ((1, 1, False), (1, 1, True), (2, 1, False)):
 for weight in (None, leaf(2)):
     kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight, *(2 * [torch.ones(1, 1, 2)])).sum().backward()
     kernel.rms_norm_rotary(leaf(1, 1, 1, 2), weight).sum().backward()
+transpose = importlib.import_module(f"{kernel.__name__}.ops.grouped_linear.transpose")
+for sizes in ((1, 1), (16, 1), (1, 16)):
+    transpose.transpose_and_scale(leaf(*sizes), 1, torch.bfloat16).sum().backward()
 quantized("nf4", 0, 32, 1, torch.zeros(1, dtype=torch.uint8), torch.ones(256), torch.ones(1), torch.ones(()))
 quantized("e4m3", 1, 1, 0, torch.ones(1, 1, 1))
 quantized("e2m1", 1, 32, 0, torch.ones(1, 1, 1).to(torch.float8_e8m0fnu), torch.ones(1))

@@ -241,8 +241,10 @@ def result(ms, ships=False, **launch):
         ([result(1.0, A=1), result(1.5, True, A=2)], {"A": 1}),
         # Hardly faster.
         ([result(1.0, A=1), result(1.01, True, A=2)], {"A": 2}),
-        ([result(None, A=1), result(2.0, A=3)], {"A": 3}),
+        ([result(None, True, A=1), result(2.0, A=3)], {"A": 3}),
         ([result(None, True, A=1)], None),
+        # Nobody knows whether it is faster than the one that ships.
+        ([result(2.0, A=3)], None),
     ],
 )
 def test_the_fastest_launch_is_taken_unless_the_one_that_ships_is_as_fast(gpu, launches, taken) -> None:
@@ -277,13 +279,28 @@ def test_a_table_of_a_sweep_loads_and_serves_what_was_timed_with_the_fastest_and
         {"head_dim": d, "same_kv": False, "window": w} for d, w in ((512, False), (256, True), (256, False))
     ]
     problems = {
-        name: {"operator": operator, "kernel": kernel, "sizes": size, "launches": [result(1.0, **launch)]}
+        name: {
+            "operator": operator,
+            "kernel": kernel,
+            "sizes": size,
+            "launches": [result(1.0, True, **launch)],
+        }
         for name, operator, kernel, size, launch in (
             ("gate_up", "grouped_linear", "grouped_matmul", gate_up, matmul),
             ("few", "grouped_linear", "grouped_matmul", few, matmul),
             *((str(s), "attention", "attention_forward", s, attention) for s in sizes),
         )
     }
+    # What stands in for torch's operators has a rule where it is faster, and none where torch is.
+    sort = {"pairs": 65536, "experts": 128}
+    problems["sort"] = {
+        **problems["few"], "kernel": "sort_pairs", "sizes": sort, "itemsize": 8,
+        "launches": [result(1.0, BLOCK=256), result(2.0, ships=True)],
+    }  # fmt: skip
+    problems["by torch"] = {
+        **problems["sort"], "kernel": "sum_choices", "itemsize": 2, "sizes": {"n": 2816, "k": 8},
+        "launches": [result(1.0, ships=True), result(2.0, BLOCK=256)],
+    }  # fmt: skip
     problems["untimed"] = {**problems["few"], "kernel": "grouped_outer", "launches": [result(None, A=1)]}
     problems["no table"] = {**problems["few"], "operator": "nothing", "kernel": "nothing"}
     for before in (OPS, tmp_path / "first"):
@@ -299,14 +316,18 @@ def test_a_table_of_a_sweep_loads_and_serves_what_was_timed_with_the_fastest_and
         folder = tmp_path / "second" / problem["operator"] / "tiles"
         if problem["operator"] == "nothing" or problem["kernel"] == "grouped_outer":
             continue
-        kernel, size = problem["kernel"], problem["sizes"]
-        assert (
-            dict(tiles.find(folder, "sm_90", kernel, torch.bfloat16, size))
-            == problem["launches"][0]["launch"]
-        )
+        kernel, size, itemsize = problem["kernel"], problem["sizes"], problem.get("itemsize", 2)
+        launch = tiles.lookup(folder, "sm_90", kernel, itemsize, size) or {}
+        assert dict(launch) == problem["launches"][0]["launch"]
+        if not launch:
+            continue
         table = tiles.load(folder, "sm_90")
-        rule = next(rule for rule in table.rules[kernel] if rule.serves(2, size))
+        rule = next(rule for rule in table.rules[kernel] if rule.serves(itemsize, size))
         assert table.timing(rule) == tiles.Timing(**TIMING)
+    assert all(
+        tiles.lookup(tmp_path / "second/grouped_linear/tiles", "sm_90", "sort_pairs", 8, size) is None
+        for size in ({**sort, "pairs": 131073}, {**sort, "pairs": 32767}, {**sort, "experts": 63})
+    )
     # Sizes unlike those, other bytes, another kernel: as before.
     for operator, kernel, itemsize, size in (
         ("grouped_linear", "grouped_matmul", torch.bfloat16, {"rows": 2048, "n": 1408, "k": 2816}),
@@ -341,7 +362,7 @@ import json, sys
 import torch
 from gpu import parts, problems, sweep
 from gpu.sweep_plan import PLAN, Entry, small_plan
-problems.DTYPE = sweep.DTYPE = torch.float32
+problems.DTYPE = torch.float32
 plan = small_plan(json.loads(PLAN.read_text()), parts.PARTS)
 small = {part: plan["sizes"][of] for part, of, *_ in plan["sweep"]}
 for part, launch in json.loads(sys.argv[1]):
@@ -369,8 +390,12 @@ def test_what_is_timed_computes_what_torch_computes_and_so_does_each_launch_that
     cases = [(part_of.get(name, name), launch) for name, launch in launches.items()]
     parts = set(gpu("parts").PARTS)
     cases += [(part, {}) for part in sorted(parts - {part for part, _ in cases})]
-    by_torch = json.loads(gpu("sweep_plan").PLAN.read_text())["candidates"]["library"]
-    by_torch = dict(zip(by_torch["names"], by_torch["launches"][1], strict=True))
+    candidates = json.loads(gpu("sweep_plan").PLAN.read_text())["candidates"]
+    by_torch, sort, sums = (
+        dict(zip(candidates[name]["names"], candidates[name]["launches"][1], strict=True))
+        for name in ("library", "sort", "sums")
+    )
+    cases += [("sort_pairs", sort), ("sum_choices", sums)]
     cases += [(part, by_torch) for part in ("gate_up", "d_hidden", "down", "d_activation")]
     assert {part for part, _ in cases} == parts
     folders = [str(REPOSITORY / name) for name in ("benchmarks", "torch-ext")]

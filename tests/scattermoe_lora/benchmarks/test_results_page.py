@@ -58,7 +58,7 @@ def test_the_page_its_pictures_and_the_card_are_what_the_command_makes(page: Mod
     assert pictures | {page.PAGE} == set(files)
     (figures,) = page.CARD_FIGURES.findall((REPOSITORY / "CARD.md").read_text("utf-8"))
     assert figures == page.card_figures(contents)
-    assert all(f"### {name}\n" in files[page.PAGE] for name in contents)
+    assert all(f"(../benchmarks/results/{name})" in files[page.PAGE] for name in contents)
 
 
 def test_a_recipe_is_shown_with_its_loss_time_memory_and_plan(page: ModuleType, tmp_path: Path) -> None:
@@ -73,6 +73,70 @@ def test_a_recipe_is_shown_with_its_loss_time_memory_and_plan(page: ModuleType, 
     assert "3000 MB" in files[Path("docs/results/recipes-MB.svg")]
     unplanned = page.render({"recipes/some_qlora.json": {**RECIPE, "planned_bytes": None}})
     assert "| not planned |" in unplanned[page.PAGE]
+    alone = {key: {"ours": RECIPE[key]["ours"]} for key in ("losses", "ms_per_step", "peak_bytes")}
+    text = page.render({"recipes/some_qlora.json": {**RECIPE, **alone}})[page.PAGE]
+    assert "| some_qlora | a card | 5.000 to 4.000 |  | 10 | 2000 | 2100 |" in text
+
+
+def report(hour: int, rows: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
+    """A run of ``make gpu`` on a card, as its report.json has it."""
+    about = {
+        "date": f"2026-11-27T{hour:02}:00:00+00:00",
+        "commit": f"c{hour}",
+        "versions": {"torch": "2.11.0"},
+    }
+    return {
+        **about,
+        "device": "a card",
+        "card": {"dense_tflops": 800.0, "copy_gb_per_s": 3000.0},
+        "rows": rows,
+        **rest,
+    }
+
+
+def row(layer: str, implementation: str, ms: float | None, **rest: Any) -> dict[str, Any]:
+    figures = {"refused": "OutOfMemoryError: all of it"} if ms is None else {"ms": ms, "peak_mb": 100.0}
+    return {"layer": layer, "implementation": implementation, **figures, **rest}
+
+
+def test_of_several_runs_each_layers_newest_rows_are_shown(page: ModuleType, tmp_path: Path) -> None:
+    tests = {"outcome": "cut off", "passed": 8, "failed": 1, "failures": ["tests/a/test_b.py::test_c"]}
+    first = [row("gemma4", "scattermoe", 9.0), row("gemma4", "unsloth", 12.0), row("mlp-norm", "liger", 7.0)]
+    first += [row("mixtral", "scattermoe", 30.0, disturbed=True), row("mixtral", "unsloth", 20.0)]
+    second = [
+        row("gemma4", "scattermoe", 5.0),
+        row("gemma4", "axolotl", 6.0),
+        row("qwen3", "scattermoe", None),
+    ]
+    second += [row("mixtral", "scattermoe", None), row("mixtral", "unsloth", 21.0)]
+    save(tmp_path, "card/2026-11-27T0900/report.json", report(9, first))
+    save(tmp_path, "card/2026-11-27T1100/report.json", report(11, second, tests=tests, about="Hurried."))
+    save(tmp_path, "card/2026-11-27T0900/recipes/some_qlora.json", RECIPE)
+    nothing = {key: {} for key in ("losses", "ms_per_step", "peak_bytes")}
+    save(tmp_path, "card/2026-11-27T1100/recipes/some_qlora.json", {**RECIPE, **nothing})
+    contents = page.read(tmp_path)
+    files = page.render(contents)
+    text = files[page.PAGE]
+    assert "| gemma4 | axolotl | 6 | 1.20 | 100 |  |  |" in text
+    assert "| gemma4 | unsloth" not in text
+    assert "| mixtral | scattermoe | 30 | 1.00 | 100 |  | disturbed |" in text
+    assert "- qwen3, scattermoe: OutOfMemoryError: all of it" in text
+    assert "| mlp-norm | liger | 7 |" in text
+    assert text.index("2026-11-27T1100/report.md") < text.index("2026-11-27T0900/report.md")
+    assert "| 8 passed, 1 failed, the rest cut off by time |" in text
+    assert "- 2026-11-27T1100: Hurried." in text
+    assert "- 2026-11-27T1100: `test_b.py::test_c` failed" in text
+    assert "6 ms" in files[Path("docs/results/card-experts.svg")]
+    # A recipe that ran out of memory says so by a row without figures; the one before it is linked.
+    assert "| some_qlora | a card |  |  |  |  | 2100 |" in text
+    assert "Earlier: [card/2026-11-27T0900/recipes/some_qlora.json](" in text
+
+    figures = page.card_figures({**contents, "cpu-growth.json": RECIPE})
+    assert " LoRA of rank 16 | 5 ms, 100 MB | 6 ms, 100 MB, axolotl | 1.20x |" in figures
+    assert " | 30 ms (disturbed), 100 MB | 20 ms, 100 MB, unsloth | 0.67x |" in figures
+    assert "Not timed: MoE layer of Qwen3-30B-A3B, LoRA of rank 16 (OutOfMemoryError);" in figures
+    assert "commit c11. Operator tests: 8 passed, 1 failed" in figures
+    assert "commit c9." in figures
 
 
 @pytest.mark.parametrize(

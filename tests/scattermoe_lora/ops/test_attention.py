@@ -246,6 +246,12 @@ OPTIONS = {
     "16 queries": {
         key: {"BLOCK_M": 16, "BLOCK_N": 16} for key in ("attention_forward", "attention_dkdv", "attention_dq")
     },
+    "tma": {key: {"TMA": 1, "CHUNK": 512} for key in KERNELS},
+    "tma, chunks": {
+        "attention_forward": {"TMA": 1, "CHUNK": 16, "ONE_LOOP": 1},
+        "attention_dkdv": {"TMA": 1, "CHUNK": 16, "PASSES": 2, "SPLIT": 0},
+        "attention_dq": {"TMA": 1, "CHUNK": 16, "DELTA": 1},
+    },
 }
 
 if TRITON:
@@ -260,6 +266,21 @@ if TRITON:
             return {**find(folder, device, name, dtype, sizes), **OPTIONS[request.param].get(name, {})}
 
         monkeypatch.setattr(tables, "find", with_option)
+
+    @pytest.mark.parametrize("option", [name for name in OPTIONS if name.startswith("tma")], indirect=True)
+    def test_boxes_hold_rows_of_the_next_sequence_that_leave_no_trace(kernel, option) -> None:
+        case = CASES["packed in a window"]
+        *tensors, do = inputs(case, EXACT)
+        results = []
+        for poison in (0.0, float("nan")):
+            poisoned = [x.clone() for x in (*tensors, do)]
+            for x in poisoned:
+                x[20:23] += poison
+            leaves = [x.requires_grad_() for x in poisoned[:3]]
+            out = attend(kernel, case, *leaves)
+            gradients = torch.autograd.grad(out, leaves, poisoned[3])
+            results.append([torch.cat([x[:20], x[23:]]) for x in (out, *gradients)])
+        assert all(map(torch.equal, *results))
 
     @pytest.mark.usefixtures("option")
     @pytest.mark.parametrize(
@@ -319,3 +340,26 @@ def with_sink(submodule, case: Case, q, k, v, sink) -> torch.Tensor:
     stacked = torch.stack([lse, sink[:, None].expand_as(lse)])
     share = torch.exp(lse - stacked.logsumexp(dim=0))
     return out * share.T.unsqueeze(-1)
+
+
+def test_boxes_serve_tensors_whose_rows_and_heads_stand_at_multiples_of_16_bytes(submodule) -> None:
+    descriptors = submodule("ops.attention.descriptors")
+    x = torch.zeros(2, 5, 3, 64, dtype=torch.float16)
+    (described,), blocks = descriptors.sources(
+        {"CHUNK": 32, "TMA": 1}, [descriptors.Tile(x.transpose(1, 2), 16, 32)], []
+    )
+    assert (list(described.shape), list(described.strides)) == ([2, 5, 3, 64], [960, 192, 64, 1])
+    assert (described.block_shape, blocks["TMA"]) == ([1, 1, 16, 32], 1)
+    packed = descriptors.describe(descriptors.Tile(x[0], 16, 64))
+    assert (packed.strides[2:], packed.block_shape) == ([64, 192, 1], [1, 1, 1, 16, 64])
+    without = (
+        x[:, :, :1].expand(2, 5, 3, 64),
+        torch.zeros(2, 5, 3, 68, dtype=torch.float16)[..., :64],
+        x.flatten()[1 : 1 + 64].view(1, 1, 1, 64),
+        x[:, :0],
+    )
+    for tensor in without:
+        tiles = [descriptors.Tile(tensor, 16, 32)]
+        arguments, blocks = descriptors.sources({"CHUNK": 32, "TMA": 1}, tiles, tiles)
+        assert arguments[0] is tensor
+        assert (arguments[1], blocks["TMA"]) == (None, 0)

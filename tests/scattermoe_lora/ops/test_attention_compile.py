@@ -69,19 +69,19 @@ def test_every_tile_of_every_device_is_compiled(submodule) -> None:
                 assert (f"{kernel}_kernel", target, *blocks) in compiled
 
 
-def test_every_option_of_a_launch_is_compiled_for_every_device(submodule) -> None:
+def test_every_option_of_a_launch_is_compiled_for_every_device_that_has_it(submodule) -> None:
     specs = submodule("ops.attention.specs").COMPILE_SPECS
     options = {
-        "attention_forward_kernel": {"ONE_LOOP": 1},
-        "attention_dkdv_kernel": {"ONE_LOOP": 1, "PASSES": 2},
-        "attention_dq_kernel": {"ONE_LOOP": 1, "DELTA": 1},
+        "attention_forward_kernel": {"ONE_LOOP": 1, "TMA": 1},
+        "attention_dkdv_kernel": {"ONE_LOOP": 1, "PASSES": 2, "TMA": 1},
+        "attention_dq_kernel": {"ONE_LOOP": 1, "DELTA": 1, "TMA": 1},
     }
     for kernel, values in options.items():
         for option, value in values.items():
             targets = {
                 t for s in specs if name_of(s) == kernel and s.constants[option] == value for t in s.targets
             }
-            assert targets == set(TARGETS)
+            assert targets == ({"sm_90", "sm_100", "sm_120"} if option == "TMA" else set(TARGETS))
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,12 @@ def test_every_option_of_a_launch_is_compiled_for_every_device(submodule) -> Non
     [
         ("attention_dkdv_kernel", "SPLIT 0 PASSES 2 ONE_LOOP 1 512 bf16 ieee"),
         ("attention_dq_kernel", "DELTA 1 512 bf16 ieee"),
+        ("attention_dkdv_kernel", "TMA 1 causal 512 bf16 ieee dk"),
+        ("attention_dkdv_kernel", "TMA 1 causal 512 bf16 ieee dv"),
+        ("attention_dq_kernel", "TMA 1 causal 512 bf16 ieee"),
     ],
 )
-def test_passes_and_delta_of_a_head_of_512_keep_their_values_in_registers(submodule, name, label) -> None:
+def test_options_of_a_head_of_512_keep_their_values_in_registers(submodule, name, label) -> None:
     specs = submodule("ops.attention.specs").COMPILE_SPECS
     (spec,) = (s for s in specs if name_of(s) == name and s.label == label and "sm_90" in s.targets)
     compiled = aot.compile_one(spec, "sm_90")

@@ -22,8 +22,8 @@ TARGETS = ("sm_80", "sm_90", "sm_120", "gfx942")
 
 @pytest.fixture(scope="module")
 def widest(submodule):
-    """``widest(name, use, target)``: the specification of a kernel's largest bfloat16 tile that serves the target, of
-    those that were chosen without timing them (or, with ``timed``, of those that were timed)."""
+    """``widest(name, use, target)``: the specification of a kernel's largest bfloat16 tile that serves the target (with
+    ``timed``, of those that were timed)."""
 
     def size(spec) -> int:
         # Results a block holds, which is what fills registers.
@@ -36,7 +36,7 @@ def widest(submodule):
             spec
             for spec in submodule(f"ops.{of}.specs").COMPILE_SPECS
             if name_of(spec) == name and spec.label.startswith(f"{use} bf16") and target in spec.targets
-            and (spec.measured is not None) == timed
+            and (spec.measured is not None or not timed)
         ]  # fmt: skip
         return max(found, key=size)
 
@@ -61,7 +61,8 @@ def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, nam
     assert compiled.error is None
     assert compiled.shared <= specs.TARGETS[target].shared_limit
     assert compiled.registers > 0
-    assert compiled.spilled == 0
+    # The widest on Hopper are launched as those that were timed there: these spill a little, and were the fastest.
+    assert compiled.spilled <= (32 if target == "sm_90" else 0)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_tile_that_was_timed_compiles_fits_and_multiplies_as_wide_as_it_is(wides
     spec = widest(name, use, "sm_90", timed=True)
     compiled = aot.compile_one(spec, "sm_90")
     assert compiled.error is None
-    assert compiled.measured == "NVIDIA H100 80GB HBM3, 2026-11-26"
+    assert compiled.measured.startswith("NVIDIA H100 80GB HBM3, ")
     assert compiled.shared <= specs.TARGETS["sm_90"].shared_limit
     assert compiled.spilled <= 32
     assert "wgmma.mma_async.sync.aligned.m64n256k16" in aot.compiled_kernel(spec, "sm_90").asm["ptx"]
@@ -96,7 +97,7 @@ def test_tile_that_was_timed_compiles_fits_and_multiplies_as_wide_as_it_is(wides
     ("target", "copies", "multiplies"),
     [
         ("sm_80", "cp.async.cg.shared.global [ %r", "mma.sync.aligned.m16n8k16"),
-        ("sm_90", "cp.async.cg.shared.global [ %r", "wgmma.mma_async.sync.aligned.m64n128k16"),
+        ("sm_90", "cp.async.cg.shared.global [ %r", "wgmma.mma_async.sync.aligned.m64n256k16"),
     ],
 )
 def test_main_product_copies_ahead_and_multiplies_on_tensor_cores(

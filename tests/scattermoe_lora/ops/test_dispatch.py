@@ -31,12 +31,14 @@ def test_kernels_launch_on_the_tensors_device_and_without_autocast(
             entered.append(-1)
 
     monkeypatch.setattr(torch.accelerator, "device_index", Watched)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     with FakeTensorMode():
-        x = torch.empty(2, device="cuda:1")
+        x, own = (torch.empty(2, device=device) for device in ("cuda:1", "cuda:0"))
     # Without a GPU torch.autocast("cuda") warns and stays off, so the CPU's stands for it below.
     with submodule("ops.dispatch").undisturbed(x):
         assert entered == [1]
-    assert entered == [1, -1]
+    with submodule("ops.dispatch").undisturbed(own):
+        assert entered == [1, -1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with submodule("ops.dispatch").undisturbed(torch.empty(2)):
             assert not torch.is_autocast_enabled("cpu")

@@ -16,6 +16,7 @@ MODULES = [
     "ops/test_experts.py",
     "ops/test_grouped_linear.py",
     "ops/test_options.py",
+    "ops/test_transpose.py",
     "experts/test_module.py",
     "ops/test_norm_rotary.py",
     "ops/linear_cross_entropy/test_linear_cross_entropy.py",

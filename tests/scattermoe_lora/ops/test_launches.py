@@ -21,10 +21,12 @@ KERNELS = {
     "gate_up_kernel",
     "grouped_matmul_kernel",
     "grouped_outer_kernel",
+    "matmul_gate_backward_kernel",
     "place_pairs_kernel",
     "quantized_matmul_kernel",
     "rotary_backward_kernel",
     "rotary_forward_kernel",
+    "scaled_transpose_kernel",
     "sum_choices_kernel",
     "tile_schedule_kernel",
 }

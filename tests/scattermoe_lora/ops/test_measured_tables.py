@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 OPERATORS = sorted(path.parent.name for path in REPOSITORY.glob("torch-ext/scattermoe_lora/ops/*/tiles"))
@@ -40,17 +39,23 @@ def test_a_timing_is_that_of_the_file_that_it_names(tables) -> None:
 
 
 def test_what_was_timed_is_launched_with_what_was_fastest(tables, submodule) -> None:
-    find = submodule("ops.tile_tables").find
+    lookup = submodule("ops.tile_tables").lookup
+    compared = 0
     for folder, device, table in tables:
-        for timing in table.measured.values():
-            assert problems(timing, table)
+        for name, timing in table.measured.items():
             for problem in problems(timing, table):
-                fastest = min(
-                    (entry for entry in problem["launches"] if entry["ms"] is not None),
-                    key=lambda entry: entry["ms"],
-                )
-                launch = find(folder, device, problem["kernel"], torch.bfloat16, problem["sizes"])
-                assert launch == fastest["launch"], problem["what"]
+                sizes, kernel, itemsize = problem["sizes"], problem["kernel"], problem.get("itemsize", 2)
+                rule = next((rule for rule in table.rules[kernel] if rule.serves(itemsize, sizes)), None)
+                # A later timing may have taken over the problem, and torch's operators may be as fast.
+                if rule is None or rule.measured != name:
+                    continue
+                launch = lookup(folder, device, kernel, itemsize, sizes)
+                times = [entry["ms"] for entry in problem["launches"] if entry["ms"] is not None]
+                (own,) = [entry["ms"] for entry in problem["launches"] if entry["launch"] == launch]
+                # What is faster by less than that owes it to chance, and the launch that shipped stays.
+                assert min(times) > 0.98 * own or own == min(times), (kernel, sizes)
+                compared += 1
+    assert compared
 
 
 def test_a_rule_that_names_a_timing_serves_a_problem_of_it_and_sizes_like_it(tables) -> None:
@@ -63,7 +68,8 @@ def test_a_rule_that_names_a_timing_serves_a_problem_of_it_and_sizes_like_it(tab
                 served = [
                     problem["sizes"]
                     for problem in problems(timing, table)
-                    if problem["kernel"] == kernel and rule.serves(2, problem["sizes"])
+                    if problem["kernel"] == kernel
+                    and rule.serves(problem.get("itemsize", 2), problem["sizes"])
                 ]
                 assert served, dict(rule.limits)
                 for name, limit in rule.limits.items():

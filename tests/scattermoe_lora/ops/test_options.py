@@ -16,7 +16,7 @@ import torch
 from helpers import AWKWARD, TRITON, Shape, assert_close, low_rank, route
 
 OPTIONS = {
-    "schedule": {"SCHEDULE": 1},
+    "schedule": {"SCHEDULE": 1, "GATE_BACKWARD": 1},
     "tma": {"TMA": 1, "TMA_ROWS": 1},
     "persistent": {"PERSISTENT": 3},
     "persistent, flat, tma": {"PERSISTENT": 2, "FLATTEN": 1, "TMA": 1, "TMA_ROWS": 1},
@@ -236,6 +236,33 @@ if TRITON:
                 )
         for first, second in zip(*results, strict=True):
             assert torch.equal(first, second)
+
+    def test_one_launch_gives_the_gradients_through_a_gate_the_bits_of_two(
+        submodule, launched, monkeypatch
+    ) -> None:
+        gpu, schedule = submodule("ops.experts.gpu"), submodule("ops.grouped_linear.schedule")
+        # Clamped, for NaN and infinity to be stopped; columns that end within a tile and within a quarter of one.
+        gate = submodule("ops.activation").Gate("silu", False, 1.702, 1.0, 1.0)
+        shape = Shape(tokens=27, experts=3, top_k=2, hidden=34, intermediate=45, rank=33)
+        pairs, width = shape.tokens * shape.top_k, shape.intermediate
+        routing = submodule("ops.routing").sort_by_expert(route(shape, True), shape.experts)
+        a, _ = low_rank(shape.experts, shape.hidden, width, shape.rank)
+        low = torch.randn(pairs, shape.rank), a.mT
+        hidden = torch.randn(pairs, 2 * width)
+        hidden[3, :2], hidden[4, width] = torch.tensor([float("nan"), float("inf")]), float("-inf")
+        down = torch.randn(shape.experts, shape.hidden, width)
+        rest = hidden, torch.rand(pairs), gate
+        grad, results = torch.randn(shape.tokens, shape.hidden), []
+        for option in ({"SCHEDULE": 1}, OPTIONS["schedule"]):
+            with launched(option):
+                scheduled = schedule.Scheduled(*routing)
+                results.append(gpu.gate_gradients(grad, down, scheduled, shape.top_k, low, *rest))
+            monkeypatch.setattr(gpu, "_gate_backward", None)
+        two, one = results
+        assert all(
+            torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(two[:2], one[:2], strict=True)
+        )
+        torch.testing.assert_close(one[2], two[2], equal_nan=True, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("counts", [[0, 5, 16, 0, 33, 1], [7], [0, 0, 0], [300, 0, 2, 4]], ids=str)
     @pytest.mark.parametrize("without_expert", [0, 1, 40])

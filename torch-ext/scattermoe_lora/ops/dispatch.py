@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch.autograd import forward_ad
@@ -30,15 +30,25 @@ def use_triton(x: torch.Tensor) -> bool:
     return True
 
 
-@contextmanager
-def undisturbed(x: torch.Tensor) -> Iterator[None]:
+_UNCHANGED = nullcontext()
+
+
+def undisturbed(x: torch.Tensor) -> AbstractContextManager[None]:
     """The context in which an operator on ``x`` computes: without autocast, which reaches into operators and would cast
     half of a sum; and with the device of ``x`` as the current one, on which alone Triton launches."""
     device = x.device
+    is_cast = torch.is_autocast_enabled(device.type)
+    is_elsewhere = device.type != "cpu" and device.index != torch.accelerator.current_device_index()
+    # A call is short of time where neither is so, as most are.
+    return _switched(device, is_cast, is_elsewhere) if is_cast or is_elsewhere else _UNCHANGED
+
+
+@contextmanager
+def _switched(device: torch.device, is_cast: bool, is_elsewhere: bool) -> Iterator[None]:
     with ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
+        if is_cast:
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type != "cpu":
+        if is_elsewhere:
             stack.enter_context(torch.accelerator.device_index(device.index))
         yield
 
@@ -51,6 +61,9 @@ def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
     (``torch.func.grad``, or ``vmap`` over it), for which such an operator has no rule.
     """
     if torch.compiler.is_compiling():
+        return
+    # Without a level of dual numbers no tensor carries a tangent.
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:

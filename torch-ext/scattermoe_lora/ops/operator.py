@@ -1,14 +1,20 @@
-"""Operators whose arguments are declared once, as the fields of named tuples."""
+"""Operators whose arguments are declared once, and which calls that nothing looks at run without torch's dispatcher.
+
+An operator that is written in Python takes tenths of a millisecond to call, forward and backward. That is more than the
+kernels of most calls take, and than a ``torch.autograd.Function``, which serves as well where a call is neither
+compiled, traced nor transformed.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._device import DeviceContext
 
 T = TypeVar("T")
 
@@ -49,6 +55,152 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     return flat
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, torch.dtype, type(None)})
+
+
+def is_plain(arguments: Sequence[Any]) -> bool:
+    """True if nothing but autograd looks at a call with these arguments, the first of which is or begins with a tensor.
+
+    So not where they are compiled, traced or transformed, where a mode or a subclass of tensors wants to see the
+    operator, or where they have no data.
+    """
+    for value in arguments:
+        if type(value) not in _PLAIN and not (type(value) is list and _PLAIN.issuperset(map(type, value))):
+            return False
+    first = arguments[0]
+    return not (
+        (first[0] if isinstance(first, list) else first).is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or (torch._C._len_torch_function_stack() and _is_function_mode_active())
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
+
+
+def _is_function_mode_active() -> bool:
+    """True if a mode wants to see calls of torch's functions; a default device, which is one, does not of these."""
+    return any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext
+        for i in range(torch._C._len_torch_function_stack())
+    )
+
+
+def _recorded(operator: torch.library.CustomOpDef) -> Callable[..., Any]:
+    """The operator's own computation, which a profiler sees under the operator's name."""
+    compute, name = operator._init_fn, operator._qualname
+
+    @functools.wraps(compute)
+    def call(*arguments: Any) -> Any:
+        if not torch._C._autograd._profiler_enabled():
+            return compute(*arguments)
+        with torch.profiler.record_function(name):
+            return compute(*arguments)
+
+    return call
+
+
+def eager(operator: torch.library.CustomOpDef) -> Callable[..., Any]:
+    """The operator as a function that computes plain calls without the dispatcher, where no gradient is recorded."""
+    compute = _recorded(operator)
+
+    @functools.wraps(compute)
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(arguments):
+            return operator(*arguments)
+        return compute(*arguments)
+
+    return call
+
+
+def register_autograd(
+    operator: torch.library.CustomOpDef,
+    backward: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+) -> Callable[..., Any]:
+    """Registers an operator's autograd; the operator as a function whose plain calls go without the dispatcher.
+
+    Args:
+        operator: Takes tensors, numbers and lists of these; with lists, it returns a tuple of tensors and lists.
+        backward, setup_context: As ``register_autograd`` of ``torch.library`` takes them.
+    """
+    operator.register_autograd(backward, setup_context=setup_context)
+    compute = _recorded(operator)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        results = compute(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    def forward_of_lists(ctx: Any, structures: list[Lengths], *leaves: Any) -> tuple[torch.Tensor, ...]:
+        results = forward(ctx, *_nested(leaves, structures[0]))
+        flat, lengths = _leaves(results)
+        structures.append(lengths)
+        ctx.structures = structures
+        return tuple(flat)
+
+    def backward_of_lists(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        of_arguments, of_results = ctx.structures
+        needs = ctx.needs_input_grad
+        try:
+            ctx.needs_input_grad = _nested(needs[1:], of_arguments)
+            gradients = backward(ctx, *_nested(grads, of_results))
+        finally:
+            # Autograd sets it once, for all backwards through a graph that is retained.
+            ctx.needs_input_grad = needs
+        flat: list[Any] = [None]
+        for gradient, length in zip(gradients, of_arguments, strict=True):
+            flat += [gradient] if length is None else gradient or [None] * length
+        return tuple(flat)
+
+    def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(compute.__name__, (torch.autograd.Function,), methods)
+
+    function_of_tensors, function_of_lists = (
+        function(forward, backward),
+        function(forward_of_lists, backward_of_lists),
+    )
+
+    @functools.wraps(compute)
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not is_plain(arguments):
+            return operator(*arguments)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return compute(*arguments)
+        if list not in map(type, arguments):
+            return function_of_tensors.apply(*arguments)
+        leaves, lengths = _leaves(arguments)
+        structures = [lengths]
+        results = function_of_lists.apply(structures, *leaves)
+        return tuple(_nested(results, structures[1]))
+
+    return call
+
+
+Lengths = list[int | None]
+"""Of each of some values the length, if it is a list."""
+
+
+def _leaves(values: Iterable[Any]) -> tuple[list[Any], Lengths]:
+    """The values, with the items of a list in its place, and what :func:`_nested` needs to put them back."""
+    leaves: list[Any] = []
+    lengths: Lengths = []
+    for value in values:
+        if isinstance(value, list):
+            leaves += value
+            lengths.append(len(value))
+        else:
+            leaves.append(value)
+            lengths.append(None)
+    return leaves, lengths
+
+
+def _nested(leaves: Iterable[Any], lengths: Lengths) -> list[Any]:
+    """The values of :func:`_leaves`."""
+    rest = iter(leaves)
+    return [next(rest) if length is None else list(itertools.islice(rest, length)) for length in lengths]
+
+
 def names_needed(operands: NamedTuple, needs: Iterable[bool]) -> list[str]:
     """The fields to compute a gradient of: those that are not None and flagged in ``needs``.
 
@@ -60,8 +212,10 @@ def names_needed(operands: NamedTuple, needs: Iterable[bool]) -> list[str]:
 
 def register_gradients(
     forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef, operands: type[Any], dropped: int
-) -> None:
+) -> Callable[..., Any]:
     """Lets autograd compute the gradients of an operator's first result by another operator.
+
+    Returns what :func:`register_autograd` does.
 
     Args:
         forward: Takes the fields of ``operands``, the last two of which have no gradient, and other arguments; its
@@ -72,11 +226,12 @@ def register_gradients(
         dropped: The number of last arguments that the backward does not take.
     """
     tensors = len(operands._fields)
+    compute_gradients = eager(backward)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         kept = (*inputs[:tensors], *output[1:], *inputs[tensors : len(inputs) - dropped])
         # Only tensors can be saved, and lists of them have to be taken apart.
-        leaves, ctx.structure = tree_flatten(kept)
+        leaves, ctx.kept_lengths = _leaves(kept)
         ctx.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
         ctx.mark_non_differentiable(*output[1:])
@@ -90,10 +245,10 @@ def register_gradients(
             other if saved is None else saved
             for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)
         ]
-        gradients = backward(grad.contiguous(), *tree_unflatten(leaves, ctx.structure), needs)
+        gradients = compute_gradients(grad.contiguous(), *_nested(leaves, ctx.kept_lengths), needs)
         return by_argument(ctx, gradients, needs)
 
-    forward.register_autograd(run_backward, setup_context=setup_context)
+    return register_autograd(forward, run_backward, setup_context)
 
 
 def by_argument(ctx: Any, gradients: Iterable[torch.Tensor], needs: Sequence[bool]) -> tuple[Any, ...]:

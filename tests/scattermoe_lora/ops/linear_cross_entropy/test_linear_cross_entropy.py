@@ -41,12 +41,19 @@ def small_blocks(submodule, monkeypatch) -> None:
     cpu = submodule("ops.linear_cross_entropy.cpu")
     monkeypatch.setattr(cpu, "_TOKENS", 5)
     monkeypatch.setattr(cpu, "_VOCABULARY", 7)
+    total = submodule("ops.linear_cross_entropy.cpu_total")
+    monkeypatch.setattr(total, "_LEAST_TOKENS", 3)
+    monkeypatch.setattr(total, "_LOGITS_BYTES", 1)
     if INTERPRETED:
         gpu = submodule("ops.linear_cross_entropy.gpu")
         blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
         monkeypatch.setattr(gpu, "tile", lambda *_: blocks)
         # Two tiles of words, for most of the shapes below.
         monkeypatch.setattr(gpu, "_PART_BYTES", 64 * 4 * 13)
+        total = submodule("ops.linear_cross_entropy.gpu_total")
+        monkeypatch.setattr(total, "_LOGITS_BYTES", 1)
+        monkeypatch.setattr(total, "_MULTIPLE", 3)
+        monkeypatch.setattr(total, "LAUNCH", {"BLOCK_N": 32, "num_warps": 1, "num_stages": 1})
 
 
 @pytest.fixture
@@ -238,6 +245,40 @@ def test_checkpointing_gives_the_same_bits(kernel) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("head", ["bias", "lora"])
+def test_second_backward_of_any_factor_gives_the_same_gradients(kernel, reference, head) -> None:
+    labels, arguments, leaves = problem((13, 33, 37, 3), torch.float32, OPTIONS["weighted"], HEADS[head])
+    leaves.append(arguments["token_weight"].requires_grad_())
+    loss = kernel.linear_cross_entropy(labels=labels, **arguments)
+    runs = [
+        torch.autograd.grad(loss, leaves, torch.tensor(factor), retain_graph=True) for factor in (1, 1, -8.0)
+    ]
+    wanted, twins = exact(reference, labels, arguments, leaves)
+    assert_close(runs[0], torch.autograd.grad(wanted[0], twins), 2e-5)
+    for first, second, third in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(-8 * first, third)
+
+
+def test_float16_neither_loses_small_gradients_nor_overflows_in_sums_that_are_divided_later(
+    kernel, reference
+) -> None:
+    options = {"num_items_in_batch": 3_000_000}
+    labels, arguments, leaves = problem((13, 32, 37, 1), torch.float16, options, ("weight",))
+    # As a gradient scaler does. A word's share of the gradient is 1e-8 before, which float16 does not have.
+    scale = 2.0**21
+    loss = kernel.linear_cross_entropy(labels=labels, **arguments) * scale
+    wanted, twins = exact(reference, labels, arguments, leaves)
+    assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted[0] * scale, twins), 2e-3)
+    hidden = torch.full((13, 16), 8000.0, dtype=torch.float16)
+    weight = torch.zeros(37, 16, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(13, dtype=torch.long)
+    (gradient,) = torch.autograd.grad(kernel.linear_cross_entropy(hidden, weight, labels), [weight])
+    expected = torch.full((37, 16), 8000 / 37, dtype=torch.float64)
+    expected[0] -= 8000
+    assert_close([gradient], [expected], 2e-3)
+
+
 if not INTERPRETED:
 
     @pytest.mark.parametrize("trained", [(), ("weight", "bias"), ("lora_a", "lora_b")])
@@ -253,7 +294,10 @@ if not INTERPRETED:
                 loss = result.loss + result.entropy.sum() if asked else result
                 results.append([loss, *torch.autograd.grad(loss, leaves)])
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-        op = submodule("ops.linear_cross_entropy.op").linear_cross_entropy_forward
+        folder = "ops.linear_cross_entropy"
+        op = submodule(f"{folder}.op").linear_cross_entropy_forward
+        total = submodule(f"{folder}.total").linear_cross_entropy_total
+        factors = [torch.rand(13, requires_grad=True), None, None]
         optional = [None, None, None]
         if "bias" in trained:
             optional[0] = arguments["bias"]
@@ -263,6 +307,9 @@ if not INTERPRETED:
             torch.library.opcheck(
                 op, (arguments["hidden"], arguments["weight"], *optional, labels, None, 0.5, 2.0, *flags)
             )
+        operands = (arguments["hidden"], arguments["weight"], *optional, labels, None)
+        needs = [t is not None and t.requires_grad for t in operands[:5]]
+        torch.library.opcheck(total, (*operands, *factors, 0.5, 2.0, False, True, False, needs))
 
     @pytest.mark.parametrize("trained", [(), ("weight",)])
     def test_no_tensor_of_tokens_by_vocabulary_is_made(kernel, submodule, monkeypatch, trained) -> None:
@@ -287,8 +334,9 @@ if not INTERPRETED:
 
             return run
 
-        for name in ("forward", "backward"):
-            monkeypatch.setattr(cpu, name, watched(getattr(cpu, name)))
+        total = submodule("ops.linear_cross_entropy.cpu_total")
+        for module, name in ((cpu, "forward"), (cpu, "backward"), (total, "forward")):
+            monkeypatch.setattr(module, name, watched(getattr(module, name)))
         torch.autograd.grad(kernel.linear_cross_entropy(labels=labels, **arguments), leaves)
         assert max(sizes) == vocabulary * width
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...ops.grouped_linear.adapters import Adapter, row_norms
+from ...ops.grouped_linear.transpose import transpose_and_scale
 from .expert_parallel import check_split, is_split, of_all, own_adapters
 from .quantized.parameter import QuantizedWeight
 
@@ -124,14 +125,13 @@ def _factors(
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     scaling = wrapper.scaling[adapter]
     a = a.reshape(wrapper.num_experts, -1, a.shape[-1])
-    # As a matrix [out * r, E] the transpose is all there is to do, and a plain transpose is fast.
+    # As a matrix [out * r, E] the transpose is all there is to do.
     columns = b.reshape(-1, wrapper.num_experts)
     if only is not None:
         a, columns = a.index_select(0, only), columns.index_select(1, only)
-    if scaling != 1:
-        # In the wider of both dtypes: PEFT's own path rounds no product to that of narrow adapters either.
-        columns = columns.to(torch.promote_types(columns.dtype, b_dtype)) * scaling
-    a, b = a.to(a_dtype), columns.to(b_dtype).t().contiguous().view(a.shape[0], b.shape[0], a.shape[1])
+    # In the wider of both dtypes: PEFT's own path rounds no product to that of narrow adapters either.
+    by_expert = transpose_and_scale(columns, scaling, b_dtype)
+    a, b = a.to(a_dtype), by_expert.view(a.shape[0], b.shape[0], a.shape[1])
     return (b.mT, a.mT) if turned else (a, b)
 
 

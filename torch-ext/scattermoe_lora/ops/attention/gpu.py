@@ -11,6 +11,7 @@ import triton
 from .. import tile_tables
 from ..grouped_linear.gpu import float32_precision
 from .arguments import Operands, Settings
+from .descriptors import Tile, sources
 from .kernels import attention_delta_kernel, attention_forward_kernel
 from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
 
@@ -38,7 +39,8 @@ def tile(
 ) -> dict[str, int]:
     """Block sizes, ``CHUNK`` (columns of the head that are multiplied at a time), ``num_warps`` and ``num_stages``.
 
-    Optional, and off where absent: ``ONE_LOOP`` masks every block, so that one loop goes through all; of
+    Optional, and off where absent: ``ONE_LOOP`` masks every block, so that one loop goes through all; ``TMA`` copies
+    tiles of queries, keys, values and their gradient by tensor descriptors, where the hardware can; of
     ``attention_dkdv`` ``SPLIT`` (a launch each for dK and dV) and ``PASSES`` (a program each for as many parts of the
     head's columns); of ``attention_dq`` ``DELTA`` (it computes delta, instead of a launch before it).
 
@@ -102,17 +104,39 @@ class _Problem:
         constants = self.constants
         return tile(kernel, self.operands.q, constants["HEAD_DIM"], self.same_kv, constants["LEFT"])
 
+    def _tiles(
+        self, blocks: dict[str, int], grad_out: torch.Tensor | None, by_key: bool
+    ) -> tuple[list[Tile], list[Tile]]:
+        """What a kernel reads in tiles of a chunk, and what it reads in tiles of other columns."""
+        q, k, v = self.inputs
+        rows, keys, chunk, width = (
+            blocks["BLOCK_M"],
+            blocks["BLOCK_N"],
+            blocks["CHUNK"],
+            self.constants["WIDTH"],
+        )
+        tiles = [Tile(q, rows, chunk), Tile(k, keys, chunk)]
+        if grad_out is None:
+            return [*tiles, Tile(v, keys, width)], []
+        tiles += [Tile(v, keys, chunk), Tile(grad_out, rows, chunk)]
+        if not by_key:
+            return tiles, [Tile(k, keys, width)]
+        columns = width // blocks.get("PASSES", 1)
+        return tiles, [Tile(q, rows, columns), Tile(grad_out, rows, columns)]
+
     def launch(
         self,
         kernel: Any,
         blocks: dict[str, int],
         *tensors: torch.Tensor | None,
+        grad_out: torch.Tensor | None = None,
         by_key: bool = False,
         **flags: bool,
     ) -> None:
         """A program for each tile of each query head's queries, or of each key head's keys and each of ``PASSES``.
 
-        Nothing is launched where there is nothing to compute.
+        Nothing is launched where there is nothing to compute. The backward kernels read ``grad_out`` as they do the
+        inputs.
         """
         rows, block, heads, strides = (
             (self.longest[1], "BLOCK_N", self.kv_heads, self.kv_strides)
@@ -121,8 +145,9 @@ class _Problem:
         )
         tiles = triton.cdiv(rows, blocks[block])
         if tiles * self.batch:
+            inputs, blocks = sources(blocks, *self._tiles(blocks, grad_out, by_key))
             kernel[(tiles * heads * self.batch * blocks.get("PASSES", 1),)](
-                *self.inputs,
+                *inputs,
                 *tensors,
                 *self.boundaries,
                 *self.longest,
@@ -164,8 +189,8 @@ def backward(
     # dK and dV read delta, too: whichever launch computes it comes before theirs.
     in_dq = bool(blocks.get("DELTA"))
     delta = torch.empty_like(lse) if in_dq else _delta(grad_out, out, grad_lse, lse)
-    sources = (out, grad_lse) if in_dq else (None, None)
-    problem.launch(attention_dq_kernel, blocks, grad_out, *sources, lse, delta, dq)
+    sources_of_delta = (out, grad_lse) if in_dq else (None, None)
+    problem.launch(attention_dq_kernel, blocks, *sources_of_delta, lse, delta, dq, grad_out=grad_out)
 
     blocks = problem.tile("attention_dkdv")
     # Two sums of the largest heads do not fit the registers at once.
@@ -175,7 +200,8 @@ def backward(
         problem.launch(
             attention_dkdv_kernel,
             blocks,
-            *(grad_out, lse, delta, *gradients),
+            *(lse, delta, *gradients),
+            grad_out=grad_out,
             by_key=True,
             WANT_K=want_k,
             WANT_V=want_v,

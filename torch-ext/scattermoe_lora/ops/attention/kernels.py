@@ -10,6 +10,7 @@ at a multiple of 16 bytes. All else is contiguous.
 
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import load_ragged
 
 
 @triton.jit
@@ -62,21 +63,71 @@ def spans(
 
 
 @triton.jit
-def rows_of(ptr, row, stride, rows, d0, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, MASK: tl.constexpr):
-    """``[len(row), COLUMNS]`` from column ``d0`` on; zeros past the head, and with ``MASK`` past the last row."""
-    d = d0 + tl.arange(0, COLUMNS)
-    # 64-bit: a matrix of rows passes 2^31 elements.
-    at = ptr + row[:, None].to(tl.int64) * stride + d[None, :]
-    if HEAD_DIM % COLUMNS == 0:
-        if MASK:
-            return tl.load(at, mask=(row < rows)[:, None], other=0.0)
-        else:
-            return tl.load(at)
+def head_of(
+    source,
+    batch,
+    head,
+    start,
+    stride_b,
+    stride_s,
+    stride_h,
+    UNIT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The place of one head's rows of a sequence, as ``rows_of`` takes it.
+
+    Args:
+        source: A pointer, or with ``TMA`` a descriptor of :func:`.descriptors.describe`.
+        batch, head, start: Where the rows begin.
+        stride_b, stride_s, stride_h: Of batch, rows and heads, in units of so many elements.
+    """
+    if TMA:
+        return source, head.to(tl.int32), start if VARLEN else batch.to(tl.int32)
     else:
-        if MASK:
-            return tl.load(at, mask=(row < rows)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        return source + UNIT * (
+            batch * stride_b + start.to(tl.int64) * stride_s + head * stride_h
+        ), stride_s * UNIT
+
+
+@triton.jit
+def rows_of(
+    place,
+    first,
+    rows,
+    d0,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASK: tl.constexpr,
+    VARLEN: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """``[ROWS, COLUMNS]`` from row ``first`` and column ``d0`` on; zeros past the head, and past the last row.
+
+    Without ``MASK`` and ``TMA`` there is none past the last row.
+    """
+    if TMA:
+        if VARLEN:
+            box = load_ragged(place[0], place[2], rows, [place[1], first, d0], 1)
         else:
-            return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+            box = place[0].load([place[2], place[1], first, d0])
+        return box.reshape(ROWS, COLUMNS)
+    else:
+        row = first + tl.arange(0, ROWS)
+        d = d0 + tl.arange(0, COLUMNS)
+        # 64-bit: a matrix of rows passes 2^31 elements.
+        at = place[0] + row[:, None].to(tl.int64) * place[1] + d[None, :]
+        if HEAD_DIM % COLUMNS == 0:
+            if MASK:
+                return tl.load(at, mask=(row < rows)[:, None], other=0.0)
+            else:
+                return tl.load(at)
+        else:
+            if MASK:
+                return tl.load(at, mask=(row < rows)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+            else:
+                return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -89,25 +140,27 @@ def store_rows(ptr, row, stride, rows, value, d0, HEAD_DIM: tl.constexpr, COLUMN
 
 @triton.jit
 def dot_rows(
-    a_ptr,
-    a_row,
-    a_stride,
+    a,
+    a_first,
     a_rows,
-    b_ptr,
-    b_row,
-    b_stride,
+    b,
+    b_first,
     b_rows,
     HEAD_DIM: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,
+    VARLEN: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """``a b^T`` of two tiles of rows, read a chunk of columns at a time; ``a`` may always pass its last row."""
-    acc = tl.zeros((a_row.shape[0], b_row.shape[0]), dtype=tl.float32)
+    acc = tl.zeros((A_ROWS, B_ROWS), dtype=tl.float32)
     for d0 in range(0, HEAD_DIM, CHUNK):
-        a = rows_of(a_ptr, a_row, a_stride, a_rows, d0, HEAD_DIM, CHUNK, True)
-        b = rows_of(b_ptr, b_row, b_stride, b_rows, d0, HEAD_DIM, CHUNK, MASK)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+        a_chunk = rows_of(a, a_first, a_rows, d0, HEAD_DIM, A_ROWS, CHUNK, True, VARLEN, TMA)
+        b_chunk = rows_of(b, b_first, b_rows, d0, HEAD_DIM, B_ROWS, CHUNK, MASK, VARLEN, TMA)
+        acc = tl.dot(a_chunk, tl.trans(b_chunk), acc, input_precision=PRECISION)
     return acc
 
 
@@ -175,8 +228,12 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ONE_LOOP: tl.constexpr = 0,
+    TMA: tl.constexpr = 0,
 ):
-    """A tile of one head's queries against all the keys that they see."""
+    """A tile of one head's queries against all the keys that they see.
+
+    With ``TMA`` ``q_ptr``, ``k_ptr`` and ``v_ptr`` are tensor descriptors.
+    """
     pid = tl.program_id(0)
     head = (pid // tiles % heads).to(tl.int64)
     batch = (pid // tiles // heads).to(tl.int64)
@@ -186,16 +243,16 @@ def attention_forward_kernel(
     first = (tiles - 1 - pid % tiles) * BLOCK_M
     if first >= queries:
         return
-    q_base = q_ptr + 8 * (batch * stride_qb + q_start.to(tl.int64) * stride_qs + head * stride_qh)
-    k_base = k_ptr + 8 * (batch * stride_kb + k_start.to(tl.int64) * stride_ks + head // group * stride_kh)
-    v_base = v_ptr + 8 * (batch * stride_vb + k_start.to(tl.int64) * stride_vs + head // group * stride_vh)
+    q_rows = head_of(q_ptr, batch, head, q_start, stride_qb, stride_qs, stride_qh, 8, VARLEN, TMA)
+    k_rows = head_of(k_ptr, batch, head // group, k_start, stride_kb, stride_ks, stride_kh, 8, VARLEN, TMA)
+    v_rows = head_of(v_ptr, batch, head // group, k_start, stride_vb, stride_vs, stride_vh, 8, VARLEN, TMA)
     query = first + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     q = 0.0
     if CHUNK == WIDTH:
-        q = rows_of(q_base, query, stride_qs * 8, queries, 0, HEAD_DIM, WIDTH, True)
+        q = rows_of(q_rows, first, queries, 0, HEAD_DIM, BLOCK_M, WIDTH, True, VARLEN, TMA)
 
     last = min(first + BLOCK_M, queries)
     begin, lead, full, blocks = spans(first, last, queries, keys, left, right, LEFT, RIGHT, BLOCK_N, ONE_LOOP)
@@ -203,25 +260,18 @@ def attention_forward_kernel(
     for MASK in tl.static_range(ONE_LOOP, 2):
         for i in range(0 if MASK else lead, lead + blocks - full if MASK else full):
             block = tl.where(i < lead, i, i - lead + full) if MASK else i
-            key = begin + block * BLOCK_N + tl.arange(0, BLOCK_N)
+            key0 = begin + block * BLOCK_N
+            key = key0 + tl.arange(0, BLOCK_N)
             if CHUNK == WIDTH:
-                k = rows_of(k_base, key, stride_ks * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
+                k = rows_of(k_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             else:
+                # fmt: off
                 s = dot_rows(
-                    q_base,
-                    query,
-                    stride_qs * 8,
-                    queries,
-                    k_base,
-                    key,
-                    stride_ks * 8,
-                    keys,
-                    HEAD_DIM,
-                    CHUNK,
-                    PRECISION,
-                    MASK,
+                    q_rows, first, queries, k_rows, key0, keys,
+                    HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION, MASK, VARLEN, TMA,
                 )
+                # fmt: on
             s, _ = capped(s, scale, softcap, SOFTCAP)
             if MASK:
                 visible = sees(query[:, None], key[None, :], queries, keys, left, right, LEFT, RIGHT)
@@ -236,7 +286,7 @@ def attention_forward_kernel(
             v = (
                 k
                 if SAME_KV and CHUNK == WIDTH
-                else rows_of(v_base, key, stride_vs * 8, keys, 0, HEAD_DIM, WIDTH, MASK)
+                else rows_of(v_rows, key0, keys, 0, HEAD_DIM, BLOCK_N, WIDTH, MASK, VARLEN, TMA)
             )
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
@@ -265,11 +315,13 @@ def attention_delta_kernel(
     pid = tl.program_id(0)
     head = (pid // tiles % heads).to(tl.int64)
     batch = (pid // tiles // heads).to(tl.int64)
-    row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
+    first = pid % tiles * BLOCK
     at = (batch * rows * heads + head) * HEAD_DIM
-    do = rows_of(grad_out_ptr + at, row, heads * HEAD_DIM, rows, 0, HEAD_DIM, WIDTH, True)
-    o = rows_of(out_ptr + at, row, heads * HEAD_DIM, rows, 0, HEAD_DIM, WIDTH, True)
+    stride = heads * HEAD_DIM
+    do = rows_of((grad_out_ptr + at, stride), first, rows, 0, HEAD_DIM, BLOCK, WIDTH, True, False, False)
+    o = rows_of((out_ptr + at, stride), first, rows, 0, HEAD_DIM, BLOCK, WIDTH, True, False, False)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    row = first + tl.arange(0, BLOCK)
     at = (batch * heads + head) * rows + row
     if GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + at, mask=row < rows, other=0.0)

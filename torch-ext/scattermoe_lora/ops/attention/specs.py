@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec
 from ..tile_tables import DEFAULT, DEVICES, Rule, Timing, load
+from .descriptors import box_of
 from .gpu import TILES, delta_block
 from .kernels import attention_delta_kernel, attention_forward_kernel
 from .kernels_backward import attention_dkdv_kernel, attention_dq_kernel
@@ -30,19 +31,33 @@ _CAPPED = {"VARLEN": True, "LEFT": True, "RIGHT": True, "SOFTCAP": True}
 
 # What a table may turn on: for each kernel changes of the devices' own launches for heads of 512, and who takes them.
 _PASSES = {"SPLIT": 0, "PASSES": 2, "ONE_LOOP": 1}
+_WITH_TMA = ("sm_90", "sm_100", "sm_120")
 _OPTIONAL = {
-    "attention_forward": (({"ONE_LOOP": 1}, TARGETS),),
+    "attention_forward": (
+        ({"ONE_LOOP": 1}, TARGETS),
+        ({"TMA": 1}, _WITH_TMA),
+        ({"TMA": 1, "ONE_LOOP": 1}, _WITH_TMA),
+    ),
     "attention_dkdv": (
         (_PASSES, TARGETS),
+        ({"TMA": 1}, _WITH_TMA),
+        ({"TMA": 1, "ONE_LOOP": 1}, _WITH_TMA),
+        ({**_PASSES, "TMA": 1}, _WITH_TMA),
         # On sm_80 it spills.
         (
             {**_PASSES, "BLOCK_M": 64, "BLOCK_N": 16, "CHUNK": 64, "num_warps": 4},
             tuple(target for target in TARGETS if target != "sm_80"),
         ),
     ),
-    "attention_dq": (({"DELTA": 1}, TARGETS), ({"ONE_LOOP": 1}, TARGETS)),
+    "attention_dq": (
+        ({"DELTA": 1}, TARGETS),
+        ({"ONE_LOOP": 1}, TARGETS),
+        ({"TMA": 1}, _WITH_TMA),
+        ({"TMA": 1, "ONE_LOOP": 1}, _WITH_TMA),
+        ({"TMA": 1, "DELTA": 1}, _WITH_TMA),
+    ),
 }
-_OFF = {"ONE_LOOP": 0, "PASSES": 1, "DELTA": 0}
+_OFF = {"ONE_LOOP": 0, "PASSES": 1, "DELTA": 0, "TMA": 0}
 
 
 def _type(name: str, dtype: str, head_dim: int) -> str:
@@ -67,8 +82,31 @@ def _spec(
     arguments = {
         name: _type(name, dtype, constants["HEAD_DIM"]) for name in kernel.arg_names if name not in constants
     }
+    if constants.get("TMA"):
+        arguments |= {name: f"tensordesc<{dtype}{box}>" for name, box in _boxes(kernel, constants).items()}
+        constants = {name: value for name, value in constants.items() if name not in arguments}
     measured = None if timing is None else str(timing)
     return CompileSpec(kernel, label, arguments, constants, options, targets, measured)
+
+
+def _boxes(kernel: Any, constants: dict[str, Any]) -> dict[str, list[int]]:
+    """The boxes of what a kernel reads by descriptors."""
+    rows, keys, chunk, width = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "CHUNK", "WIDTH"))
+    packed = constants["VARLEN"]
+    boxes = {"q_ptr": box_of(rows, chunk, packed), "k_ptr": box_of(keys, chunk, packed)}
+    if kernel is attention_forward_kernel:
+        return {**boxes, "v_ptr": box_of(keys, width, packed)}
+    boxes |= {"v_ptr": box_of(keys, chunk, packed), "grad_out_ptr": box_of(rows, chunk, packed)}
+    columns = width // constants.get("PASSES", 1)
+    if columns == chunk:
+        return boxes
+    if kernel is attention_dq_kernel:
+        return {**boxes, "k_columns_ptr": box_of(keys, columns, packed)}
+    return {
+        **boxes,
+        "q_columns_ptr": box_of(rows, columns, packed),
+        "grad_out_columns_ptr": box_of(rows, columns, packed),
+    }
 
 
 def _largest_head(rule: Rule) -> int:
@@ -105,6 +143,8 @@ def _specs_of(
     }
     if name == "attention_dq" and not constants["DELTA"]:
         constants.update(out_ptr=None, grad_lse_ptr=None)
+    columns = ("q_columns_ptr", "grad_out_columns_ptr", "k_columns_ptr")
+    constants |= {argument: None for argument in columns if argument in _KERNELS[name].arg_names}
     only = " K=V" if same_kv else " windows alone" if rule.limits.get("window") else ""
     label = f"{use} {head_dim}{only} {dtype} {precision}"
     if name != "attention_dkdv":
@@ -114,6 +154,12 @@ def _specs_of(
         flags = {"WANT_K": want_k, "WANT_V": want_v}
         of = "" if want_k and want_v else " dk" if want_k else " dv"
         yield _spec(_KERNELS[name], label + of, dtype, {**constants, **flags}, options, targets, timing)
+
+
+def _takes(rule: Rule, change: Mapping[str, int]) -> bool:
+    """True if a trial's options are added to a rule: one for all heads of 512, and to be copied by boxes timed ones."""
+    is_general = dict(rule.limits) == {"head_dim": 512}
+    return rule.bytes == 2 and (is_general or ("TMA" in change and rule.measured is not None))
 
 
 def _specs() -> Iterator[CompileSpec]:
@@ -141,9 +187,11 @@ def _specs() -> Iterator[CompileSpec]:
             use = " ".join(f"{option} {value}" for option, value in change.items())
             for device in devices:
                 for rule in load(TILES, device).rules[name]:
-                    if (rule.bytes, dict(rule.limits)) == (2, {"head_dim": 512}):
-                        optional = replace(rule, launch={**rule.launch, **change})
-                        yield from _specs_of(name, optional, "bf16", "ieee", (device,), use, _WINDOW)
+                    if _takes(rule, change):
+                        optional = replace(rule, launch={**rule.launch, **change}, measured=None)
+                        mask = _CAUSAL if rule.limits.get("window") is False else _WINDOW
+                        named = f"{use} causal" if mask is _CAUSAL else use
+                        yield from _specs_of(name, optional, "bf16", "ieee", (device,), named, mask)
     constants = {"GRAD_LSE": True, "HEAD_DIM": 512, "WIDTH": 512, "BLOCK": delta_block(512)}
     yield _spec(attention_delta_kernel, "512 bf16", "bf16", constants, {"num_warps": 4}, TARGETS)
 

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import triton
 
 from ..activation import Gate
+from ..grouped_linear import gpu
 from ..grouped_linear.few_rows import has_few_rows
 from ..grouped_linear.gpu import (
     bias_gradient,
@@ -21,10 +21,12 @@ from ..grouped_linear.gpu import (
 from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
 from ..grouped_linear.workspace import LowRank, shares
+from ..launch import cdiv, next_power_of_2
 from ..quantization.stack import Weight
 from ..routing import Routing
 from .arguments import Kept, Operands
 from .kernels import gate_backward_kernel, gate_forward_kernel, gate_up_kernel
+from .kernels_backward import matmul_gate_backward_kernel
 
 # Columns that a program of the activation's kernels computes at a time.
 GATE_BLOCK = 1024
@@ -58,8 +60,8 @@ def project_and_gate(
         # The two columns that a gate joins may be far apart in a stored matrix, of which a tile is one piece.
         hidden = grouped_matmul(x, weight, routing, top_k=top_k, low=low, bias=bias)
         if pairs:
-            block = min(GATE_BLOCK, triton.next_power_of_2(a.shape[1]))
-            grid = (pairs, triton.cdiv(a.shape[1], block))
+            block = min(GATE_BLOCK, next_power_of_2(a.shape[1]))
+            grid = (pairs, cdiv(a.shape[1], block))
             gate_forward_kernel[grid](hidden, a, a.shape[1], **_constants(gate), BLOCK=block)
         return hidden if keep else x.new_empty((0, width)), a
     hidden = x.new_empty((pairs if keep else 0, width))
@@ -82,11 +84,41 @@ def _gate_backward(
     a, dh = torch.empty_like(da), torch.empty_like(h)
     d_row_weight = torch.empty(rows, dtype=torch.float32, device=da.device)
     if rows:
-        block = min(GATE_BLOCK, triton.next_power_of_2(intermediate))
+        block = min(GATE_BLOCK, next_power_of_2(intermediate))
         gate_backward_kernel[(rows,)](
             da, h, row_weight, order, a, dh, d_row_weight, intermediate, **_constants(gate), BLOCK=block
         )
     return a, dh, d_row_weight
+
+
+def gate_gradients(
+    grad_out: torch.Tensor,
+    down: Weight,
+    routing: Scheduled,
+    top_k: int,
+    low: LowRank | None,
+    hidden: torch.Tensor,
+    row_weight: torch.Tensor,
+    gate: Gate,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`_gate_backward` returns of ``grad_out`` ``[T, H]``; ``hidden`` is the first projection, and ``low``
+    are the factors of the gradient through the second."""
+    weight = down.mT
+    pairs, intermediate = routing.order.shape[0], weight.shape[1]
+    blocks = gpu.tile("grouped_matmul", grad_out, routing.rows, *weight.shape[1:])
+    is_one_launch = blocks.get("GATE_BACKWARD") and not gate.interleaved
+    if not is_one_launch or has_few_rows(weight, routing) or not pairs:
+        da = grouped_matmul(grad_out, weight, routing, top_k=top_k, low=low)
+        return _gate_backward(da, hidden, row_weight, routing.order, gate)
+    a, dh = grad_out.new_empty((pairs, intermediate)), torch.empty_like(hidden)
+    sums = hidden.new_empty((pairs, cdiv(intermediate, blocks["BLOCK_N"])), dtype=torch.float32)
+    activation = {name: value for name, value in _constants(gate).items() if name != "INTERLEAVED"}
+    for dense, share, factors, _ in shares(weight, routing, low, None):
+        tiles, arguments, constants, *_ = matmul_launch(grad_out, dense, share, top_k=top_k, low=factors)
+        matmul_gate_backward_kernel[(tiles,)](
+            *arguments, hidden, row_weight, a, dh, sums, **activation, **constants
+        )
+    return a, dh, sums.sum(1)
 
 
 def forward(
@@ -115,8 +147,7 @@ def backward(
     low2 = low1 = None
     if a2 is not None and b2 is not None:
         low2 = grouped_matmul(grad_out, b2.mT, routing, top_k=top_k), a2.mT
-    da = grouped_matmul(grad_out, down.mT, routing, top_k=top_k, low=low2)
-    a, dh, d_row_weight = _gate_backward(da, kept.hidden, row_weight, routing.order, gate)
+    a, dh, d_row_weight = gate_gradients(grad_out, down, routing, top_k, low2, kept.hidden, row_weight, gate)
     if a1 is not None and b1 is not None:
         low1 = grouped_matmul(dh, b1.mT, routing), a1.mT
 

@@ -26,6 +26,29 @@ def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.co
 
 
 @triton.jit
+def gate_gradients(
+    gate,
+    up,
+    da,
+    weight,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """``(a, d_gate, d_up)``: the activation, and what comes through it of ``da``, the gradient before the routing
+    ``weight``; all float32."""
+    value, slope, factor, passes = _gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+    weighted = da * weight
+    d_gate, d_up = weighted * factor * slope, weighted * value * passes
+    if LIMIT is not None:
+        # Nothing comes through a clamp, and of a NaN times zero a NaN would.
+        d_gate = tl.where(slope != 0.0, d_gate, 0.0)
+        d_up = tl.where(passes != 0.0, d_up, 0.0)
+    return value * factor, d_gate, d_up
+
+
+@triton.jit
 def gate_up_kernel(
     x_ptr,
     w_ptr,
@@ -175,17 +198,10 @@ def gate_backward_kernel(
         at = row * 2 * I + column * (2 if INTERLEAVED else 1)
         gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h_ptr + at + (1 if INTERLEAVED else I), mask=mask, other=0.0).to(tl.float32)
-        value, slope, factor, passes = _gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
-        a = value * factor
+        a, d_gate, d_up = gate_gradients(gate, up, da, weight, ACTIVATION, ALPHA, LIMIT, SHIFT)
         total += tl.where(mask, da * a, 0.0)
-        da = da * weight
         dtype = dh_ptr.dtype.element_ty
         tl.store(a_ptr + row * I + column, a.to(dtype), mask=mask)
-        d_gate, d_up = da * factor * slope, da * value * passes
-        if LIMIT is not None:
-            # Nothing comes through a clamp, and of a NaN times zero a NaN would.
-            d_gate = tl.where(slope != 0.0, d_gate, 0.0)
-            d_up = tl.where(passes != 0.0, d_up, 0.0)
         tl.store(dh_ptr + at, d_gate.to(dtype), mask=mask)
         tl.store(dh_ptr + at + (1 if INTERLEAVED else I), d_up.to(dtype), mask=mask)
     tl.store(d_row_weight_ptr + pair, tl.sum(total, axis=0))

@@ -22,10 +22,13 @@ Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def experts(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
     """:func:`experts_forward` of weights each of which is dense or quantized."""
-    if not any(isinstance(weight, QuantizedStack) for weight in (operands.gate_up, operands.down)):
-        return experts_forward(*operands, *gate, sentinels, keep)
-    codes, quantization = operands.take_apart()
-    return experts_quantized_forward(*codes, *quantization, *gate, sentinels, keep)
+    result: Result
+    if isinstance(operands.gate_up, QuantizedStack) or isinstance(operands.down, QuantizedStack):
+        codes, quantization = operands.take_apart()
+        result = forward_quantized(*codes, *quantization, *gate, sentinels, keep)
+    else:
+        result = forward(*operands, *gate, sentinels, keep)
+    return result
 
 
 def _implementation(x: torch.Tensor) -> Any:
@@ -155,9 +158,9 @@ def _(
     return _fake_backward(operands.put_together(quantization), needs)
 
 
-for _of, _by in (
-    (experts_forward, experts_backward),
-    (experts_quantized_forward, experts_quantized_backward),
-):
-    register_gradients(_of, _by, Operands, dropped=2)
+forward = register_gradients(experts_forward, experts_backward, Operands, dropped=2)
+forward_quantized = register_gradients(
+    experts_quantized_forward, experts_quantized_backward, Operands, dropped=2
+)
+for _by in (experts_backward, experts_quantized_backward):
     dispatch.refuse_second_derivative("experts_forward", _by)

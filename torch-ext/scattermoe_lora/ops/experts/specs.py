@@ -7,8 +7,9 @@ from typing import Any
 
 from ..activation import ACTIVATIONS
 from ..compile_spec import TARGETS, CompileSpec, distinct
-from ..grouped_linear.specs import POINTERS, Tile, Use, matmul_spec, tiles_of
+from ..grouped_linear.specs import OPTION_TARGETS, POINTERS, Tile, Use, matmul_spec, tiles_of
 from .kernels import gate_backward_kernel, gate_forward_kernel, gate_up_kernel
+from .kernels_backward import matmul_gate_backward_kernel
 
 _PLAIN = {"INTERLEAVED": False, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
 # gpt-oss's needs most: it stands for the rest on most tiles.
@@ -41,6 +42,17 @@ def _matmuls() -> Iterator[CompileSpec]:
                 yield matmul_spec(gate_up_kernel, use, tile)
 
 
+def _matmuls_backward() -> Iterator[CompileSpec]:
+    """On the tiles that a table launches so, and the widest of those that were not timed."""
+    flags = {"GATHER": True, "LOW_RANK": True}
+    for tile in tiles_of("grouped_matmul"):
+        is_trial = tile.every_use and tile.timing is None and tile.targets == OPTION_TARGETS["GATE_BACKWARD"]
+        if tile.dtype == "bf16" and (is_trial or tile.rule.launch.get("GATE_BACKWARD")):
+            for label in ACTIVATIONS:
+                gate = {name: value for name, value in _GATES[label].items() if name != "INTERLEAVED"}
+                yield matmul_spec(matmul_gate_backward_kernel, Use(label, {**flags, **gate}, True), tile)
+
+
 def _gates_alone() -> Iterator[CompileSpec]:
     for label, gate in _GATES.items():
         for dtype in ("bf16", "fp32"):
@@ -58,4 +70,4 @@ def _gates_alone() -> Iterator[CompileSpec]:
                     )
 
 
-COMPILE_SPECS = distinct([*_matmuls(), *_gates_alone()])
+COMPILE_SPECS = distinct([*_matmuls(), *_matmuls_backward(), *_gates_alone()])

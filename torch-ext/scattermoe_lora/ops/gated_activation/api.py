@@ -8,7 +8,7 @@ import torch
 
 from .. import dispatch
 from ..activation import ACTIVATIONS
-from .op import gated_activation_forward
+from . import op
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,7 +47,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "ge
         if expected != got:
             _refuse("up", f"{what} of gate, {_text(expected)}", _text(got))
     dispatch.refuse_transforms("gated_activation", gate, up)
-    return gated_activation_forward(gate, up, activation)
+    return op.forward(gate, up, activation)
 
 
 def gated_mlp(

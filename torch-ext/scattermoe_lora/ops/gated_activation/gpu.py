@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
+from ..launch import cdiv, next_power_of_2, rows_of
 from .kernels import gated_backward_kernel, gated_forward_kernel
 from .limits import LARGEST, LIMIT
 
@@ -21,29 +21,29 @@ def constants_of(dtype: torch.dtype, columns: int, activation: str) -> dict[str,
         "LARGEST": LARGEST if half else None,
         "LIMIT": LIMIT if half else None,
         "ACTIVATION": activation,
-        "BLOCK": min(_COLUMNS, triton.next_power_of_2(columns)),
+        "BLOCK": min(_COLUMNS, next_power_of_2(columns)),
     }
 
 
 def _launch(kernel: Any, sources: list[torch.Tensor], targets: list[torch.Tensor], activation: str) -> None:
-    """Runs a kernel over rows: ``sources`` of any row stride, contiguous ``targets``."""
-    if targets[0].dtype == torch.float64:
+    """Runs a kernel over rows: ``sources`` of any strides, contiguous ``targets``."""
+    target = targets[0]
+    if target.dtype == torch.float64:
         raise NotImplementedError(
             "gated_activation: gate: float64 runs on the CPU only; use float32 on this device"
         )
-    if not targets[0].numel():
+    if not target.numel():
         return
-    columns = targets[0].shape[-1]
-    rows = [t.reshape(-1, columns) for t in sources]
-    rows = [t if t.stride(1) == 1 else t.contiguous() for t in rows]
-    constants = constants_of(targets[0].dtype, columns, activation)
-    grid = rows[0].shape[0], triton.cdiv(columns, constants["BLOCK"])
-    kernel[grid](*rows, *targets, columns, *(t.stride(0) for t in rows), **constants)
+    columns = target.shape[-1]
+    rows, strides = zip(*map(rows_of, sources), strict=True)
+    constants = constants_of(target.dtype, columns, activation)
+    grid = target.numel() // columns, cdiv(columns, constants["BLOCK"])
+    kernel[grid](*rows, *targets, columns, *strides, **constants)
 
 
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """See :func:`scattermoe_lora.ops.gated_activation.op.gated_activation_forward`."""
-    out = gate.new_empty(gate.shape)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _launch(gated_forward_kernel, [gate, up], [out], activation)
     return out
 
@@ -52,6 +52,6 @@ def backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.gated_activation.op.gated_activation_backward`."""
-    d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    d_gate, d_up = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
     _launch(gated_backward_kernel, [dy, gate, up], [d_gate, d_up], activation)
     return d_gate, d_up

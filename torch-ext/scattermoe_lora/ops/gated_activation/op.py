@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..operator import eager, register_autograd
 from . import cpu
 
 
@@ -60,8 +61,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *gated_activation_backward(dy, *ctx.saved_tensors, ctx.activation), None
+    return *_gradients(dy, *ctx.saved_tensors, ctx.activation), None
 
 
-gated_activation_forward.register_autograd(_backward, setup_context=_setup_context)
+_gradients = eager(gated_activation_backward)
+forward = register_autograd(gated_activation_forward, _backward, _setup_context)
 dispatch.refuse_second_derivative("gated_activation", gated_activation_backward)

@@ -18,7 +18,7 @@ from .. import dispatch
 from ..quantization.op import decode_experts
 from ..quantization.stack import QuantizedStack, Weight
 from .cpu import wide_dtype
-from .op import grouped_linear_forward
+from .op import forward
 
 # Elements of the dense matrices that are looked at together, for a norm of each of their rows.
 _ELEMENTS = 1 << 24
@@ -137,8 +137,8 @@ def finish(
     shift = update.shift
     for a, b, dropout in update.terms:
         rows = F.dropout(x, dropout) if dropout else x
-        low, _ = grouped_linear_forward(rows, a.contiguous(), None, None, None, *routing)
-        term, _ = grouped_linear_forward(low, b.contiguous(), None, None, shift, *routing)
+        low, _ = forward(rows, a.contiguous(), None, None, None, *routing)
+        term, _ = forward(low, b.contiguous(), None, None, shift, *routing)
         y, shift = y.add_(term), None
     return y
 
@@ -156,7 +156,7 @@ def _scaled(
     The factors come as the bias of an operator on nothing, whose backward sums each expert's pairs in a fixed order.
     """
     nothing = scale.new_zeros((*scale.shape, 1))
-    by_pair, _ = grouped_linear_forward(
+    by_pair, _ = forward(
         scale.new_zeros((y.shape[0], 1)),
         nothing,
         None,

@@ -42,18 +42,19 @@ def describe(
         strides = [expert, term, column]
     else:
         return weight, ""
-    if not _is_aligned(weight, strides[:-1]):
+    if not is_aligned(weight, strides[:-1]):
         return weight, ""
     return TensorDescriptor(weight, shape, strides, box_of(along, parts, block_n, block_k)), along
 
 
 def describe_rows(x: torch.Tensor, block_m: int, block_k: int) -> TensorDescriptor | None:
     """A descriptor of rows ``[S, K]``, or None where the hardware cannot copy boxes of them."""
-    if x.stride(1) != 1 or not _is_aligned(x, [x.stride(0)]):
+    if x.stride(1) != 1 or not is_aligned(x, [x.stride(0)]):
         return None
     return TensorDescriptor.from_tensor(x, [block_m, block_k])
 
 
-def _is_aligned(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
-    is_aligned = tensor.data_ptr() % _BYTES == 0
-    return is_aligned and all(stride and stride * tensor.itemsize % _BYTES == 0 for stride in strides)
+def is_aligned(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    """True if the address and these strides are what the hardware asks for."""
+    starts_aligned = tensor.data_ptr() % _BYTES == 0
+    return starts_aligned and all(stride and stride * tensor.itemsize % _BYTES == 0 for stride in strides)

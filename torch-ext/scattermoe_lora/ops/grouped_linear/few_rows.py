@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TypeGuard
 
 import torch
-import triton
 
+from ..launch import cdiv, next_power_of_2
 from ..quantization import gpu as decoding
 from ..quantization.stack import QuantizedStack, Weight
 from ..routing import Routing
@@ -20,7 +20,7 @@ from .schedule import most_tiles
 from .workspace import LowRank
 
 # The fewest rows that tensor cores multiply, and 32 elements of the weight a thread: few enough that the codes of the
-# next step and 20 warps fit in the registers of a multiprocessor. In stages, Triton would copy scales one by one.
+# next step and 16 warps fit in the registers of a multiprocessor. In stages, Triton would copy scales one by one.
 # Reasoned and compiled, not timed.
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 # Bytes of a row that are multiplied at a time.
@@ -33,7 +33,7 @@ def blocks_for(itemsize: int, rank: int) -> dict[str, int]:
     """What to launch with for elements of that many bytes and factors of that rank, 0 for none."""
     step = STEP_BYTES // itemsize
     # 16 is the least that ``tl.dot`` multiplies.
-    return {**BLOCKS, "BLOCK_K": step, "BLOCK_R": min(step, max(16, triton.next_power_of_2(rank)))}
+    return {**BLOCKS, "BLOCK_K": step, "BLOCK_R": min(step, max(16, next_power_of_2(rank)))}
 
 
 def has_few_rows(weight: Weight, routing: Routing) -> TypeGuard[QuantizedStack]:
@@ -61,7 +61,7 @@ def matmul(
     left, right = low or (x, x)
     rank = left.shape[1] if low else 0
     stack, blocks = decoding.kernel_operands(weight), blocks_for(x.element_size(), rank)
-    tiles = most_tiles(pairs, num_experts, blocks["BLOCK_M"]) * triton.cdiv(n_out, blocks["BLOCK_N"])
+    tiles = most_tiles(pairs, num_experts, blocks["BLOCK_M"]) * cdiv(n_out, blocks["BLOCK_N"])
     quantized_matmul_kernel[(tiles,)](
         x,
         *stack.pointers,
@@ -87,7 +87,7 @@ def matmul(
         LOW_RANK=low is not None,
         BIAS=bias is not None,
         WEIGHTED=row_weight is not None,
-        EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
+        EXPERTS_POW2=next_power_of_2(num_experts + 1),
         PRECISION=precision,
         **blocks,
         **decoding.OPTIONS,

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from .. import tile_tables
+from ..launch import cdiv, next_power_of_2
 from ..quantization.stack import Weight
 from ..routing import Routing
 from . import few_rows, library
@@ -35,14 +35,18 @@ OPTIONS = {
     "TMA_ROWS": 0,
     # 1: torch's grouped matrix product multiplies, and the kernel adds the rest. 0: the kernel does both.
     "LIBRARY": 0,
+    # 1: the product that is the gradient of the gated activation ends with what comes through it. 0: a launch more.
+    "GATE_BACKWARD": 0,
 }
 
 
 def float32_precision(x: torch.Tensor) -> str:
     """Full float32 unless the user allowed TF32, by the switch that torch's own matmul follows and that all others set.
     AMD's matrix cores multiply float32 as it is."""
-    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if is_tf32 and x.dtype == torch.float32 and not torch.version.hip else "ieee"
+    # The dtype first: to read the switch takes microseconds, which count at each of a layer's launches.
+    if x.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tile(kernel: str, like: torch.Tensor, rows: float, n: int, k: int) -> Mapping[str, int]:
@@ -108,6 +112,7 @@ def matmul_launch(
     tiles_m = most_tiles(pairs, num_experts, blocks["BLOCK_M"])
     schedule = routing.offsets
     options: dict[str, Any] = {**OPTIONS, **blocks}
+    del options["GATE_BACKWARD"]
     persistent, flatten = options.pop("PERSISTENT"), options.pop("FLATTEN")
     # Programs that walk over the tiles have to know how many there are.
     options["SCHEDULE"] = options["SCHEDULE"] or persistent > 0
@@ -146,16 +151,14 @@ def matmul_launch(
         "TOP_K": top_k or 1,
         "LOW_RANK": low is not None,
         "BIAS": bias is not None,
-        "EXPERTS_POW2": triton.next_power_of_2(num_experts + 1),
+        "EXPERTS_POW2": next_power_of_2(num_experts + 1),
         "PRECISION": float32_precision(x),
         "EVEN_K": n_in % blocks["BLOCK_K"] == 0,
         # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
-        "BLOCK_R": min(blocks["BLOCK_K"], max(16, triton.next_power_of_2(rank))),
+        "BLOCK_R": min(blocks["BLOCK_K"], max(16, next_power_of_2(rank))),
         **options,
     }
-    return Launch(
-        tiles_m * triton.cdiv(n_out, blocks["BLOCK_N"]), arguments, constants, persistent, bool(flatten)
-    )
+    return Launch(tiles_m * cdiv(n_out, blocks["BLOCK_N"]), arguments, constants, persistent, bool(flatten))
 
 
 def grouped_matmul(
@@ -247,7 +250,7 @@ def grouped_outer(
     n_p, n_q = p.shape[1], q.shape[1]
     out = p.new_empty((num_experts, n_p, n_q))
     blocks = tile("grouped_outer", p, routing.order.shape[0] / num_experts, n_q, n_p)
-    grid = (triton.cdiv(n_q, blocks["BLOCK_Q"]), triton.cdiv(n_p, blocks["BLOCK_P"]), num_experts)
+    grid = (cdiv(n_q, blocks["BLOCK_Q"]), cdiv(n_p, blocks["BLOCK_P"]), num_experts)
     grouped_outer_kernel[grid](
         p,
         q,

@@ -21,10 +21,13 @@ Result = tuple[torch.Tensor, torch.Tensor]
 
 def linear(operands: Operands, top_k: int, sentinels: bool) -> Result:
     """:func:`grouped_linear_forward` of a dense or a quantized weight."""
-    if not isinstance(operands.weight, QuantizedStack):
-        return grouped_linear_forward(*operands, top_k, sentinels)
-    codes, quantization = operands.take_apart()
-    return grouped_linear_quantized_forward(*codes, *quantization, top_k, sentinels)
+    result: Result
+    if isinstance(operands.weight, QuantizedStack):
+        codes, quantization = operands.take_apart()
+        result = forward_quantized(*codes, *quantization, top_k, sentinels)
+    else:
+        result = forward(*operands, top_k, sentinels)
+    return result
 
 
 def _implementation(x: torch.Tensor) -> Any:
@@ -152,9 +155,9 @@ def _(
     return _fake_backward(operands.put_together(quantization), needs)
 
 
-for _of, _by in (
-    (grouped_linear_forward, grouped_linear_backward),
-    (grouped_linear_quantized_forward, grouped_linear_quantized_backward),
-):
-    register_gradients(_of, _by, Operands, dropped=1)
+forward = register_gradients(grouped_linear_forward, grouped_linear_backward, Operands, dropped=1)
+forward_quantized = register_gradients(
+    grouped_linear_quantized_forward, grouped_linear_quantized_backward, Operands, dropped=1
+)
+for _by in (grouped_linear_backward, grouped_linear_quantized_backward):
     dispatch.refuse_second_derivative("grouped_linear", _by)

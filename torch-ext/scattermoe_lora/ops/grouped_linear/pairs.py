@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import triton
 
 from .. import tile_tables
 from ..dispatch import undisturbed
+from ..launch import cdiv, next_power_of_2
 from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
 
 TILES = Path(__file__).parent / "tiles"
@@ -25,8 +25,7 @@ CHUNK = 16
 def own_launch(kernel: str, like: torch.Tensor, sizes: Mapping[str, float]) -> Mapping[str, int] | None:
     """The launch of the first rule that serves these sizes; None where the device's table has none, and torch's own
     operators do what the kernel does."""
-    rules = tile_tables.load(TILES, tile_tables.table_of(like.device)).rules.get(kernel, ())
-    return next((rule.launch for rule in rules if rule.serves(like.dtype.itemsize, sizes)), None)
+    return tile_tables.lookup(TILES, tile_tables.table_of(like.device), kernel, like.dtype.itemsize, sizes)
 
 
 def sort_pairs(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -44,8 +43,8 @@ def sort_pairs(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tens
     launch = own_launch("sort_pairs", index, {"pairs": pairs, "experts": num_experts}) if pairs else None
     if launch is None:
         return None
-    blocks = triton.cdiv(pairs, launch["BLOCK"])
-    constants = {"EXPERTS_POW2": triton.next_power_of_2(num_experts + 1), **launch}
+    blocks = cdiv(pairs, launch["BLOCK"])
+    constants = {"EXPERTS_POW2": next_power_of_2(num_experts + 1), **launch}
     counts = torch.empty((num_experts + 1) * blocks, dtype=torch.int32, device=index.device)
     order = torch.empty(pairs, dtype=torch.int64, device=index.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=index.device)
@@ -70,6 +69,6 @@ def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
     if launch is None:
         return by_pair.view(tokens, top_k, columns).sum(dim=1)
     out = by_pair.new_empty((tokens, columns))
-    grid = (tokens, triton.cdiv(columns, launch["BLOCK"]))
+    grid = (tokens, cdiv(columns, launch["BLOCK"]))
     sum_choices_kernel[grid](by_pair, out, columns, TOP_K=top_k, **launch)
     return out

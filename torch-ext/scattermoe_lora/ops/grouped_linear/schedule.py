@@ -6,8 +6,8 @@ Without one every program counts the tiles of all experts before it multiplies.
 from __future__ import annotations
 
 import torch
-import triton
 
+from ..launch import next_power_of_2
 from ..routing import Routing
 from .kernels_schedule import tile_schedule_kernel
 
@@ -37,7 +37,7 @@ def tile_schedule(routing: Routing, block: int) -> torch.Tensor:
         pairs,
         num_experts,
         capacity,
-        EXPERTS_POW2=triton.next_power_of_2(num_experts + 1),
+        EXPERTS_POW2=next_power_of_2(num_experts + 1),
         BLOCK_M=block,
         TILES=TILES_A_PROGRAM,
     )

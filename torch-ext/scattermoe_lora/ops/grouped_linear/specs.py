@@ -12,10 +12,6 @@ from .descriptors import box_of
 from .gpu import TILES
 from .kernels import grouped_matmul_kernel
 from .kernels_outer import grouped_outer_kernel
-from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
-from .kernels_schedule import tile_schedule_kernel
-from .pairs import CHUNK
-from .schedule import TILES_A_PROGRAM
 
 POINTERS = {
     "row_weight_ptr": "*fp32:16",
@@ -35,6 +31,8 @@ OPTION_TARGETS: Mapping[str, tuple[str, ...]] = {
     "TMA_ROWS": ("sm_90", "sm_100", "sm_120"),
     # Elsewhere torch has no kernel of its own for a grouped product.
     "LIBRARY": ("sm_90", "sm_100"),
+    # Elsewhere it has not been compiled for every tile.
+    "GATE_BACKWARD": ("sm_90",),
 }
 # Options that are compiled together for every architecture that may take them, whether its table does or not.
 _TRIALS = (
@@ -103,7 +101,8 @@ class Tile:
 
     def blocks(self) -> dict[str, int]:
         """The launch's constants."""
-        return {name: value for name, value in self.rule.launch.items() if not name.startswith("num_")}
+        others = ("num_warps", "num_stages", "GATE_BACKWARD")
+        return {name: value for name, value in self.rule.launch.items() if name not in others}
 
     def options(self) -> dict[str, int]:
         """The launch's options of the compiler."""
@@ -240,44 +239,6 @@ def _outer(weighted: bool, tile: Tile) -> CompileSpec:
     return tile.spec(grouped_outer_kernel, label, constants)
 
 
-def _schedules() -> Iterator[CompileSpec]:
-    for block in (16, 128):
-        yield CompileSpec(
-            tile_schedule_kernel,
-            f"{block} rows",
-            {
-                "offsets_ptr": "*i64:16",
-                "schedule_ptr": "*i32:16",
-                **dict.fromkeys(("pairs", "num_experts", "capacity"), "i32"),
-            },
-            {"EXPERTS_POW2": 256, "BLOCK_M": block, "TILES": TILES_A_PROGRAM},
-            {"num_warps": 4},
-            TARGETS,
-        )
-
-
-def _of_pairs() -> Iterator[CompileSpec]:
-    """The kernels around the products, of which a table may have rules."""
-    integers = dict.fromkeys(("pairs", "num_experts"), "i32")
-    pointers = dict.fromkeys(("counts_ptr", "through_ptr"), "*i32:16")
-    index = {"index_ptr": "*i64:16", **pointers, **POINTERS, **integers}
-    for block in (128, 512):
-        constants = {"EXPERTS_POW2": 256, "BLOCK": block, "CHUNK": CHUNK}
-        for kernel in (count_pairs_kernel, place_pairs_kernel):
-            yield CompileSpec(
-                kernel,
-                f"{block} pairs",
-                {name: index[name] for name in kernel.arg_names if name in index},
-                {name: value for name, value in constants.items() if name in kernel.arg_names},
-                {"num_warps": 4},
-                TARGETS,
-            )
-    for dtype in ("bf16", "fp32"):
-        arguments = {"by_pair_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "columns": "i32:16"}
-        constants = {"TOP_K": 8, "BLOCK": 1024}
-        yield CompileSpec(sum_choices_kernel, dtype, arguments, constants, {"num_warps": 4}, TARGETS)
-
-
 def _specs() -> Iterator[CompileSpec]:
     for tile in tiles_of("grouped_matmul"):
         for use in _uses(tile):
@@ -288,4 +249,4 @@ def _specs() -> Iterator[CompileSpec]:
                 yield _outer(weighted, tile)
 
 
-COMPILE_SPECS = distinct([*_specs(), *_schedules(), *_of_pairs()])
+COMPILE_SPECS = distinct(_specs())

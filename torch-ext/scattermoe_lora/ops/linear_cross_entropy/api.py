@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
-from .arguments import Settings
+from .arguments import Objective, Operands, Settings, Statistics
 from .checks import check
 from .decoded import DecodedWeight, statistics
 from .op import linear_cross_entropy_forward
+from .total import linear_cross_entropy_total
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -51,8 +52,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor | LinearCrossEntropy:
     """Cross entropy of ``logits = cap(logit_scale * (hidden W^T + scaling * hidden A^T B^T + bias))``.
 
-    The logits of all tokens are never in memory, forward or backward: a block of tokens by a block of the vocabulary is
-    computed at a time, in float32 from there on. What a head without a gradient would need for one is not computed.
+    The logits of more than a block of tokens are never in memory, forward or backward; they are in float32. Where the
+    loss is one number its gradients are computed with it. What a frozen head would need for one is not computed.
     Differentiable once in ``hidden``, ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``token_weight``, through every
     result. The same input gives the same bits.
 
@@ -116,63 +117,87 @@ def linear_cross_entropy(
         low = F.linear(rows, lora_a.to(rows.dtype))
         lora_b = (lora_b * scaling).to(rows.dtype).contiguous()
     head = (bias, low, lora_b)
+    wide = torch.promote_types(rows.dtype, torch.float32)
     settings = Settings(
         float(logit_scale), float(softcap or 0.0), bool(label_smoothing), return_entropy, False
     )
+    factors, weights = _factors(
+        index, valid, weight.shape[0], label_smoothing, z_loss, class_weight, token_weight, wide
+    )
+    divisor, unit = _divisor(weights, reduction, num_items_in_batch, rows.dtype)
+    objective = Objective._make(None if factor is None else factor / divisor for factor in factors)
+    trained = [t is not None and t.requires_grad for t in (rows, head_weight, *head)]
+    trained = [need and torch.is_grad_enabled() for need in trained]
+    # Where hidden states alone get a gradient, a CPU's forward can have it ready, whatever the tokens' losses become.
+    pulls = trained[0] and not any(trained[1:]) and low is None
+    pulls = pulls and not label_smoothing and not return_entropy and not dispatch.use_triton(rows)
+    total = None
     if isinstance(weight, DecodedWeight):
-        lse, label_logit, logit_sum, entropy, _ = statistics(
-            rows, weight, *head, index, class_weight, settings
-        )
+        results = statistics(rows, weight, *head, index, class_weight, settings)
     else:
-        # Where hidden states alone get a gradient, the forward can have it ready.
-        is_frozen = not any(t is not None and t.requires_grad for t in (weight, bias, low))
-        pulls = torch.is_grad_enabled() and rows.requires_grad and is_frozen and low is None
-        pulls = pulls and not label_smoothing and not return_entropy and not dispatch.use_triton(rows)
-        lse, label_logit, logit_sum, entropy, _ = linear_cross_entropy_forward(
-            rows, weight.contiguous(), *head, index, class_weight, *settings._replace(pulls=pulls)
-        )
-    log_probs = label_logit - lse
-    loss = -log_probs
-    weights = valid.to(loss.dtype)
-    if class_weight is not None:
-        class_weight = class_weight.to(loss.dtype)
-        # What is outside the vocabulary is NaN already, whatever its weight.
-        of_label = class_weight[index.clamp(0, weight.shape[0] - 1)]
-        loss, weights = loss * of_label, weights * of_label
-    if label_smoothing:
-        total = weight.shape[0] if class_weight is None else class_weight.sum()
-        smooth = (lse * total - logit_sum) / weight.shape[0]
-        loss = (1 - label_smoothing) * loss + label_smoothing * smooth
-    if z_loss:
-        loss = loss + z_loss * lse.square()
-    if token_weight is not None:
-        by_token = token_weight.reshape(-1).to(loss.dtype)
-        loss, weights = loss * by_token.masked_fill(~valid, 0.0), weights * by_token
-    reduced = _reduce(loss, weights.masked_fill(~valid, 0.0), labels, reduction, num_items_in_batch)
+        operands = Operands(rows, weight.contiguous(), *head, index, class_weight)
+        if any(trained) and reduction != "none" and not pulls:
+            total, *first = linear_cross_entropy_total(*operands, *objective, *settings, trained)[:5]
+            results = Statistics._make((*first, rows.new_empty(0)))
+        else:
+            settings = settings._replace(pulls=pulls)
+            results = Statistics(*linear_cross_entropy_forward(*operands, *settings))
+    if total is None:
+        total = objective.by_token(results, class_weight, weight.shape[0])
+        total = total.view(labels.shape) if reduction == "none" else total.sum()
+    loss = total / unit
     if not return_log_probs and not return_entropy:
-        return reduced
+        return loss
+    log_probs = results.label_logit - results.lse
     return LinearCrossEntropy(
-        reduced,
+        loss,
         log_probs.view(labels.shape) if return_log_probs else None,
-        entropy.view(labels.shape) if return_entropy else None,
+        results.entropy.view(labels.shape) if return_entropy else None,
     )
 
 
-def _reduce(
-    loss: torch.Tensor,
+def _factors(
+    index: torch.Tensor,
+    valid: torch.Tensor,
+    words: int,
+    label_smoothing: float,
+    z_loss: float,
+    class_weight: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    wide: torch.dtype,
+) -> tuple[Objective, torch.Tensor]:
+    """Factors of the terms of each token's loss, and the weights ``[T]`` that a mean divides by."""
+    every = valid.to(wide)
+    if token_weight is not None:
+        every = token_weight.reshape(-1).to(wide).masked_fill(~valid, 0.0)
+    weights = every
+    if class_weight is not None:
+        # What is outside the vocabulary is NaN already, whatever its weight.
+        weights = every * class_weight.to(wide)[index.clamp(0, words - 1)]
+    smooth = every * (label_smoothing / words) if label_smoothing else None
+    return Objective(weights * (1 - label_smoothing), smooth, every * z_loss if z_loss else None), weights
+
+
+def _divisor(
     weights: torch.Tensor,
-    labels: torch.Tensor,
     reduction: str,
     num_items_in_batch: float | torch.Tensor | None,
-) -> torch.Tensor:
-    if reduction == "none":
-        return loss.view(labels.shape)
-    total = loss.sum()
-    if reduction == "sum":
-        return total
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """What the tokens' factors are divided by, and what their sum is divided by afterwards.
+
+    In float16 the gradients of a mean over thousands of tokens are too small until a gradient scaler's factor comes to
+    them. So the sum takes the divisor's power of two, which rounds nothing, and the factors the rest.
+    """
+    if reduction != "mean":
+        return 1.0, 1.0
     if num_items_in_batch is None:
         count = weights.sum()
     else:
-        count = torch.as_tensor(num_items_in_batch, dtype=loss.dtype, device=loss.device)
+        count = torch.as_tensor(num_items_in_batch, dtype=weights.dtype, device=weights.device)
     # Nothing counts: nothing over nothing is 0 here, and so is its gradient.
-    return total / count.masked_fill(count == 0, 1.0)
+    count = count.masked_fill(count == 0, 1.0)
+    if dtype != torch.float16:
+        return count, 1.0
+    power = torch.ldexp(torch.ones_like(count), torch.frexp(count.detach()).exponent)
+    return count / power, power

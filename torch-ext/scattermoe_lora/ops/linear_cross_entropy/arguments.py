@@ -91,3 +91,57 @@ class StatisticsGradients(NamedTuple):
             torch.zeros_like(like) if gradient is None or gradient.shape != like.shape else gradient
             for gradient in self
         ]
+
+
+class Objective(NamedTuple):
+    """A weighted sum of the tokens' losses: of each token a factor ``[T]`` of each of its terms, dtype of the logits.
+
+    Zero for tokens that are left out. None for a term that no token has.
+
+    Attributes:
+        own: Factor of ``-log p`` of the label.
+        smooth: Of the sum of ``-log p`` over the vocabulary, each multiplied by its class weight.
+        square: Of ``lse^2``.
+    """
+
+    own: torch.Tensor
+    smooth: torch.Tensor | None
+    square: torch.Tensor | None
+
+    def of(self, tokens: slice | torch.Tensor) -> Objective:
+        """That of some tokens."""
+        return Objective._make(None if factor is None else factor[tokens] for factor in self)
+
+    def terms(
+        self, statistics: Statistics, class_weight: torch.Tensor | None, words: int
+    ) -> list[torch.Tensor | None]:
+        """``[T]`` each, what the factors multiply; None for a term that no token has."""
+        lse, label_logit, logit_sum, *_ = statistics
+        smooth = None if self.smooth is None else lse * self._total(class_weight, words) - logit_sum
+        return [lse - label_logit, smooth, None if self.square is None else lse.square()]
+
+    def by_token(self, statistics: Statistics, class_weight: torch.Tensor | None, words: int) -> torch.Tensor:
+        """``[T]``, what each token adds to the sum."""
+        own, *others = self.terms(statistics, class_weight, words)
+        assert own is not None
+        loss = self.own * own
+        for factor, term in zip(self[1:], others, strict=True):
+            if factor is not None and term is not None:
+                loss = loss + factor * term
+        return loss
+
+    def gradients(
+        self, statistics: Statistics, class_weight: torch.Tensor | None, words: int
+    ) -> list[torch.Tensor]:
+        """``[T]``, the derivatives of the sum by the first four statistics."""
+        d_lse, zeros = self.slope(class_weight, words), torch.zeros_like(self.own)
+        if self.square is not None:
+            d_lse = d_lse + 2 * self.square * statistics.lse
+        return [d_lse, -self.own, zeros if self.smooth is None else -self.smooth, zeros]
+
+    def slope(self, class_weight: torch.Tensor | None, words: int) -> torch.Tensor:
+        """``[T]``, the derivative of the sum by ``lse``, but for the square's."""
+        return self.own if self.smooth is None else self.own + self.smooth * self._total(class_weight, words)
+
+    def _total(self, class_weight: torch.Tensor | None, words: int) -> torch.Tensor | int:
+        return words if class_weight is None else class_weight.to(self.own.dtype).sum()

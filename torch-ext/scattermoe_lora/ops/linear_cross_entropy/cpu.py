@@ -7,7 +7,7 @@ the weight stand where attention has its values, and nothing is left to multiply
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -18,12 +18,16 @@ from .arguments import Operands, Settings, Statistics, StatisticsGradients
 _TOKENS, _VOCABULARY = 1024, 1024
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
+def slices(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
-def _tokens_of(operands: Operands, tokens: slice | torch.Tensor) -> Operands:
+def blocks_of_words(operands: Operands) -> Iterator[slice]:
+    return slices(operands.weight.shape[0], _VOCABULARY)
+
+
+def tokens_of(operands: Operands, tokens: slice | torch.Tensor) -> Operands:
     low = operands.low
     return operands._replace(
         hidden=operands.hidden[tokens],
@@ -32,7 +36,7 @@ def _tokens_of(operands: Operands, tokens: slice | torch.Tensor) -> Operands:
     )
 
 
-class _Block:
+class Block:
     """The head's rows for a part of the vocabulary, and the tokens whose labels are in it."""
 
     def __init__(self, operands: Operands, settings: Settings, part: slice) -> None:
@@ -60,8 +64,31 @@ class _Block:
         softcap = self._settings.softcap
         return (x / softcap).square_().neg_().add_(1) if softcap else None
 
+    def gradient(
+        self, x: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor, gradients: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """``[T, n]``, the gradient of :meth:`logits` ``x`` before scale and soft cap; labels as if they were none.
 
-class _Labels:
+        Args:
+            x: Overwritten.
+            lse, entropy: As in :class:`Statistics`.
+            gradients: ``[T]``, of the first four statistics.
+        """
+        d_lse, _, d_sum, d_entropy = (part.unsqueeze(1) * self._settings.scale for part in gradients)
+        slopes = self.slopes(x)
+        x.sub_(lse.unsqueeze(1))
+        if self._settings.entropies:
+            p = x.exp()
+            terms = x.add_(entropy.unsqueeze(1)).mul_(d_entropy).masked_fill_(p == 0, 0.0)
+            d = p.mul_(d_lse - terms)
+        else:
+            d = x.exp_().mul_(d_lse)
+        if self._settings.sums:
+            d.add_(d_sum if self.class_weight is None else d_sum * self.class_weight)
+        return d if slopes is None else d.mul_(slopes)
+
+
+class Labels:
     """Tokens sorted by label: a part of the vocabulary finds those that have their label in it."""
 
     def __init__(self, labels: torch.Tensor) -> None:
@@ -92,17 +119,20 @@ def forward(operands: Operands, settings: Settings) -> Statistics:
     kept = operands.labels >= 0
     # Tokens without a label cost nothing: those that have one are gathered.
     index = None if bool(kept.all()) else kept.nonzero().squeeze(1)
-    for part in _slices(tokens if index is None else index.shape[0], _TOKENS):
+    for part in slices(tokens if index is None else index.shape[0], _TOKENS):
         rows = part if index is None else index[part]
-        block = _forward_of_tokens(_tokens_of(operands, rows), settings)
+        block = forward_of_tokens(tokens_of(operands, rows), settings)
         for total, value in zip(result, block, strict=True):
             if total.shape[0]:
                 total[rows] = value
     return result
 
 
-def _forward_of_tokens(operands: Operands, settings: Settings) -> Statistics:
-    hidden, wide, labels = operands.hidden, operands.wide, _Labels(operands.labels)
+def forward_of_tokens(
+    operands: Operands, settings: Settings, logits: list[torch.Tensor] | None = None
+) -> Statistics:
+    """Statistics of tokens that all have a label; appends their logits, a block each, to ``logits``."""
+    hidden, wide, labels = operands.hidden, operands.wide, Labels(operands.labels)
     tokens = hidden.shape[0]
     # Finite, so that a block of logits of -inf, by which a bias leaves words out, changes nothing.
     peak = hidden.new_full((tokens,), torch.finfo(wide).min, dtype=wide)
@@ -110,8 +140,8 @@ def _forward_of_tokens(operands: Operands, settings: Settings) -> Statistics:
     # A label outside the vocabulary is found nowhere.
     label_logit = torch.full_like(peak, torch.nan)
     pull = hidden.new_zeros(hidden.shape if settings.pulls else (0, 0), dtype=wide)
-    for part in _slices(operands.weight.shape[0], _VOCABULARY):
-        block = _Block(operands, settings, part)
+    for part in blocks_of_words(operands):
+        block = Block(operands, settings, part)
         x = block.logits(operands)
         own, columns = labels.within(part)
         label_logit[own] = x[own, columns]
@@ -121,6 +151,9 @@ def _forward_of_tokens(operands: Operands, settings: Settings) -> Statistics:
         before = peak
         peak = torch.maximum(before, x.amax(dim=1))
         ratio = before.sub_(peak).exp_()
+        if logits is not None:
+            logits.append(x)
+            x = x.clone()
         plain = x.clone() if settings.entropies else None
         p = x.sub_(peak.unsqueeze(1)).exp_()
         total.mul_(ratio).add_(p.sum(dim=1))
@@ -145,7 +178,7 @@ def _inside(operands: Operands) -> torch.Tensor:
     return operands.labels.clamp(max=operands.weight.shape[0] - 1)
 
 
-def _label_slopes(
+def label_slopes(
     operands: Operands, settings: Settings, statistics: Statistics, gradients: list[torch.Tensor]
 ) -> torch.Tensor:
     """``[T]``, the gradient of the label's logit before scale and soft cap."""
@@ -177,7 +210,7 @@ def backward(
         return _backward(parts, operands, statistics, settings, names)
     index = kept.nonzero().squeeze(1)
     chosen = Statistics(*(each[index] if each.shape[0] else each for each in statistics))
-    result = _backward([part[index] for part in parts], _tokens_of(operands, index), chosen, settings, names)
+    result = _backward([part[index] for part in parts], tokens_of(operands, index), chosen, settings, names)
     for name in ("hidden", "low"):
         if name in result:
             own = result[name]
@@ -193,8 +226,8 @@ def _backward(
     names: Collection[str],
 ) -> dict[str, torch.Tensor]:
     hidden, wide, labels = operands.hidden, operands.wide, operands.labels
-    tokens, vocabulary = hidden.shape[0], operands.weight.shape[0]
-    slopes = _label_slopes(operands, settings, statistics, gradients)
+    tokens = hidden.shape[0]
+    slopes = label_slopes(operands, settings, statistics, gradients)
     by_token: dict[str, torch.Tensor] = {}
     if statistics.pull.shape[0]:
         by_token["hidden"] = statistics.pull * gradients[0].unsqueeze(1)
@@ -205,42 +238,84 @@ def _backward(
     by_word = {
         name: torch.empty_like(getattr(operands, name)) for name in ("weight", "bias", "b") if name in names
     }
-    sorted_labels = _Labels(labels)
-    for part in _slices(vocabulary, _VOCABULARY):
+    sorted_labels = Labels(labels)
+    for part in blocks_of_words(operands):
         if statistics.pull.shape[0] or not tokens:
             break
-        block = _Block(operands, settings, part)
+        block = Block(operands, settings, part)
         own, columns = sorted_labels.within(part)
-        shares: dict[str, torch.Tensor] = {}
-        for rows in _slices(tokens, _TOKENS):
-            some = _tokens_of(operands, rows)
-            d = _logit_gradient(block, some, statistics, [part[rows] for part in gradients], settings, rows)
+        sums = {name: total[part].to(wide) for name, total in by_word.items()}
+        for rows in slices(tokens, _TOKENS):
+            some = tokens_of(operands, rows)
+            own_gradients = [gradient[rows] for gradient in gradients]
+            x = block.logits(some)
+            d = block.gradient(x, statistics.lse[rows], statistics.entropy[rows], own_gradients)
             here = (own >= rows.start) & (own < rows.stop)
-            d[own[here] - rows.start, columns[here]] = 0
-            rounded = d.to(hidden.dtype)
-            if "hidden" in by_token:
-                by_token["hidden"][rows].add_(linear(rounded, block.weight.t()))
-            if "low" in by_token and block.b is not None:
-                by_token["low"][rows].addmm_(d, block.b)
-            for name in by_word:
-                share = _share(name, d, rounded, some)
-                shares[name] = shares[name].add_(share) if name in shares else share.to(wide)
-        for name, share in shares.items():
-            terms = slopes[own]
-            if name != "bias":
-                factor = operands.hidden if name == "weight" else operands.low
-                assert factor is not None
-                terms = terms.unsqueeze(1) * factor[own].to(wide)
-            by_word[name][part] = share.index_add_(0, columns, terms)
+            own_here = own[here] - rows.start, columns[here]
+            add_products(
+                d, own_here, slopes[rows], block, some,
+                {name: total[rows] for name, total in by_token.items()}, sums, is_first=rows.start == 0,
+            )  # fmt: skip
+        for name, total in sums.items():
+            if by_word[name].dtype != wide:
+                by_word[name][part] = total
     if not tokens:
         by_word = {name: torch.zeros_like(total) for name, total in by_word.items()}
+    add_label_terms(by_token, slopes, operands)
+    return by_word | {name: total.to(getattr(operands, name).dtype) for name, total in by_token.items()}
+
+
+def add_products(
+    d: torch.Tensor,
+    own: tuple[torch.Tensor, torch.Tensor],
+    slopes: torch.Tensor,
+    block: Block,
+    operands: Operands,
+    by_token: dict[str, torch.Tensor],
+    by_word: dict[str, torch.Tensor],
+    is_first: bool,
+) -> None:
+    """Adds what some tokens' gradient ``d`` ``[T, n]`` of a block's logits gives to the sums of the tokens and words.
+
+    Args:
+        d: As of :meth:`Block.gradient`; overwritten.
+        own: Tokens whose label is in the block, and its column.
+        slopes: ``[T]``, the gradient of the label's logit. It is not multiplied with what is rounded. The tokens' sums
+            are left to :func:`add_label_terms`.
+        block, operands: The block, and the tokens' operands.
+        by_token, by_word: Sums for the tokens and for the block's words.
+        is_first: Whether nothing has been added to ``by_word`` yet, whose values are then ignored.
+    """
+    tokens, columns = own
+    d[tokens, columns] = 0
+    rounded = d.to(operands.hidden.dtype)
+    if "hidden" in by_token:
+        by_token["hidden"].add_(linear(rounded, block.weight.t()))
+    if "low" in by_token and block.b is not None:
+        by_token["low"].addmm_(d, block.b)
+    for name, total in by_word.items():
+        share = _share(name, d, rounded, operands)
+        if is_first:
+            total.copy_(share)
+        else:
+            total.add_(share)
+        terms = slopes[tokens]
+        if name != "bias":
+            factor = operands.hidden if name == "weight" else operands.low
+            assert factor is not None
+            terms = terms.unsqueeze(1) * factor[tokens].to(total.dtype)
+        total.index_add_(0, columns, terms)
+
+
+def add_label_terms(by_token: dict[str, torch.Tensor], slopes: torch.Tensor, operands: Operands) -> None:
+    """Adds to the tokens' sums the label's row of what their logits are products with, times ``slopes`` ``[T]``."""
+    dtype = operands.hidden.dtype
     for name, total in by_token.items():
         of_label = operands.weight if name == "hidden" else operands.b
         assert of_label is not None
-        for rows in _slices(tokens, _TOKENS):
-            chosen = of_label[_inside(operands)[rows]].to(hidden.dtype).to(wide)
+        for rows in slices(total.shape[0], _TOKENS):
+            chosen = of_label[_inside(operands)[rows]].to(dtype).to(total.dtype)
             total[rows].addcmul_(chosen, slopes[rows].unsqueeze(1))
-    return by_word | {name: total.to(getattr(operands, name).dtype) for name, total in by_token.items()}
 
 
 def _share(name: str, d: torch.Tensor, rounded: torch.Tensor, operands: Operands) -> torch.Tensor:
@@ -251,27 +326,3 @@ def _share(name: str, d: torch.Tensor, rounded: torch.Tensor, operands: Operands
         return linear(rounded.t(), operands.hidden.t())
     assert operands.low is not None
     return d.t() @ operands.low.to(d.dtype)
-
-
-def _logit_gradient(
-    block: _Block,
-    operands: Operands,
-    statistics: Statistics,
-    gradients: list[torch.Tensor],
-    settings: Settings,
-    rows: slice,
-) -> torch.Tensor:
-    """``[T, n]``, the gradient of a block's logits before scale and soft cap; labels as if they were none."""
-    d_lse, _, d_sum, d_entropy = (part.unsqueeze(1) * settings.scale for part in gradients)
-    x = block.logits(operands)
-    slopes = block.slopes(x)
-    x.sub_(statistics.lse[rows].unsqueeze(1))
-    if settings.entropies:
-        p = x.exp()
-        terms = x.add_(statistics.entropy[rows].unsqueeze(1)).mul_(d_entropy).masked_fill_(p == 0, 0.0)
-        d = p.mul_(d_lse - terms)
-    else:
-        d = x.exp_().mul_(d_lse)
-    if settings.sums:
-        d.add_(d_sum if block.class_weight is None else d_sum * block.class_weight)
-    return d if slopes is None else d.mul_(slopes)

@@ -30,7 +30,7 @@ def tile(kernel: str, hidden: torch.Tensor) -> Mapping[str, int]:
     return tile_tables.find(TILES, device, kernel, hidden.dtype, {})
 
 
-def _refuse_float64(hidden: torch.Tensor) -> None:
+def refuse_float64(hidden: torch.Tensor) -> None:
     if hidden.dtype == torch.float64:
         raise NotImplementedError(
             "linear_cross_entropy: hidden: float64 runs on the CPU only; use float32 on this device"
@@ -60,7 +60,7 @@ def _sizes(operands: Operands) -> tuple[int, int]:
 def forward(operands: Operands, settings: Settings) -> Statistics:
     """See :func:`scattermoe_lora.ops.linear_cross_entropy.op.linear_cross_entropy_forward`."""
     hidden, weight, bias, low, b, labels, class_weight = operands
-    _refuse_float64(hidden)
+    refuse_float64(hidden)
     tokens, words = hidden.shape[0], weight.shape[0]
     launch = tile("logits_forward", hidden)
     tiles = triton.cdiv(words, launch["BLOCK_N"])
@@ -120,7 +120,7 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.linear_cross_entropy.op.linear_cross_entropy_backward`."""
     hidden, weight, bias, low, b, labels, class_weight = operands
-    _refuse_float64(hidden)
+    refuse_float64(hidden)
     tokens, words = hidden.shape[0], weight.shape[0]
     by_token = {
         name: torch.zeros_like(getattr(operands, name), dtype=torch.float32)

@@ -24,6 +24,19 @@ def _place(tokens, words, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
+def capped(x, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logits of products ``x``, float32, and their derivative by these."""
+    if SOFTCAP:
+        tanh = 2 * tl.sigmoid(2 * x * (scale / softcap)) - 1
+        logits = tanh * softcap
+        slope = (1 - tanh * tanh) * scale
+    else:
+        logits = x * scale
+        slope = scale
+    return logits, slope
+
+
+@triton.jit
 def _logits(
     hidden_ptr,
     weight_ptr,
@@ -83,14 +96,7 @@ def _logits(
             x = tl.dot(low, b, x, input_precision=PRECISION)
     if BIAS:
         x += tl.load(bias_ptr + word, mask=in_words, other=0.0).to(tl.float32)[None, :]
-    slope = tl.full((1, 1), 1.0, tl.float32) * scale
-    if SOFTCAP:
-        tanh = 2 * tl.sigmoid(2 * x * (scale / softcap)) - 1
-        slope = (1 - tanh * tanh) * scale
-        x = tanh * softcap
-    else:
-        x *= scale
-    return x, slope
+    return capped(x, scale, softcap, SOFTCAP)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import dispatch
-from .op import lora_linear_forward
+from . import op
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _Factors = torch.Tensor | Sequence[torch.Tensor] | None
@@ -120,7 +120,7 @@ def project(
     dropped = any(pair.dropout for pair in pairs)
     # Of the CPU on every device: reading it waits for nothing. A checkpoint restores that generator, too.
     seed = torch.randint(2**63 - 1, (), device="cpu") if dropped else None
-    results, _ = lora_linear_forward(
+    results, _ = op.forward(
         x.reshape(-1, x.shape[-1]),
         list(weights),
         [pair.a for pair in pairs],

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import flattened
+from ..operator import eager, flattened, register_autograd
 from ..routing import empty_gradient
 from . import products
 from .arguments import Operands
@@ -117,7 +117,7 @@ def _backward(ctx: Any, dys: list[torch.Tensor | None], _: Any) -> tuple[Any, ..
     ]
     flags = [bool(ctx.needs_input_grad[0] and present), *(flag for group in needs for flag in group)]
     gradients = iter(
-        lora_linear_backward(list(present.values()), list(present), *operands[:6], *ctx.numbers, low, flags)
+        _gradients(list(present.values()), list(present), *operands[:6], *ctx.numbers, low, flags)
         if any(flags)
         else ()
     )
@@ -127,5 +127,6 @@ def _backward(ctx: Any, dys: list[torch.Tensor | None], _: Any) -> tuple[Any, ..
     return (dx, *lists, None, *([] if not numbers else None for numbers in ctx.numbers))
 
 
-lora_linear_forward.register_autograd(_backward, setup_context=_setup_context)
+_gradients = eager(lora_linear_backward)
+forward = register_autograd(lora_linear_forward, _backward, _setup_context)
 dispatch.refuse_second_derivative("lora_linear", lora_linear_backward)

@@ -81,7 +81,8 @@ class _Factors:
 
     def a(self) -> torch.Tensor:
         """``[R, N_in]``."""
-        return torch.cat([a.to(self._dtype) for a in self._operands.a])
+        factors = [a.to(self._dtype) for a in self._operands.a]
+        return factors[0] if len(factors) == 1 else torch.cat(factors)
 
     def b(self, pairs: range) -> torch.Tensor:
         """``[N_p, R_p]``, the scaling in it, as the transposed view of something contiguous."""

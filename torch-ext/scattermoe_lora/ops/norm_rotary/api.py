@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import dispatch
-from .op import norm_rotary_forward
+from . import op
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +45,8 @@ def rms_norm_rotary(
     """
     _check(x, weight, cos, sin)
     dispatch.refuse_transforms("rms_norm_rotary", x, weight, cos, sin)
-    return norm_rotary_forward(x, weight, cos, sin, eps)
+    out: torch.Tensor = op.forward(x, weight, cos, sin, eps)
+    return out
 
 
 def _refuse(name: str, expected: str, got: object) -> None:

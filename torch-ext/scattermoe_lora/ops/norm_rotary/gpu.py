@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from .. import tile_tables
+from ..launch import cdiv, next_power_of_2
 from .arguments import Operands
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
 
@@ -50,7 +50,7 @@ def constants_of(launch: Mapping[str, int], heads: int, head_dim: int, rotated: 
     """The kernels' constants and options that a launch and the sizes of rows give."""
     half, rest = rotated // 2, head_dim - rotated
     # Triton has no empty range: a part without columns has a width, and no code.
-    widths = [triton.next_power_of_2(max(length, 1)) for length in (half, rest)]
+    widths = [next_power_of_2(max(length, 1)) for length in (half, rest)]
     across = 2 * widths[0] * (half > 0) + widths[1] * (rest > 0)
     by_token = bool(launch.get("BY_TOKEN"))
     return {
@@ -61,7 +61,7 @@ def constants_of(launch: Mapping[str, int], heads: int, head_dim: int, rotated: 
         "HALF_WIDTH": widths[0],
         "REST_WIDTH": widths[1],
         "PRELOAD": by_token or bool(launch.get("PRELOAD")),
-        "BLOCK": triton.next_power_of_2(launch["ELEMENTS"] // across // 2 + 1),
+        "BLOCK": next_power_of_2(launch["ELEMENTS"] // across // 2 + 1),
         "STAGES": launch.get("num_stages", 1),
         "num_warps": launch["num_warps"],
     }
@@ -100,7 +100,7 @@ def forward(operands: Operands) -> torch.Tensor:
     rotated = 0 if cos is None else cos.shape[-1]
     constants = constants_of(tile("rotary_forward", x, rotated), heads, head_dim, rotated)
     groups = tokens * heads // constants["INNER"]
-    blocks = triton.cdiv(groups, constants["BLOCK"])
+    blocks = cdiv(groups, constants["BLOCK"])
     rotary_forward_kernel[(batch * blocks,)](
         x_rows,
         None if weight is None else weight.contiguous(),
@@ -138,7 +138,7 @@ def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> di
     launch = tile("rotary_backward", x, rotated, summed is not None)
     constants = constants_of(launch, heads, head_dim, rotated)
     groups = tokens * heads // constants["INNER"]
-    blocks = triton.cdiv(groups, constants["BLOCK"])
+    blocks = cdiv(groups, constants["BLOCK"])
     programs = batch * blocks
     if "PROGRAMS" in launch:
         programs = min(programs, launch["PROGRAMS"] * _multiprocessors(x.device))

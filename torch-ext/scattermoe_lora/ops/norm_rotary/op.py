@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import by_argument, flattened, names_needed
+from ..operator import by_argument, eager, flattened, names_needed, register_autograd
 from ..routing import empty_gradient
 from . import cpu
 from .arguments import Operands
@@ -72,8 +72,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:2]]
-    return by_argument(ctx, norm_rotary_backward(dy, *ctx.saved_tensors, ctx.eps, needs), needs)
+    return by_argument(ctx, _gradients(dy, *ctx.saved_tensors, ctx.eps, needs), needs)
 
 
-norm_rotary_forward.register_autograd(_backward, setup_context=_setup_context)
+_gradients = eager(norm_rotary_backward)
+forward = register_autograd(norm_rotary_forward, _backward, _setup_context)
 dispatch.refuse_second_derivative("rms_norm_rotary", norm_rotary_backward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import dispatch
-from .op import rms_norm_forward
+from . import op
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +42,8 @@ def rms_norm(
     """
     _check("rms_norm", x, weight)
     dispatch.refuse_transforms("rms_norm", x, weight)
-    return rms_norm_forward(x, weight, eps, offset, round_first, None)[0]
+    out: torch.Tensor = op.forward(x, weight, eps, offset, round_first, None)[0]
+    return out
 
 
 def add_rms_norm(
@@ -74,7 +75,8 @@ def add_rms_norm(
             as_text = [list(value) if what == "shape" else value for value in (expected, got)]
             raise ValueError(f"add_rms_norm: residual: expected {what} of x, {as_text[0]}, got {as_text[1]}")
     dispatch.refuse_transforms("add_rms_norm", x, residual, weight)
-    return rms_norm_forward(x, weight, eps, offset, round_first, residual)
+    out, total = op.forward(x, weight, eps, offset, round_first, residual)
+    return out, total
 
 
 def _check(function: str, x: torch.Tensor, weight: torch.Tensor | None) -> None:

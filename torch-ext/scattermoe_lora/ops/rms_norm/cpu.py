@@ -15,8 +15,12 @@ _CHUNK_ELEMENTS = 1 << 19
 def _chunks(*tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
     """The same rows ``[m, H]`` of each of the tensors ``[*, H]`` that are there, ``_CHUNK_ELEMENTS`` at a time."""
     rows = [t.reshape(-1, t.shape[-1]) for t in tensors if t is not None and t.numel()]
-    if rows:
-        count = max(_CHUNK_ELEMENTS // rows[0].shape[1], 1)
+    if not rows:
+        return
+    count = max(_CHUNK_ELEMENTS // rows[0].shape[1], 1)
+    if rows[0].shape[0] <= count:
+        yield rows
+    else:
         yield from map(list, zip(*(t.split(count) for t in rows), strict=True))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import triton
 
+from ..launch import cdiv, next_power_of_2, rows_of
 from .arguments import Operands
 from .kernels import rms_backward_kernel, rms_forward_kernel
 
@@ -20,21 +20,13 @@ _ELEMENTS = 2048
 
 def constants_of(size: int) -> dict[str, int]:
     """Rows at a time, their width and ``num_warps`` for rows of ``size``."""
-    width = triton.next_power_of_2(size)
+    width = next_power_of_2(size)
     rows = max(_ELEMENTS // width, 1)
     return {"ROWS": rows, "WIDTH": width, "num_warps": min(max(rows * width // 1024, 4), 16)}
 
 
-def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
-    """``t`` ``[*, H]`` as rows that are each contiguous."""
-    if t is None:
-        return None
-    rows = t.reshape(-1, t.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _stride(rows: torch.Tensor | None) -> int:
-    return 0 if rows is None else rows.stride(0)
+def _rows_of(t: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    return (None, 0) if t is None else rows_of(t)
 
 
 def _check(x: torch.Tensor) -> None:
@@ -47,15 +39,15 @@ def forward(operands: Operands, residual: torch.Tensor | None) -> tuple[torch.Te
     x, weight, eps, offset, round_first = operands
     _check(x)
     size = x.shape[-1]
-    out = x.new_empty(x.shape, dtype=operands.out_dtype)
-    total = x.new_empty(x.shape if residual is not None else 0)
+    out = torch.empty_like(x, dtype=operands.out_dtype, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(out, dtype=x.dtype)
     if not x.numel():
         return out, total
     constants = constants_of(size)
-    rows, residual_rows = _rows(x), _rows(residual)
-    assert rows is not None
-    count = rows.shape[0]
-    rms_forward_kernel[(triton.cdiv(count, constants["ROWS"]),)](
+    rows, stride = rows_of(x)
+    residual_rows, residual_stride = _rows_of(residual)
+    count = x.numel() // size
+    rms_forward_kernel[(cdiv(count, constants["ROWS"]),)](
         rows,
         residual_rows,
         None if weight is None else weight.contiguous(),
@@ -65,8 +57,8 @@ def forward(operands: Operands, residual: torch.Tensor | None) -> tuple[torch.Te
         size,
         eps,
         offset,
-        rows.stride(0),
-        _stride(residual_rows),
+        stride,
+        residual_stride,
         ADD=residual is not None,
         WEIGHTED=weight is not None,
         ROUND_FIRST=round_first,
@@ -83,17 +75,17 @@ def backward(
     _check(x)
     size = x.shape[-1]
     summed = weight if "weight" in names else None
-    dx = x.new_empty(x.shape) if "x" in names else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if "x" in names else None
     gradients = {} if dx is None else {"x": dx}
     if not x.numel():
         if summed is not None:
             gradients["weight"] = torch.zeros_like(summed)
         return gradients
     constants = constants_of(size)
-    rows, dy_rows, total_rows = _rows(x), _rows(dy), _rows(d_total)
-    assert rows is not None
-    count = rows.shape[0]
-    blocks = triton.cdiv(count, constants["ROWS"])
+    (rows, stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
+    total_rows, total_stride = _rows_of(d_total)
+    count = x.numel() // size
+    blocks = cdiv(count, constants["ROWS"])
     programs = blocks if summed is None else min(blocks, _SUMMING_PROGRAMS)
     sums: Any = x.new_empty((programs, size), dtype=torch.float32) if summed is not None else None
     rms_backward_kernel[(programs,)](
@@ -108,9 +100,9 @@ def backward(
         size,
         eps,
         offset,
-        _stride(dy_rows),
-        _stride(total_rows),
-        rows.stride(0),
+        dy_stride,
+        total_stride,
+        stride,
         ADD=d_total is not None,
         WEIGHTED=weight is not None,
         NEED_X=dx is not None,

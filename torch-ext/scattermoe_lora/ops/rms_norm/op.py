@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import flattened, names_needed
+from ..operator import eager, flattened, names_needed, register_autograd
 from ..routing import empty_gradient
 from . import cpu
 from .arguments import Operands
@@ -88,12 +88,13 @@ def _backward(
     d_weight, d_sum = None, d_total
     if dy is not None:
         needs = [x_needs or residual_needs, weight_needs]
-        gradients = rms_norm_backward(dy, d_total, *ctx.saved_tensors, *ctx.settings, needs)
+        gradients = _gradients(dy, d_total, *ctx.saved_tensors, *ctx.settings, needs)
         if weight_needs:
             d_weight = gradients.pop()
         d_sum = gradients[0] if gradients else None
     return d_sum if x_needs else None, d_weight, None, None, None, d_sum if residual_needs else None
 
 
-rms_norm_forward.register_autograd(_backward, setup_context=_setup_context)
+_gradients = eager(rms_norm_backward)
+forward = register_autograd(rms_norm_forward, _backward, _setup_context)
 dispatch.refuse_second_derivative("rms_norm", rms_norm_backward)
