@@ -173,9 +173,11 @@ def test_every_tile_that_ships_is_compiled_ahead_of_time(tiles, gpu, submodule) 
     for device in tiles.DEVICES:
         for target in TARGETS if device == "default" else (device,):
             for kernel, rules in tiles.load(gpu.TILES, device).rules.items():
+                name = {"sort_pairs": "place_pairs"}.get(kernel, kernel)
                 for rule in rules:
+                    # The product's kernel does not know that another takes its place before a gate's backward.
+                    launch = {(key, value) for key, value in rule.launch.items() if key != "GATE_BACKWARD"}
                     assert any(
-                        entry[:2] == (f"{kernel}_kernel", target)
-                        and set(rule.launch.items()) <= set(entry[2:])
+                        entry[:2] == (f"{name}_kernel", target) and launch <= set(entry[2:])
                         for entry in compiled
                     ), f"{device} {kernel} {dict(rule.launch)} is not compiled for {target}"

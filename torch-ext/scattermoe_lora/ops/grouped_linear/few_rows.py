@@ -20,7 +20,7 @@ from .schedule import most_tiles
 from .workspace import LowRank
 
 # The fewest rows that tensor cores multiply, and 32 elements of the weight a thread: few enough that the codes of the
-# next step and 20 warps fit in the registers of a multiprocessor. In stages, Triton would copy scales one by one.
+# next step and 16 warps fit in the registers of a multiprocessor. In stages, Triton would copy scales one by one.
 # Reasoned and compiled, not timed.
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 # Bytes of a row that are multiplied at a time.
