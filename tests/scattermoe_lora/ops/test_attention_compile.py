@@ -46,7 +46,8 @@ def test_a_launch_that_was_timed_fits_and_says_so(submodule, name, label) -> Non
     specs = submodule("ops.attention.specs").COMPILE_SPECS
     (spec,) = (s for s in specs if name_of(s) == name and s.label == label)
     compiled = aot.compile_one(spec, "sm_90")
-    assert (compiled.error, compiled.measured) == (None, "NVIDIA H100 80GB HBM3, 2026-11-26")
+    # When is the table's to say, of the last run that found it fastest.
+    assert (compiled.error, str(compiled.measured)[:23]) == (None, "NVIDIA H100 80GB HBM3, ")
     assert compiled.spilled <= 424
     assert "wgmma.mma_async" in aot.compiled_kernel(spec, "sm_90").asm["ptx"]
 
