@@ -71,7 +71,7 @@ trainer = GRPOTrainer(model, reward, settings, data, processing_class=tokenizer,
 for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
     parameter.data = parameter.data.float()
 if not args.eager:  # Gemma 4's MLPs overflow in float16 without "mlp".
-    kernel.apply_to(trainer.model, "attention", "mlp", "norm")
+    kernel.apply_to(trainer.model, "attention", "mlp", "norm", "loss")
 kernel.check_training(trainer)
 trainer.train()
 trainer.save_model(args.output)

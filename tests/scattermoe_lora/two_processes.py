@@ -257,7 +257,7 @@ def loss(rank: int, folder: Path) -> None:
             fully_shard(model.lm_head)
         return fully_shard(model)
 
-    forward = importlib.import_module(f"{kernel.__name__}.integration.loss.forward")
+    heads = importlib.import_module(f"{kernel.__name__}.integration.loss.heads")
     for wrap, tied in (
         (DistributedDataParallel, True),
         (partial(sharded, head=False), True),
@@ -276,7 +276,7 @@ def loss(rank: int, folder: Path) -> None:
         assert model(input_ids=IDS, labels=IDS).logits is None
         model.eval()
         assert model(input_ids=IDS, labels=IDS).logits.shape == (4, 13, 64)
-    assert not forward._logged
+    assert not heads._logged
 
 
 def float8(rank: int, folder: Path) -> None:

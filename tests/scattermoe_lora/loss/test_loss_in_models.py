@@ -251,9 +251,9 @@ def test_copies_run_fused_and_pickles_hold_the_plain_model(kernel) -> None:
 def test_head_that_is_more_than_a_linear_layer_runs_as_it_is_and_the_log_says_why(
     kernel, submodule, caplog, kind
 ) -> None:
-    forward = submodule("integration.loss.forward")
-    forward._logged.clear()
-    caplog.set_level(logging.WARNING, forward.__name__)
+    heads = submodule("integration.loss.heads")
+    heads._logged.clear()
+    caplog.set_level(logging.WARNING, heads.__name__)
     model = causal("Llama")
     if kind == "dropout":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5))

@@ -19,9 +19,10 @@ from .side_effects import SideEffects
 def run_job(job: dict[str, Any]) -> None:
     """Do one job in this process, and write its report.
 
-    A job of the kind ``"load"`` loads the variant and its twin and calls the operators if it shall, ``"load without
-    triton"`` loads it where Triton cannot be imported, ``"locate effects"`` finds the lines of its side effects, and
-    ``"import modules"`` imports modules without the kernel, to learn what operators they bring and what else they do.
+    A job of the kind ``"load"`` loads the variant and its twin, ``"load without triton"`` loads it where Triton cannot
+    be imported, ``"locate effects"`` finds the lines of its side effects, ``"import modules"`` imports modules without
+    the kernel, to learn what operators they bring and what else they do, and ``"call operators"`` loads both again and
+    calls their operators.
     """
     report = folder_of(job) / "report.json"
     ops = _all_ops()
@@ -38,12 +39,14 @@ def run_job(job: dict[str, Any]) -> None:
         write(report, _load(Path(job["variant"])))
     elif job["kind"] == "locate effects":
         write(report, _load(Path(job["variant"]), locate=True))
+    elif job["kind"] == "call operators":
+        write(report, _call_operators(job))
     else:
-        _load_and_call(job, ops, report)
+        write(report, _load_beside_twin(job, ops))
 
 
-def _load_and_call(job: dict[str, Any], ops: set[str], report: Path) -> None:
-    variant, twin = Path(job["variant"]), Path(job["twin"])
+def _load_beside_twin(job: dict[str, Any], ops: set[str]) -> dict[str, Any]:
+    variant = Path(job["variant"])
     before = set(sys.modules)
     answer = _load(variant)
     answer["ops"] = sorted(_all_ops() - ops)
@@ -54,22 +57,22 @@ def _load_and_call(job: dict[str, Any], ops: set[str], report: Path) -> None:
         for name in set(sys.modules) - before
         if getattr(sys.modules[name], "__spec__", None) and not name.startswith("_")
     )
-    loaded = answer["error"] is None
-    answer["twin_error"] = _load(twin)["error"] if loaded else None
+    answer["twin_error"] = _load(Path(job["twin"]))["error"] if answer["error"] is None else None
     answer["all_ops"] = sorted(_all_ops())
-    answer |= {"calls": None, "conflict": None}
-    write(report, answer)
-    if not loaded:
-        return
-    answer["calls"] = {}
-    if job["call"]:
-        own, other = (job["id"], f"{variant}{os.sep}"), (job["twin_id"], f"{twin}{os.sep}")
-        calls = op_calls.call_all(*own)
-        if answer["twin_error"] is None:
-            answer["conflict"] = op_calls.conflict(own, other, calls)
-        for name, call in calls.items():
-            answer["calls"][name] = {key: value for key, value in call.items() if key != "arguments"}
-    write(report, answer)
+    return answer | {"calls": {}, "conflict": None}
+
+
+def _call_operators(job: dict[str, Any]) -> dict[str, Any]:
+    own, other = ((job[id], f"{job[path]}{os.sep}") for id, path in (("id", "variant"), ("twin_id", "twin")))
+    for path in ("variant", "twin") if job["twin_loads"] else ("variant",):
+        error = _load(Path(job[path]))["error"]
+        if error is not None:
+            raise ImportError(error)
+    calls = op_calls.call_all(*own)
+    conflict = op_calls.conflict(own, other, calls) if job["twin_loads"] else None
+    for call in calls.values():
+        del call["arguments"]
+    return {"calls": calls, "conflict": conflict}
 
 
 def _all_ops() -> set[str]:

@@ -68,6 +68,16 @@ def operators(namespace: str) -> dict[str, Any]:
     return overloads
 
 
+def prepare() -> None:
+    """Import what torch needs for a call on fake tensors, all of its tracing, before it is asked for the first."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        torch.zeros(1)
+
+
 def call_all(namespace: str, own: str) -> dict[str, Any]:
     """Examine every operator of a namespace; see ``examine``."""
     # It writes a traceback of every call that fails, and most are meant to.
@@ -188,8 +198,9 @@ def _call(overload: Any, arguments: list[Any], roots: tuple[str, ...], *, fake: 
 
     files: dict[str, None] = {}
 
-    def profile(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(roots):
+    # Not a profile, which is told of each return and of each call of a function in C as well.
+    def trace(frame: Any, event: str, _: Any) -> None:
+        if frame.f_code.co_filename.startswith(roots):
             files.setdefault(frame.f_code.co_filename)
 
     results: list[_Result] = []
@@ -201,12 +212,12 @@ def _call(overload: Any, arguments: list[Any], roots: tuple[str, ...], *, fake: 
     try:
         with mode, torch.no_grad(), _limited():
             positional, named = bind(overload, arguments)
-            before = sys.getprofile()
-            sys.setprofile(profile)
+            before = sys.gettrace()
+            sys.settrace(trace)
             try:
                 returned = overload(*positional, **named)
             finally:
-                sys.setprofile(before)
+                sys.settrace(before)
         if fake:
             _check_results(overload, returned)
         results = _results(returned)

@@ -1,7 +1,8 @@
 """The worker process that loads kernels: it has torch, the loader and the standard library, and none of the project.
 
 It imports torch and the loader once and then splits off a process for each variant, so that each finds them as after
-its own import, and none waits for it.
+its own import, and none waits for it. Operators are called last, in processes that have what torch imports for fake
+tensors too, which takes longer than most calls, and is nothing that a kernel should find when it is examined.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import loading
+from . import loading, op_calls
 
 _TIMEOUT = 300.0
 # A process that loads a kernel and what it imports of torch may need 500 MB.
@@ -60,6 +61,7 @@ def main(jobs_file: str, report: str = "") -> None:
         others = {effect for effect, *_ in imports.get("effects", ())}
         answer["effects"] = [entry for entry in answer["effects"] if entry[0] not in others]
     _locate_effects(loaded)
+    _call_operators(loaded)
     loading.write(Path(report), answers)
 
 
@@ -77,6 +79,20 @@ def _locate_effects(loaded: list[tuple[dict[str, Any], dict[str, Any]]]) -> None
             entry if entry[1] is not None else [entry[0], *places.get(entry[0], (None, None))]
             for entry in answer["effects"]
         ]
+
+
+def _call_operators(loaded: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Fill in what calling the operators shows, of each variant that loads and whose job asks for it."""
+    called = [
+        (job | {"kind": "call operators"}, answer)
+        for job, answer in loaded
+        if job["call"] and answer["error"] is None
+    ]
+    if called:
+        op_calls.prepare()
+    results = _run_all([job | {"twin_loads": answer["twin_error"] is None} for job, answer in called])
+    for (_, answer), result in zip(called, results, strict=True):
+        answer |= {"calls": None, "died": result["crashed"]} if "crashed" in result else result
 
 
 def _run_all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -142,7 +158,6 @@ def _answer(folder: Path, end: str) -> dict[str, Any]:
     lines = (folder / "stderr").read_text("utf-8", "replace").strip().splitlines() or ["no message"]
     report = folder / "report.json"
     if report.is_file():
-        # It is written once before the operators are called, which may end the process, and once after.
-        answer: dict[str, Any] = json.loads(report.read_text("utf-8"))
-        return answer | {"died": f"{end}: {lines[-1]}"}
+        report_of_job: dict[str, Any] = json.loads(report.read_text("utf-8"))
+        return report_of_job
     return {"crashed": f"{end}: {lines[-1]}"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +12,8 @@ import torch
 
 from ...ops.linear_cross_entropy.api import linear_cross_entropy
 from ..fused_classes import Forward, Part, Target
-from . import heads, source
+from . import heads, source, trl_head
 
-_log = logging.getLogger(__name__)
-_logged: set[str] = set()
 # Of logits that are there, so many tokens' are float32 at a time.
 _TOKENS = 256
 
@@ -105,7 +102,7 @@ def _loss(
     head = heads.Head(module.weight, module.bias) if is_sharded else heads.read(module, logits.hidden.dtype)
     reason = head if isinstance(head, str) else _misfit(head, logits, vocab_size)
     if isinstance(head, str) or reason is not None:
-        _log_once(f"loss: runs unfused: {reason}")
+        heads.log_once(f"loss: runs unfused: {reason}")
         return plain(logits=logits.value(), labels=labels, vocab_size=vocab_size, **kwargs)
     if not is_sharded:
         return _fused_loss(head, logits, logits.hidden, labels, **kwargs)
@@ -183,12 +180,6 @@ def _misfit(head: heads.Head, logits: _Logits, vocab_size: int) -> str | None:
     return None
 
 
-def _log_once(message: str) -> None:
-    if message not in _logged and not torch.compiler.is_compiling():
-        _logged.add(message)
-        _log.warning(message)
-
-
 @functools.cache
 def _fused_forward(plain: Forward) -> Forward:
     """The forward that stands for a class's own, ``plain``; the same object for the same one."""
@@ -235,6 +226,11 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
             module._modules.get("lm_head"), torch.nn.Module
         ):
             continue
+        trl_target = trl_head.find(name, module)
+        if trl_target is not None:
+            yield trl_target
+            if named:
+                continue
         base: Any = next(cls for cls in type(module).__mro__ if _defines_forward(cls))
         reason = _obstacle(module, base)
         if reason is None:

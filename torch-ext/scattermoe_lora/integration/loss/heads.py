@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ import torch
 from ...ops.linear_cross_entropy.decoded import DecodedWeight
 from ..fused_classes import has_hooks, plain_class
 from . import quantized
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
 
 
 class Head(NamedTuple):
@@ -79,6 +83,13 @@ def read(module: torch.nn.Module, dtype: torch.dtype) -> Head | str:
     if type(weight) not in (torch.Tensor, torch.nn.Parameter) or type(weight.data) is not torch.Tensor:
         return f"the weight of the head is a {type(weight).__name__}"
     return Head(weight, bias)
+
+
+def log_once(message: str) -> None:
+    """Warns of what runs otherwise than asked for, the first time."""
+    if message not in _logged and not torch.compiler.is_compiling():
+        _logged.add(message)
+        _log.warning(message)
 
 
 def _obstacle(module: torch.nn.Module, base: type[torch.nn.Module]) -> str | None:

@@ -19,9 +19,10 @@ from .kernels_few_rows import quantized_matmul_kernel
 from .schedule import most_tiles
 from .workspace import LowRank
 
-# The fewest rows that tensor cores multiply, and so few columns that decoding them needs no more registers than there
-# are and a token's eight experts have a program or two for each multiprocessor. Reasoned and compiled, not timed.
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+# The fewest rows that tensor cores multiply, and 32 elements of the weight a thread: few enough that the codes of the
+# next step and 20 warps fit in the registers of a multiprocessor. In stages, Triton would copy scales one by one.
+# Reasoned and compiled, not timed.
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 # Bytes of a row that are multiplied at a time.
 STEP_BYTES = 128
 # Rows an expert, on average, up to which this product is taken: those of one tile.

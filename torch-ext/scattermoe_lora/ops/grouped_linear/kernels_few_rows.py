@@ -6,7 +6,7 @@ The product is that of ``grouped_matmul_kernel`` over the decoded weight, rounde
 import triton
 import triton.language as tl
 
-from ..quantization.kernels import decode_tile
+from ..quantization.kernels import decode_scale, decode_tile, load_tile
 from .kernels import add_low_rank_and_bias, place, store
 from .kernels_schedule import find_tile, program_tile
 
@@ -43,6 +43,7 @@ def quantized_matmul_kernel(
     stride_br,
     BITS: tl.constexpr,
     HIGH_FIRST: tl.constexpr,
+    RUN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     NESTED: tl.constexpr,
@@ -71,28 +72,38 @@ def quantized_matmul_kernel(
         return
     position, pair, in_tile, n, in_n = place(order_ptr, row, end, pid_n, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    first_n = pid_n * BLOCK_N
+    STORED_N, STORED_K = (K, N) if TRANSPOSED else (N, K)
+    TILE_N: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
+    TILE_K: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
     if expert < num_experts:
         k = tl.arange(0, BLOCK_K)
         e = expert.to(tl.int64)
         x_row = (pair // TOP_K if GATHER else position).to(tl.int64)
         x_tile = x_ptr + x_row[:, None] * stride_xm + k[None, :]
+        # A step's codes, scales and rows are read while the step before is multiplied.
         # fmt: off
-        for k0 in range(0, K, BLOCK_K):
-            x = tl.load(x_tile, mask=in_tile[:, None] & (k0 + k < K)[None, :], other=0.0)
-            if TRANSPOSED:
-                w = decode_tile(
-                    codes_ptr, values_ptr, scale_ptr, factor_ptr, nested_values_ptr, nested_ptr, offset_ptr,
-                    e, k0 + k, pid_n * BLOCK_N, K, N, stride_se, stride_sn, stride_sk, stride_f,
-                    BITS, HIGH_FIRST, ROWS, COLUMNS, NESTED, SCALE, FACTOR, BLOCK_N,
-                )
-            else:
-                w = decode_tile(
-                    codes_ptr, values_ptr, scale_ptr, factor_ptr, nested_values_ptr, nested_ptr, offset_ptr,
-                    e, n, k0, N, K, stride_se, stride_sn, stride_sk, stride_f,
-                    BITS, HIGH_FIRST, ROWS, COLUMNS, NESTED, SCALE, FACTOR, BLOCK_K,
-                ).T
-            acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
+        word, scale, shared = load_tile(
+            codes_ptr, scale_ptr, nested_ptr, e,
+            0 if TRANSPOSED else first_n, first_n if TRANSPOSED else 0, STORED_N, STORED_K,
+            stride_se, stride_sn, stride_sk, BITS, RUN, ROWS, COLUMNS, NESTED, TILE_N, TILE_K,
+        )
+        x = tl.load(x_tile, mask=in_tile[:, None] & (k < K)[None, :], other=0.0)
+        for k0 in range(BLOCK_K, K + BLOCK_K, BLOCK_K):
             x_tile += BLOCK_K
+            next_x = tl.load(x_tile, mask=in_tile[:, None] & (k0 + k < K)[None, :], other=0.0)
+            next_word, next_scale, next_shared = load_tile(
+                codes_ptr, scale_ptr, nested_ptr, e,
+                k0 if TRANSPOSED else first_n, first_n if TRANSPOSED else k0, STORED_N, STORED_K,
+                stride_se, stride_sn, stride_sk, BITS, RUN, ROWS, COLUMNS, NESTED, TILE_N, TILE_K,
+            )
+            scale = decode_scale(
+                scale, shared, factor_ptr, nested_values_ptr, offset_ptr, e, stride_f, NESTED, SCALE, FACTOR
+            )
+            w = decode_tile(word, scale, values_ptr, BITS, HIGH_FIRST, RUN, TILE_N, TILE_K)
+            w = w.to(x.dtype).reshape(TILE_N, TILE_K)
+            acc = tl.dot(x, w if TRANSPOSED else w.T, acc, input_precision=PRECISION)
+            x, word, scale, shared = next_x, next_word, next_scale, next_shared
         acc = add_low_rank_and_bias(
             acc, u_ptr, b_ptr, bias_ptr, e, position, in_tile, n, in_n, N, R, stride_be, stride_bn, stride_br,
             LOW_RANK, BIAS, PRECISION, False, BLOCK_R,

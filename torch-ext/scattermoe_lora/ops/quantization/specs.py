@@ -7,7 +7,7 @@ from typing import Any
 
 from ..compile_spec import TARGETS, CompileSpec
 from .formats import ELEMENTS
-from .gpu import BLOCKS, OPTIONS
+from .gpu import BLOCKS, OPTIONS, RUN
 from .kernels import decode_kernel
 
 
@@ -37,6 +37,7 @@ class Storage:
         return {
             "BITS": kind.bits,
             "HIGH_FIRST": kind.high_first,
+            "RUN": RUN,
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "NESTED": self.nested,
@@ -48,9 +49,11 @@ class Storage:
     def types(self) -> dict[str, str]:
         """The types of its pointers and strides."""
         numbers = "*fp32:16"
+        bits = ELEMENTS[self.element].bits
+        words = f"*u{RUN * bits}:16"
         return {
-            "codes_ptr": "*u8:16",
-            "values_ptr": "*u8:16" if ELEMENTS[self.element].bits == 8 else numbers,
+            "codes_ptr": words,
+            "values_ptr": words if bits == 8 else numbers,
             "scale_ptr": f"*{self.pointer}:16",
             "factor_ptr": numbers if self.factor else f"*{self.pointer}:16",
             **dict.fromkeys(("nested_values_ptr", "nested_ptr", "offset_ptr"), numbers),
@@ -70,8 +73,15 @@ STORAGES = (
 
 def _spec(storage: Storage, dtype: str) -> CompileSpec:
     blocks = {name: size for name, size in BLOCKS.items() if not name.startswith("num_")}
-    own = {"experts_ptr": "*i32:16", "out_ptr": f"*{dtype}:16", "N": "i32:16", "K": "i32:16"}
-    constants = {**storage.constants(), **blocks}
+    own = {
+        "experts_ptr": f"*{dtype}:16",
+        "out_ptr": f"*{dtype}:16",
+        "first": "i32",
+        "N": "i32:16",
+        "K": "i32:16",
+    }
+    own["codes_ptr"] = storage.types()["codes_ptr"].removesuffix(":16")
+    constants = {**storage.constants(), "LISTED": False, **blocks}
     options = {"num_warps": BLOCKS["num_warps"], **OPTIONS}
     arguments = {**storage.types(), **own}
     return CompileSpec(decode_kernel, f"{storage.label} to {dtype}", arguments, constants, options, TARGETS)
