@@ -166,7 +166,8 @@ def test_every_tile_that_ships_is_compiled_ahead_of_time(tiles, gpu, submodule) 
             target,
             *{**constants, "TMA": bool(constants.get("TMA")), **spec.options}.items(),
         )
-        for spec in submodule("ops.grouped_linear.specs").COMPILE_SPECS
+        for module in ("specs", "specs_small")
+        for spec in submodule(f"ops.grouped_linear.{module}").COMPILE_SPECS
         for constants in [spec.constants]
         for target in spec.targets
     }

@@ -40,7 +40,7 @@ _OPTIONAL = {
         ({"TMA": 1}, _WITH_TMA),
         ({"TMA": 1, "ONE_LOOP": 1}, _WITH_TMA),
         ({"PASSES": 2, "ONE_LOOP": 1}, TARGETS),
-        ({"TMA": 1, "ONE_LOOP": 1, "PASSES": 2, "BLOCK_M": 128, "BLOCK_N": 32, "num_stages": 2}, ("sm_90",)),
+        ({"TMA": 1, "ONE_LOOP": 1, "PASSES": 2, "BLOCK_M": 128, "BLOCK_N": 32, "CHUNK": 512}, ("sm_90",)),
         ({**_RESIDENT, "BLOCK_M": 64, "BLOCK_N": 64}, ("sm_90",)),
     ),
     "attention_dkdv": (
@@ -164,9 +164,10 @@ def _specs_of(
 
 
 def _takes(rule: Rule, change: Mapping[str, int]) -> bool:
-    """True if a trial's options are added to a rule: one for all heads of 512, and to be copied by boxes timed ones."""
+    """True if a trial's options are added to a rule: one for all heads of 512, and boxes to timed ones like it, too."""
     is_general = dict(rule.limits) == {"head_dim": 512}
-    return rule.bytes == 2 and (is_general or ("TMA" in change and rule.measured is not None))
+    is_timed = rule.measured is not None and _largest_head(rule) >= 256
+    return rule.bytes == 2 and (is_general or ("TMA" in change and "BLOCK_M" not in change and is_timed))
 
 
 def _specs() -> Iterator[CompileSpec]:
