@@ -36,7 +36,7 @@ FAMILIES = {
     "communication": r"nccl|rccl|gloo|c10d::|record_param_comms|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all"
     r"|deep_?ep|intranode|internode",
     "optimizer": r"optimizer|multi_tensor_apply|fused_?adam|_foreach_|adafactor|preconditionoptimizer",
-    "loss": r"cross_?entropy|nll_loss|log_?soft_?max|logits_(for|back)ward",
+    "loss": r"cross_?entropy|nll_loss|log_?soft_?max|logits_(forward|backward|gradient)",
     "attention": r"attention|attn|flash_(fwd|bwd)|flash::|fmha|sdpa|segments_(for|back)ward",
     "quantization": r"dequant|kquantize|quantize_(4bit|blockwise|nf4|fp4|fp8|mx)|decode_(experts|kernel)",
     "experts": r"expert|(?<!scatter)moe|grouped_?(mm|gemm|matmul|outer|linear)|group_?gemm|groupproblemshape"

@@ -298,7 +298,7 @@ def test_a_table_of_a_sweep_loads_and_serves_what_was_timed_with_the_fastest_and
         "launches": [result(1.0, BLOCK=256), result(2.0, ships=True)],
     }  # fmt: skip
     problems["by torch"] = {
-        **problems["sort"], "kernel": "sum_choices", "itemsize": 2, "sizes": {"n": 2816, "k": 8},
+        **problems["sort"], "kernel": "sum_choices", "itemsize": 2, "sizes": {"n": 512, "k": 8},
         "launches": [result(1.0, ships=True), result(2.0, BLOCK=256)],
     }  # fmt: skip
     problems["untimed"] = {**problems["few"], "kernel": "grouped_outer", "launches": [result(None, A=1)]}
