@@ -204,9 +204,10 @@ def gpu_runs(contents: Mapping[str, Mapping[str, Any]], files: dict[Path, str]) 
     """What ``make gpu`` found on each device; the pictures go into ``files``."""
     lines: list[str] = [
         "`make gpu` ([how](kernel/triton.md#on-a-gpu)), of each layer the rows of the newest run that timed ours. All",
-        "are forward and backward, with the launches that shipped at the run's commit. *Of ours* is a time over ours,",
-        "*MB above* the peak of memory above weights and inputs, *of dense* the share of the card's dense rate. A row",
-        "that is disturbed was timed while the card was slower than it is when idle.",
+        "are forward and backward, with the launches that shipped at the run's commit, or where none was timed so with",
+        "those that its sweep found. *Of ours* is a time over ours, *MB above* the peak of memory above weights and",
+        "inputs, *of dense* the share of the card's dense rate. A row that is disturbed was timed while the card was",
+        "slower than it is when idle.",
         "",
     ]
     for device, runs in latest.runs_by_device(contents).items():

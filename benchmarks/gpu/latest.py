@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,12 +77,15 @@ def runs_by_device(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, list[
 
 
 def latest_rows(runs: Sequence[Run]) -> dict[str, tuple[Run, list[Mapping[str, Any]]]]:
-    """By layer the rows of the newest run that timed ours; where none did, of the newest that has the layer."""
+    """By layer the rows of the newest run that timed ours; where none did, of the newest that has the layer.
+
+    Of a run those with the tables that shipped, and where ours was not timed with these, with its sweep's.
+    """
     chosen: dict[str, tuple[Run, list[Mapping[str, Any]]]] = {}
     timed: set[str] = set()
-    for run in runs:
+    for run, key in itertools.product(runs, ("rows", "rows_with_new_tables")):
         layers: dict[str, list[Mapping[str, Any]]] = {}
-        for row in run.report.get("rows") or ():
+        for row in run.report.get(key) or ():
             layers.setdefault(row["layer"], []).append(row)
         for layer, rows in layers.items():
             has_ours = any(row["implementation"] == OURS and "ms" in row for row in rows)
