@@ -17,16 +17,18 @@ class _Use(NamedTuple):
     rotated: int
     heads: int
     dtype: str
+    weighted: bool = True
 
 
-# Queries and keys of a sliding and of a global layer; values; and what needs most masks, a partial rotation of a size
-# that is no power of two.
+# Queries and keys of a sliding and of a global layer; values; what needs most masks, a partial rotation of a size that
+# is no power of two; and a norm that rotates nothing.
 _USES = (
     _Use(256, 256, 8, "bf16"),
     _Use(512, 512, 8, "bf16"),
     _Use(512, 512, 8, "fp32"),
-    _Use(512, 0, 4, "bf16"),
+    _Use(512, 0, 4, "bf16", weighted=False),
     _Use(80, 32, 3, "fp16"),
+    _Use(256, 0, 4, "bf16"),
 )
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # The default serves no architecture that is compiled for; this one has the least shared memory.
@@ -56,24 +58,25 @@ def _spec(
 ) -> CompileSpec:
     summed = flags.get("NEED_WEIGHT", False)
     constants: dict[str, Any] = {
-        "WEIGHTED": use.rotated > 0,
+        "WEIGHTED": use.weighted,
         **flags,
         **constants_of(launch, use.heads, use.head_dim, use.rotated),
     }
     options = {"num_warps": constants.pop("num_warps")}
-    absent = [] if use.rotated else ["weight_ptr", "cos_ptr", "sin_ptr"]
+    absent = [*([] if use.weighted else ["weight_ptr"]), *([] if use.rotated else ["cos_ptr", "sin_ptr"])]
     if kernel is rotary_backward_kernel and not summed:
         absent.append("d_weight_ptr")
     constants.update(dict.fromkeys(absent))
     arguments = {name: _kind(name, use.dtype) for name in kernel.arg_names if name not in constants}
-    label = f"{kind}{use.dtype} {use.head_dim} rotated {use.rotated}{', d weight' if summed else ''}"
+    parts = f"{', d weight' if summed else ''}{'' if use.weighted else ', no weight'}"
+    label = f"{kind}{use.dtype} {use.head_dim} rotated {use.rotated}{parts}"
     return CompileSpec(kernel, label, arguments, constants, options, targets)
 
 
 def _launches(use: _Use) -> Iterator[tuple[Any, dict[str, bool], str]]:
     """Kernels and their flags with which a use runs, and the kernels' names in the tables."""
     yield rotary_forward_kernel, {}, "rotary_forward"
-    for summed in (False, True) if use.rotated else (False,):
+    for summed in (False, True) if use.weighted else (False,):
         yield rotary_backward_kernel, {"NEED_X": True, "NEED_WEIGHT": summed}, "rotary_backward"
 
 
