@@ -8,12 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernelpress.builder.build import build
-from kernelpress.hub.client import hub
-from kernelpress.publish.publish import publish
-from kernelpress.spec.load import load_spec
-from localhub import running_hub
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONSUMER = REPOSITORY / ".venv-consumer/bin/python"
 NEEDED = ("build.toml", "CARD.md", "LICENSE", "README.md", "torch-ext", "tools/demo", "benchmarks/results")
@@ -55,11 +49,11 @@ def test_the_demonstration_publishes_and_trains_and_a_second_run_commits_nothing
     assert ours["losses"][-1] < ours["losses"][0]
     assert ours["peak_memory_bytes"] < theirs["peak_memory_bytes"]
 
-    # What a second run does with the Hub's root that the first has left, without the checks and the training of it.
-    with running_hub(repository / ".hub", trust=["org"]) as server:
-        branches = publish(build(load_spec(repository)), None, hub(server.endpoint)).branches
-    assert {branch.name: branch.commit for branch in branches} == published
-    assert not any(branch.changed for branch in branches)
+    again = run_demo(repository, "--consumer", str(CONSUMER), "--steps", "1")
+    assert again.returncode == 0, again.stdout + again.stderr
+    branches = json.loads((repository / "build/publish-report.json").read_text())["branches"]
+    assert {branch["name"]: branch["commit"] for branch in branches} == published
+    assert not any(branch["changed"] for branch in branches)
 
 
 def test_a_consumer_that_fails_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
