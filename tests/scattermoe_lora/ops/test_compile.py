@@ -38,7 +38,8 @@ def widest(submodule):
             if name_of(spec) == name and spec.label.startswith(f"{use} bf16") and target in spec.targets
             and (spec.measured is not None or not timed)
         ]  # fmt: skip
-        return max(found, key=size)
+        # Of equal tiles one that ships, not one that is only tried.
+        return max(found, key=lambda spec: (size(spec), spec.measured is not None))
 
     return find
 
@@ -61,8 +62,8 @@ def test_widest_tile_compiles_fits_and_keeps_its_values_in_registers(widest, nam
     assert compiled.error is None
     assert compiled.shared <= specs.TARGETS[target].shared_limit
     assert compiled.registers > 0
-    # The widest on Hopper are launched as those that were timed there: these spill a little, and were the fastest.
-    assert compiled.spilled <= (32 if target == "sm_90" else 0)
+    # What a timed launch spills was in the time, and it was the fastest.
+    assert compiled.spilled <= (32 if compiled.measured else 0)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def test_float32_factors_beside_half_precision_are_rounded_once_and_get_float32_
     rows, [[a]], [[b]] = run.x.detach(), run.a, run.b
     plain = rows @ run.weights[0].t() + rows @ a.t().bfloat16() @ b.t().bfloat16() * SCALING
     errors = [(y.double() - exact[0]).norm() for y in (got[0], plain)]
-    assert errors[0] < errors[1], errors
+    # On a GPU the base product is rounded before the rest is added, as PEFT's is.
+    assert errors[0] < (0.9 if run.x.device.type == "cpu" else 1.0) * errors[1], errors
 
 
 def masks_of(submodule: Any, run: Case, seed: torch.Tensor, probabilities: list[float]) -> list[Any]:
