@@ -265,7 +265,7 @@ PART = Part(
 The class's own forward runs, with a head that keeps its input, and :func:`~scattermoe_lora.linear_cross_entropy` takes
 the place of ``ForCausalLMLoss``: the same shift, ``num_items_in_batch``, soft cap, scale and LoRA on the head. A result
 has no ``logits`` in training; ``skip_logits=False`` asks for them, ``skip_logits=True`` leaves them out in evaluation.
-A head that bitsandbytes keeps in 4 bits is decoded a part at a time, and one that FSDP2 shards is gathered by its
-hooks. One that is more than a linear layer (other hooks, other shards, quantized otherwise) runs as it is, and one line
-of the log says why.
+A quantized head (bitsandbytes', transformers' float8, torchao's) is decoded a part at a time, and one that FSDP2 shards
+is gathered by its hooks. One that is more than a linear layer (other hooks, other shards, quantized otherwise) runs as
+it is, and one line of the log says why.
 """

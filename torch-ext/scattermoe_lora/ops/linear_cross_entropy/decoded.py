@@ -48,13 +48,13 @@ def statistics(
     """
     words, width = weight.shape
     size = max(_PART_BYTES // (width * rows.element_size()), 1)
-    lses, labels, totals, means = [], [], [], []
+    lses, labels, totals, means, peaks = [], [], [], [], []
     for start in range(0, words, size):
         stop = min(start + size, words)
         # Every token has a label in this part, so that its other statistics are computed; its own counts.
         own = (index >= start) & (index < stop)
         with _decoded_again(weight, start, stop) as part:
-            lse, label_logit, logit_sum, entropy, _ = linear_cross_entropy_forward(
+            lse, label_logit, logit_sum, entropy, peak, _ = linear_cross_entropy_forward(
                 rows,
                 part,
                 None if bias is None else bias[start:stop],
@@ -70,6 +70,8 @@ def statistics(
             totals.append(logit_sum)
         if settings.entropies:
             means.append(lse - entropy)
+        if settings.peaks:
+            peaks.append(peak)
     is_left_out = index < 0
     stacked = torch.stack(lses)
     lse = stacked.logsumexp(dim=0).masked_fill(is_left_out, 0.0)
@@ -80,7 +82,8 @@ def statistics(
     if settings.entropies:
         mean = ((stacked - lse).exp() * torch.stack(means)).sum(dim=0)
         entropy = (lse - mean).masked_fill(is_left_out, 0.0)
-    return Statistics(lse, label_logit, logit_sum, entropy, rows.new_empty((0, width)))
+    peak = torch.stack(peaks).amax(dim=0) if settings.peaks else empty
+    return Statistics(lse, label_logit, logit_sum, entropy, peak, rows.new_empty((0, width)))
 
 
 @contextmanager

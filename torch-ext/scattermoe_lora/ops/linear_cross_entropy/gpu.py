@@ -66,7 +66,7 @@ def forward(operands: Operands, settings: Settings) -> Statistics:
     tiles = triton.cdiv(words, launch["BLOCK_N"])
     by_tile = [
         hidden.new_empty((tiles if asked else 0, tokens), dtype=torch.float32)
-        for asked in (True, settings.sums, settings.entropies)
+        for asked in (True, settings.sums, settings.entropies, settings.peaks)
     ]
     # A label outside the vocabulary is found nowhere.
     label_logit = hidden.new_full((tokens,), torch.nan, dtype=torch.float32)
@@ -87,21 +87,24 @@ def forward(operands: Operands, settings: Settings) -> Statistics:
             *_sizes(operands),
             settings.scale,
             settings.softcap,
+            PEAKS=settings.peaks,
             **_constants(operands, settings, launch),
         )
     is_left_out = labels < 0
     lse = by_tile[0].logsumexp(dim=0)
-    sums, entropy = (hidden.new_empty((0,), dtype=torch.float32) for _ in range(2))
+    sums, entropy, peak = (hidden.new_empty((0,), dtype=torch.float32) for _ in range(3))
     if settings.sums:
         sums = by_tile[1].sum(dim=0)
     if settings.entropies:
         shares = by_tile[0].sub_(lse).exp_()
         entropy = lse - by_tile[2].mul_(shares).masked_fill_(shares == 0, 0.0).sum(dim=0)
-    lse, label_logit, sums, entropy = (
+    if settings.peaks:
+        peak = by_tile[3].amax(dim=0)
+    lse, label_logit, sums, entropy, peak = (
         value.masked_fill(is_left_out, 0.0) if value.shape[0] else value
-        for value in (lse, label_logit, sums, entropy)
+        for value in (lse, label_logit, sums, entropy, peak)
     )
-    return Statistics(lse, label_logit, sums, entropy, hidden.new_empty((0, hidden.shape[1])))
+    return Statistics(lse, label_logit, sums, entropy, peak, hidden.new_empty((0, hidden.shape[1])))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -115,4 +115,5 @@ def forward(
         if "bias" in by_word:
             share, total = d.sum(dim=0, dtype=torch.float32), by_word["bias"]
             by_word["bias"] = total.add_(share) if start else share
-    return Statistics._make((*results, hidden.new_empty((0, hidden.shape[1])))), by_token | by_word
+    missing = [hidden.new_empty(0), hidden.new_empty((0, hidden.shape[1]))]
+    return Statistics._make((*results, *missing)), by_token | by_word

@@ -40,7 +40,7 @@ def linear_cross_entropy_total(
     """The sum of ``objective`` over the tokens, and what it and its derivative are made of.
 
     Args:
-        operands, settings: As of :func:`.op.linear_cross_entropy_forward`; ``pulls`` is off.
+        operands, settings: As of :func:`.op.linear_cross_entropy_forward`; ``peaks`` and ``pulls`` are off.
         objective: Factors of the terms of each token's loss.
         needs: One flag each for ``hidden``, ``weight``, ``bias``, ``low`` and ``b``: whether to compute its gradient.
 
@@ -100,7 +100,8 @@ def _backward(ctx: Any, incoming: list[torch.Tensor | None]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     tensors, rest = saved[:_TENSORS], saved[_TENSORS + _FACTORS :]
     operands, objective = Operands(*tensors), Objective(*saved[_TENSORS : _TENSORS + _FACTORS])
-    statistics = Statistics._make((*rest[: _FIRST - 1], operands.hidden.new_empty((0, 0))))
+    missing = [operands.hidden.new_empty(0), operands.hidden.new_empty((0, 0))]
+    statistics = Statistics._make((*rest[: _FIRST - 1], *missing))
     names = names_needed(operands, ctx.needs)
     result: list[Any] = [None] * len(ctx.needs_input_grad)
     wanted = [bool(need) for need in ctx.needs_input_grad[:DIFFERENTIABLE]]

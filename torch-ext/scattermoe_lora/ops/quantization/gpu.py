@@ -77,10 +77,12 @@ def kernel_operands(stack: QuantizedStack) -> Operands:
     )
 
 
-def decode(stack: QuantizedStack, experts: Sequence[int], out: torch.Tensor) -> torch.Tensor:
-    """See :func:`scattermoe_lora.ops.quantization.decode.decode`."""
+def decode(
+    stack: QuantizedStack, experts: Sequence[int], out: torch.Tensor, operands: Operands | None = None
+) -> torch.Tensor:
+    """See :func:`scattermoe_lora.ops.quantization.decode.decode`; ``operands`` are those of the stack, if at hand."""
     _, n, k = stack.stored_shape
-    operands = kernel_operands(stack)
+    operands = operands or kernel_operands(stack)
     # Consecutive numbers need no list, which would be copied to the device.
     is_listed = not (isinstance(experts, range) and experts.step == 1)
     numbers = torch.tensor(experts, dtype=torch.int32, device=stack.device) if is_listed else out
