@@ -90,6 +90,12 @@ def statistics(
 def _decoded_again(weight: DecodedWeight, start: int, stop: int) -> Iterator[torch.Tensor]:
     """The rows from ``start`` to ``stop``, of which what is saved for the backward keeps the bounds alone."""
     part = weight.decode(start, stop)
+    shape = [stop - start, weight.shape[1]]
+    if list(part.shape) != shape or part.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: weight: expected decode({start}, {stop}) to return {shape} of {weight.dtype}, got "
+            f"{list(part.shape)} of {part.dtype}"
+        )
     # By its address: autograd keeps this function.
     identity = part.data_ptr(), part.shape
 
