@@ -53,8 +53,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KERNELS = {
     "ours": {},
-    "eager": {"attention": "eager", "experts": "eager", "fused_loss": False},
-    "defaults": {"attention": "sdpa", "experts": "grouped_mm", "fused_loss": False},
+    "eager": {"attention": "eager", "experts": "eager", "parts": ()},
+    "defaults": {"attention": "sdpa", "experts": "grouped_mm", "parts": ()},
 }
 
 
@@ -84,8 +84,8 @@ def measured_peak(config: Any, recipe: str, setup: plan.Setup, shape: tuple[int,
         attn_implementation=setup.attention,
         **({"experts_implementation": setup.experts} if "experts" in setup_parts(config) else {}),
     )
+    planned = plan.build(config, plan.RECIPES[recipe], setup)
     if plan.RECIPES[recipe].adapters:
-        planned = plan.build(config, plan.RECIPES[recipe], setup)
         lora = LoraConfig(
             r=setup.rank,
             lora_alpha=2 * setup.rank,
@@ -103,8 +103,13 @@ def measured_peak(config: Any, recipe: str, setup: plan.Setup, shape: tuple[int,
     for module in model.modules():
         if plan.is_experts(module):
             module.register_forward_pre_hook(_balance, with_kwargs=True)
-    if setup.fused_loss:
-        kernel.apply_to(model, "loss")
+    has_part = {
+        "attention": config.model_type.startswith("gemma4"),
+        "mlp": any(plan.is_mlp(module) for module in planned.modules()),
+        "projections": any(hasattr(module, "lora_a") for module in planned.modules()),
+    }
+    if parts := [part for part in setup.parts if has_part.get(part, True)]:
+        kernel.apply_to(model, *parts)
     if setup.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(0, 1000, shape)
