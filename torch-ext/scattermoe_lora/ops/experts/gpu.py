@@ -22,6 +22,7 @@ from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
 from ..grouped_linear.workspace import LowRank, shares
 from ..launch import cdiv, next_power_of_2
+from ..launcher import launch_kernel
 from ..quantization.stack import Weight
 from ..routing import Routing
 from .arguments import Kept, Operands
@@ -61,8 +62,10 @@ def project_and_gate(
         hidden = grouped_matmul(x, weight, routing, top_k=top_k, low=low, bias=bias)
         if pairs:
             block = min(GATE_BLOCK, next_power_of_2(a.shape[1]))
-            grid = (pairs, cdiv(a.shape[1], block))
-            gate_forward_kernel[grid](hidden, a, a.shape[1], **_constants(gate), BLOCK=block)
+            grid = (pairs, cdiv(a.shape[1], block), 1)
+            launch_kernel(
+                gate_forward_kernel, grid, (hidden, a, a.shape[1]), {**_constants(gate), "BLOCK": block}
+            )
         return hidden if keep else x.new_empty((0, width)), a
     hidden = x.new_empty((pairs if keep else 0, width))
     if pairs:
@@ -72,7 +75,12 @@ def project_and_gate(
             tiles, arguments, constants, *_ = matmul_launch(
                 x, dense, share, top_k=top_k, low=factors, bias=own_bias, parts=parts
             )
-            gate_up_kernel[(tiles,)](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
+            launch_kernel(
+                gate_up_kernel,
+                (tiles, 1, 1),
+                (*arguments, hidden, a),
+                {"KEEP": keep, **_constants(gate), **constants},
+            )
     return hidden, a
 
 
@@ -85,8 +93,11 @@ def _gate_backward(
     d_row_weight = torch.empty(rows, dtype=torch.float32, device=da.device)
     if rows:
         block = min(GATE_BLOCK, next_power_of_2(intermediate))
-        gate_backward_kernel[(rows,)](
-            da, h, row_weight, order, a, dh, d_row_weight, intermediate, **_constants(gate), BLOCK=block
+        launch_kernel(
+            gate_backward_kernel,
+            (rows, 1, 1),
+            (da, h, row_weight, order, a, dh, d_row_weight, intermediate),
+            {**_constants(gate), "BLOCK": block},
         )
     return a, dh, d_row_weight
 
@@ -115,8 +126,11 @@ def gate_gradients(
     activation = {name: value for name, value in _constants(gate).items() if name != "INTERLEAVED"}
     for dense, share, factors, _ in shares(weight, routing, low, None):
         tiles, arguments, constants, *_ = matmul_launch(grad_out, dense, share, top_k=top_k, low=factors)
-        matmul_gate_backward_kernel[(tiles,)](
-            *arguments, hidden, row_weight, a, dh, sums, **activation, **constants
+        launch_kernel(
+            matmul_gate_backward_kernel,
+            (tiles, 1, 1),
+            (*arguments, hidden, row_weight, a, dh, sums),
+            {**activation, **constants},
         )
     return a, dh, sums.sum(1)
 

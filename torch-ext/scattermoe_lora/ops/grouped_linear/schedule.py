@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..launch import next_power_of_2
+from ..launcher import launch_kernel
 from ..routing import Routing
 from .kernels_schedule import tile_schedule_kernel
 
@@ -31,15 +32,11 @@ def tile_schedule(routing: Routing, block: int) -> torch.Tensor:
     capacity = most_tiles(routing.order.shape[0], num_experts, block)
     pairs = routing.last if isinstance(routing, Scheduled) else routing.order.shape[0]
     schedule = torch.empty((1 + capacity, 3), dtype=torch.int32, device=routing.offsets.device)
-    tile_schedule_kernel[(num_experts + 1,)](
-        routing.offsets,
-        schedule,
-        pairs,
-        num_experts,
-        capacity,
-        EXPERTS_POW2=next_power_of_2(num_experts + 1),
-        BLOCK_M=block,
-        TILES=TILES_A_PROGRAM,
+    launch_kernel(
+        tile_schedule_kernel,
+        (num_experts + 1, 1, 1),
+        (routing.offsets, schedule, pairs, num_experts, capacity),
+        {"EXPERTS_POW2": next_power_of_2(num_experts + 1), "BLOCK_M": block, "TILES": TILES_A_PROGRAM},
     )
     return schedule
 

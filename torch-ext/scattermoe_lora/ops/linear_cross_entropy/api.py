@@ -11,8 +11,8 @@ from .. import dispatch
 from .arguments import Objective, Operands, Settings, Statistics
 from .checks import check
 from .decoded import DecodedWeight, statistics
-from .op import linear_cross_entropy_forward
-from .total import linear_cross_entropy_total
+from .op import forward
+from .total import forward as forward_total
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -137,11 +137,11 @@ def linear_cross_entropy(
     else:
         operands = Operands(rows, weight.contiguous(), *head, index, class_weight)
         if any(trained) and reduction != "none" and not pulls:
-            total, *first = linear_cross_entropy_total(*operands, *objective, *settings, trained)[:5]
+            total, *first, _ = forward_total(*operands, *objective, *settings, trained)
             results = Statistics._make((*first, rows.new_empty(0)))
         else:
             settings = settings._replace(pulls=pulls)
-            results = Statistics(*linear_cross_entropy_forward(*operands, *settings))
+            results = Statistics(*forward(*operands, *settings))
     if total is None:
         total = objective.by_token(results, class_weight, weight.shape[0])
         total = total.view(labels.shape) if reduction == "none" else total.sum()
