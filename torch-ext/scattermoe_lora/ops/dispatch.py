@@ -32,13 +32,17 @@ def use_triton(x: torch.Tensor) -> bool:
 
 _UNCHANGED = nullcontext()
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_HAS_CUDA = hasattr(torch._C, "_cuda_getDevice")
+
+
+def _current_device() -> int:
+    # torch.accelerator asks each call which of all kinds of accelerators this machine has.
+    return torch._C._cuda_getDevice() if _HAS_CUDA else torch.accelerator.current_device_index()
 
 
 def is_undisturbed(x: torch.Tensor) -> bool:
     """True if no autocast is on and the device of ``x`` is the current one, as in most calls."""
-    return not _is_any_autocast_enabled() and (
-        x.is_cpu or x.get_device() == torch.accelerator.current_device_index()
-    )
+    return not _is_any_autocast_enabled() and (x.is_cpu or x.get_device() == _current_device())
 
 
 def undisturbed(x: torch.Tensor) -> AbstractContextManager[None]:
@@ -50,7 +54,7 @@ def undisturbed(x: torch.Tensor) -> AbstractContextManager[None]:
 @contextmanager
 def _switched(device: torch.device) -> Iterator[None]:
     kind, is_cast = device.type, torch.is_autocast_enabled(device.type)
-    is_elsewhere = kind != "cpu" and device.index != torch.accelerator.current_device_index()
+    is_elsewhere = kind != "cpu" and device.index != _current_device()
     if is_cast:
         # torch.autocast would also read and set the dtype and the cache, in ten times as long.
         torch.set_autocast_enabled(kind, False)
