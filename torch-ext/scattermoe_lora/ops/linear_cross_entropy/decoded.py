@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .arguments import Settings, Statistics
-from .op import linear_cross_entropy_forward
+from .op import forward
 
 # Bytes of the weight that are decoded at a time.
 _PART_BYTES = 1 << 26
@@ -54,7 +54,7 @@ def statistics(
         # Every token has a label in this part, so that its other statistics are computed; its own counts.
         own = (index >= start) & (index < stop)
         with _decoded_again(weight, start, stop) as part:
-            lse, label_logit, logit_sum, entropy, peak, _ = linear_cross_entropy_forward(
+            lse, label_logit, logit_sum, entropy, peak, _ = forward(
                 rows,
                 part,
                 None if bias is None else bias[start:stop],
