@@ -228,7 +228,15 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
     from transformers import PreTrainedModel
 
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or _head_name(module) is None:
+        if not isinstance(module, PreTrainedModel):
+            continue
+        if _head_name(module) is None:
+            if named and _has_other_head(module):
+                _refuse(
+                    name,
+                    module,
+                    "its head is another module's, and it computes its loss from that one's logits",
+                )
             continue
         trl_target = trl_head.find(name, module)
         if trl_target is not None:
@@ -240,9 +248,19 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
         if reason is None:
             yield Target(name, module, base, _fused_forward(base.forward))
         elif named:
-            raise NotImplementedError(
-                f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
-            )
+            _refuse(name, module, reason)
+
+
+def _refuse(name: str, module: torch.nn.Module, reason: str) -> None:
+    raise NotImplementedError(
+        f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
+    )
+
+
+def _has_other_head(model: Any) -> bool:
+    """True of a model that computes a loss, whose head is a part of one of its parts."""
+    has_labels = "labels" in inspect.signature(type(model).forward).parameters
+    return has_labels and model.get_output_embeddings() is not None
 
 
 def _head_name(model: Any) -> str | None:
