@@ -61,7 +61,7 @@ class _Logits:
         return self
 
     def tanh(self) -> Any:
-        return torch.tanh(self)  # type: ignore[call-overload]
+        return torch.tanh(self)  # type: ignore[arg-type]
 
     def float(self) -> _Logits:
         # A loss may take these, and the result the others.
@@ -198,10 +198,11 @@ def _fused_forward(plain: Forward) -> Forward:
         labels = args[place] if len(args) > place else kwargs.get("labels")
         # accelerate keeps this function within a wrapper of its own, also when the class has its forward back.
         is_removed = type(self).forward is not forward
-        if is_removed or labels is None or self.loss_function is not ForCausalLMLoss:
+        head = _head_name(self)
+        if is_removed or labels is None or head is None or self.loss_function is not ForCausalLMLoss:
             return plain(self, *args, **kwargs)
         skips = self.training if skip_logits is None else skip_logits
-        output = plain(_Model(self, _head_name(self), skips), *args, **kwargs)
+        output = plain(_Model(self, head, skips), *args, **kwargs)
         if isinstance(output, tuple):
             values = (_resolved(value, skips) for value in output)
             return tuple(value for value in values if value is not None)
