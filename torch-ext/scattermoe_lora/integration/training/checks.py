@@ -14,8 +14,8 @@ def check_training(trainer: Any) -> None:
     ========================= =======================================================================================
     found                     what would happen
     ========================= =======================================================================================
-    a mask of ones beside     transformers reads a mask first, and the packed documents see each other
-    packed ``position_ids``
+    a mask beside packed      transformers reads a mask first, and the packed documents see each other
+    ``position_ids``
     pictures without          in models whose pictures see themselves whole (``use_bidirectional_attention="vision"``)
     ``mm_token_type_ids``     they see backwards alone. Text alone needs none
     a loss that ignores       with accumulation, the loss and its gradient are as many times too large as batches are
@@ -48,13 +48,15 @@ def check_training(trainer: Any) -> None:
 
 def _check_packing(batch: Mapping[str, Any]) -> None:
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if positions is None or mask is None or mask.dim() != 2:
+    if positions is None or mask is None or mask.dim() != 2 or mask.shape[1] != positions.shape[-1]:
         return
-    begins = positions[..., 1:] <= positions[..., :-1]
-    if bool(begins.any()) and bool(mask.all()):
+    # Padding has positions as well, which may begin anywhere.
+    begins = (positions[..., 1:] <= positions[..., :-1]) & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if bool(begins.any()):
         raise ValueError(
-            "check_training: attention_mask: expected none beside position_ids that begin again, got one of ones, by "
-            "which transformers takes the packed documents for one; leave it out, as DataCollatorWithFlattening does"
+            "check_training: attention_mask: expected none beside position_ids that begin again, got one that "
+            "has ones there, by which transformers takes the packed documents for one; leave it out, as "
+            "DataCollatorWithFlattening does"
         )
 
 
@@ -87,7 +89,10 @@ def _check_towers(model: torch.nn.Module, batch: Mapping[str, Any], settings: An
 
     looks_for_unused = settings.ddp_find_unused_parameters
     if looks_for_unused is None:  # Trainer's own choice.
-        looks_for_unused = not (isinstance(model, PreTrainedModel) and settings.gradient_checkpointing)
+        looks_for_unused = not (
+            isinstance(model, PreTrainedModel)
+            and (settings.gradient_checkpointing or model.is_gradient_checkpointing)
+        )
     if looks_for_unused or settings.world_size == 1:
         return
     if {"pixel_values", "pixel_values_videos", "input_features"} & batch.keys():
