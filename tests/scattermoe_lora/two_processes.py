@@ -60,6 +60,13 @@ def adapt(model: Any, **settings: Any) -> Any:
     return inject_adapter_in_model(lora, model)
 
 
+def merge(model: Any) -> None:
+    """Merges the adapters, each process its part."""
+    for module in list(model.modules()):
+        if hasattr(module, "parameter_name"):
+            module.merge(safe_merge=True)
+
+
 def train(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gradients of the mean of the batches' losses, by parameter."""
     for ids in batches:
@@ -144,6 +151,12 @@ def expert_parallel(rank: int, folder: Path) -> None:
         assert_equal(got, train(whole, [IDS]))
         assert len(got) == 2 * 2 * (3 if settings else 2)
         torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
+        if settings:
+            with pytest.raises(NotImplementedError, match="are not merged into weights that are split"):
+                merge(model)
+        else:
+            merge(model)
+            torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
 
     # Where each process has a batch of its own, it is for nobody to say how often the gradients are averaged.
     apart = DistributedConfig(fsdp_size=PROCESSES, ep_size=PROCESSES)
@@ -185,6 +198,10 @@ def quantized(rank: int, folder: Path) -> None:
 
         with pytest.raises(NotImplementedError, match="split by FSDP2; dequantize before fully_shard"):
             kernel.dequantize_experts(model)
+        with pytest.raises(
+            NotImplementedError, match="not merged into quantized experts that FSDP2 has split"
+        ):
+            merge(model)
 
     # Each process begins with other weights, and DistributedDataParallel gives it those of the first.
     whole = quantize(build("qwen3_moe", adapted=False), "nf4")
@@ -219,7 +236,10 @@ def quantized(rank: int, folder: Path) -> None:
         if kind == "ep":
             with pytest.raises(ValueError, match="already quantized"):
                 kernel.quantize_experts(model)
-            assert_equal(train(adapt(model), [IDS]), train(adapt(copy.deepcopy(whole)), [IDS]))
+            one = adapt(copy.deepcopy(whole))
+            assert_equal(train(adapt(model), [IDS]), train(one, [IDS]))
+            merge(model)
+            torch.testing.assert_close(decoded(model), decoded(one), rtol=1e-4, atol=1e-5)
             kernel.dequantize_experts(again)
             assert not any(
                 hasattr(p.to_local(), "codes") for p in again.parameters() if isinstance(p, DTensor)

@@ -169,6 +169,10 @@ def test_a_weight_that_is_decoded_by_rows_gives_the_same_and_is_not_kept(
         ValueError, match=r"weight: expected dtype of hidden, torch\.float32, got torch\.float64"
     ):
         kernel.linear_cross_entropy(weight=wrong, labels=labels, **arguments)
+    wrong = kernel.DecodedWeight((37, 32), torch.float32, weight.device, lambda *_: weight)
+    message = r"weight: expected decode\(0, 5\) to return \[5, 32\] of torch\.float32, got \[37, 32\]"
+    with pytest.raises(ValueError, match=message):
+        kernel.linear_cross_entropy(weight=wrong, labels=labels, **arguments)
 
 
 @pytest.mark.parametrize("head", ["frozen", "lora"])
@@ -395,8 +399,10 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 5, 8), torch.zeros(9, 8), torch.zeros(2,
         ({"bias": WEIGHT[0]}, "bias: expected shape [9], got [8]"),
         ({"class_weight": LABELS.new_ones(9)}, f"class_weight: {FLOATS}, got torch.int64"),
         ({"token_weight": torch.ones(5)}, "token_weight: expected shape [2, 5], got [5]"),
-        ({"softcap": 0.0}, "softcap: expected a number above 0, or None, got 0.0"),
-        ({"softcap": -1.0}, "softcap: expected a number above 0, or None, got -1.0"),
+        ({"softcap": 0.0}, "softcap: expected a finite number above 0, or None, got 0.0"),
+        ({"softcap": -1.0}, "softcap: expected a finite number above 0, or None, got -1.0"),
+        ({"softcap": float("inf")}, "softcap: expected a finite number above 0, or None, got inf"),
+        ({"z_loss": float("inf")}, "z_loss: expected a finite number, got inf"),
         ({"logit_scale": float("nan")}, "logit_scale: expected a finite number, got nan"),
         ({"label_smoothing": 1.5}, "label_smoothing: expected a number between 0 and 1, got 1.5"),
         ({"reduction": "max"}, "reduction: expected 'mean', 'sum' or 'none', got 'max'"),
@@ -404,6 +410,7 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 5, 8), torch.zeros(9, 8), torch.zeros(2,
             {"reduction": "sum", "num_items_in_batch": 3},
             "reduction: expected 'mean' with num_items_in_batch, which says what to divide by, got 'sum'",
         ),
+        ({"num_items_in_batch": -1}, "num_items_in_batch: expected a number of labels, 0 or more, got -1"),
         ({"num_items_in_batch": torch.ones(2)}, "num_items_in_batch: expected one number, got [2]"),
         ({"lora_a": torch.zeros(2, 8)}, "lora_a and lora_b are given together or not at all"),
         ({"lora_a": torch.zeros(2, 7), "lora_b": torch.zeros(9, 2)}, "lora_a: expected shape [2, 8], got [2, 7]"),

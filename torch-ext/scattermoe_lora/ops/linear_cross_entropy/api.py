@@ -11,8 +11,8 @@ from .. import dispatch
 from .arguments import Objective, Operands, Settings, Statistics
 from .checks import check
 from .decoded import DecodedWeight, statistics
-from .op import linear_cross_entropy_forward
-from .total import linear_cross_entropy_total
+from .op import forward
+from .total import forward as forward_total
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -98,6 +98,7 @@ def linear_cross_entropy(
         softcap,
         logit_scale,
         label_smoothing,
+        z_loss,
         ignore_index,
         reduction,
         num_items_in_batch,
@@ -123,7 +124,7 @@ def linear_cross_entropy(
     is_total = any(trained) and reduction != "none" and not _pulls(rows, trained, settings)
     if head_weight is not None and is_total:
         operands = Operands(rows, head_weight.contiguous(), *head, index, class_weight)
-        total, *first = linear_cross_entropy_total(*operands, *objective, *settings, trained)[:5]
+        total, *first, _ = forward_total(*operands, *objective, *settings, trained)
         results = Statistics._make((*first, rows.new_empty(0), rows.new_empty(0)))
     else:
         results = _statistics(rows, weight, *head, index, class_weight, settings)
@@ -165,6 +166,7 @@ def token_statistics(
         None,
         softcap,
         settings.scale,
+        0.0,
         0.0,
         -1,
         "none",
@@ -212,7 +214,7 @@ def _statistics(
         return statistics(rows, weight, *rest, settings)
     trained = _trained(rows, weight, bias, low, lora_b)
     settings = settings._replace(pulls=_pulls(rows, trained, settings))
-    return Statistics(*linear_cross_entropy_forward(rows, weight.contiguous(), *rest, *settings))
+    return Statistics(*forward(rows, weight.contiguous(), *rest, *settings))
 
 
 def _trained(*operands: torch.Tensor | None) -> list[bool]:

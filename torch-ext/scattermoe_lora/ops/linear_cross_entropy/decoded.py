@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .arguments import Settings, Statistics
-from .op import linear_cross_entropy_forward
+from .op import forward
 
 # Bytes of the weight that are decoded at a time.
 _PART_BYTES = 1 << 26
@@ -54,7 +54,7 @@ def statistics(
         # Every token has a label in this part, so that its other statistics are computed; its own counts.
         own = (index >= start) & (index < stop)
         with _decoded_again(weight, start, stop) as part:
-            lse, label_logit, logit_sum, entropy, peak, _ = linear_cross_entropy_forward(
+            lse, label_logit, logit_sum, entropy, peak, _ = forward(
                 rows,
                 part,
                 None if bias is None else bias[start:stop],
@@ -90,6 +90,12 @@ def statistics(
 def _decoded_again(weight: DecodedWeight, start: int, stop: int) -> Iterator[torch.Tensor]:
     """The rows from ``start`` to ``stop``, of which what is saved for the backward keeps the bounds alone."""
     part = weight.decode(start, stop)
+    shape = [stop - start, weight.shape[1]]
+    if list(part.shape) != shape or part.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: weight: expected decode({start}, {stop}) to return {shape} of {weight.dtype}, got "
+            f"{list(part.shape)} of {part.dtype}"
+        )
     # By its address: autograd keeps this function.
     identity = part.data_ptr(), part.shape
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import by_argument, flattened, names_needed
+from ..operator import by_argument, computation, eager, flattened, names_needed, register_autograd
 from ..routing import empty_gradient
 from . import cpu
 from .arguments import DIFFERENTIABLE, Operands, Settings, Statistics, StatisticsGradients
@@ -24,13 +24,12 @@ def _implementation(x: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("scattermoe_lora::linear_cross_entropy_forward", mutates_args=())
-@flattened
+@computation
 def linear_cross_entropy_forward(
     operands: Operands, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:class:`Statistics` of ``logits = cap(scale * (hidden W^T + low B^T + bias))``, which are never all in memory."""
-    with dispatch.undisturbed(operands.hidden):
-        result: Statistics = _implementation(operands.hidden).forward(operands, settings)
+    result: Statistics = _implementation(operands.hidden).forward(operands, settings)
     return (*result,)
 
 
@@ -50,7 +49,7 @@ def _(
 
 
 @torch.library.custom_op("scattermoe_lora::linear_cross_entropy_backward", mutates_args=())
-@flattened
+@computation
 def linear_cross_entropy_backward(
     gradients: StatisticsGradients,
     operands: Operands,
@@ -70,8 +69,7 @@ def linear_cross_entropy_backward(
         Of these the ones asked for, each in its argument's dtype. The same input gives the same bits.
     """
     names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.hidden):
-        result = _implementation(operands.hidden).backward(gradients, operands, statistics, settings, names)
+    result = _implementation(operands.hidden).backward(gradients, operands, statistics, settings, names)
     return [result[name] for name in names]
 
 
@@ -99,10 +97,9 @@ def _backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor |
     own = gradients[: len(StatisticsGradients._fields)]
     if all(gradient is None for gradient in own):
         return (None,) * len(ctx.needs_input_grad)
-    return by_argument(
-        ctx, linear_cross_entropy_backward(*own, *ctx.saved_tensors, *ctx.settings, needs), needs
-    )
+    return by_argument(ctx, compute_gradients(*own, *ctx.saved_tensors, *ctx.settings, needs), needs)
 
 
-linear_cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
+compute_gradients = eager(linear_cross_entropy_backward)
+forward = register_autograd(linear_cross_entropy_forward, _backward, _setup_context)
 dispatch.refuse_second_derivative("linear_cross_entropy", linear_cross_entropy_backward)
