@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...ops.float8.weight import Float8Weight
+
 
 def check_training(trainer: Any) -> None:
     """Refuses a ``Trainer`` whose first batch or settings would train wrongly without an error.
@@ -21,6 +23,8 @@ def check_training(trainer: Any) -> None:
     a loss that ignores       with accumulation, the loss and its gradient are as many times too large as batches are
     ``num_items_in_batch``    accumulated
     reentrant checkpointing   keys and values that layers share get no gradient; ``DistributedDataParallel`` fails
+    weights in float8 without updates that are smaller than a step of float8 are rounded away
+    ``optimizers=``
     trainable towers and text ``DistributedDataParallel`` waits for gradients that never come
     ========================= =======================================================================================
 
@@ -34,6 +38,7 @@ def check_training(trainer: Any) -> None:
         ValueError: One of these; the message says how to mend it.
     """
     model, settings = trainer.model, trainer.args
+    _check_optimizer(trainer)
     with torch.random.fork_rng():
         batch = next(iter(trainer.get_train_dataloader()))
     if not isinstance(batch, Mapping):  # Prompts, of which TRL's trainers make batches as they go.
@@ -44,6 +49,17 @@ def check_training(trainer: Any) -> None:
     _check_towers(model, batch, settings)
     if settings.gradient_accumulation_steps > 1 and trainer.model_accepts_loss_kwargs and "labels" in batch:
         _check_accumulation(trainer, batch)
+
+
+def _check_optimizer(trainer: Any) -> None:
+    parameters = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
+    trained = [name for name, parameter in parameters if isinstance(parameter, Float8Weight)]
+    if trained and trainer.optimizer is None:
+        raise ValueError(
+            f"check_training: optimizers: expected one for weights in float8 such as {trained[0]}, got none, and "
+            "Trainer's own loses updates that are smaller than a step of float8; give Trainer "
+            "optimizers=(Adafactor(model.parameters()), None)"
+        )
 
 
 def _check_packing(batch: Mapping[str, Any]) -> None:

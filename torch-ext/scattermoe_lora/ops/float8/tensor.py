@@ -336,6 +336,14 @@ def _wait(func: Any, tensor: Any) -> Any:
     return tensor.map_tensors(torch.ops._c10d_functional.wait_tensor.default)
 
 
+def _refuse_step(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Raises NotImplementedError: written back to the nearest, most updates would be none."""
+    raise NotImplementedError(
+        f"float8: {func} writes to weights in float8, whose steps are wider than most updates: expected an optimizer "
+        "that rounds stochastically; take Adafactor of this package, or Float8Optimizer around another"
+    )
+
+
 # What DTensor gathers with, by name, for torch defines the last one when it first does.
 _COLLECTIVES = {
     "_c10d_functional::all_gather_into_tensor": _gather,
@@ -369,4 +377,16 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.as_strided.default: _as_strided,
     aten.new_zeros.default: _new_zeros,
     aten.new_empty.default: _without_numbers,
+    **dict.fromkeys(  # Those of torch's optimizers.
+        (
+            aten.lerp_.Scalar,
+            aten.addcdiv_.default,
+            aten.addcmul_.default,
+            aten._fused_adam_.default,
+            aten._fused_adam_.tensor_lr,
+            aten._fused_adamw_.default,
+            aten._fused_adamw_.tensor_lr,
+        ),
+        _refuse_step,
+    ),
 }
