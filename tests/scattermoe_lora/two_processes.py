@@ -350,6 +350,41 @@ def float8(rank: int, folder: Path) -> None:
         ):
             kernel.train_in_float8(fully_shard(build(name, adapted=False)))
 
+    # Copies that DistributedDataParallel holds begin and stay alike, though each process draws its own random numbers.
+    whole, model = (build("qwen3_moe", adapted=False) for _ in range(2))
+    if rank:
+        torch.nn.init.normal_(model.model.layers[0].mlp.experts.down_proj)
+    for each in (whole, model):
+        kernel.train_in_float8(each)
+    exact = train(whole, [IDS[:2], IDS[2:]])
+    model = DistributedDataParallel(model)
+    torch.manual_seed(rank)
+    for kind in (kernel.Adafactor, partial(kernel.Float8Optimizer, torch.optim.AdamW)):
+        optimizer = kind(model.parameters(), lr=1e-3)
+        got = train(model, [IDS[2 * rank : 2 * rank + 2]])
+        if kind is kernel.Adafactor:
+            for key, gradient in exact.items():
+                off = got[f"module.{key}"].sub(gradient)
+                assert off.norm() <= 0.25 * torch.linalg.vector_norm(gradient), key
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, parameter in model.named_parameters():
+        numbers = (
+            parameter.detach().clone().view(torch.int32)
+            if not hasattr(parameter, "codes")
+            else parameter.codes
+        )
+        of_first = numbers.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(numbers, of_first), key
+
+    config = DistributedConfig(tp_size=PROCESSES, tp_plan={}, ep_size=PROCESSES)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "qwen3_moe", distributed_config=config, experts_implementation="scattermoe"
+    )
+    with pytest.raises(NotImplementedError, match="tensor and expert parallelism are not supported"):
+        kernel.train_in_float8(model)
+
 
 def decoded(model: Any) -> torch.Tensor:
     """Logits of one more token, where few experts get anything to do."""

@@ -21,6 +21,7 @@ from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
 from ..grouped_linear.workspace import LowRank
 from ..launch import cdiv, next_power_of_2
+from ..launcher import launch_kernel
 from ..quantization.stack import QuantizedStack, Weight
 from ..routing import Routing
 from .arguments import Kept, Operands
@@ -61,16 +62,21 @@ def project_and_gate(
         hidden = grouped_matmul(x, weight, routing, top_k=top_k, low=low, bias=bias)
         if pairs:
             block = min(GATE_BLOCK, next_power_of_2(a.shape[1]))
-            grid = (pairs, cdiv(a.shape[1], block))
-            gate_forward_kernel[grid](hidden, a, a.shape[1], **_constants(gate), BLOCK=block)
+            grid = (pairs, cdiv(a.shape[1], block), 1)
+            launch_kernel(
+                gate_forward_kernel, grid, (hidden, a, a.shape[1]), {**_constants(gate), "BLOCK": block}
+            )
         return hidden if keep else x.new_empty((0, width)), a
     hidden = x.new_empty((pairs if keep else 0, width))
     if pairs:
         parts = 1 if gate.interleaved else 2
         # A program a tile, always: the sum over the hidden size is long.
         (launch,) = launches(x, weight, routing, top_k=top_k, low=low, bias=bias, parts=parts)
-        gate_up_kernel[(launch.programs,)](
-            *launch.arguments, hidden, a, KEEP=keep, **_constants(gate), **launch.constants
+        launch_kernel(
+            gate_up_kernel,
+            (launch.programs, 1, 1),
+            (*launch.arguments, hidden, a),
+            {"KEEP": keep, **_constants(gate), **launch.constants},
         )
     return hidden, a
 
@@ -84,8 +90,11 @@ def _gate_backward(
     d_row_weight = torch.empty(rows, dtype=torch.float32, device=da.device)
     if rows:
         block = min(GATE_BLOCK, next_power_of_2(intermediate))
-        gate_backward_kernel[(rows,)](
-            da, h, row_weight, order, a, dh, d_row_weight, intermediate, **_constants(gate), BLOCK=block
+        launch_kernel(
+            gate_backward_kernel,
+            (rows, 1, 1),
+            (da, h, row_weight, order, a, dh, d_row_weight, intermediate),
+            {**_constants(gate), "BLOCK": block},
         )
     return a, dh, d_row_weight
 
@@ -114,8 +123,11 @@ def gate_gradients(
     sums = hidden.new_empty((pairs, cdiv(intermediate, blocks["BLOCK_N"])), dtype=torch.float32)
     activation = {name: value for name, value in _constants(gate).items() if name != "INTERLEAVED"}
     (launch,) = launches(grad_out, weight, routing, top_k=top_k, low=low)
-    matmul_gate_backward_kernel[(launch.programs,)](
-        *launch.arguments, hidden, row_weight, a, dh, sums, **activation, **launch.constants
+    launch_kernel(
+        matmul_gate_backward_kernel,
+        (launch.programs, 1, 1),
+        (*launch.arguments, hidden, row_weight, a, dh, sums),
+        {**activation, **launch.constants},
     )
     return a, dh, sums.sum(1)
 

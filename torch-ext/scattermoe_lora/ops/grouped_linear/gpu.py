@@ -12,6 +12,7 @@ import torch
 
 from .. import tile_tables
 from ..launch import cdiv, next_power_of_2
+from ..launcher import launch_kernel
 from ..quantization.stack import QuantizedStack, Weight
 from ..routing import Routing
 from . import few_rows, library
@@ -233,17 +234,21 @@ def grouped_matmul(
         programs = launch.programs
         if launch.persistent:
             programs = min(programs, launch.persistent * multiprocessors(x.device))
-        grouped_matmul_kernel[(programs,)](
-            *launch.arguments,
-            x if row_weight is None else row_weight,
-            out,
-            SCATTER=scatter,
-            WEIGHTED=row_weight is not None,
-            PERSISTENT=launch.is_share or launch.persistent > 0,
-            FLATTEN=launch.flatten,
-            # Only a product without a second loop, over the rank, becomes one loop.
-            SHORT_RANK=launch.flatten and low is not None and low[0].shape[1] <= launch.constants["BLOCK_R"],
-            **launch.constants,
+        launch_kernel(
+            grouped_matmul_kernel,
+            (programs, 1, 1),
+            (*launch.arguments, x if row_weight is None else row_weight, out),
+            {
+                "SCATTER": scatter,
+                "WEIGHTED": row_weight is not None,
+                "PERSISTENT": launch.is_share or launch.persistent > 0,
+                "FLATTEN": launch.flatten,
+                # Only a product without a second loop, over the rank, becomes one loop.
+                "SHORT_RANK": launch.flatten
+                and low is not None
+                and low[0].shape[1] <= launch.constants["BLOCK_R"],
+                **launch.constants,
+            },
         )
     return out
 
@@ -273,22 +278,18 @@ def grouped_outer(
     out = p.new_empty((num_experts, n_p, n_q))
     blocks = tile("grouped_outer", p, routing.order.shape[0] / num_experts, n_q, n_p)
     grid = (cdiv(n_q, blocks["BLOCK_Q"]), cdiv(n_p, blocks["BLOCK_P"]), num_experts)
-    grouped_outer_kernel[grid](
-        p,
-        q,
-        p if row_weight is None else row_weight,
-        out,
-        *routing,
-        n_p,
-        n_q,
-        p.stride(0),
-        q.stride(0),
-        GATHER_P=top_k_p is not None,
-        GATHER_Q=top_k_q is not None,
-        TOP_K=top_k_p or top_k_q or 1,
-        WEIGHTED=row_weight is not None,
-        PRECISION=float32_precision(p),
-        **blocks,
+    launch_kernel(
+        grouped_outer_kernel,
+        grid,
+        (p, q, p if row_weight is None else row_weight, out, *routing, n_p, n_q, p.stride(0), q.stride(0)),
+        {
+            "GATHER_P": top_k_p is not None,
+            "GATHER_Q": top_k_q is not None,
+            "TOP_K": top_k_p or top_k_q or 1,
+            "WEIGHTED": row_weight is not None,
+            "PRECISION": float32_precision(p),
+            **blocks,
+        },
     )
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..launch import cdiv, next_power_of_2
+from ..launcher import launch_kernel
 from ..routing import Routing
 from .kernels_schedule import tile_schedule_kernel
 
@@ -36,16 +37,11 @@ def tile_schedules(routing: Routing, block: int, size: int) -> torch.Tensor:
         # So that every list begins at a multiple of 16 bytes: Triton compiles anew for an address that does not.
         capacity += -(capacity + 1) % 4
     schedules = torch.empty((shares, 1 + capacity, 3), dtype=torch.int32, device=routing.offsets.device)
-    tile_schedule_kernel[(num_experts + 1,)](
-        routing.offsets,
-        schedules,
-        pairs,
-        num_experts,
-        size,
-        capacity,
-        EXPERTS_POW2=next_power_of_2(num_experts + 1),
-        BLOCK_M=block,
-        TILES=TILES_A_PROGRAM,
+    launch_kernel(
+        tile_schedule_kernel,
+        (num_experts + 1, 1, 1),
+        (routing.offsets, schedules, pairs, num_experts, size, capacity),
+        {"EXPERTS_POW2": next_power_of_2(num_experts + 1), "BLOCK_M": block, "TILES": TILES_A_PROGRAM},
     )
     return schedules
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
+from ..launch import cdiv
+from ..launcher import launch_kernel
 from .formats import ELEMENTS, element_values
 from .kernels import decode_kernel
 from .stack import QuantizedStack
@@ -86,18 +87,11 @@ def decode(
     # Consecutive numbers need no list, which would be copied to the device.
     is_listed = not (isinstance(experts, range) and experts.step == 1)
     numbers = torch.tensor(experts, dtype=torch.int32, device=stack.device) if is_listed else out
-    tiles = triton.cdiv(n, BLOCKS["BLOCK_N"]) * triton.cdiv(k, BLOCKS["BLOCK_K"])
-    decode_kernel[(tiles, len(experts))](
-        *operands.pointers,
-        numbers,
-        out,
-        experts[0],
-        n,
-        k,
-        *operands.strides,
-        LISTED=is_listed,
-        **operands.constants,
-        **BLOCKS,
-        **OPTIONS,
+    tiles = cdiv(n, BLOCKS["BLOCK_N"]) * cdiv(k, BLOCKS["BLOCK_K"])
+    launch_kernel(
+        decode_kernel,
+        (tiles, len(experts), 1),
+        (*operands.pointers, numbers, out, experts[0], n, k, *operands.strides),
+        {"LISTED": is_listed, **operands.constants, **BLOCKS, **OPTIONS},
     )
     return out
