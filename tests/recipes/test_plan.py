@@ -173,7 +173,8 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
         (
             ("--recipe", "dora"),
             None,
-            "--recipe: expected one of qlora-8bit, qlora, lora, fp8, full, got 'dora'",
+            "--recipe: expected one of qlora-8bit, qlora-attention, qlora, lora-16bit, "
+            "lora-attention, lora, fp8, full, got 'dora'",
         ),
         (("--length", "0"), None, "--length: expected 1 or more"),
         (("--cards", "6", "--expert-parallel", "4"), None, "a multiple of --expert-parallel"),

@@ -291,7 +291,7 @@ def test_a_class_that_does_more_with_its_logits_is_refused_with_the_line(kernel)
     ):
         kernel.apply_to(model, "loss")
     with pytest.raises(
-        ValueError, match=r"expected a model with a linear lm_head whose logits .* got a LlamaModel"
+        ValueError, match=r"expected a model with a linear head whose logits .* got a LlamaModel"
     ):
         kernel.apply_to(causal("Llama").model, "loss")
 

@@ -82,9 +82,17 @@ class Float8Tensor(torch.Tensor):
         """``[N, K]``, a dense copy of one matrix."""
         return rounding.decode(self.codes[matrix], self.scales[matrix], self.kind, dtype)
 
-    def write(self, matrix: int, numbers: torch.Tensor, *, stochastic: bool) -> None:
+    def write(
+        self,
+        matrix: int,
+        numbers: torch.Tensor,
+        *,
+        stochastic: bool,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Rounds ``[N, K]`` into one matrix."""
-        rounding.encode(numbers, self.kind, self.codes[matrix], self.scales[matrix], stochastic=stochastic)
+        codes, scales = self.codes[matrix], self.scales[matrix]
+        rounding.encode(numbers, self.kind, codes, scales, stochastic=stochastic, generator=generator)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A dense copy of all of it."""
