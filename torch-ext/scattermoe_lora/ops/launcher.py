@@ -35,8 +35,8 @@ def launch_kernel(
         arguments: Values of the other parameters, all of them, in order.
         constants: Values of the ``tl.constexpr`` parameters, and Triton's options, by name.
     """
-    # The interpreter's kernels are of another class, and need no driver.
     if not isinstance(kernel, JITFunction):
+        # Interpreted: there may be no GPU's driver to ask.
         kernel[grid](*arguments, **constants)
         return
     key: list[Any] = [id(kernel), *constants.items()]
