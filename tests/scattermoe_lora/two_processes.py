@@ -369,11 +369,7 @@ def float8(rank: int, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     for key, parameter in model.named_parameters():
-        numbers = (
-            parameter.detach().clone().view(torch.int32)
-            if not hasattr(parameter, "codes")
-            else parameter.codes
-        )
+        numbers = parameter.codes if hasattr(parameter, "codes") else parameter.detach()
         of_first = numbers.clone()
         dist.broadcast(of_first, 0)
         assert torch.equal(numbers, of_first), key
