@@ -355,8 +355,8 @@ def float8(rank: int, folder: Path) -> None:
     whole, model = (build("qwen3_moe", adapted=False) for _ in range(2))
     if rank:
         torch.nn.init.normal_(model.model.layers[0].mlp.experts.down_proj)
-    for each in (whole, model):
-        kernel.train_in_float8(each)
+    for replica in (whole, model):
+        kernel.train_in_float8(replica)
     exact = train(whole, [IDS[:2], IDS[2:]])
     model = DistributedDataParallel(model)
     torch.manual_seed(rank)
@@ -370,11 +370,7 @@ def float8(rank: int, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     for key, parameter in model.named_parameters():
-        numbers = (
-            parameter.detach().clone().view(torch.int32)
-            if not hasattr(parameter, "codes")
-            else parameter.codes
-        )
+        numbers = parameter.codes if hasattr(parameter, "codes") else parameter.detach()
         of_first = numbers.clone()
         dist.broadcast(of_first, 0)
         assert torch.equal(numbers, of_first), key
@@ -385,6 +381,10 @@ def float8(rank: int, folder: Path) -> None:
     )
     with pytest.raises(NotImplementedError, match="tensor and expert parallelism are not supported"):
         kernel.train_in_float8(model)
+    mesh = dist.init_device_mesh("cpu", (PROCESSES, 1), mesh_dim_names=("copies", "parts"))
+    hybrid = fully_shard(torch.nn.Linear(8, 8), mesh=mesh)
+    with pytest.raises(NotImplementedError, match="split along their first dimension alone"):
+        kernel.Adafactor(hybrid.parameters())
 
 
 def decoded(model: Any) -> torch.Tensor:
