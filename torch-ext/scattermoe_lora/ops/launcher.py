@@ -35,8 +35,9 @@ def launch_kernel(
         arguments: Values of the other parameters, all of them, in order.
         constants: Values of the ``tl.constexpr`` parameters, and Triton's options, by name.
     """
-    if not isinstance(kernel, JITFunction):
-        # Interpreted: there may be no GPU's driver to ask.
+    is_compiled = isinstance(kernel, JITFunction) and JITFunction.run.__module__ == _TRITON
+    if not is_compiled or _is_hooked():
+        # There may be no GPU's driver to ask.
         kernel[grid](*arguments, **constants)
         return
     key: list[Any] = [id(kernel), *constants.items()]
@@ -71,8 +72,7 @@ def launch_kernel(
     device = active.get_current_device()
     add(device)
     found = _compiled.get(tuple(key))
-    is_own = JITFunction.run.__module__ == _TRITON and not _is_hooked()
-    if found is not None and is_own:
+    if found is not None:
         _, run, function, metadata, unread = found
         stream = active.get_current_stream(device)
         # As Triton's own ``run`` ends, but for hooks and what they are told. The constants are in the code.
@@ -82,7 +82,7 @@ def launch_kernel(
     devices = {value.get_device() for value in arguments if isinstance(value, torch.Tensor)}
     is_known = isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda"
     # Memory of a CPU that a GPU can read may be the next time memory that it cannot.
-    if is_known and is_own and len(devices) < 2:
+    if is_known and len(devices) < 2:
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         unread = (None,) * (len(kernel.arg_names) - len(arguments))
