@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import contextlib
+import io
 import json
 import os
 import re
@@ -20,8 +20,9 @@ import sys
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GIB = 1 << 30
 # Bytes of an element: nf4 in blocks of 64 and fp8 in blocks of 128 x 128, each with a scale in float32.
-FORMATS = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1 + 4 / 128**2, "nf4": 0.5 + 4 / 64}
+FORMATS = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1 + 4 / 128**2, "nf4": 0.5 + 4 / 64}
+# What ``kernel.apply_to(model, ...)`` makes run fused.
+PARTS = ("attention", "mlp", "norm", "projections", "loss")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Card:
     """A device: GiB of memory that torch sees, dense TFLOPS in 16 bits, GB/s of its memory and of its link, one way."""
 
     memory: float
-    tflops: float
-    bandwidth: float
-    link: float
+    tflops: float = 0
+    bandwidth: float = 0
+    link: float = 0
 
 
 # Rates, bandwidths and links (NVLink or PCIe, one direction) as makers give them, to our knowledge, without sparsity
@@ -78,29 +81,59 @@ class Recipe:
     """Which parameters are trained, and how each part is stored.
 
     Attributes:
-        matrices: Format of the linear layers' and the experts' weights; all others are in ``bfloat16``.
+        matrices: Format of the linear layers' and the experts' weights; all others are in the setup's dtype.
         adapters: Format of LoRA's factors; with None all of the language model is trained.
         adapted: Parts of the model whose linear layers have adapters; experts have them in any case.
         optimizer: ``adamw`` (two values a parameter in its dtype), ``adamw8bit`` (two bytes a parameter, with a scale
             for 256 of each) or ``adafactor`` (rows and columns in float32).
-        gradient: Bytes of a gradient's element where the weight has the format ``matrices``.
     """
 
     matrices: str
-    adapters: str | None
+    adapters: str | None = None
     adapted: tuple[str, ...] = ("attention", "MLP")
     optimizer: str = "adamw"
-    gradient: float = 2.0
+
+    def gradient_bytes(self, parameter: Any) -> float:
+        """Bytes of an element of a parameter's gradient, which is in e5m2 where the weight is in float8."""
+        return 1.0 if parameter.plan_format == "fp8" else FORMATS[parameter.plan_format]
+
+    def optimizer_bytes(self, parameter: Any) -> float:
+        """Bytes that the optimizer keeps for an element of a parameter, on the average."""
+        if self.optimizer == "adamw":
+            return 2 * FORMATS[parameter.plan_format]
+        if self.optimizer == "adamw8bit":
+            return 2 * (1 + 4 / 256)
+        return 4 * (1 if parameter.dim() < 2 else sum(1 / n for n in parameter.shape[-2:]))
+
+    def update_bytes(self, parameter: Any) -> float:
+        """Bytes an element that a step makes: none in fused AdamW; in Adafactor a matrix and its update in float32."""
+        return 8 / (parameter.shape[0] if parameter.dim() > 2 else 1) if self.optimizer == "adafactor" else 0
 
 
+# The lighter ones first.
 RECIPES = {
-    # As the scripts beside this file have it; in the next two the adapters are as PEFT makes them of itself.
     "qlora-8bit": Recipe("nf4", "bfloat16", ("attention",), "adamw8bit"),
+    "qlora-attention": Recipe("nf4", "float32", ("attention",)),
     "qlora": Recipe("nf4", "float32"),
+    "lora-16bit": Recipe("bfloat16", "bfloat16", ("attention",)),
+    "lora-attention": Recipe("bfloat16", "float32", ("attention",)),
     "lora": Recipe("bfloat16", "float32"),
-    "fp8": Recipe("fp8", None, optimizer="adafactor", gradient=1.0),
-    "full": Recipe("bfloat16", None),
+    "fp8": Recipe("fp8", optimizer="adafactor"),
+    "full": Recipe("bfloat16"),
 }
+
+
+# What a configuration that does not fit together ends in, somewhere in transformers.
+BROKEN = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+)
 
 
 class PlanError(Exception):
@@ -114,23 +147,31 @@ class Setup:
     Attributes:
         attention: ``scattermoe_flash``, ``sdpa`` or ``eager``.
         experts: ``scattermoe``, ``grouped_mm`` or ``eager``.
-        fused_loss: Whether the loss is taken without logits.
+        parts: What runs fused, of :data:`PARTS`.
         checkpointing: Whether each layer's activations are computed again in the backward.
         rank: Of the adapters.
+        accumulate: Batches whose gradients are added up for a step of the optimizer.
         dtype: Of activations and of weights that are not in a format of fewer bits.
         device: ``cuda``, or ``cpu``, where the kernels need less workspace.
     """
 
     attention: str = "scattermoe_flash"
     experts: str = "scattermoe"
-    fused_loss: bool = True
+    parts: tuple[str, ...] = PARTS
     checkpointing: bool = True
     rank: int = 16
+    accumulate: int = 1
     dtype: str = "bfloat16"
     device: str = "cuda"
 
+    def stored(self, recipe: Recipe) -> str:
+        """The format of matrices: the recipe's, or the dtype where that is no format of fewer bits."""
+        return recipe.matrices if recipe.matrices in ("fp8", "nf4") else self.dtype
+
 
 # ---------------------------------------------------------------------------------------------- counting tensors
+
+PHASES = ("gradients", "activations", "loss", "workspace")
 
 
 class Ledger(TorchDispatchMode):
@@ -142,14 +183,15 @@ class Ledger(TorchDispatchMode):
         peak: Bytes of each phase when all together were most; ``rest`` likewise, without gradients.
         work: ``(operations, bytes read and written)`` of each operator.
         history: Bytes alive by phase after each operator that made something.
+        events: Bytes of each storage made, negative of each released, with a key of the storage.
     """
 
     current: Ledger | None = None
 
-    def __init__(self, model: torch.nn.Module, granularity: int) -> None:
+    def __init__(self, outside: list[torch.Tensor], granularity: int) -> None:
         super().__init__()
         self.granularity = granularity
-        self.outside = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+        self.outside = {tensor.untyped_storage()._cdata for tensor in outside}
         self.live: dict[int, tuple[Any, int, str]] = {}
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -158,11 +200,16 @@ class Ledger(TorchDispatchMode):
         self.work: list[tuple[float, float]] = []
         self.history: list[tuple[int, ...]] = []
         self.events: list[tuple[int, int]] = []
+        self.compressed: list[torch.Tensor] = []
         self._any: set[int] = set()
 
     def __enter__(self) -> Ledger:
         Ledger.current = self
         return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Ledger.current = None
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -174,7 +221,13 @@ class Ledger(TorchDispatchMode):
             if func._opname == "any":
                 self._any.add(tensor.untyped_storage()._cdata)
             self.count(tensor, self.phase)
-        self._note_work(func, args, outputs)
+        name = func._opname
+        if outputs and not (
+            func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view"))
+        ):
+            factor = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}.get(name)
+            operations = 0 if factor is None else 2 * outputs[0].numel() * args[factor].shape[-1]
+            note_work(operations, *(t for t in tree_leaves(args) if isinstance(t, torch.Tensor)), *outputs)
         return result
 
     def count(self, tensor: torch.Tensor, phase: str) -> None:
@@ -184,8 +237,8 @@ class Ledger(TorchDispatchMode):
         if key in self.outside:
             return
         if key in self.live:
-            reference, size, old = self.live[key]
-            self.now[old] -= size
+            reference, size, before = self.live[key]
+            self.now[before] -= size
         else:
             size = -(-storage.nbytes() // self.granularity) * self.granularity
             reference = weakref.ref(storage, lambda _: self._release(key))
@@ -205,26 +258,9 @@ class Ledger(TorchDispatchMode):
         self._any.discard(key)
         self.events.append((key, -size))
 
-    def _note_work(self, func: Any, args: Any, outputs: list[torch.Tensor]) -> None:
-        name = func._opname
-        if (
-            func.is_view
-            or name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "t"))
-            or not outputs
-        ):
-            return
-        tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-        moved = sum(t.numel() * t.itemsize for t in (*tensors, *outputs))
-        inner = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(name)
-        operations = 0 if inner is None else 2 * outputs[0].numel() * args[inner].shape[-1]
-        self.work.append((operations, moved))
-
-
-PHASES = ("gradients", "activations", "loss", "workspace")
-
 
 def note_work(operations: float, *tensors: torch.Tensor | None) -> None:
-    """Note what one fused kernel does, which reads and writes ``tensors`` once."""
+    """Note what one kernel does, which reads and writes ``tensors`` once."""
     if Ledger.current is not None:
         moved = sum(t.numel() * t.itemsize for t in tensors if t is not None)
         Ledger.current.work.append((operations, moved))
@@ -233,13 +269,49 @@ def note_work(operations: float, *tensors: torch.Tensor | None) -> None:
 # ------------------------------------------------------------------- what runs in the place of kernels, on meta
 
 
+def gradients_of(ctx: Any, tensors: Any, first: int = 0) -> list[torch.Tensor | None]:
+    """A gradient of each tensor that needs one, the first being the operator's argument ``first``.
+
+    A weight in float8 gets none: its gradient is compressed as it is produced, and kept in a byte an element.
+    """
+    gradients: list[torch.Tensor | None] = []
+    for tensor, is_needed in zip(tensors, ctx.needs_input_grad[first:], strict=False):
+        gradient = None
+        if is_needed and getattr(tensor, "plan_format", "") == "fp8":
+            assert Ledger.current is not None
+            compressed = torch.empty(tensor.shape, dtype=torch.uint8, device="meta")
+            Ledger.current.compressed.append(compressed)
+            Ledger.current.count(compressed, "gradients")
+        elif is_needed:
+            gradient = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        gradients.append(gradient)
+    return gradients
+
+
+class Elementwise(torch.autograd.Function):
+    """Our kernel's norms and gated activations, which keep their arguments and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+        note_work(0, *tensors, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        gradients = gradients_of(ctx, tensors)
+        note_work(0, *tensors, grad, *gradients)
+        return tuple(gradients)
+
+
 class Flash(torch.autograd.Function):
     """Attention that keeps its operands, its output and a log-sum-exp a row: ``q`` ``[B, H, S, D]``."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, window: int, mask: Any) -> torch.Tensor:
         batch, heads, rows, _ = q.shape
-        # A copy where a row's elements are apart, as kernels read whole rows.
         out = q.new_empty((batch, rows, heads, v.shape[-1]))
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, lse, mask)
@@ -251,7 +323,7 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v, out, lse, _ = ctx.saved_tensors
-        gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+        gradients = gradients_of(ctx, (q, k, v))
         delta = torch.empty_like(lse)
         note_work(2.5 * ctx.operations, q, k, v, out, grad, delta, *gradients)
         return *gradients, None, None
@@ -272,95 +344,82 @@ def sdpa_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **k
     return Flash.apply(query, key, value, 0, mask), None
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What a fused experts layer needs beside its tensors."""
-
-    transposed: bool
-    own_gate: bool
-    format: str
-    device: str
-
-
 class FusedExperts(torch.autograd.Function):
     """Our kernel's experts: keeps the gate/up projection of each token-expert pair, and nothing of a weight's size.
 
-    ``x`` ``[T, H]``, routing weights ``[T, K]``, ``up`` ``[E, 2I, H]``, ``down`` ``[E, H, I]`` (or each transposed),
-    and factors ``[E, r, in]``, ``[E, out, r]`` of both, or None.
+    ``module`` is transformers'; ``x`` ``[T, H]``, routing weights ``[T, K]``, ``up`` ``[E, 2I, H]``, ``down``
+    ``[E, H, I]`` (or each transposed), and factors ``[E, r, in]``, ``[E, out, r]`` of both, or None.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, sizes: _Sizes, x: Any, weights: Any, up: Any, down: Any, *factors: Any
-    ) -> torch.Tensor:
-        pairs = weights.numel()
-        width, inner = (up.shape[2], down.shape[1]) if sizes.transposed else (up.shape[1], down.shape[2])
-        ranks = [0 if a is None else a.shape[1] for a in factors[::2]]
-        hidden, low1, low2 = (x.new_empty((pairs, n)) for n in (width, *ranks))
-        ctx.sizes, ctx.inner = sizes, inner
-        ctx.operations = 2 * pairs * (width + inner) * x.shape[1]
-        out = x.new_empty(x.shape)
-        decoded, widest = decode(up, sizes), max(width, x.shape[1])
-        if sizes.device == "cpu":
-            buffers = cpu_buffers(x, pairs, up.shape[0], widest, 2 * x.shape[1] + width + inner + sum(ranks))
+    def forward(ctx: Any, module: Any, x: Any, weights: Any, up: Any, down: Any, *factors: Any) -> Any:
+        pairs, size = weights.numel(), x.shape[1]
+        axes = (2, 1) if module.is_transposed else (1, 2)
+        width, inner = up.shape[axes[0]], down.shape[axes[1]]
+        hidden, *low = (
+            x.new_empty((pairs, n)) for n in (width, *(0 if a is None else a.shape[1] for a in factors[::2]))
+        )
+        ctx.module, ctx.inner = module, inner
+        ctx.operations = 2 * pairs * (width + inner) * size
+        out, decoded = torch.empty_like(x), decode(up, module)
+        if module.plan_setup.device == "cpu":
+            columns = 2 * size + width + inner + sum(t.shape[1] for t in low)
+            buffers = cpu_buffers(x, pairs, up.shape[0], max(width, size), columns, size)
         else:
-            buffers = [x.new_empty((pairs, n)) for n in (inner, x.shape[1])]
+            buffers = [x.new_empty((pairs, n)) for n in (inner, size)]
             note_work(0, *buffers, *buffers)
-        del buffers
-        del decoded
+        del buffers, decoded
         note_work(ctx.operations, x, up, down, hidden, out)
-        ctx.save_for_backward(x, weights, up, down, *factors, hidden, low1, low2)
+        ctx.save_for_backward(x, weights, up, down, *factors, hidden, *low)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weights, up, down, *factors, hidden, low1, low2 = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        pairs = weights.numel()
-        trained = [t for t, need in zip((up, down), needs[3:5], strict=True) if need]
-        decoded, columns = (
-            decode(up, ctx.sizes),
-            2 * hidden.shape[1] + ctx.inner * (9 if ctx.sizes.own_gate else 4),
-        )
-        low = low1.shape[1] + low2.shape[1]
-        if ctx.sizes.device == "cpu":
-            buffers = cpu_buffers(
-                x, pairs, up.shape[0], max(hidden.shape[1], x.shape[1]), columns + 2 * low + 2 * x.shape[1]
-            )
+        pairs, size, module = weights.numel(), x.shape[1], ctx.module
+        ranks = low1.shape[1] + low2.shape[1]
+        decoded, trained = decode(up, module), sum(ctx.needs_input_grad[3:5])
+        if module.plan_setup.device == "cpu":
+            own_gate = type(module)._apply_gate is not moe._default_apply_gate
+            chain = ctx.inner * (9 if own_gate else 4)
+            columns, wide = 2 * (hidden.shape[1] + ranks + size) + chain, max(size, chain // 2)
+            buffers = cpu_buffers(x, pairs, up.shape[0], max(hidden.shape[1], size), columns, wide)
         else:
-            sizes = (ctx.inner, ctx.inner, hidden.shape[1], low, x.shape[1])
-            buffers = [x.new_empty((pairs, n)) for n in sizes]
+            buffers = [x.new_empty((pairs, n)) for n in (ctx.inner, ctx.inner, hidden.shape[1], ranks)]
+            # The gradient of the activation is gone when those of the factors and of ``x`` are made.
+            del buffers[0]
+        others = gradients_of(ctx, (weights, up, down, *factors), 2)
+        if module.plan_setup.device != "cpu":
+            buffers.append(x.new_empty((pairs, size)))
             note_work(0, *buffers, *buffers)
-        gradients = [
-            torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-            for t, need in zip((x, weights, up, down, *factors), needs[1:], strict=True)
-        ]
-        note_work(ctx.operations * (1 + len(trained) / 2), x, up, down, hidden, grad, *trained)
-        del decoded, buffers
-        return None, *gradients
+        del decoded
+        d_x = torch.empty_like(x)
+        note_work(ctx.operations * (1 + trained / 2), x, up, down, hidden, grad)
+        return None, d_x, *others
 
 
-def cpu_buffers(x: torch.Tensor, pairs: int, experts: int, widest: int, columns: int) -> list[torch.Tensor]:
-    """Our kernel's workspace on a CPU: rows of as many experts as fit 2 MiB, and sums of ``x`` in float32."""
+def cpu_buffers(
+    x: torch.Tensor, pairs: int, experts: int, widest: int, columns: int, wide: int
+) -> list[torch.Tensor]:
+    """Our kernel's workspace on a CPU: rows of as many experts as fit 2 MiB, and some columns and sums in float32."""
     rows = -(-pairs // experts)
     step = max(16, (1 << rows.bit_length()) // 16)
     rows, block = -(-rows // step) * step, 1
     while 2 * block <= experts and 2 * block * rows * widest * x.itemsize <= 1 << 21:
         block *= 2
-    experts = block
-    buffers = [x.new_empty((experts * rows, columns))]
+    buffers = [x.new_empty((block * rows, columns))]
     if x.itemsize < 4:
-        buffers += [x.new_empty((n, x.shape[1]), dtype=torch.float32) for n in (experts * rows, x.shape[0])]
+        buffers += [x.new_empty(s, dtype=torch.float32) for s in ((block * rows, wide), x.shape)]
     return buffers
 
 
-def decode(stack: torch.Tensor, sizes: _Sizes) -> torch.Tensor | None:
+def decode(stack: torch.Tensor, module: Any) -> torch.Tensor | None:
     """The workspace in which our kernel decodes a few experts of a quantized stack."""
-    if sizes.format == "bfloat16":
+    if module.plan_format not in ("nf4", "fp8"):
         return None
     matrix = stack.shape[1] * stack.shape[2]
     count = max(1, min(stack.shape[0] // 8, (1 << 27) // (matrix * stack.itemsize)))
-    return stack.new_empty((1 if sizes.device == "cpu" else count, matrix))
+    return stack.new_empty((1 if module.plan_setup.device == "cpu" else count, matrix))
 
 
 def expert_weights(module: Any) -> tuple[str, str]:
@@ -370,13 +429,11 @@ def expert_weights(module: Any) -> tuple[str, str]:
 
 def fused_experts(module: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:
     """Our kernel's experts, for transformers' interface."""
-    own_gate = type(module)._apply_gate is not moe._default_apply_gate
-    sizes = _Sizes(module.is_transposed, own_gate, module.plan_format, module.plan_setup.device)
     names = expert_weights(module)
     up, down = (getattr(module, name) for name in names)
     factors = [factor for name in names for factor in kernel_factors(module, name, up.dtype)]
     order = torch.empty(index.numel(), dtype=torch.long, device=index.device)
-    result = FusedExperts.apply(sizes, x.contiguous(), weights, up, down, *factors)
+    result = FusedExperts.apply(module, x.contiguous(), weights, up, down, *factors)
     del order
     return result
 
@@ -393,6 +450,13 @@ def kernel_factors(module: Any, name: str, dtype: torch.dtype) -> tuple[Any, Any
     return (b.mT.contiguous(), a.mT.contiguous()) if module.is_transposed else (a, b)
 
 
+def merged(module: Any, name: str) -> torch.Tensor:
+    """An expert stack, with PEFT's factors multiplied out and added where it has some."""
+    weight = getattr(module, name)
+    a, b = kernel_factors(module, name, weight.dtype)
+    return weight if a is None else torch.baddbmm(weight, b, a)
+
+
 def eager_experts(module: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:
     """A loop over experts as transformers' eager code runs it, which keeps all its rows; in two steps."""
     pairs, experts = index.numel(), module.num_experts
@@ -402,9 +466,7 @@ def eager_experts(module: Any, x: Any, index: Any, weights: Any) -> torch.Tensor
     stacks = [merged(module, name) for name in names]
     for expert, count in ((0, pairs - pairs // 2), (min(1, experts - 1), pairs // 2)):
         token, place = (torch.empty(count, dtype=torch.long, device=x.device) for _ in range(2))
-        up, down = (stack[expert] for stack in stacks)
-        if not module.is_transposed:
-            up, down = up.t(), down.t()
+        up, down = (stack[expert] if module.is_transposed else stack[expert].t() for stack in stacks)
         rows = x[token] @ up
         if module.has_bias:
             rows = rows + getattr(module, f"{names[0]}_bias")[expert]
@@ -415,13 +477,6 @@ def eager_experts(module: Any, x: Any, index: Any, weights: Any) -> torch.Tensor
         out.index_add_(0, token, rows.to(out.dtype))
     del hit
     return out
-
-
-def merged(module: Any, name: str) -> torch.Tensor:
-    """An expert stack, with PEFT's factors multiplied out and added where it has some."""
-    weight = getattr(module, name)
-    a, b = kernel_factors(module, name, weight.dtype)
-    return weight if a is None else torch.baddbmm(weight, b, a)
 
 
 def merged_grouped_mm(module: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:
@@ -440,84 +495,81 @@ def merged_grouped_mm(module: Any, x: Any, index: Any, weights: Any) -> torch.Te
 
 
 class FusedLoss(torch.autograd.Function):
-    """Our kernel's loss: keeps a log-sum-exp for each token, and makes a part of the logits at a time."""
+    """Our kernel's loss: makes the logits of a block of tokens at a time, and their gradients with them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, device: str) -> torch.Tensor:
-        tokens, words = hidden.shape[0], weight.shape[0]
-        frozen = not ctx.needs_input_grad[1]
-        lse = hidden.new_empty((2, tokens), dtype=torch.float32)
-        pull = hidden.new_empty(hidden.shape if device == "cpu" and frozen else (0,))
+        (tokens, size), words, trained = hidden.shape, weight.shape[0], ctx.needs_input_grad[1]
         if device == "cpu":
-            words, wide_rows = min(words, 1024), 3 * tokens if frozen else tokens
-            logits = hidden.new_empty((min(tokens, 1024), words), dtype=torch.float32)
-            narrow = torch.empty_like(logits, dtype=hidden.dtype) if hidden.itemsize < 4 else None
-            wide = hidden.new_empty((wide_rows, hidden.shape[1]), dtype=torch.float32)
-            del logits, narrow, wide
+            # Logits of a trained head are kept for a block of tokens, those of a frozen one for 1,024 words of it, too.
+            rows = min(max((1 << 25) // (4 * words), 128) * 2 if trained else 1024, 1024, tokens)
+            block = min(words, 1024)
+            narrow = block // 2 if hidden.itemsize < 4 else 0
+            widths = (words, block, 2 * size) if trained else (block, narrow, 3 * size)
         else:
-            by_tile = hidden.new_empty((-(-words // 128), tokens), dtype=torch.float32)
-            del by_tile
+            # The sum over all words is made in eight parts at once.
+            rows = max(3 * (1 << 28) // (4 * words), size if trained else 0, 128) // 128 * 128
+            rows = min(-(-tokens // -(-tokens // rows)) + 127, rows, tokens)
+            widths = (words, 8 * size)
+        buffers = [hidden.new_empty((rows, n), dtype=torch.float32) for n in widths]
+        wide = [torch.empty_like(t, dtype=torch.float32) for t in (hidden, weight)[: 1 + trained]]
+        note_work(2 * tokens * weight.numel() * (2 + trained), hidden, weight, *wide)
+        del buffers
         ctx.device = device
-        ctx.save_for_backward(hidden, weight, lse, pull)
-        ctx.operations = 2 * tokens * weight.numel()
-        note_work(ctx.operations, hidden, weight)
+        ctx.save_for_backward(hidden, weight, *(t.to(hidden.dtype) for t in wide))
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        hidden, weight, _, pull = ctx.saved_tensors
-        wide = hidden.new_empty(hidden.shape, dtype=torch.float32)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        if pull.shape == hidden.shape:
-            note_work(0, wide, pull)
-        else:
-            columns = min(
-                max((1 << 28) // (128 * hidden.shape[0] * hidden.itemsize), 1) * 128, weight.shape[0]
-            )
-            if ctx.device == "cpu":
-                words = min(weight.shape[0], 1024)
-                part = hidden.new_empty(
-                    (2 * min(hidden.shape[0], 1024) + hidden.shape[1], words), dtype=torch.float32
-                )
-            else:
-                part = hidden.new_empty((hidden.shape[0], columns)), torch.empty_like(wide)
-            note_work(ctx.operations * (2 if d_weight is None else 3), hidden, weight, d_weight)
-            del part
-        return wide.to(hidden.dtype), d_weight, None
+        kept = ctx.saved_tensors[2:]
+        # Times the gradient of the loss, which on a CPU is seen to be 1.
+        gradients = [t if ctx.device == "cpu" else torch.empty_like(t) for t in kept]
+        note_work(0, *kept, *gradients)
+        return gradients[0], (*gradients, None)[1], None
 
 
 class QuantizedLinear(torch.autograd.Function):
-    """A product with a frozen or float8 weight that is decoded for it, forward and backward."""
+    """Rows ``[T, in]`` times a frozen or float8 weight that is decoded for it, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        dense = torch.empty_like(weight)
-        return torch.mm(x.reshape(-1, x.shape[-1]), dense.t()).view(*x.shape[:-1], -1)
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        return torch.mm(rows, torch.empty_like(weight).t())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        dense = torch.empty_like(weight)
-        dx = torch.mm(rows, dense).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        del dense
-        return dx, None if x is None else torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))
+        rows, weight = ctx.saved_tensors
+        d_rows = torch.mm(grad, torch.empty_like(weight)) if ctx.needs_input_grad[0] else None
+        d_weight = None if rows is None else torch.mm(grad.t(), rows)
+        del d_weight
+        return d_rows, *gradients_of(ctx, (weight,), 1)
 
 
 def linear_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer, quantized or not, with PEFT's LoRA beside it or not, in PEFT's dtypes."""
-    weight, bias = module.weight, module.bias
+    """A linear layer, quantized or not, with LoRA beside it or not: PEFT's, in PEFT's dtypes, or our kernel's."""
+    rows, bias = x.reshape(-1, x.shape[-1]), module.bias
     if module.plan_format in ("nf4", "fp8"):
-        result = QuantizedLinear.apply(x, weight)
+        result = QuantizedLinear.apply(rows, module.weight)
         result = result if bias is None else result + bias
     else:
-        result = F.linear(x, weight, bias)
+        result = F.linear(rows, module.weight, bias)
     if hasattr(module, "lora_a"):
-        wide = x.to(module.lora_a.dtype)
-        low = F.linear(F.linear(wide, module.lora_a), module.lora_b)
-        result = (result + low * 2.0).to(x.dtype)
-    return result
+        a, b = module.lora_a, module.lora_b
+        if "projections" in module.plan_setup.parts:
+            result.addmm_(F.linear(rows, a.to(x.dtype)), (b * 2.0).to(x.dtype).t())
+        else:
+            result = (result + F.linear(F.linear(rows.to(a.dtype), a), b) * 2.0).to(x.dtype)
+    return result.view(*x.shape[:-1], -1)
+
+
+def mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """A gated MLP of three projections, its activation one operator."""
+    return module.down_proj(Elementwise.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+def norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """An RMSNorm, with a weight or without."""
+    return Elementwise.apply(x, *module.parameters())
 
 
 ALL_ATTENTION_FUNCTIONS.register("plan_fused", flash_attention)
@@ -539,10 +591,9 @@ def load_config(path: str | Path) -> Any:
     try:
         values = json.loads(path.read_text("utf-8"))
     except OSError as e:
-        raise PlanError(
-            f"{path}: cannot be read: {e.strerror}; --model takes a model's config.json"
-        ) from None
-    except ValueError as e:
+        message = f"{path}: cannot be read: {e.strerror}; --model takes a model's config.json"
+        raise PlanError(message) from None
+    except (ValueError, RecursionError) as e:
         raise PlanError(f"{path}: is not JSON: {e}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise PlanError(f"{path}: has no model_type: is it a model's config.json?")
@@ -550,102 +601,126 @@ def load_config(path: str | Path) -> Any:
     values.pop("quantization_config", None)
     try:
         return transformers.AutoConfig.for_model(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        reason = str(e).splitlines()[0][:200]
+    except BROKEN as e:
         raise PlanError(
             f"{path}: transformers {transformers.__version__} does not know this configuration "
-            f"(model_type {values['model_type']!r}): {reason}"
+            f"(model_type {values['model_type']!r}): {first_line(e)}"
         ) from None
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def build(config: Any, recipe: Recipe, setup: Setup) -> Any:
     """The model on the meta device, as the recipe trains it and the setup runs it."""
     config = type(config).from_dict(config.to_dict())
-    names = config.architectures or []
-    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    classes = (getattr(transformers, name, None) for name in config.architectures or [])
+    model_class: Any = next(filter(None, classes), transformers.AutoModelForCausalLM)
+    make = getattr(model_class, "_from_config", None) or model_class.from_config
     # transformers looks for a library where "flash" is in the name.
     attention = {"scattermoe_flash": "plan_fused", "sdpa": "plan_sdpa"}.get(setup.attention, setup.attention)
-    settings = {
-        "dtype": getattr(torch, setup.dtype),
-        "attn_implementation": attention,
-        "experts_implementation": f"plan_{setup.experts}",
-    }
     try:
         with torch.device("meta"):
-            if model_class is not None:
-                model = model_class._from_config(config, **settings)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config, **settings)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as e:
-        raise PlanError(f"{config.model_type}: cannot be built: {str(e).splitlines()[0][:200]}") from None
-    head = model.get_output_embeddings()
+            model = make(
+                config,
+                dtype=getattr(torch, setup.dtype),
+                attn_implementation=attention,
+                experts_implementation=f"plan_{setup.experts}",
+            )
+        head = model.get_output_embeddings()
+    except BROKEN as e:
+        raise PlanError(f"{config.model_type}: cannot be built: {first_line(e)}") from None
     if head is None:
         raise PlanError(
             f"{type(model).__name__}: is not a language model with a head: nothing here trains it"
         )
-    _prepare(model, head, recipe, setup)
+    mark_parameters(model, head, recipe, setup)
+    replace_forwards(model, head, setup)
     return model.train()
 
 
-def _prepare(model: Any, head: Any, recipe: Recipe, setup: Setup) -> None:
-    """Mark each parameter with its part and format; freeze it, adapt its module and put stand-ins in place."""
-    text = text_model(model)
+def mark_parameters(model: Any, head: Any, recipe: Recipe, setup: Setup) -> None:
+    """Freeze each parameter or not, mark it with its part and format, and give adapted modules their factors."""
+    text, matrices = text_model(model), setup.stored(recipe)
+    own = {id(parameter) for parameter in (*text.parameters(), *head.parameters())}
     for parameter in model.parameters():
-        parameter.plan_part, parameter.plan_format = "towers", setup.dtype
-        parameter.plan_of_experts = False
-        parameter.requires_grad_(False)
-    for parameter in [*text.parameters(), *head.parameters()]:
-        parameter.plan_part = "norms and others"
-        parameter.requires_grad_(not recipe.adapters)
-    experts_count = {m.num_experts for m in text.modules() if is_experts(m)}
+        part = "norms and others" if id(parameter) in own else "towers"
+        _mark(parameter, part, setup.dtype, trained=id(parameter) in own and not recipe.adapters)
+    routers = {m.num_experts for m in text.modules() if is_experts(m)}
     for name, module in text.named_modules():
+        module.plan_setup = setup
         if is_experts(module):
-            module.plan_setup, module.plan_format = setup, stored_format(recipe, setup)
+            for parameter in module.parameters(recurse=False):
+                _mark(parameter, "experts", setup.dtype, parameter.requires_grad, of_experts=True)
+            module.plan_format = matrices
             for weight in expert_weights(module):
                 parameter = getattr(module, weight)
-                parameter.plan_format = module.plan_format
+                parameter.plan_format = matrices
                 if recipe.adapters:
-                    shape = parameter.shape
-                    _adapt(module, f"_{weight}", shape[1:], setup.rank, shape[0], recipe.adapters)
-            for parameter in module.parameters(recurse=False):
-                if not hasattr(parameter, "plan_part") or parameter.plan_part != "adapters":
-                    parameter.plan_part, parameter.plan_of_experts = "experts", True
+                    count, *sizes = parameter.shape
+                    _adapt(module, f"_{weight}", sizes[1], sizes[0], setup.rank, count, recipe.adapters)
         elif isinstance(module, torch.nn.Linear) and module is not head:
-            parts = {"attention" if "att" in part else "MLP" for part in name.split(".")}
-            module.weight.plan_part = "attention" if "attention" in parts else "MLP"
-            if module.out_features in experts_count:
-                continue
-            module.weight.plan_format = module.plan_format = stored_format(recipe, setup)
-            if recipe.adapters and module.weight.plan_part in recipe.adapted:
-                _adapt(module, "", module.weight.shape[::-1], setup.rank, 1, recipe.adapters)
-            module.forward = types.MethodType(linear_forward, module)
+            part = "attention" if "att" in name else "MLP"
+            is_router = module.out_features in routers
+            module.plan_format = setup.dtype if is_router else matrices
+            _mark(module.weight, part, module.plan_format, module.weight.requires_grad)
+            if recipe.adapters and part in recipe.adapted and not is_router:
+                _adapt(module, "", module.in_features, module.out_features, setup.rank, 1, recipe.adapters)
         elif isinstance(module, torch.nn.Embedding):
             module.weight.plan_part = "embeddings and head"
     for parameter in head.parameters():
         parameter.plan_part = "embeddings and head"
-    if setup.fused_loss:
+
+
+def _mark(parameter: Any, part: str, stored: str, trained: bool, of_experts: bool = False) -> None:
+    parameter.plan_part, parameter.plan_format, parameter.plan_of_experts = part, stored, of_experts
+    parameter.requires_grad_(trained)
+
+
+def _adapt(module: Any, suffix: str, inputs: int, outputs: int, rank: int, experts: int, stored: str) -> None:
+    """Give a module PEFT's factors of a matrix, of each expert; of a stack PEFT takes the last axis for the inputs."""
+    for letter, shape in (("a", (rank * experts, inputs)), ("b", (outputs, rank * experts))):
+        factor = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=getattr(torch, stored)))
+        _mark(factor, "adapters", stored, trained=True, of_experts=experts > 1)
+        module.register_parameter(f"lora_{letter}{suffix}", factor)
+
+
+def replace_forwards(model: Any, head: Any, setup: Setup) -> None:
+    """Put stand-ins in the place of what does not run on the meta device, and of what the kernel runs fused."""
+    parts = setup.parts
+    for name, module in text_model(model).named_modules():
+        if "attention" in parts and hasattr(module, "store_full_length_kv"):
+            # Fused, keys and values are held by the layers that read them, and not until the step's end.
+            module.store_full_length_kv &= bool(module.config.num_kv_shared_layers)
+        if isinstance(module, torch.nn.Linear) and hasattr(module, "plan_format"):
+            forward = linear_forward
+        elif "mlp" in parts and is_mlp(module):
+            forward = mlp_forward
+        elif is_norm(module) and ("norm" in parts or ("attention" in parts and "attn." in name)):
+            forward = norm_forward
+        else:
+            continue
+        module.forward = types.MethodType(forward, module)
+    if "loss" in parts:
         head.forward = lambda hidden: hidden
         model.loss_function = lambda logits, *_, **__: FusedLoss.apply(
             logits.reshape(-1, logits.shape[-1]), head.weight, setup.device
         )
-        for part in (model.config, model.config.get_text_config()):
-            if getattr(part, "final_logit_softcapping", None):
-                part.final_logit_softcapping = None
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "final_logit_softcapping", None):
+                config.final_logit_softcapping = None
     if setup.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def stored_format(recipe: Recipe, setup: Setup) -> str:
-    """The format of matrices: the recipe's, or the setup's dtype where that is no format of fewer bits."""
-    return setup.dtype if recipe.matrices == "bfloat16" else recipe.matrices
 
 
 def text_model(model: Any) -> Any:
     """The language model without its head, and without towers."""
     config = model.config.get_text_config()
-    candidates = [
+    candidates = (
         m for m in model.modules() if isinstance(m, transformers.PreTrainedModel) and m is not model
-    ]
+    )
     return next((m for m in candidates if m.config is config), model.base_model)
 
 
@@ -654,16 +729,19 @@ def is_experts(module: Any) -> bool:
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
-def _adapt(module: Any, suffix: str, sizes: tuple[int, int], rank: int, experts: int, dtype: str) -> None:
-    """Give a module PEFT's factors of a matrix ``sizes`` (in PEFT's order), of each expert."""
-    for letter, shape in (
-        ("a", (rank * experts, sizes[-1 if suffix else 0])),
-        ("b", (sizes[0 if suffix else 1], rank * experts)),
-    ):
-        parameter = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=getattr(torch, dtype)))
-        parameter.plan_part, parameter.plan_format = "adapters", dtype
-        parameter.plan_of_experts = experts > 1
-        module.register_parameter(f"lora_{letter}{suffix}", parameter)
+def is_mlp(module: Any) -> bool:
+    """True for a gated MLP of three projections."""
+    return {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def is_norm(module: Any) -> bool:
+    """True for a norm of rows without a bias: it has an epsilon, and at most a vector of weights."""
+    has_epsilon = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
+    shapes = [parameter.dim() for parameter in module.parameters()]
+    return has_epsilon and shapes in ([], [1]) and not hasattr(module, "bias")
+
+
+# ----------------------------------------------------------------------------------------------- the allocator
 
 
 def reserved(events: list[tuple[int, int]]) -> int:
@@ -674,61 +752,48 @@ def reserved(events: list[tuple[int, int]]) -> int:
     large enough serves, and is split where 512 bytes (of small segments) or more than 1 MiB are left. Neighbours join.
     """
     mib = 1 << 20
-    # Blocks: [pool, size, previous, next, is_free]; free ones by pool, sorted by size.
+    # Free blocks by their size, of small segments and others; their sizes by their starts, and their starts by ends.
     free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    blocks: dict[int, list[Any]] = {}
-    used: dict[int, int] = {}
-    total = count = 0
+    sizes: dict[int, int] = {}
+    starts: dict[int, int] = {}
+    used: dict[int, tuple[bool, int, int]] = {}
+    total = top = 0
 
-    def insert(block: int) -> None:
-        bisect.insort(free[blocks[block][0]], (blocks[block][1], block))
-        blocks[block][4] = True
+    def take(small: bool, start: int) -> int:
+        size = sizes.pop(start)
+        del starts[start + size], free[small][bisect.bisect_left(free[small], (size, start))]
+        return size
 
-    def remove(block: int) -> None:
-        pool = free[blocks[block][0]]
-        pool.pop(bisect.bisect_left(pool, (blocks[block][1], block)))
-        blocks[block][4] = False
-
-    def join(first: int, second: int) -> None:
-        blocks[first][1] += blocks[second][1]
-        after = blocks[first][3] = blocks.pop(second)[3]
-        if after is not None:
-            blocks[after][2] = first
+    def give(small: bool, start: int, size: int) -> None:
+        if start + size in sizes:
+            size += take(small, start + size)
+        if start in starts:
+            before = starts[start]
+            size, start = size + take(small, before), before
+        sizes[start], starts[start + size] = size, start
+        bisect.insort(free[small], (size, start))
 
     for key, size in events:
-        if size > 0:
+        if size < 0:
+            give(*used.pop(key))
+        elif size:
             small = size <= mib
-            at = bisect.bisect_left(free[small], (size, 0))
-            if at < len(free[small]):
-                block = free[small][at][1]
-                remove(block)
+            place = bisect.bisect_left(free[small], (size, 0))
+            if place < len(free[small]):
+                start = free[small][place][1]
+                block = take(small, start)
             else:
-                segment = (
-                    2 * mib if small else 20 * mib if size < 10 * mib else -(-size // (2 * mib)) * 2 * mib
-                )
-                total, count, block = total + segment, count + 1, count
-                blocks[block] = [small, segment, None, None, False]
-            left = blocks[block][1] - size
-            if left >= 512 if small else left > mib:
-                after, rest, count = blocks[block][3], count, count + 1
-                blocks[rest] = [small, left, block, after, False]
-                blocks[block][1], blocks[block][3] = size, rest
-                if after is not None:
-                    blocks[after][2] = rest
-                insert(rest)
-            used[key] = block
-        elif size < 0:
-            block = used.pop(key)
-            before, after = blocks[block][2:4]
-            if after is not None and blocks[after][4]:
-                remove(after)
-                join(block, after)
-            if before is not None and blocks[before][4]:
-                remove(before)
-                join(before, block)
-                block = before
-            insert(block)
+                # Segments do not touch: blocks of two are no neighbours.
+                block = 2 * mib if small else 20 * mib if size < 10 * mib else -(-size // (2 * mib)) * 2 * mib
+                total, start, top = total + block, top, top + block + 1
+            if block - size >= (512 if small else mib + 1):
+                give(small, start + size, block - size)
+                block = size
+            used[key] = small, start, block
     return total
+
+
+# ------------------------------------------------------------------------------------------------------ a step
 
 
 @dataclass
@@ -748,45 +813,33 @@ class Step:
     history: list[tuple[int, ...]]
 
 
-def trace(model: Any, batch: int, length: int, setup: Setup, recipe: Recipe) -> Step:
+def trace(model: Any, batch: int, length: int, setup: Setup) -> Step:
     """Run a step (forward and backward) of ``[batch, length]`` tokens on the meta device, and count."""
     ids = torch.zeros((batch, length), dtype=torch.long, device="meta")
-    ledger = Ledger(model, 512 if setup.device == "cuda" else 1)
-    ledger.outside.add(ids.untyped_storage()._cdata)
-    head = model.get_output_embeddings()
-    gradient = recipe.gradient if stored_format(recipe, setup) == "fp8" else None
+    outside = [ids, *model.parameters(), *model.buffers()]
+    ledger = Ledger(outside, 512 if setup.device == "cuda" else 1)
 
     def enter_head(module: Any, args: Any) -> None:
         ledger.phase = "loss"
         if args[0].requires_grad:
             args[0].register_hook(lambda _: setattr(ledger, "phase", "workspace"))
 
-    def keep_gradient(parameter: Any) -> None:
-        if gradient is not None and parameter.plan_format == "fp8":
-            kept.append(torch.empty(parameter.shape, dtype=torch.uint8, device="meta"))
-            parameter.grad = None
-            ledger.count(kept[-1], "gradients")
-        else:
-            ledger.count(parameter.grad, "gradients")
-
-    kept: list[torch.Tensor] = []
-    hooks = [head.register_forward_pre_hook(enter_head)]
+    hooks = [model.get_output_embeddings().register_forward_pre_hook(enter_head)]
     hooks += [
-        p.register_post_accumulate_grad_hook(keep_gradient) for p in model.parameters() if p.requires_grad
+        p.register_post_accumulate_grad_hook(lambda p: ledger.count(p.grad, "gradients"))
+        for p in model.parameters()
+        if p.requires_grad
     ]
     try:
         with ledger:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError) as e:
-        raise PlanError(
-            f"{type(model).__name__}: cannot run on the meta device: {str(e).splitlines()[0][:200]}"
-        ) from e
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    except BROKEN as e:
+        message = f"{type(model).__name__}: cannot run on the meta device: {first_line(e)}"
+        raise PlanError(message) from e
     finally:
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-        Ledger.current = None
     rest = {name: size for name, size in ledger.rest.items() if name != "gradients"}
     slack = reserved(ledger.events) - ledger.peak.total() if setup.device == "cuda" else 0
     return Step(dict(ledger.peak), rest, slack, ledger.work, ledger.history)
@@ -804,10 +857,11 @@ class Cluster:
 
     def own(self, parameter: Any) -> float:
         """Elements of a parameter on the first card, which has the most of them."""
-        rows, groups = parameter.shape[0], self.cards
+        rows, groups = parameter.shape[0] if parameter.dim() else 1, self.cards
+        elements = parameter.numel() / rows
         if parameter.plan_of_experts:
             rows, groups = -(-rows // self.experts), self.cards // self.experts
-        return -(-rows // groups) * (parameter.numel() / parameter.shape[0])
+        return -(-rows // groups) * elements
 
     def received(self, parameter: Any) -> float:
         """Elements that a card receives for the whole parameter, or for the experts of its group."""
@@ -820,7 +874,7 @@ class Plan:
     """What a training step takes on each card, in bytes unless said otherwise.
 
     Attributes:
-        batch, length: Tokens on each card.
+        batch, length: Tokens on each card, of each of ``setup.accumulate`` batches.
         parts: Bytes by part when most is allocated.
         peak: Their sum. capacity: What the card has, or None.
         parameters: How many there are in each part of the model. trained: How many get a gradient.
@@ -873,37 +927,45 @@ class Planner:
     def step(self, batch: int, length: int) -> Step:
         """A counted step; counted once."""
         if (batch, length) not in self._steps:
-            self._steps[batch, length] = trace(self.model, batch, length, self.setup, self.recipe)
+            self._steps[batch, length] = trace(self.model, batch, length, self.setup)
         return self._steps[batch, length]
 
     def plan(self, batch: int, length: int, card: Card | None = None, cluster: Cluster | None = None) -> Plan:
         """The plan of steps of ``[batch, length]`` tokens on each of the cards."""
         cluster = cluster or Cluster()
-        step, several = self.step(batch, length), cluster.cards > 1
+        step, several, times = self.step(batch, length), cluster.cards > 1, self.setup.accumulate
         parts: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         gradients = update = 0.0
         for p in self.model.parameters():
-            own, size = cluster.own(p), FORMATS[p.plan_format]
-            counts[p.plan_part] += p.numel()
-            parts[
-                "adapters" if p.plan_part == "adapters" else f"weights: {p.plan_part} ({p.plan_format})"
-            ] += own * size
+            own, part = cluster.own(p), p.plan_part
+            counts[part] += p.numel()
+            name = part if part == "adapters" else f"weights: {part} ({p.plan_format})"
+            parts[name] += own * FORMATS[p.plan_format]
             if p.requires_grad:
-                gradients += own * self._gradient_size(p)
-                parts["optimizer"] += self._optimizer_bytes(p, own)
-                update = max(update, self._update_bytes(p, own))
-        computing = (
-            {**step.rest, "gradients": gradients, "gathered layers": self._gathered(cluster)}
-            if several
-            else step.peak
-        )
+                gradients += own * self.recipe.gradient_bytes(p)
+                parts["optimizer"] += own * self.recipe.optimizer_bytes(p)
+                update = max(update, own * self.recipe.update_bytes(p))
+        gathered, traffic = self._exchanged(batch * length, cluster)
+        computing: dict[str, float] = {**step.peak}
+        if several or times > 1:
+            # All gradients are there from the first batch on, or for the split ones of the layers before.
+            computing = {**step.rest, "gradients": gradients, "gathered layers": gathered}
         updating = {"gradients": gradients, "workspace": update}
         parts.update(max(computing, updating, key=lambda phase: sum(phase.values())))
         if self.setup.device == "cuda":
             parts["allocator's slack"] = step.slack
             parts["CUDA context and libraries"] = CONTEXT + COMMUNICATION * several
-        traffic = self._traffic(batch * length, cluster) if several else {}
+        traffic = {name: times * size for name, size in traffic.items()}
+        seconds = {}
+        if card is not None and card.tflops and card.bandwidth:
+            rate, bandwidth = card.tflops * 1e12, card.bandwidth * 1e9
+            link = (card.link if cluster.cards <= NODE else min(card.link, NETWORK)) * 1e9
+            seconds = {
+                "compute": times * sum(max(work / rate, moved / bandwidth) for work, moved in step.work),
+                "optimizer": 3 * (gradients + parts["optimizer"]) / bandwidth,
+                **{name: size / link for name, size in traffic.items() if link},
+            }
         return Plan(
             type(self.model).__name__, self.name, self.setup, batch, length, cluster,
             parts={name: size for name, size in parts.items() if size},
@@ -911,83 +973,36 @@ class Planner:
             capacity=None if card is None else card.memory * GIB,
             parameters=dict(counts),
             trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            operations=sum(operations for operations, _ in step.work),
+            operations=times * sum(operations for operations, _ in step.work),
             traffic=traffic,
-            seconds=self._seconds(step, traffic, gradients + parts["optimizer"], card, cluster),
+            seconds=seconds,
             history=step.history,
         )  # fmt: skip
 
-    def _seconds(
-        self, step: Step, traffic: dict[str, float], state: float, card: Card | None, cluster: Cluster
-    ) -> dict[str, float]:
-        if card is None or not card.tflops:
-            return {}
-        rate, bandwidth = card.tflops * 1e12, card.bandwidth * 1e9
-        link = (card.link if cluster.cards <= NODE else min(card.link, NETWORK)) * 1e9
-        return {
-            "compute": sum(max(operations / rate, moved / bandwidth) for operations, moved in step.work),
-            "optimizer": 3 * state / bandwidth,
-            **{name: size / link for name, size in traffic.items()},
-        }
+    def _exchanged(self, tokens: int, cluster: Cluster) -> tuple[float, dict[str, float]]:
+        """What is gathered at a time beyond a card's own, and what a card receives in a batch by kind of exchange.
 
-    def _gradient_size(self, parameter: Any) -> float:
-        return self.recipe.gradient if parameter.plan_format == "fp8" else FORMATS[parameter.plan_format]
-
-    def _optimizer_bytes(self, parameter: Any, elements: float) -> float:
-        if self.recipe.optimizer == "adamw":
-            return 2 * elements * FORMATS[parameter.plan_format]
-        if self.recipe.optimizer == "adamw8bit":
-            return 2 * elements * (1 + 4 / 256)
-        return 4 * elements * (1 if parameter.dim() < 2 else sum(1 / n for n in parameter.shape[-2:]))
-
-    def _update_bytes(self, parameter: Any, elements: float) -> float:
-        """What the optimizer's step makes: nothing in fused AdamW, a matrix and its update in float32 in Adafactor."""
-        if self.recipe.optimizer != "adafactor":
-            return 0
-        return 8 * elements / (parameter.shape[0] if parameter.dim() > 2 else 1)
-
-    def _units(self) -> list[tuple[bool, list[Any]]]:
-        """What FSDP2 gathers together: whether it is a layer, and its parameters; the last is all that no layer has."""
-        units: dict[str, list[Any]] = {}
-        for name, parameter in self.model.named_parameters():
-            stack, found, rest = name.partition(".layers.")
-            units.setdefault(f"{stack}.{rest.split('.')[0]}" if found else "", []).append(parameter)
-        return [(bool(name), parameters) for name, parameters in units.items()]
-
-    def _gathered(self, cluster: Cluster) -> float:
-        """Two layers (FSDP2 gathers one ahead), one's gradients before they are split, and what no layer has."""
-        layers, others = [0.0], 0.0
-        for is_layer, parameters in self._units():
-            size = sum(cluster.received(p) * FORMATS[p.plan_format] for p in parameters)
-            gradients = sum(
-                cluster.received(p) * self._gradient_size(p) for p in parameters if p.requires_grad
-            )
-            if is_layer:
-                layers.append(2 * size + gradients)
-            else:
-                others += size + gradients
-        return max(layers) + others
-
-    def _traffic(self, tokens: int, cluster: Cluster) -> dict[str, float]:
+        That is two layers (FSDP2 gathers one ahead), one's gradients before they are split, and what no layer has.
+        """
+        gathered: Counter[str] = Counter()
         traffic: Counter[str] = Counter()
-        for is_layer, parameters in self._units():
-            for p in parameters:
-                # A layer is gathered again for the backward.
-                traffic["all-gather"] += (1 + is_layer) * cluster.received(p) * FORMATS[p.plan_format]
-                if p.requires_grad:
-                    traffic["reduce-scatter"] += cluster.received(p) * self._gradient_size(p)
+        for name, p in self.model.named_parameters():
+            stack, dot, rest = name.partition(".layers.")
+            elements = cluster.received(p)
+            # A layer is gathered again for the backward.
+            weights = elements * FORMATS[p.plan_format] * (2 if dot else 1)
+            gradients = elements * self.recipe.gradient_bytes(p) * p.requires_grad
+            gathered[f"{stack}.{rest.split('.')[0]}" if dot else ""] += weights + gradients
+            traffic.update({"all-gather": weights, "reduce-scatter": gradients})
         if cluster.experts > 1:
             layers = sum(is_experts(module) for module in self.model.modules())
-            chosen = (
-                getattr(self.text, "num_experts_per_tok", None)
-                or getattr(self.text, "top_k_experts", None)
-                or 1
-            )
-            rows = tokens * chosen * (1 - 1 / cluster.experts)
+            names = ("num_experts_per_tok", "top_k_experts")
+            chosen = next(filter(None, (getattr(self.text, name, None) for name in names)), 1)
             # There and back, in the forward, in its repetition and in the backward.
-            times = 2 * (2 + self.setup.checkpointing)
-            traffic["all-to-all"] = layers * times * rows * self.text.hidden_size * FORMATS[self.setup.dtype]
-        return dict(traffic)
+            rows = 2 * (2 + self.setup.checkpointing) * tokens * chosen * (1 - 1 / cluster.experts)
+            traffic["all-to-all"] = layers * rows * self.text.hidden_size * FORMATS[self.setup.dtype]
+        others = gathered.pop("", 0)
+        return others + max(gathered.values(), default=0), {name: n for name, n in traffic.items() if n}
 
 
 def largest(plan: Callable[[int], Plan], start: int, unit: int, limit: int) -> int:
@@ -1026,42 +1041,33 @@ def parse_card(text: str) -> Card:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(GB|GIB)", name)
     if match is None or not float(match[1]):
         raise PlanError(f"--card: expected memory such as 24GB or one of {', '.join(CARDS)}, got {text!r}")
-    return Card(float(match[1]) * (1e9 / GIB if match[2] == "GB" else 1), 0, 0, 0)
+    return Card(float(match[1]) * (1e9 / GIB if match[2] == "GB" else 1))
 
 
 def show(plan: Plan, card: str) -> str:
     """The plan as a table."""
-    cluster = plan.cluster
-    lines = [
-        f"{plan.model}, {plan.recipe}: {plan.batch} x {plan.length:,} tokens on each of {cluster.cards} {card}"
-        if cluster.cards > 1
-        else f"{plan.model}, {plan.recipe}: {plan.batch} x {plan.length:,} tokens on {card}"
-    ]
+    cards = f"each of {plan.cluster.cards} {card}" if plan.cluster.cards > 1 else card
     counts = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in plan.parameters.items())
     total = sum(n for part, n in plan.parameters.items() if part != "adapters")
-    lines += [
+    width = max(map(len, plan.parts))
+    lines = [
+        f"{plan.model}, {plan.recipe}: {plan.batch} x {plan.length:,} tokens on {cards}",
         f"{total / 1e9:.2f} billion parameters ({counts}), of which {plan.trained / 1e9:.3f} are trained",
         "",
     ]
-    width = max(map(len, plan.parts))
     for part, size in plan.parts.items():
-        lines.append(f"  {part:{width}} {size / GIB:9.3f} GiB  {'#' * round(40 * size / plan.peak)}")
+        lines.append(f"  {part:{width}} {size / GIB:9.3f} GiB  {'#' * round(40 * size / plan.peak)}".rstrip())
     lines.append(f"  {'at the peak':{width}} {plan.peak / GIB:9.3f} GiB")
     if plan.capacity is not None:
-        spare = (plan.capacity - plan.peak) / GIB
         verdict = "fits, and leaves" if plan.fits else "does not fit, by"
-        lines.append(
-            f"  {'on the card':{width}} {plan.capacity / GIB:9.3f} GiB  {verdict} {abs(spare):.1f} GiB"
-        )
+        spare = abs(plan.capacity - plan.peak) / GIB
+        lines.append(f"  {'on the card':{width}} {plan.capacity / GIB:9.3f} GiB  {verdict} {spare:.1f} GiB")
     lines += ["", f"A step is {plan.operations / 1e12:,.1f} TFLOP on each card."]
     if plan.traffic:
-        lines.append(
-            "A card receives "
-            + ", ".join(f"{n / GIB:.2f} GiB by {kind}" for kind, n in plan.traffic.items())
-            + "."
-        )
+        kinds = ", ".join(f"{n / GIB:.2f} GiB by {kind}" for kind, n in plan.traffic.items())
+        lines.append(f"A card receives {kinds}.")
     if plan.seconds:
-        tokens = plan.batch * plan.length * cluster.cards / plan.step_seconds
+        tokens = plan.batch * plan.length * plan.setup.accumulate * plan.cluster.cards / plan.step_seconds
         by = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan.seconds.items())
         lines.append(
             f"By the roof it takes {plan.step_seconds:.3f} s at least, {tokens:,.0f} tokens a second: {by}."
@@ -1069,12 +1075,10 @@ def show(plan: Plan, card: str) -> str:
     return "\n".join(lines)
 
 
-def draw(plan: Plan, card: str, path: str) -> None:
+def draw(plan: Plan, card: str) -> bytes:
     """A picture of the parts, and of the step's memory over time, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlanError("--png: needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -1085,111 +1089,103 @@ def draw(plan: Plan, card: str, path: str) -> None:
         left += size / GIB
     if plan.capacity is not None:
         top.axvline(plan.capacity / GIB, color="black", linestyle="--", label=card)
-    top.set(
-        yticks=[], xlabel="GiB", title=f"{plan.model}, {plan.recipe}, {plan.batch} x {plan.length:,} tokens"
-    )
+    title = f"{plan.model}, {plan.recipe}, {plan.batch} x {plan.length:,} tokens"
+    top.set(yticks=[], xlabel="GiB", title=title)
     top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, fontsize=7)
-    stride = max(1, len(plan.history) // 4000)
-    rows = plan.history[::stride]
-    bottom.stackplot(
-        range(len(rows)), *([row[i] / GIB for row in rows] for i in range(len(PHASES))), labels=PHASES
-    )
+    rows = plan.history[:: max(1, len(plan.history) // 4000)]
+    curves = ([size / GIB for size in column] for column in zip(*rows, strict=True))
+    bottom.stackplot(range(len(rows)), *curves, labels=PHASES)
     bottom.set(xticks=[], xlabel="one step: forward, then backward", ylabel="GiB made by the step")
     bottom.legend(fontsize=7)
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return picture.getvalue()
 
 
-@contextlib.contextmanager
-def replaced(path: str) -> Iterator[str]:
-    """A path to write to, which takes the place of ``path`` when all is written."""
-    temporary = f"{path}.part"
+def write(path: str, content: bytes) -> None:
+    """Write a file, or nothing."""
+    temporary = Path(f"{path}.part")
     try:
-        yield temporary
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as e:
+        temporary.unlink(missing_ok=True)
         raise PlanError(f"{path}: cannot be written: {e.strerror}") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def advice(planner: Planner, config: Any, plan: Plan, card: Card) -> str:
     """What would fit where a plan does not."""
-    cluster, options = plan.cluster, []
-    shorter = largest(
-        lambda n: planner.plan(1, n, card, cluster), plan.length // 2, 128, plan.batch * plan.length
-    )
+    batch, length, cluster, options = plan.batch, plan.length, plan.cluster, []
+    shorter = largest(lambda n: planner.plan(1, n, card, cluster), length // 2, 128, batch * length)
     if shorter:
         options.append(f"--batch 1 --length {shorter}")
     names = list(RECIPES)
     for name in reversed(names[: names.index(plan.recipe)]):
-        if Planner(config, name, plan.setup).plan(plan.batch, plan.length, card, cluster).fits:
+        if Planner(config, name, plan.setup).plan(batch, length, card, cluster).fits:
             options.append(f"--recipe {name}")
             break
     cards = cluster.cards * 2
-    while (
-        cards <= 1024
-        and not planner.plan(plan.batch, plan.length, card, Cluster(cards, cluster.experts)).fits
-    ):
+    while cards <= 1024:
+        if planner.plan(batch, length, card, Cluster(cards, cluster.experts)).fits:
+            options.append(f"--cards {cards}")
+            break
         cards *= 2
-    if cards <= 1024:
-        options.append(f"--cards {cards}")
-    found = (
-        "; what would fit: " + ", or ".join(options)
+    fitting = (
+        f"what would fit: {', or '.join(options)}"
         if options
-        else "; no length, recipe or number of cards would"
+        else "no length, recipe or number of cards would"
     )
-    return f"does not fit: {plan.peak / GIB:.1f} GiB of {card.memory:.1f} GiB{found}"
+    return f"does not fit: {plan.peak / GIB:.1f} GiB of {card.memory:.1f} GiB; {fitting}"
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="config.json, or a directory that has one")
-    parser.add_argument("--card", required=True, help=f"memory such as 24GB, or one of {', '.join(CARDS)}")
-    parser.add_argument("--recipe", default="qlora", help=", ".join(RECIPES))
-    parser.add_argument("--batch", type=int, default=1, help="rows on each card")
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
-    parser.add_argument("--cards", type=int, default=1, help="1 to 1024, by FSDP2")
-    parser.add_argument(
-        "--expert-parallel", type=int, default=1, help="cards among which experts are divided"
-    )
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument(
-        "--attention", choices=["scattermoe_flash", "sdpa", "eager"], default="scattermoe_flash"
-    )
-    parser.add_argument("--experts", choices=["scattermoe", "grouped_mm", "eager"], default="scattermoe")
-    parser.add_argument(
-        "--logits", action="store_true", help="the model's own loss, with all logits in memory"
-    )
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
-    parser.add_argument("--cpu", action="store_true", help="the card is a computer's memory")
-    parser.add_argument("--tflops", type=float, help="the card's dense rate in 16 bits")
-    parser.add_argument("--bandwidth", type=float, help="of its memory, GB/s")
-    parser.add_argument("--link", type=float, help="to other cards, GB/s in one direction")
-    parser.add_argument("--json", help="write the plan to this file")
-    parser.add_argument("--png", help="draw the plan into this file")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--model", required=True, help="config.json, or a directory that has one")
+    add("--card", required=True, help=f"memory such as 24GB, or one of {', '.join(CARDS)}")
+    add("--recipe", default="qlora", help=", ".join(RECIPES))
+    add("--batch", type=int, default=1, help="rows on each card")
+    add("--length", type=int, default=2048, help="tokens in a row")
+    add("--accumulate", type=int, default=1, help="batches for a step of the optimizer")
+    add("--cards", type=int, default=1, help="1 to 1024, by FSDP2")
+    add("--expert-parallel", type=int, default=1, help="cards among which experts are divided")
+    add("--rank", type=int, default=16, help="of the adapters")
+    add("--attention", choices=["scattermoe_flash", "sdpa", "eager"], default="scattermoe_flash")
+    add("--experts", choices=["scattermoe", "grouped_mm", "eager"], default="scattermoe")
+    add("--parts", nargs="*", choices=PARTS, default=PARTS, help="what kernel.apply_to makes run fused; all")
+    add("--no-checkpointing", action="store_true", help="keep all activations")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations")
+    add("--cpu", action="store_true", help="the card is a computer's memory")
+    add("--tflops", type=float, help="the card's dense rate in 16 bits")
+    add("--bandwidth", type=float, help="of its memory, GB/s")
+    add("--link", type=float, help="to other cards, GB/s in one direction")
+    add("--json", help="write the plan to this file")
+    add("--png", help="draw the plan into this file")
     try:
-        run(args)
+        run(parser.parse_args())
     except PlanError as e:
         sys.exit(f"plan: {e}")
 
 
 def run(args: argparse.Namespace) -> None:
     """Plan, print, write and draw what the arguments say."""
-    card = parse_card(args.card)
-    given = {name: getattr(args, name) for name in ("tflops", "bandwidth", "link") if getattr(args, name)}
-    card = replace(card, **given)
-    for name in ("batch", "length", "cards", "expert_parallel", "rank"):
+    rates = {name: getattr(args, name) for name in ("tflops", "bandwidth", "link")}
+    card = replace(parse_card(args.card), **{name: rate for name, rate in rates.items() if rate is not None})
+    for name in ("batch", "length", "accumulate", "cards", "expert_parallel", "rank"):
         if getattr(args, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
     if args.cards > 1024 or args.cards % args.expert_parallel:
         raise PlanError(f"--cards: expected at most 1024, a multiple of --expert-parallel, got {args.cards}")
+    for path in filter(None, (args.json, args.png)):
+        if not Path(path).absolute().parent.is_dir():
+            raise PlanError(f"{path}: cannot be written: there is no such directory")
+    if args.png and find_spec("matplotlib") is None:
+        raise PlanError("--png: needs matplotlib: pip install matplotlib")
     cluster = Cluster(args.cards, args.expert_parallel)
     setup = Setup(
-        args.attention, args.experts, not args.logits, not args.no_checkpointing, args.rank,
-        device="cpu" if args.cpu else "cuda",
+        args.attention, args.experts, tuple(args.parts), not args.no_checkpointing, args.rank,
+        args.accumulate, args.dtype, device="cpu" if args.cpu else "cuda",
     )  # fmt: skip
     config = load_config(args.model)
     planner = Planner(config, args.recipe, setup)
@@ -1202,28 +1198,22 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"The longest rows at this batch: {length:,} tokens. The largest batch at this length: {batch:,}."
         )
-        for change, other in OTHERWISE.items():
-            peak = (
-                Planner(config, args.recipe, replace(setup, **other))
-                .plan(args.batch, args.length, card, cluster)
-                .peak
-            )
-            print(f"{change}: {peak / GIB:.3f} GiB at the peak.")
+        for words, change in (
+            ("Without checkpointing", {"checkpointing": False}),
+            ("With all logits in memory", {"parts": tuple(part for part in setup.parts if part != "loss")}),
+        ):
+            other = Planner(config, args.recipe, replace(setup, **change))
+            peak = other.plan(args.batch, args.length, card, cluster).peak
+            print(f"{words}: {peak / GIB:.3f} GiB at the peak.")
     if args.json:
-        with replaced(args.json) as temporary:
-            values = {"fits": plan.fits, "step_seconds": plan.step_seconds, **asdict(plan)}
-            del values["history"]
-            Path(temporary).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        values = {"fits": plan.fits, "step_seconds": plan.step_seconds, **asdict(plan)}
+        del values["history"]
+        write(args.json, (json.dumps(values, indent=2) + "\n").encode())
     if args.png:
-        draw(plan, args.card, args.png)
+        write(args.png, draw(plan, args.card))
     if not plan.fits:
         raise PlanError(advice(planner, config, plan, card))
 
-
-OTHERWISE = {
-    "Without checkpointing": {"checkpointing": False},
-    "With all logits in memory": {"fused_loss": False},
-}
 
 if __name__ == "__main__":
     main()

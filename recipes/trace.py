@@ -24,7 +24,7 @@ import statistics
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +80,10 @@ RULES = (
         "Python waits for the GPU, then the GPU for Python: no .item(), .cpu(), print or boolean mask in each step",
     ),
     Rule({"idle in memory management": 0.02}, f"the GPU's memory is allocated in the step: {_EXPANDABLE}"),
-    Rule(
-        {"idle in the data loader": 0.03},
-        "the step waits for data: num_workers, prefetch_factor of DataLoader",
-    ),
+    Rule({"idle in the data loader": 0.03}, "data is waited for: num_workers, prefetch_factor of DataLoader"),
     Rule(
         {"pageable copies": 0.01},
-        "copies from pageable memory: pin_memory=True, .to(device, non_blocking=True)",
+        "pageable memory is copied: pin_memory=True, .to(device, non_blocking=True)",
     ),
     Rule({"copies": 0.10}, "tensors are copied: look for .contiguous(), changes of dtype and offloading"),
     Rule(
@@ -97,54 +94,30 @@ RULES = (
     Rule({"loss by others": 0.10}, 'kernel.apply_to(model, "loss"), which makes no logits'),
     Rule({"elementwise": 0.25}, 'kernel.apply_to(model, "norm", "mlp"), or torch.compile'),
     Rule({"optimizer": 0.10}, "fused=True, fewer trained parameters, or gradient accumulation"),
-    Rule(
-        {"quantization": 0.20}, "weights are decoded again and again: larger batches, or 8 bits in place of 4"
-    ),
-    Rule(
-        {"communication": 0.15},
-        "no computation hides it: gradient accumulation under no_sync, larger batches",
-    ),
-    Rule(
-        {"outside of the steps": 0.05}, "the device worked on after the last step's end: profile more steps"
-    ),
+    Rule({"quantization": 0.20}, "weights are decoded again and again: larger batches, or 8 bits, not 4"),
+    Rule({"communication": 0.15}, "nothing hides it: gradient accumulation under no_sync, larger batches"),
+    Rule({"outside of the steps": 0.05}, "the device worked on after the last step: profile more steps"),
     Rule({"reserved over allocated": 1.4}, f"memory is fragmented: {_EXPANDABLE}"),
 )
 
-_SYNCHRONIZES = re.compile(r"Synchronize")
-_MANAGES_MEMORY = re.compile(r"(cuda|hip|cu)(Malloc|Free|HostAlloc|HostFree|Mem(Map|Unmap|Create|Release))")
-_LOADS_DATA = re.compile(r"DataLoader|_next_data|collate")
+_MANAGES_MEMORY = r"(cuda|hip|cu)(Malloc|Free|HostAlloc|HostFree|Mem(Map|Unmap|Create|Release))"
+_LOADS_DATA = r"DataLoader|_next_data|collate"
 _BETWEEN = "Python, between operators"
 
 # Kinds of intervals, outermost first. Which of a profiler's categories is which; earlier versions of it have capitals.
 STEP, ANNOTATION, PYTHON, OPERATOR, RUNTIME, GPU = range(6)
-_KINDS = {
-    "user_annotation": ANNOTATION,
-    "gpu_user_annotation": ANNOTATION,
-    "python_function": PYTHON,
-    "cpu_op": OPERATOR,
-    "operator": OPERATOR,
-    "runtime": RUNTIME,
-    "kernel": GPU,
-    "gpu_memcpy": GPU,
-    "gpu_memset": GPU,
-    "memcpy": GPU,
-    "memset": GPU,
-}
+_KINDS = {"user_annotation": ANNOTATION, "gpu_user_annotation": ANNOTATION, "python_function": PYTHON}
+_KINDS |= {"cpu_op": OPERATOR, "operator": OPERATOR, "runtime": RUNTIME}
+_KINDS |= dict.fromkeys(("kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"), GPU)
 _HIDDEN = {"copies": 1, "communication": 2}
 _CHUNK = 1 << 20
 _LARGEST_EVENT = 64 << 20
 _POINTS = 400
 _LONGEST = 10
 _LISTED = 40
-# What an event of a snapshot adds to, allocated (0) or reserved (1) bytes, and its sign.
-_CHANGES = {
-    "alloc": (0, 1),
-    "free_completed": (0, -1),
-    "segment_alloc": (1, 1),
-    "segment_map": (1, 1),
-    "segment_free": (1, -1),
-    "segment_unmap": (1, -1),
-}
+# The sign by which an event of a snapshot changes allocated and reserved bytes.
+_ALLOCATED = {"alloc": 1, "free_completed": -1}
+_RESERVED = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 
 
 class TraceError(Exception):
@@ -255,24 +228,37 @@ class Reader:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
-                length = end - self._at
                 # A number that ends with the text may go on.
                 if end < len(self._text) or not self._more():
-                    self._at += length
+                    self._at = min(end, len(self._text))
                     return value
             except json.JSONDecodeError as error:
-                rest = len(self._text) - self._at
                 broken = error.pos < len(self._text) - 16 and not error.msg.startswith("Unterminated")
-                if broken or rest > _LARGEST_EVENT:
-                    raise DamageError(
-                        f"no JSON at character {self._before + error.pos:,}: {error.msg}"
-                    ) from None
+                if broken or len(self._text) - self._at > _LARGEST_EVENT:
+                    place = self._before + error.pos
+                    raise DamageError(f"no JSON at character {place:,}: {error.msg}") from None
                 if not self._more():
                     raise DamageError(f"cut off at character {self._before + len(self._text):,}") from None
-            except RecursionError:
-                raise DamageError(f"nested too deeply at character {self.position:,}") from None
-            except ValueError:
-                raise DamageError(f"a number of too many digits at character {self.position:,}") from None
+            except (RecursionError, ValueError) as error:
+                kind = (
+                    "nested too deeply"
+                    if isinstance(error, RecursionError)
+                    else "a number of too many digits"
+                )
+                raise DamageError(f"{kind} at character {self.position:,}") from None
+
+    def members(self, closing: str) -> Iterator[None]:
+        """Stops before each member of a list or an object that was opened, and passes ``closing`` at its end."""
+        while not self.take(closing):
+            yield
+            if not self.take(",") and self.peek() != closing:
+                raise self.unexpected()
+
+    def unexpected(self) -> DamageError:
+        """The error of a next character that may not stand there."""
+        if not self.peek():
+            return DamageError(f"cut off at character {self.position:,}")
+        return DamageError(f"no JSON at character {self.position:,}: unexpected {self.peek()!r}")
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -295,44 +281,30 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _values(reader: Reader) -> Iterator[Any]:
-    if reader.peek() == "":
-        raise TraceError("empty")
     has_events = reader.take("[")
     if has_events:
-        yield from _members(reader)
+        for _ in reader.members("]"):
+            yield reader.value()
     elif reader.take("{"):
-        while not reader.take("}"):
+        for _ in reader.members("}"):
             key = reader.value()
             if not reader.take(":"):
-                raise _unexpected(reader)
+                raise reader.unexpected()
             if key == "traceEvents" and reader.take("["):
                 has_events = True
-                yield from _members(reader)
+                for _ in reader.members("]"):
+                    yield reader.value()
             else:
                 reader.value()
-            if not reader.take(",") and reader.peek() != "}":
-                raise _unexpected(reader)
     else:
-        raise TraceError("not a trace: it begins neither as a JSON object nor as a list")
+        raise TraceError(
+            "not a trace: it begins neither as a JSON object nor as a list" if reader.peek() else "empty"
+        )
     # Only at its end is a gzip file known to be whole.
     if reader.peek():
-        raise _unexpected(reader)
+        raise reader.unexpected()
     if not has_events:
         raise TraceError("not a trace: it has no traceEvents; export_chrome_trace writes them")
-
-
-def _members(reader: Reader) -> Iterator[Any]:
-    while not reader.take("]"):
-        yield reader.value()
-        if not reader.take(",") and reader.peek() != "]":
-            raise _unexpected(reader)
-
-
-def _unexpected(reader: Reader) -> DamageError:
-    character = reader.peek()
-    if not character:
-        return DamageError(f"cut off at character {reader.position:,}")
-    return DamageError(f"no JSON at character {reader.position:,}: unexpected {character!r}")
 
 
 @dataclass
@@ -375,30 +347,21 @@ def load(path: Path) -> Trace:
         for event in read_events(path):
             name, arguments = str(event.get("name")), event.get("args")
             arguments = arguments if isinstance(arguments, dict) else {}
-            if name == "[memory]":
-                database.execute("INSERT INTO memory VALUES (?, ?, ?, ?)", _memory(event, arguments))
-            kind = _kind(event, name)
-            if kind is None:
-                continue
             start, duration = _nanoseconds(event.get("ts")), _nanoseconds(event.get("dur"))
-            if start is None or duration is None or duration < 0:
-                untimed += 1
-                continue
-            label = Label(kind, str(event.get("pid")), str(event.get("tid")), name)
-            size = arguments.get("bytes")
-            yield (
-                start,
-                start + duration,
-                labels.setdefault(label, len(labels)),
-                size if isinstance(size, int) and 0 <= size < 1 << 62 else 0,
-            )
+            if name == "[memory]" and start is not None:
+                add_memory(database, [(start, *_memory(arguments))])
+            kind = _kind(event, name)
+            if kind is not None and start is not None and duration is not None and duration >= 0:
+                label = Label(kind, str(event.get("pid")), str(event.get("tid")), name)
+                number = labels.setdefault(label, len(labels))
+                yield start, start + duration, number, _bytes(arguments.get("bytes"), least=0)
+            else:
+                untimed += kind is not None
 
     database.execute("BEGIN")
     database.executemany("INSERT INTO interval VALUES (?, ?, ?, ?)", rows())
-    order = sorted(labels)
-    database.executemany(
-        "INSERT INTO rank VALUES (?, ?)", ((labels[label], rank) for rank, label in enumerate(order))
-    )
+    ranks = ((labels[label], rank) for rank, label in enumerate(sorted(labels)))
+    database.executemany("INSERT INTO rank VALUES (?, ?)", ranks)
     database.execute("COMMIT")
     if not any(label.kind in (OPERATOR, GPU) for label in labels):
         raise TraceError(
@@ -424,27 +387,23 @@ def _nanoseconds(microseconds: object) -> int | None:
     return round(microseconds * 1000) if abs(microseconds) < 1 << 52 else None
 
 
-def _memory(event: dict[str, Any], arguments: dict[str, Any]) -> tuple[int | None, str, int, int]:
+def _bytes(size: object, least: int = -(1 << 62)) -> int:
+    return size if isinstance(size, int) and least <= size < 1 << 62 else 0
+
+
+def _memory(arguments: dict[str, Any]) -> tuple[str, int, int]:
+    keys = ("Device Id", "Total Allocated", "Total Reserved")
+    number, allocated, reserved = (_bytes(arguments.get(key)) for key in keys)
     # c10's DeviceType: 0 is the CPU.
-    keys = ("Total Allocated", "Total Reserved", "Device Id")
-    values = (arguments.get(key) for key in keys)
-    allocated, reserved, number = (
-        value if isinstance(value, int) and abs(value) < 1 << 62 else 0 for value in values
-    )
-    device = "CPU" if arguments.get("Device Type") == 0 else f"GPU {number}"
-    return _nanoseconds(event.get("ts")), device, allocated, reserved
+    return "CPU" if arguments.get("Device Type") == 0 else f"GPU {number}", allocated, reserved
 
 
 # --- Adding up: one pass in order of time.
 
 
-class Moment(NamedTuple):
-    """Nanoseconds in which nothing began or ended, the step's name if within one, and what ran, by device and lane."""
-
-    start: int
-    stop: int
-    step: str | None
-    lanes: dict[tuple[str, str], list[Running]]
+Lanes = dict[tuple[str, str], list[Running]]
+# Nanoseconds in which nothing began or ended, the step's name if within one, and what ran, by device and lane.
+Moment = tuple[int, int, str | None, Lanes]
 
 
 def moments(trace: Trace, began: Callable[[Running, int, bool], None]) -> Iterator[Moment]:
@@ -457,7 +416,7 @@ def moments(trace: Trace, began: Callable[[Running, int, bool], None]) -> Iterat
     whole = None if any(label.kind == STEP for label in trace.labels) else "the whole trace"
     families = [family_of(label.name) for label in trace.labels]
     ours = [bool(_OURS.search(label.name)) for label in trace.labels]
-    lanes: dict[tuple[str, str], list[Running]] = {}
+    lanes: Lanes = {}
     steps: list[Running] = []
     ends: list[tuple[int, int, list[Running], Running]] = []
     now: int | None = None
@@ -465,7 +424,7 @@ def moments(trace: Trace, began: Callable[[Running, int, bool], None]) -> Iterat
     def until(time: int) -> Iterator[Moment]:
         nonlocal now
         if now is not None and time > now:
-            yield Moment(now, time, steps[-1].label.name if steps else whole, lanes)
+            yield now, time, steps[-1].label.name if steps else whole, lanes
         now = time
 
     def end_before(time: float) -> Iterator[Moment]:
@@ -487,11 +446,6 @@ def moments(trace: Trace, began: Callable[[Running, int, bool], None]) -> Iterat
         lane.append(interval)
         heapq.heappush(ends, (stop, number, lane, interval))
     yield from end_before(math.inf)
-
-
-def innermost(lane: Sequence[Running], kinds: Sequence[int]) -> Running | None:
-    """The interval of these kinds that a lane began last."""
-    return next((interval for interval in reversed(lane) if interval.label.kind in kinds), None)
 
 
 @dataclass
@@ -527,7 +481,7 @@ class Totals:
         self.gap_count = self.outside = self.synchronizations = 0
         self._open: dict[str, Gap] = {}
         for moment in moments(trace, self._began):
-            self._add(moment)
+            self._add(*moment)
         for device in list(self._open):
             self._close(device)
         self._keep_longest()
@@ -542,34 +496,40 @@ class Totals:
             return
         name = interval.label.name
         if interval.label.kind == RUNTIME:
-            self.synchronizations += bool(_SYNCHRONIZES.search(name))
+            self.synchronizations += "Synchronize" in name
         elif interval.label.kind == self.work:
             self.calls[interval.family] += 1
             self.names[interval.family, name]["calls"] += 1
             if interval.label.kind == GPU and name.startswith("Memcpy"):
                 self.copies[name].update(calls=1, bytes=size, ns=interval.end - interval.start)
 
-    def _add(self, moment: Moment) -> None:
-        length = moment.stop - moment.start
+    def _add(self, start: int, stop: int, step_name: str | None, lanes: Lanes) -> None:
+        length = stop - start
         running: dict[str, list[Running]] = {}
-        for (device, _), lane in moment.lanes.items():
-            interval = innermost(lane, (self.work,))
+        for (device, _), lane in lanes.items():
+            # The interval that the lane began last.
+            interval = next((one for one in reversed(lane) if one.label.kind == self.work), None)
             if interval is not None:
                 running.setdefault(device if self.work == GPU else "CPU", []).append(interval)
-        if moment.step is None:
+        if step_name is None:
             self.outside += length * len(running)
             for device in list(self._open):
                 self._close(device)
             return
-        step = self.steps.get(moment.step)
-        if step is None:
-            step = self.steps[moment.step] = Counter(start=moment.start)
+        if step_name not in self.steps:
+            self.steps[step_name] = Counter(start=start)
+        step = self.steps[step_name]
         step["length"] += length
         for device in self.devices:
             intervals = running.get(device)
             if not intervals:
                 step["idle"] += length
-                self._wait(device, moment)
+                if device not in self._open:
+                    self._open[device] = Gap(start, stop, step_name, Counter())
+                gap, name = self._open[device], _cpu_name(lanes)
+                gap.stop = stop
+                gap.cpu[name] += length
+                self.idle_by[name] += length
                 continue
             self._close(device)
             for interval in intervals:
@@ -579,18 +539,6 @@ class Totals:
             self.ours[first.family] += length * first.ours
             self.names[first.family, first.label.name]["ns"] += length
             step[first.family] += length
-
-    def _wait(self, device: str, moment: Moment) -> None:
-        tops = [lane[-1] for lane in moment.lanes.values() if lane and lane[-1].label.kind != GPU]
-        busiest = max(tops, key=lambda top: (top.label.kind, top.start, top.label.name), default=None)
-        name = _BETWEEN if busiest is None else busiest.label.name
-        gap = self._open.get(device)
-        if gap is None:
-            assert moment.step is not None
-            gap = self._open[device] = Gap(moment.start, moment.stop, moment.step, Counter())
-        gap.stop = moment.stop
-        gap.cpu[name] += moment.stop - moment.start
-        self.idle_by[name] += moment.stop - moment.start
 
     def _close(self, device: str) -> None:
         gap = self._open.pop(device, None)
@@ -611,6 +559,13 @@ def _precedence(interval: Running) -> tuple[int, int, str, str]:
     return _HIDDEN.get(interval.family, 0), interval.start, interval.label.name, interval.label.lane
 
 
+def _cpu_name(lanes: Lanes) -> str:
+    """What the CPU did: the innermost of what its threads ran."""
+    tops = [lane[-1] for lane in lanes.values() if lane and lane[-1].label.kind != GPU]
+    top = max(tops, key=lambda top: (top.label.kind, top.start, top.label.name), default=None)
+    return _BETWEEN if top is None else top.label.name
+
+
 def _ms(nanoseconds: float) -> float:
     return round(nanoseconds / 1e6, 6)
 
@@ -623,25 +578,16 @@ def report(path: Path, snapshot: Path | None = None) -> dict[str, Any]:
         OSError: One of them cannot be read.
     """
     trace = load(path)
-    with closing(trace.database):
+    with closing(trace.database) as database:
         totals = Totals(trace)
-        memory = memory_of_trace(trace.database)
-    if snapshot is not None:
-        memory = memory_of_snapshot(snapshot)
-    length = totals.length or 1
-    families = [
-        {
-            "family": family,
-            "ms": _ms(totals.once[family]),
-            "share": totals.once[family] / length,
-            "summed_ms": _ms(totals.summed[family]),
-            "calls": totals.calls[family],
-        }
-        for family in sorted(_NAMES, key=lambda name: (-totals.once[name], name))
-        if totals.calls[family] or totals.summed[family]
-    ]
-    idle = sum(step["idle"] for step in totals.steps.values())
-    result: dict[str, Any] = {
+        if snapshot is not None:
+            database.execute("DELETE FROM memory")
+            add_memory(database, read_snapshot(snapshot))
+        memory = memory_over_time(database)
+    length, idle = totals.length or 1, sum(step["idle"] for step in totals.steps.values())
+    steps = sorted(totals.steps.items(), key=lambda item: item[1]["start"])
+    names = sorted(totals.names.items(), key=lambda item: (-item[1]["ns"], item[0]))
+    return {
         "trace": str(path),
         "device": "GPU" if trace.has_gpu else "CPU",
         "devices": len(totals.devices),
@@ -652,11 +598,21 @@ def report(path: Path, snapshot: Path | None = None) -> dict[str, Any]:
                 "idle_ms": _ms(step["idle"]),
                 "families": {family: _ms(step[family]) for family in _NAMES if step[family]},
             }
-            for name, step in sorted(totals.steps.items(), key=lambda item: item[1]["start"])
+            for name, step in steps
         ],
-        "step_ms": _ms(statistics.median([step["length"] for step in totals.steps.values()] or [0])),
+        "step_ms": _ms(statistics.median([step["length"] for _, step in steps] or [0])),
         "total_ms": _ms(length),
-        "families": families,
+        "families": [
+            {
+                "family": family,
+                "ms": _ms(totals.once[family]),
+                "share": totals.once[family] / length,
+                "summed_ms": _ms(totals.summed[family]),
+                "calls": totals.calls[family],
+            }
+            for family in sorted(_NAMES, key=lambda name: (-totals.once[name], name))
+            if totals.calls[family] or totals.summed[family]
+        ],
         "idle": {
             "ms": _ms(idle),
             "share": idle / length,
@@ -674,10 +630,8 @@ def report(path: Path, snapshot: Path | None = None) -> dict[str, Any]:
         },
         "names": [
             {"name": name, "family": family, "ms": _ms(counts["ns"]), "calls": counts["calls"]}
-            for (family, name), counts in sorted(
-                totals.names.items(), key=lambda item: (-item[1]["ns"], item[0])
-            )
-        ][:_LISTED],
+            for (family, name), counts in names[:_LISTED]
+        ],
         "copies": [
             {"name": name, "calls": counts["calls"], "bytes": counts["bytes"], "ms": _ms(counts["ns"])}
             for name, counts in sorted(totals.copies.items())
@@ -685,8 +639,8 @@ def report(path: Path, snapshot: Path | None = None) -> dict[str, Any]:
         "memory": memory,
         "outside_ms": _ms(totals.outside),
         "untimed_events": trace.untimed,
+        "advice": advise(measures(totals, memory, trace.has_gpu)),
     }
-    return result | {"advice": advise(measures(totals, memory, trace.has_gpu))}
 
 
 def _largest(counts: Counter[str]) -> list[tuple[str, int]]:
@@ -696,26 +650,26 @@ def _largest(counts: Counter[str]) -> list[tuple[str, int]]:
 def measures(totals: Totals, memory: Sequence[dict[str, Any]], has_gpu: bool) -> dict[str, float]:
     """The numbers that :data:`RULES` have thresholds for: shares of the steps, or what the name says."""
     length = totals.length or 1
+
+    def idle_in(pattern: str) -> float:
+        return sum(ns for name, ns in totals.idle_by.items() if re.search(pattern, name)) / length
+
     values = {family: totals.once[family] / length for family in _NAMES}
     for family in _NAMES:
         values[f"{family} by others"] = (totals.once[family] - totals.ours[family]) / length
     values["outside of the steps"] = totals.outside / length
     if has_gpu:
-        values["idle"] = sum(totals.idle_by.values()) / length
-        for measure, pattern in (
-            ("idle in memory management", _MANAGES_MEMORY),
-            ("idle in the data loader", _LOADS_DATA),
-        ):
-            values[measure] = sum(ns for name, ns in totals.idle_by.items() if pattern.search(name)) / length
-        values["pageable copies"] = (
-            sum(counts["ns"] for name, counts in totals.copies.items() if "Pageable" in name) / length
-        )
-        values["synchronizations a step"] = totals.synchronizations / max(len(totals.steps), 1)
-    for device in memory:
-        if device["device"] != "CPU" and device["peak_allocated"]:
-            ratio = device["peak_reserved"] / device["peak_allocated"]
-            values["reserved over allocated"] = max(ratio, values.get("reserved over allocated", 0.0))
-    return values
+        pageable = sum(counts["ns"] for name, counts in totals.copies.items() if "Pageable" in name)
+        values |= {
+            "idle": idle_in(""),
+            "idle in memory management": idle_in(_MANAGES_MEMORY),
+            "idle in the data loader": idle_in(_LOADS_DATA),
+            "pageable copies": pageable / length,
+            "synchronizations a step": totals.synchronizations / max(len(totals.steps), 1),
+        }
+    gpus = [device for device in memory if device["device"] != "CPU" and device["peak_allocated"]]
+    ratios = [device["peak_reserved"] / device["peak_allocated"] for device in gpus]
+    return values | {"reserved over allocated": max(ratios, default=0.0)}
 
 
 def advise(values: dict[str, float]) -> list[str]:
@@ -730,9 +684,13 @@ def advise(values: dict[str, float]) -> list[str]:
 # --- Memory over time.
 
 
-def memory_of_trace(database: sqlite3.Connection) -> list[dict[str, Any]]:
-    """By device, the curve of a trace made with ``profile_memory=True``: the highest of each part of its time."""
-    database.execute("DELETE FROM memory WHERE time IS NULL")
+def add_memory(database: sqlite3.Connection, points: Iterable[tuple[int, str, int, int]]) -> None:
+    """Note nanoseconds, device, allocated and reserved bytes."""
+    database.executemany("INSERT INTO memory VALUES (?, ?, ?, ?)", points)
+
+
+def memory_over_time(database: sqlite3.Connection) -> list[dict[str, Any]]:
+    """By device, the curve and peak of what was noted: the highest of each part of the time."""
     curves: dict[str, list[list[float]]] = {}
     rows = database.execute(
         "SELECT device, (time - low) * ? / (high - low + 1) AS part, MIN(time - low), MAX(allocated), MAX(reserved) "
@@ -742,16 +700,15 @@ def memory_of_trace(database: sqlite3.Connection) -> list[dict[str, Any]]:
     )
     for device, _, time, allocated, reserved in rows:
         curves.setdefault(device, []).append([_ms(time), allocated, reserved])
-    return [_memory_device(device, curve) for device, curve in curves.items()]
-
-
-def _memory_device(device: str, curve: list[list[float]]) -> dict[str, Any]:
-    return {
-        "device": device,
-        "peak_allocated": max(allocated for _, allocated, _ in curve),
-        "peak_reserved": max(reserved for _, _, reserved in curve),
-        "curve": curve,
-    }
+    return [
+        {
+            "device": device,
+            "peak_allocated": max(allocated for _, allocated, _ in curve),
+            "peak_reserved": max(reserved for _, _, reserved in curve),
+            "curve": curve,
+        }
+        for device, curve in curves.items()
+    ]
 
 
 class _Plain(pickle.Unpickler):
@@ -763,43 +720,31 @@ class _Plain(pickle.Unpickler):
         )
 
 
-def memory_of_snapshot(path: Path) -> list[dict[str, Any]]:
-    """By device, the curve of a snapshot of ``torch.cuda.memory._dump_snapshot``, told back from the state at its end.
+def read_snapshot(path: Path) -> list[tuple[int, str, int, int]]:
+    """What :func:`add_memory` takes, of a snapshot of ``torch.cuda.memory._dump_snapshot``, which is read whole.
 
-    The whole snapshot is in memory meanwhile.
+    It has the state at its end, from which it is told back.
     """
-    hint = "torch.cuda.memory._dump_snapshot writes one"
+    points = []
     try:
         with path.open("rb") as file:
             snapshot = _Plain(file).load()
-        segments, traces = snapshot["segments"], snapshot["device_traces"]
-        curves = {}
-        for index, events in enumerate(traces):
-            now = [
-                sum(segment[size] for segment in segments if segment["device"] == index)
-                for size in ("active_size", "total_size")
-            ]
-            curve = []
+        for index, events in enumerate(snapshot["device_traces"]):
+            segments = [segment for segment in snapshot["segments"] if segment["device"] == index]
+            allocated, reserved = (
+                sum(segment[size] for segment in segments) for size in ("active_size", "total_size")
+            )
             for event in reversed(events):
-                curve.append([event["time_us"], *now])
-                change = _CHANGES.get(event["action"])
-                if change is not None:
-                    now[change[0]] -= change[1] * event["size"]
-            if curve:
-                begin = curve[-1][0]
-                parts: dict[int, list[float]] = {}
-                for time, allocated, reserved in reversed(curve):
-                    part = (time - begin) * _POINTS // (curve[0][0] - begin + 1)
-                    point = parts.setdefault(part, [(time - begin) / 1000, allocated, reserved])
-                    point[1:] = [max(point[1], allocated), max(point[2], reserved)]
-                curves[f"GPU {index}"] = list(parts.values())
+                points.append((round(1000 * event["time_us"]), f"GPU {index}", allocated, reserved))
+                allocated -= _ALLOCATED.get(event["action"], 0) * event["size"]
+                reserved -= _RESERVED.get(event["action"], 0) * event["size"]
     except TraceError as error:
         raise TraceError(f"{error} ({path})") from None
     except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise TraceError(
-            f"{path}: no snapshot of memory, or a damaged one ({error or 'empty'}); {hint}"
-        ) from None
-    return [_memory_device(device, curve) for device, curve in curves.items()]
+        hint = "torch.cuda.memory._dump_snapshot writes one"
+        reason = error or "empty"
+        raise TraceError(f"{path}: no snapshot of memory, or a damaged one ({reason}); {hint}") from None
+    return points
 
 
 # --- Showing.
@@ -807,60 +752,64 @@ def memory_of_snapshot(path: Path) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """A report for people."""
-    idle, gpu = result["idle"], result["device"] == "GPU"
-    count, devices = max(len(result["steps"]), 1), result["devices"]
+    idle, gpu, devices = result["idle"], result["device"] == "GPU", result["devices"]
+    steps = max(len(result["steps"]), 1)
+    where = f"{devices} GPU{'s' * (devices > 1)}" if gpu else "the CPU, by operators' own time"
     lines = [
-        f"{len(result['steps'])} steps of {result['step_ms']:.2f} ms (median) on "
-        + (f"{devices} GPU{'s' * (devices > 1)}" if gpu else "the CPU, by operators' own time"),
+        f"{len(result['steps'])} steps of {result['step_ms']:.2f} ms (median) on {where}",
         "",
         f"{'family':<16}{'ms a step':>12}{'share':>8}{'calls':>9}{'all streams' if gpu else 'all threads':>14}",
     ]
-    for row in result["families"]:
-        lines.append(
-            f"{row['family']:<16}{row['ms'] / count:>12.3f}{row['share']:>8.1%}{row['calls'] / count:>9.0f}"
-            f"{row['summed_ms'] / count:>14.3f}"
+    nothing = {**idle, "family": "idle" if gpu else "no operator", "calls": idle["gaps"]}
+    for row in (*result["families"], nothing):
+        summed = f"{row['summed_ms'] / steps:>14.3f}" if "summed_ms" in row else ""
+        line = (
+            f"{row['family']:<16}{row['ms'] / steps:>12.3f}{row['share']:>8.1%}{row['calls'] / steps:>9.0f}"
         )
-    nothing = "idle" if gpu else "no operator"
-    lines += [
-        f"{nothing:<16}{idle['ms'] / count:>12.3f}{idle['share']:>8.1%}{idle['gaps'] / count:>9.0f}",
-        "",
-    ]
-    lines += [f"Longest {'kernels' if gpu else 'operators'} (ms a step, calls, family):"]
-    for row in result["names"][:8]:
-        lines.append(
-            f"  {row['ms'] / count:>10.3f}{row['calls'] / count:>8.0f}  {row['family']:<14}{_short(row['name'])}"
+        lines.append(line + summed)
+
+    def section(title: str, rows: Iterable[tuple[float, str]]) -> None:
+        listed = [f"  {milliseconds:>10.3f}{text}" for milliseconds, text in rows]
+        if listed:
+            lines.extend(["", title, *listed])
+
+    section(
+        f"Longest {'kernels' if gpu else 'operators'} (ms a step, calls, family):",
+        (
+            (row["ms"] / steps, f"{row['calls'] / steps:>8.0f}  {row['family']:<14}{_short(row['name'])}")
+            for row in result["names"][:8]
+        ),
+    )
+    if gpu:
+        waits = ((row["ms"] / steps, f"  {_short(row['name'])}") for row in idle["cpu"][:6])
+        section("While the GPU was idle, the CPU was in (ms a step):", waits)
+        section(
+            "Longest gaps (ms, and mostly in):",
+            (
+                (gap["ms"], f"  {_short(gap['cpu'])} ({gap['step']}, after {gap['after_ms']:.3f} ms)")
+                for gap in idle["longest"][:4]
+            ),
         )
-    if gpu and idle["gaps"]:
-        lines += ["", "While the GPU was idle, the CPU was in (ms a step):"]
-        lines += [f"  {row['ms'] / count:>10.3f}  {_short(row['name'])}" for row in idle["cpu"][:6]]
-        lines += ["", "Longest gaps (ms, and mostly in):"]
-        lines += [
-            f"  {gap['ms']:>10.3f}  {_short(gap['cpu'])} ({gap['step']}, after {gap['after_ms']:.3f} ms)"
-            for gap in idle["longest"][:4]
-        ]
-    if result["copies"]:
-        lines += ["", "Copies (ms a step, MB a step, calls):"]
-        lines += [
-            f"  {row['ms'] / count:>10.3f}{row['bytes'] / 1e6 / count:>10.2f}{row['calls'] / count:>8.0f}"
-            f"  {row['name']}"
+    section(
+        "Copies (ms a step, MB a step, calls):",
+        (
+            (
+                row["ms"] / steps,
+                f"{row['bytes'] / 1e6 / steps:>10.2f}{row['calls'] / steps:>8.0f}  {row['name']}",
+            )
             for row in result["copies"]
-        ]
+        ),
+    )
     for device in result["memory"]:
         reserved = f", {device['peak_reserved'] / 1e6:.1f} MB reserved" if device["peak_reserved"] else ""
-        lines += [
-            "",
-            f"Memory, {device['device']}: at most {device['peak_allocated'] / 1e6:.1f} MB allocated{reserved}",
-        ]
+        allocated = f"{device['peak_allocated'] / 1e6:.1f} MB allocated"
+        lines += ["", f"Memory, {device['device']}: at most {allocated}{reserved}"]
     if result["outside_ms"]:
         lines += ["", f"Outside of the steps: {result['outside_ms']:.3f} ms, which nothing above counts"]
     if result["untimed_events"]:
         lines += ["", f"Left out: {result['untimed_events']} events without a valid time"]
-    lines += [
-        "",
-        "To try:",
-        *(f"  - {line}" for line in result["advice"] or ["nothing: no rule's threshold is exceeded"]),
-    ]
-    return "\n".join(lines)
+    advice = result["advice"] or ["nothing: no rule's threshold is exceeded"]
+    return "\n".join([*lines, "", "To try:", *(f"  - {line}" for line in advice)])
 
 
 def _short(name: str) -> str:

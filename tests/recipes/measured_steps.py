@@ -1,12 +1,16 @@
 """What plan.py predicts for training steps of small models, and what torch's CPU allocator hands out in the real ones.
 
-.venv/bin/python tests/recipes/measured_steps.py    # prints both, for every model, kernel, length and checkpointing
+.venv/bin/python tests/recipes/measured_steps.py                # every model, kernel, length and checkpointing
+.venv/bin/python tests/recipes/measured_steps.py --mid-size     # some of 200 to 350 million parameters, minutes
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +55,38 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# What a model of 200 to 350 million parameters has, as far as its configuration has the attribute.
+MID_SIZE = {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8} | {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 512,
+    "num_experts": 16,
+    "sliding_window": 256,
+    "global_head_dim": 256,
+    "layer_types": ["sliding_attention", "full_attention"] * 4,
+}
+MID_SIZE_STEPS = (
+    ("Qwen3-MoE", "lora", "float32", "ours", True, (1, 256)),
+    ("Gemma 4 MoE", "lora", "float32", "ours", True, (1, 256)),
+    ("Gemma 4 dense", "lora", "float32", "ours", False, (1, 256)),
+    ("Gemma 4 MoE", "full", "float32", "eager", True, (1, 256)),
+    ("Llama", "full", "float32", "ours", True, (2, 512)),
+)
 KERNELS = {
     "ours": {},
-    "eager": {"attention": "eager", "experts": "eager", "fused_loss": False},
-    "defaults": {"attention": "sdpa", "experts": "grouped_mm", "fused_loss": False},
+    "eager": {"attention": "eager", "experts": "eager", "parts": ()},
+    "defaults": {"attention": "sdpa", "experts": "grouped_mm", "parts": ()},
 }
 
 
-def config(name: str) -> Any:
-    """The configuration of a small model."""
+def config(name: str, mid_size: bool = False) -> Any:
+    """The configuration of a model, small or mid-size."""
     architecture, settings = CONFIGS[name]
+    if mid_size:
+        text = settings.get("text_config", settings)
+        grown = text | {name: value for name, value in MID_SIZE.items() if name in text}
+        settings = settings | {"text_config": grown} if "text_config" in settings else grown
     result = getattr(transformers, architecture).config_class(**settings)
     result.architectures = [architecture]
     return result
@@ -84,8 +110,8 @@ def measured_peak(config: Any, recipe: str, setup: plan.Setup, shape: tuple[int,
         attn_implementation=setup.attention,
         **({"experts_implementation": setup.experts} if "experts" in setup_parts(config) else {}),
     )
+    planned = plan.build(config, plan.RECIPES[recipe], setup)
     if plan.RECIPES[recipe].adapters:
-        planned = plan.build(config, plan.RECIPES[recipe], setup)
         lora = LoraConfig(
             r=setup.rank,
             lora_alpha=2 * setup.rank,
@@ -103,8 +129,13 @@ def measured_peak(config: Any, recipe: str, setup: plan.Setup, shape: tuple[int,
     for module in model.modules():
         if plan.is_experts(module):
             module.register_forward_pre_hook(_balance, with_kwargs=True)
-    if setup.fused_loss:
-        kernel.apply_to(model, "loss")
+    has_part = {
+        "attention": config.model_type.startswith("gemma4"),
+        "mlp": any(plan.is_mlp(module) for module in planned.modules()),
+        "projections": any(hasattr(module, "lora_a") for module in planned.modules()),
+    }
+    if parts := [part for part in setup.parts if has_part.get(part, True)]:
+        kernel.apply_to(model, *parts)
     if setup.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(0, 1000, shape)
@@ -146,7 +177,26 @@ def predicted_peak(config: Any, recipe: str, setup: plan.Setup, shape: tuple[int
     return sum(planner.step(*shape).peak.values())
 
 
+def small_steps() -> Iterator[tuple[Any, ...]]:
+    """Every step that a small model takes here: model, recipe, dtype, kernels, checkpointing, rows and tokens."""
+    for step in itertools.product(
+        CONFIGS,
+        ("lora", "full"),
+        ("float32", "bfloat16"),
+        KERNELS,
+        (False, True),
+        ((1, 128), (2, 200), (4, 256)),
+    ):
+        _, recipe, dtype, kernels, *_ = step
+        # grouped_mm on meta takes bfloat16 alone, and PEFT merges.
+        if kernels != "defaults" or (dtype == "bfloat16" and recipe == "full"):
+            yield step
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mid-size", action="store_true", help="fewer and larger models")
+    mid_size = parser.parse_args().mid_size
     sys.path.insert(0, str(REPOSITORY / "torch-ext"))
     import scattermoe_lora as kernel
 
@@ -156,24 +206,22 @@ def main() -> None:
         "| model | recipe | dtype | kernels | checkpointing | tokens | predicted MB | measured MB | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, recipe, dtype, kernels, checkpointing, shape in itertools.product(
-        CONFIGS,
-        ("lora", "full"),
-        ("float32", "bfloat16"),
-        KERNELS,
-        (False, True),
-        ((1, 128), (2, 200), (4, 256)),
-    ):
-        if kernels == "defaults" and (dtype == "float32" or recipe == "lora"):
-            continue  # grouped_mm on meta takes bfloat16 alone, and PEFT merges.
+    ratios = []
+    for name, recipe, dtype, kernels, checkpointing, shape in MID_SIZE_STEPS if mid_size else small_steps():
         run = setup(name, kernels, checkpointing=checkpointing, dtype=dtype)
-        predicted = predicted_peak(config(name), recipe, run, shape)
-        measured = measured_peak(config(name), recipe, run, shape, kernel)
+        predicted = predicted_peak(config(name, mid_size), recipe, run, shape)
+        measured = measured_peak(config(name, mid_size), recipe, run, shape, kernel)
+        ratios.append(predicted / measured)
         print(
             f"| {name} | {recipe} | {dtype} | {kernels} | {'yes' if checkpointing else 'no'} | "
-            f"{shape[0]} x {shape[1]} | {predicted / 1e6:.2f} | {measured / 1e6:.2f} | {predicted / measured:.3f} |",
+            f"{shape[0]} x {shape[1]} | {predicted / 1e6:.2f} | {measured / 1e6:.2f} | {ratios[-1]:.3f} |",
             flush=True,
         )
+    within = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+    print(
+        f"\n{len(ratios)} steps: ratios from {min(ratios):.3f} to {max(ratios):.3f}, median "
+        f"{statistics.median(ratios):.3f}; {within} within a tenth."
+    )
 
 
 if __name__ == "__main__":

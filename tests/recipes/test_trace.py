@@ -460,7 +460,8 @@ def snapshot(path: Path) -> Path:
 
 
 def test_memory_over_time_is_told_back_from_the_end_of_a_snapshot(tmp_path: Path) -> None:
-    (device,) = trace.memory_of_snapshot(snapshot(tmp_path / "s.pickle"))
+    result = trace.report(save(tmp_path / "t.json", GPU_STEP), snapshot(tmp_path / "s.pickle"))
+    (device,) = result["memory"]
     assert device["curve"] == [
         [0.0, 100, 1024],
         [0.01, 300, 1024],
