@@ -35,6 +35,10 @@ def launch_kernel(
         arguments: Values of the other parameters, all of them, in order.
         constants: Values of the ``tl.constexpr`` parameters, and Triton's options, by name.
     """
+    if not isinstance(kernel, JITFunction):
+        # Interpreted: there may be no GPU's driver to ask.
+        kernel[grid](*arguments, **constants)
+        return
     key: list[Any] = [id(kernel), *constants.items()]
     values: list[Any] = []
     add, keep = key.append, values.append
