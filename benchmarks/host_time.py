@@ -19,11 +19,11 @@ import importlib
 import pstats
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,27 +34,11 @@ ROUNDS = 15
 ROWS, COLUMNS = 8, 64
 
 
-def simulate_launches() -> None:
-    """Makes Triton compile for a GPU and launch on it by doing nothing."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+def simulate_launches(folder: Path) -> None:
+    """Makes Triton compile for a GPU and launch on it by its own launcher, to a driver that does nothing."""
+    import stub_cuda
 
-    def load_binary(*_: Any) -> tuple[Any, ...]:
-        return 1, 1, 0, 0, 1024
-
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda _: 0,
-            launcher_cls=lambda *_: lambda *_: None,
-            utils=SimpleNamespace(
-                load_binary=load_binary,
-                unload_module=lambda _: None,
-                get_device_properties=lambda _: {"max_shared_mem": 232448},
-            ),
-        )
-    )
+    stub_cuda.install(folder)
     tile_tables = importlib.import_module("scattermoe_lora.ops.tile_tables")
     dispatch = importlib.import_module("scattermoe_lora.ops.dispatch")
     tile_tables.table_of = lambda _: "sm_90"
@@ -184,8 +168,14 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(options.package))
     torch.set_num_threads(1)
-    if not options.native:
-        simulate_launches()
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.native:
+            simulate_launches(Path(folder))
+        show(options)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Measures and prints the cases that are asked for."""
     operators = cases()
     names = options.cases.split(",") if options.cases else list(operators)
     steps = {name: step_of(operators[name]) for name in names}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import bisect
 import io
-import itertools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +364,7 @@ class FusedExperts(torch.autograd.Function):
         out, decoded = torch.empty_like(x), decode(up, module)
         if module.plan_setup.device == "cpu":
             columns = 2 * size + width + inner + sum(t.shape[1] for t in low)
-            buffers = cpu_buffers(x, pairs, up.shape[0], max(width, size), columns)
+            buffers = cpu_buffers(x, pairs, up.shape[0], max(width, size), columns, size)
         else:
             buffers = [x.new_empty((pairs, n)) for n in (inner, size)]
             note_work(0, *buffers, *buffers)
@@ -381,8 +381,9 @@ class FusedExperts(torch.autograd.Function):
         decoded, trained = decode(up, module), sum(ctx.needs_input_grad[3:5])
         if module.plan_setup.device == "cpu":
             own_gate = type(module)._apply_gate is not moe._default_apply_gate
-            columns = 2 * (hidden.shape[1] + ranks + size) + ctx.inner * (9 if own_gate else 4)
-            buffers = cpu_buffers(x, pairs, up.shape[0], max(hidden.shape[1], size), columns)
+            chain = ctx.inner * (9 if own_gate else 4)
+            columns, wide = 2 * (hidden.shape[1] + ranks + size) + chain, max(size, chain // 2)
+            buffers = cpu_buffers(x, pairs, up.shape[0], max(hidden.shape[1], size), columns, wide)
         else:
             buffers = [x.new_empty((pairs, n)) for n in (ctx.inner, ctx.inner, hidden.shape[1], ranks)]
             # The gradient of the activation is gone when those of the factors and of ``x`` are made.
@@ -397,8 +398,10 @@ class FusedExperts(torch.autograd.Function):
         return None, d_x, *others
 
 
-def cpu_buffers(x: torch.Tensor, pairs: int, experts: int, widest: int, columns: int) -> list[torch.Tensor]:
-    """Our kernel's workspace on a CPU: rows of as many experts as fit 2 MiB, and sums of ``x`` in float32."""
+def cpu_buffers(
+    x: torch.Tensor, pairs: int, experts: int, widest: int, columns: int, wide: int
+) -> list[torch.Tensor]:
+    """Our kernel's workspace on a CPU: rows of as many experts as fit 2 MiB, and some columns and sums in float32."""
     rows = -(-pairs // experts)
     step = max(16, (1 << rows.bit_length()) // 16)
     rows, block = -(-rows // step) * step, 1
@@ -406,7 +409,7 @@ def cpu_buffers(x: torch.Tensor, pairs: int, experts: int, widest: int, columns:
         block *= 2
     buffers = [x.new_empty((block * rows, columns))]
     if x.itemsize < 4:
-        buffers += [x.new_empty((n, x.shape[1]), dtype=torch.float32) for n in (block * rows, x.shape[0])]
+        buffers += [x.new_empty(s, dtype=torch.float32) for s in ((block * rows, wide), x.shape)]
     return buffers
 
 
@@ -501,9 +504,8 @@ class FusedLoss(torch.autograd.Function):
             # Logits of a trained head are kept for a block of tokens, those of a frozen one for 1,024 words of it, too.
             rows = min(max((1 << 25) // (4 * words), 128) * 2 if trained else 1024, 1024, tokens)
             block = min(words, 1024)
-            widths = (
-                (words, block) if trained else (block, 3 * size, block // 2 if hidden.itemsize < 4 else 0)
-            )
+            narrow = block // 2 if hidden.itemsize < 4 else 0
+            widths = (words, block, 2 * size) if trained else (block, narrow, 3 * size)
         else:
             # The sum over all words is made in eight parts at once.
             rows = max(3 * (1 << 28) // (4 * words), size if trained else 0, 128) // 128 * 128
@@ -742,24 +744,6 @@ def is_norm(module: Any) -> bool:
 # ----------------------------------------------------------------------------------------------- the allocator
 
 
-@dataclass(eq=False)
-class Block:
-    """A piece of a segment of the allocator, between its neighbours."""
-
-    small: bool
-    size: int
-    number: int
-    before: Block | None = None
-    after: Block | None = None
-    is_free: bool = False
-
-    def join(self, after: Block | None) -> None:
-        """Make ``after`` the neighbour behind this one."""
-        self.after = after
-        if after is not None:
-            after.before = self
-
-
 def reserved(events: list[tuple[int, int]]) -> int:
     """What torch's caching allocator takes from the device for a step's ``(key, bytes)``, released where negative.
 
@@ -768,52 +752,44 @@ def reserved(events: list[tuple[int, int]]) -> int:
     large enough serves, and is split where 512 bytes (of small segments) or more than 1 MiB are left. Neighbours join.
     """
     mib = 1 << 20
-    free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
-    used: dict[int, Block] = {}
-    numbers = itertools.count()
-    total = 0
+    # Free blocks by their size, of small segments and others; their sizes by their starts, and their starts by ends.
+    free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    sizes: dict[int, int] = {}
+    starts: dict[int, int] = {}
+    used: dict[int, tuple[bool, int, int]] = {}
+    total = top = 0
 
-    def give(block: Block) -> None:
-        block.is_free = True
-        bisect.insort(free[block.small], (block.size, block.number, block))
+    def take(small: bool, start: int) -> int:
+        size = sizes.pop(start)
+        del starts[start + size], free[small][bisect.bisect_left(free[small], (size, start))]
+        return size
 
-    def take(block: Block) -> None:
-        block.is_free = False
-        free[block.small].pop(bisect.bisect_left(free[block.small], (block.size, block.number)))
+    def give(small: bool, start: int, size: int) -> None:
+        if start + size in sizes:
+            size += take(small, start + size)
+        if start in starts:
+            before = starts[start]
+            size, start = size + take(small, before), before
+        sizes[start], starts[start + size] = size, start
+        bisect.insort(free[small], (size, start))
 
     for key, size in events:
-        if size > 0:
+        if size < 0:
+            give(*used.pop(key))
+        elif size:
             small = size <= mib
-            place = bisect.bisect_left(free[small], (size,))
+            place = bisect.bisect_left(free[small], (size, 0))
             if place < len(free[small]):
-                block = free[small][place][-1]
-                take(block)
+                start = free[small][place][1]
+                block = take(small, start)
             else:
-                segment = 2 * mib if small else 20 * mib
-                block = Block(
-                    small, segment if size < 10 * mib else -(-size // (2 * mib)) * 2 * mib, next(numbers)
-                )
-                total += block.size
-            left = block.size - size
-            if left >= 512 if small else left > mib:
-                rest = Block(small, left, next(numbers))
-                rest.join(block.after)
-                block.join(rest)
-                block.size = size
-                give(rest)
-            used[key] = block
-        elif size < 0:
-            block = used.pop(key)
-            if block.after is not None and block.after.is_free:
-                take(block.after)
-                block.size += block.after.size
-                block.join(block.after.after)
-            if block.before is not None and block.before.is_free:
-                take(block.before)
-                block.before.size += block.size
-                block.before.join(block.after)
-                block = block.before
-            give(block)
+                # Segments do not touch: blocks of two are no neighbours.
+                block = 2 * mib if small else 20 * mib if size < 10 * mib else -(-size // (2 * mib)) * 2 * mib
+                total, start, top = total + block, top, top + block + 1
+            if block - size >= (512 if small else mib + 1):
+                give(small, start + size, block - size)
+                block = size
+            used[key] = small, start, block
     return total
 
 
@@ -970,16 +946,17 @@ class Planner:
                 gradients += own * self.recipe.gradient_bytes(p)
                 parts["optimizer"] += own * self.recipe.optimizer_bytes(p)
                 update = max(update, own * self.recipe.update_bytes(p))
+        gathered, traffic = self._exchanged(batch * length, cluster)
         computing: dict[str, float] = {**step.peak}
         if several or times > 1:
             # All gradients are there from the first batch on, or for the split ones of the layers before.
-            computing = {**step.rest, "gradients": gradients, "gathered layers": self._gathered(cluster)}
+            computing = {**step.rest, "gradients": gradients, "gathered layers": gathered}
         updating = {"gradients": gradients, "workspace": update}
         parts.update(max(computing, updating, key=lambda phase: sum(phase.values())))
         if self.setup.device == "cuda":
             parts["allocator's slack"] = step.slack
             parts["CUDA context and libraries"] = CONTEXT + COMMUNICATION * several
-        traffic = {name: times * size for name, size in self._traffic(batch * length, cluster).items()}
+        traffic = {name: times * size for name, size in traffic.items()}
         seconds = {}
         if card is not None and card.tflops and card.bandwidth:
             rate, bandwidth = card.tflops * 1e12, card.bandwidth * 1e9
@@ -1002,34 +979,21 @@ class Planner:
             history=step.history,
         )  # fmt: skip
 
-    def _units(self) -> list[tuple[bool, list[Any]]]:
-        """What FSDP2 gathers together: whether it is a layer, and its parameters; the last is all that no layer has."""
-        units: dict[str, list[Any]] = {}
-        for name, parameter in self.model.named_parameters():
-            stack, dot, rest = name.partition(".layers.")
-            units.setdefault(f"{stack}.{rest.split('.')[0]}" if dot else "", []).append(parameter)
-        return [(bool(name), parameters) for name, parameters in units.items()]
+    def _exchanged(self, tokens: int, cluster: Cluster) -> tuple[float, dict[str, float]]:
+        """What is gathered at a time beyond a card's own, and what a card receives in a batch by kind of exchange.
 
-    def _gathered(self, cluster: Cluster) -> float:
-        """Two layers (FSDP2 gathers one ahead), one's gradients before they are split, and what no layer has."""
-        layers, others = [0.0], 0.0
-        for is_layer, parameters in self._units():
-            size = sum(cluster.received(p) * FORMATS[p.plan_format] for p in parameters)
-            gradients = sum(
-                cluster.received(p) * self.recipe.gradient_bytes(p) for p in parameters if p.requires_grad
-            )
-            layers.append((2 * size + gradients) * is_layer)
-            others += (size + gradients) * (not is_layer)
-        return max(layers) + others
-
-    def _traffic(self, tokens: int, cluster: Cluster) -> dict[str, float]:
+        That is two layers (FSDP2 gathers one ahead), one's gradients before they are split, and what no layer has.
+        """
+        gathered: Counter[str] = Counter()
         traffic: Counter[str] = Counter()
-        for is_layer, parameters in self._units():
-            for p in parameters:
-                # A layer is gathered again for the backward.
-                traffic["all-gather"] += (1 + is_layer) * cluster.received(p) * FORMATS[p.plan_format]
-                if p.requires_grad:
-                    traffic["reduce-scatter"] += cluster.received(p) * self.recipe.gradient_bytes(p)
+        for name, p in self.model.named_parameters():
+            stack, dot, rest = name.partition(".layers.")
+            elements = cluster.received(p)
+            # A layer is gathered again for the backward.
+            weights = elements * FORMATS[p.plan_format] * (2 if dot else 1)
+            gradients = elements * self.recipe.gradient_bytes(p) * p.requires_grad
+            gathered[f"{stack}.{rest.split('.')[0]}" if dot else ""] += weights + gradients
+            traffic.update({"all-gather": weights, "reduce-scatter": gradients})
         if cluster.experts > 1:
             layers = sum(is_experts(module) for module in self.model.modules())
             names = ("num_experts_per_tok", "top_k_experts")
@@ -1037,7 +1001,8 @@ class Planner:
             # There and back, in the forward, in its repetition and in the backward.
             rows = 2 * (2 + self.setup.checkpointing) * tokens * chosen * (1 - 1 / cluster.experts)
             traffic["all-to-all"] = layers * rows * self.text.hidden_size * FORMATS[self.setup.dtype]
-        return {name: size for name, size in traffic.items() if size}
+        others = gathered.pop("", 0)
+        return others + max(gathered.values(), default=0), {name: n for name, n in traffic.items() if n}
 
 
 def largest(plan: Callable[[int], Plan], start: int, unit: int, limit: int) -> int:
@@ -1112,10 +1077,8 @@ def show(plan: Plan, card: str) -> str:
 
 def draw(plan: Plan, card: str) -> bytes:
     """A picture of the parts, and of the step's memory over time, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlanError("--png: needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -1214,6 +1177,11 @@ def run(args: argparse.Namespace) -> None:
             raise PlanError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
     if args.cards > 1024 or args.cards % args.expert_parallel:
         raise PlanError(f"--cards: expected at most 1024, a multiple of --expert-parallel, got {args.cards}")
+    for path in filter(None, (args.json, args.png)):
+        if not Path(path).absolute().parent.is_dir():
+            raise PlanError(f"{path}: cannot be written: there is no such directory")
+    if args.png and find_spec("matplotlib") is None:
+        raise PlanError("--png: needs matplotlib: pip install matplotlib")
     cluster = Cluster(args.cards, args.expert_parallel)
     setup = Setup(
         args.attention, args.experts, tuple(args.parts), not args.no_checkpointing, args.rank,

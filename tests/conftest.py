@@ -78,7 +78,9 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 # Tests that take long by themselves.
-LONGEST = ("test_interpreter.py", "test_gpu_run.py", "test_libraries.py")
+LONGEST = (
+    "test_interpreter.py", "test_gpu_run.py", "test_libraries.py", "test_demo.py", "test_recipes.py", "test_release.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

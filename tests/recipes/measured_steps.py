@@ -67,12 +67,11 @@ MID_SIZE = {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816,
     "layer_types": ["sliding_attention", "full_attention"] * 4,
 }
 MID_SIZE_STEPS = (
+    ("Qwen3-MoE", "lora", "float32", "ours", True, (1, 256)),
+    ("Gemma 4 MoE", "lora", "float32", "ours", True, (1, 256)),
+    ("Gemma 4 dense", "lora", "float32", "ours", False, (1, 256)),
+    ("Gemma 4 MoE", "full", "float32", "eager", True, (1, 256)),
     ("Llama", "full", "float32", "ours", True, (2, 512)),
-    ("Qwen3-MoE", "lora", "bfloat16", "ours", True, (2, 512)),
-    ("Qwen3-MoE", "full", "float32", "ours", False, (1, 512)),
-    ("Gemma 4 MoE", "lora", "bfloat16", "ours", True, (2, 1024)),
-    ("Gemma 4 MoE", "full", "float32", "eager", True, (1, 512)),
-    ("Gemma 4 dense", "lora", "float32", "ours", False, (2, 512)),
 )
 KERNELS = {
     "ours": {},

@@ -100,6 +100,33 @@ def test_adapters_of_the_scripts_take_six_bytes_a_parameter_and_are_on_attention
     assert planner.step(1, 16).peak["gradients"] <= 2 * result.trained + 512 * len(trained)
 
 
+def test_accumulation_keeps_all_gradients_and_shares_the_optimizers_time(planner: Any) -> None:
+    one = planner.plan(1, 128, plan.CARDS["H100"])
+    several = plan.Planner(config("Qwen3-MoE"), "full", plan.Setup(accumulate=4))
+    four = several.plan(1, 128, plan.CARDS["H100"])
+    assert four.parts["gradients"] == 2 * four.trained
+    assert four.peak > one.peak
+    assert (four.operations, four.seconds["optimizer"]) == (4 * one.operations, one.seconds["optimizer"])
+
+
+def test_towers_are_frozen() -> None:
+    values = config("Gemma 4 E4B")
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values.vision_config = transformers.Gemma4VisionConfig(**tower, num_key_value_heads=2, head_dim=16)
+    model = plan.Planner(values, "full").model
+    trained = {p.plan_part: p.requires_grad for p in model.parameters()}
+    assert {part for part, is_trained in trained.items() if not is_trained} == {"towers"}
+
+
+def test_the_plan_of_a_step_of_gemma_4_26b_is_near_what_an_h200_took() -> None:
+    file = REPOSITORY / "benchmarks/results/h200/2026-11-27T1120/recipes/gemma4_26b_80.json"
+    measured = json.loads(file.read_text())["peak_bytes"]["ours"]
+    values = plan.load_config(REPOSITORY / "recipes/configs/gemma-4-26B-A4B.json")
+    planned = plan.Planner(values, "qlora-8bit").plan(2, 8192)
+    tensors = planned.peak - planned.parts["allocator's slack"] - plan.CONTEXT
+    assert tensors == pytest.approx(measured, rel=0.02)
+
+
 def test_float8_training_takes_two_bytes_a_parameter_and_the_rows_and_columns() -> None:
     settings = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 256}
     planner = plan.Planner(transformers.LlamaConfig(**settings, architectures=["LlamaForCausalLM"]), "fp8")
@@ -179,6 +206,11 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
         (("--length", "0"), None, "--length: expected 1 or more"),
         (("--cards", "6", "--expert-parallel", "4"), None, "a multiple of --expert-parallel"),
         (("--model", "/nowhere/config.json"), None, "cannot be read"),
+        (
+            ("--png", "/nowhere/plan.png"),
+            None,
+            "/nowhere/plan.png: cannot be written: there is no such directory",
+        ),
     ],
 )
 def test_bad_input_is_one_message(tmp_path: Path, arguments: Any, text: str | None, message: str) -> None:
@@ -212,7 +244,17 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("name", "billions"), [("gemma-4-26B-A4B", 25.2), ("Qwen3-30B-A3B", 30.5)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("gemma-4-26B-A4B", 25.2),
+        ("gemma-4-31B", 30.7),
+        ("gemma-4-E4B", 7.9),
+        ("gemma-4-E2B", 5.1),
+        ("Qwen3-30B-A3B", 30.5),
+        ("gpt-oss-20b", 20.9),
+    ],
+)
 def test_models_of_the_examples_have_as_many_parameters_as_published(name: str, billions: float) -> None:
     values = plan.load_config(REPOSITORY / f"recipes/configs/{name}.json")
     model = plan.build(values, plan.RECIPES["full"], plan.Setup())

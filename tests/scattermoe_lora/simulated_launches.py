@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -21,7 +22,10 @@ def launcher_of(source: Any, metadata: Any) -> Any:
     """A launcher that writes down the code, the grid and the arguments."""
 
     def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-        values = rest[4:][:PARAMETERS]
+        _, about, enter, _, *values = rest
+        if enter is not None:
+            enter(about)
+        values = values[:PARAMETERS]
         addresses = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
         launches.append((metadata.hash, (x, y, z), addresses))
 
@@ -91,6 +95,12 @@ def compare(launch_kernel: Any) -> tuple[list[str], int]:
     for case in cases.values():
         launch_kernel(case[0], grid, *case[1:])
     JITFunction.run.__code__ = own
+    hooked: list[Any] = []
+    knobs.runtime.launch_enter_hook.add(hooked.append)
+    launch_kernel(fill, grid, *cases["integer"][1:])
+    knobs.runtime.launch_enter_hook.remove(hooked.append)
+    assert [about.get()["name"] for about in hooked] == ["fill"], "a profiler is told of launches"
+    launches.pop()
     for kernel, arguments, constants in cases.values():
         kernel[grid](*arguments, **constants)
     count = len(cases)

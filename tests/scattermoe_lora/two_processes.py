@@ -6,6 +6,7 @@ python two_processes.py FOLDER      (LOCAL_KERNELS names the built kernel)
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import os
 import sys
@@ -406,5 +407,7 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Forked after the imports, which take longer than the checks; nothing has computed yet.
+    # Forked after the imports, which take longer than the checks; nothing has computed yet. To look through what was
+    # imported for garbage would copy it into each process.
+    gc.freeze()
     torch.multiprocessing.start_processes(main, (Path(sys.argv[1]),), nprocs=PROCESSES, start_method="fork")

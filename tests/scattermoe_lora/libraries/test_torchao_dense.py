@@ -23,6 +23,8 @@ from torchao.quantization import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# All of it runs fused.
+pytestmark = pytest.mark.filterwarnings("error:scattermoe. a projection runs through")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, Any] = {
     "int8": Int8WeightOnlyConfig(),

@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import finegrained_fp8
 
+# All of it runs fused.
+pytestmark = pytest.mark.filterwarnings("error:scattermoe. a projection runs through")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
 

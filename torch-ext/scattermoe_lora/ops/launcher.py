@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -14,8 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _MOST_COMPILED = 4096
 _TRITON = JITFunction.__module__
 _INT32 = 1 << 31
-# Kernels are module's constants, so that none has the identity of another.
-_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[None, ...]]] = {}
+# By the kernel's identity, which is no other's: a kernel is as old as its module. Its own hash is that of its source.
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 def launch_kernel(
@@ -25,8 +26,8 @@ def launch_kernel(
 
     Triton looks at every argument, reads its settings from the environment and writes all of a launch into a string to
     find the code that it compiled. Here a tuple finds it, of what Triton compiles anew for on an NVIDIA GPU. On others,
-    whose rules differ, in the interpreter, and where a tool has put its own ``JITFunction.run`` in place, each launch
-    is Triton's own. Triton's settings are looked at where a kind is launched for the first time.
+    whose rules differ, in the interpreter, and where a tool has hooks or its own ``JITFunction.run``, each launch is
+    Triton's own. Triton's settings are looked at where a kind is launched for the first time.
 
     Args:
         kernel: A ``@triton.jit`` function of a module, whose ``tl.constexpr`` parameters are its last ones.
@@ -34,6 +35,10 @@ def launch_kernel(
         arguments: Values of the other parameters, all of them, in order.
         constants: Values of the ``tl.constexpr`` parameters, and Triton's options, by name.
     """
+    if not isinstance(kernel, JITFunction):
+        # Interpreted: there may be no GPU's driver to ask.
+        kernel[grid](*arguments, **constants)
+        return
     key: list[Any] = [id(kernel), *constants.items()]
     values: list[Any] = []
     add, keep = key.append, values.append
@@ -47,7 +52,7 @@ def launch_kernel(
                 add(-3 if value & 15 else -4)
             keep(value)
         elif kind is torch.Tensor or kind is torch.nn.Parameter:
-            # Triton refuses a tensor on another device, but no address: it knows nothing of that.
+            # Triton refuses a CPU's tensor, but not its address: another device is another kind.
             add(value.dtype)
             add(value.get_device())
             value = value.data_ptr()
@@ -66,11 +71,12 @@ def launch_kernel(
     device = active.get_current_device()
     add(device)
     found = _compiled.get(tuple(key))
-    is_own = JITFunction.run.__module__ == _TRITON
+    is_own = JITFunction.run.__module__ == _TRITON and not _is_hooked()
     if found is not None and is_own:
-        compiled, unread = found
-        # By position; the code has the constants in it.
-        compiled[grid](*values, *unread, stream=active.get_current_stream(device))
+        _, run, function, metadata, unread = found
+        stream = active.get_current_stream(device)
+        # As Triton's own ``run`` ends, but for hooks and what they are told. The constants are in the code.
+        run(*grid, stream, function, metadata, None, None, None, *values, *unread)
         return
     compiled = kernel[grid](*arguments, **constants)
     devices = {value.get_device() for value in arguments if isinstance(value, torch.Tensor)}
@@ -79,4 +85,14 @@ def launch_kernel(
     if is_known and is_own and len(devices) < 2:
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
-        _compiled[tuple(key)] = compiled, (None,) * (len(kernel.arg_names) - len(arguments))
+        unread = (None,) * (len(kernel.arg_names) - len(arguments))
+        # With the compiled kernel itself, since what it has loaded goes with it.
+        _compiled[tuple(key)] = compiled, compiled.run, compiled.function, compiled.packed_metadata, unread
+
+
+def _is_hooked() -> bool:
+    """True if a profiler wants to know of launches."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Triton's are chains of calls; a tool may have put a function or None in their place.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

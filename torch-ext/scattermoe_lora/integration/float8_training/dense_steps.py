@@ -66,7 +66,17 @@ class Float8Optimizer(ParameterOptimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` returned."""
+        """Loads what ``state_dict()`` returned, or the optimizer's own over dense weights.
+
+        Raises:
+            ValueError: The state of this package's Adafactor.
+        """
+        for number, state in state_dict["state"].items():
+            if not {"rows", "columns", "squares"}.isdisjoint(state):
+                raise ValueError(
+                    f"Float8Optimizer: load_state_dict: parameter {number}: expected what {self._optimizer_class} "
+                    f"keeps, got {', '.join(sorted(state))}; the checkpoint is Adafactor's"
+                )
         super().load_state_dict({**state_dict, "state": {}})
         parameters = self._parameters()
         groups = {id(p): group for group in self.param_groups for p in group["params"]}

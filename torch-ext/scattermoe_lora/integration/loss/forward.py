@@ -61,7 +61,7 @@ class _Logits:
         return self
 
     def tanh(self) -> Any:
-        return torch.tanh(self)  # type: ignore[call-overload]
+        return torch.tanh(self)  # type: ignore[arg-type]
 
     def float(self) -> _Logits:
         # A loss may take these, and the result the others.
@@ -198,10 +198,11 @@ def _fused_forward(plain: Forward) -> Forward:
         labels = args[place] if len(args) > place else kwargs.get("labels")
         # accelerate keeps this function within a wrapper of its own, also when the class has its forward back.
         is_removed = type(self).forward is not forward
-        if is_removed or labels is None or self.loss_function is not ForCausalLMLoss:
+        head = _head_name(self)
+        if is_removed or labels is None or head is None or self.loss_function is not ForCausalLMLoss:
             return plain(self, *args, **kwargs)
         skips = self.training if skip_logits is None else skip_logits
-        output = plain(_Model(self, _head_name(self), skips), *args, **kwargs)
+        output = plain(_Model(self, head, skips), *args, **kwargs)
         if isinstance(output, tuple):
             values = (_resolved(value, skips) for value in output)
             return tuple(value for value in values if value is not None)
@@ -228,7 +229,15 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
     from transformers import PreTrainedModel
 
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or _head_name(module) is None:
+        if not isinstance(module, PreTrainedModel):
+            continue
+        if _head_name(module) is None:
+            if named and _has_other_head(module):
+                _refuse(
+                    name,
+                    module,
+                    "its head is another module's, and it computes its loss from that one's logits",
+                )
             continue
         trl_target = trl_head.find(name, module)
         if trl_target is not None:
@@ -240,9 +249,19 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
         if reason is None:
             yield Target(name, module, base, _fused_forward(base.forward))
         elif named:
-            raise NotImplementedError(
-                f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
-            )
+            _refuse(name, module, reason)
+
+
+def _refuse(name: str, module: torch.nn.Module, reason: str) -> None:
+    raise NotImplementedError(
+        f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
+    )
+
+
+def _has_other_head(model: Any) -> bool:
+    """True of a model that computes a loss, whose head is a part of one of its parts."""
+    has_labels = "labels" in inspect.signature(type(model).forward).parameters
+    return has_labels and model.get_output_embeddings() is not None
 
 
 def _head_name(model: Any) -> str | None:

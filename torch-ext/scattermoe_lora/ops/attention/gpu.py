@@ -9,7 +9,7 @@ import torch
 
 from .. import tile_tables
 from ..grouped_linear.gpu import float32_precision
-from ..launch import cdiv, next_power_of_2
+from ..launch import cdiv, contiguous_like, next_power_of_2
 from ..launcher import launch_kernel
 from .arguments import Operands, Settings
 from .descriptors import Tile, sources
@@ -173,7 +173,7 @@ def forward(operands: Operands, settings: Settings) -> tuple[torch.Tensor, torch
     """See :func:`scattermoe_lora.ops.attention.op.attention_forward`."""
     problem = _Problem(operands, settings)
     q = problem.operands.q
-    out = q.new_empty(q.shape)
+    out = contiguous_like(q)
     lse = q.new_empty((*q.shape[:-3], problem.heads, q.shape[-3]), dtype=torch.float32)
     problem.launch(attention_forward_kernel, problem.tile("attention_forward"), out, lse)
     return out, lse
@@ -190,8 +190,8 @@ def backward(
     """See :func:`scattermoe_lora.ops.attention.op.attention_backward`."""
     problem = _Problem(operands, settings)
     q, k, v, *_ = problem.operands
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    dv = k.new_empty((0,) if v is None else k.shape)
+    dq, dk = contiguous_like(q), contiguous_like(k)
+    dv = k.new_empty(0) if v is None else contiguous_like(k)
     blocks = problem.tile("attention_dq")
     # dK and dV read delta, too: whichever launch computes it comes before theirs.
     in_dq = bool(blocks.get("DELTA"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..launch import cdiv, next_power_of_2, rows_of
+from ..launch import cdiv, contiguous_like, next_power_of_2, rows_of
 from ..launcher import launch_kernel
 from .kernels import gated_backward_kernel, gated_forward_kernel
 from .limits import LARGEST, LIMIT
@@ -51,7 +51,7 @@ def _launch(kernel: Any, sources: list[torch.Tensor], targets: list[torch.Tensor
 
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """See :func:`scattermoe_lora.ops.gated_activation.op.gated_activation_forward`."""
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = contiguous_like(gate)
     _launch(gated_forward_kernel, [gate, up], [out], activation)
     return out
 
@@ -60,7 +60,6 @@ def backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`scattermoe_lora.ops.gated_activation.op.gated_activation_backward`."""
-    d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    d_up = torch.empty_like(d_gate)
+    d_gate, d_up = contiguous_like(gate), contiguous_like(up)
     _launch(gated_backward_kernel, [dy, gate, up], [d_gate, d_up], activation)
     return d_gate, d_up

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import tile_tables
-from ..launch import cdiv, next_power_of_2
+from ..launch import cdiv, contiguous_like, next_power_of_2
 from ..launcher import launch_kernel
 from .arguments import Operands
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
@@ -93,7 +93,7 @@ def forward(operands: Operands) -> torch.Tensor:
     x, weight, cos, sin, eps = operands
     _refuse_float64(x)
     batch, tokens, heads, head_dim = x.shape
-    out = x.new_empty(x.shape, dtype=operands.out_dtype)
+    out = contiguous_like(x, operands.out_dtype)
     if not x.numel():
         return out
     x_rows, cos, sin = _rows_in_place(x), _rows_in_place(cos), _rows_in_place(sin)
@@ -129,7 +129,7 @@ def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> di
     _refuse_float64(x)
     batch, tokens, heads, head_dim = x.shape
     summed = weight if "weight" in names else None
-    dx = x.new_empty(x.shape) if "x" in names else None
+    dx = contiguous_like(x) if "x" in names else None
     gradients = {} if dx is None else {"x": dx}
     if not x.numel():
         if summed is not None:

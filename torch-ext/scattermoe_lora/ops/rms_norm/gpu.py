@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..launch import cdiv, next_power_of_2, rows_of
+from ..launch import cdiv, contiguous_like, next_power_of_2, rows_of
 from ..launcher import launch_kernel
 from .arguments import Operands
 from .kernels import rms_backward_kernel, rms_forward_kernel
@@ -40,8 +40,8 @@ def forward(operands: Operands, residual: torch.Tensor | None) -> tuple[torch.Te
     x, weight, eps, offset, round_first = operands
     _check(x)
     size = x.shape[-1]
-    out = torch.empty_like(x, dtype=operands.out_dtype, memory_format=torch.contiguous_format)
-    total = x.new_empty(0) if residual is None else torch.empty_like(out, dtype=x.dtype)
+    out = contiguous_like(x, operands.out_dtype)
+    total = x.new_empty(0) if residual is None else contiguous_like(x)
     if not x.numel():
         return out, total
     constants = constants_of(size)
@@ -82,7 +82,7 @@ def backward(
     _check(x)
     size = x.shape[-1]
     summed = weight if "weight" in names else None
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if "x" in names else None
+    dx = contiguous_like(x) if "x" in names else None
     gradients = {} if dx is None else {"x": dx}
     if not x.numel():
         if summed is not None:
