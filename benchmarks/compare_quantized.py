@@ -4,7 +4,9 @@ All in one process, a step of each in turn, so that what else the machine does s
 their ratio to bfloat16's, the bytes of the weights, and the peak above them. Codes are random: no time depends on them.
 ``scattermoe`` is the layer over the case's format. ``decoded by torch`` is the same without bitsandbytes, whose decoder
 it takes on a CPU where it is installed. ``scattermoe + PEFT`` is a layer of transformers with PEFT's LoRA over NF4,
-computed by ours; ``PEFT's own`` the same layer on PEFT's path, which decodes all of it each time it is read.
+computed by ours; ``PEFT's own`` the same layer on PEFT's path, which decodes all of it each time it is read, and
+``bitsandbytes + PEFT`` that path over bitsandbytes' own parametrization of the same weights, mended: as of PEFT 0.21.2
+it neither applies nor trains the first projection's factors there.
 
     python benchmarks/compare_quantized.py [--device cuda] [--cases small-nf4,medium-float8,...] [--output FILE]
 """
@@ -12,8 +14,9 @@ computed by ours; ``PEFT's own`` the same layer on PEFT's path, which decodes al
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +30,7 @@ from measuring import Alone, compare_cases, comparison_parser, parse_cases, run_
 
 FORMATS = ("nf4", "float8", "mxfp4")
 OURS, WITH_PEFT, PEFT = "scattermoe", "scattermoe + PEFT", "PEFT's own"
+BITSANDBYTES = "bitsandbytes + PEFT"
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,33 @@ def peft_layer(kernel: Any, shape: Shape, implementation: str, device: str, firs
     return Way(lambda: [*layer.results().values()], sum(p.stack.nbytes for p in experts), first)
 
 
+def bitsandbytes_layer(shape: Shape, device: str, first: FirstResults) -> Way:
+    """The layer of :func:`peft_layer` with its weights as ``bitsandbytes.nn.parametrize`` keeps them.
+
+    PEFT's outer wrapper caches parametrized weights while the inner one still adds its factors, and so the weight
+    without them; and it does not find these when it removes them afterwards, so that they add up step by step.
+    """
+    parametrize = importlib.import_module("bitsandbytes.nn.parametrize")
+    torch.manual_seed(0)
+    with torch.device(device):
+        layer = Layer(shape, "grouped_mm")
+    (experts,) = (module for module in layer.module.modules() if hasattr(module, "has_gate"))
+    for name in ("gate_up_proj", "down_proj"):
+        parametrize.replace_parameter_4bit(experts, name, quant_type="nf4")
+
+    def step() -> list[torch.Tensor]:
+        # bitsandbytes' own cache begins when all factors are there.
+        with mock.patch.object(torch.nn.utils.parametrize, "cached", nullcontext), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Could not find any LoRA parametrization")
+            results = layer.results()
+        for parametrizations in experts.parametrizations.values():
+            del parametrizations[1:]
+        return [*results.values()]
+
+    kept = [(each.original, each[0].quant_state.absmax) for each in experts.parametrizations.values()]
+    return Way(step, sum(codes.nbytes + scales.nbytes for codes, scales in kept), first)
+
+
 def ways(kernel: Any, case: Case, device: str) -> dict[str, Callable[[], Way]]:
     """Makers of all that is compared, by name; the first is the one that the others' ratios are to."""
     torch.manual_seed(0)
@@ -154,6 +185,7 @@ def ways(kernel: Any, case: Case, device: str) -> dict[str, Callable[[], Way]]:
         shape, first = Shape(**{**sizes, "dtype": "bfloat16"}), FirstResults()
         for name, implementation in ((PEFT, "grouped_mm"), (WITH_PEFT, "scattermoe")):
             makers[name] = partial(peft_layer, kernel, shape, implementation, device, first)
+        makers[BITSANDBYTES] = partial(bitsandbytes_layer, shape, device, first)
     return makers
 
 
@@ -191,9 +223,11 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
             f"{weights:>7.3f}x{row['peak_bytes_above_weights'] / 1e6:>9.0f} MB above{peak:>6.2f}x",
             flush=True,
         )
-    own, mine = rows.get(PEFT, {}), rows.get(WITH_PEFT, {})
-    if "ms" in own and "ms" in mine:
-        print(f"{'':<20}{WITH_PEFT} is {own['ms'] / mine['ms']:.1f}x as fast as PEFT's own", flush=True)
+    mine = rows.get(WITH_PEFT, {})
+    for name in (PEFT, BITSANDBYTES):
+        other = rows.get(name, {})
+        if "ms" in other and "ms" in mine:
+            print(f"{'':<20}{WITH_PEFT} is {other['ms'] / mine['ms']:.1f}x as fast as {name}", flush=True)
 
 
 def main() -> None:

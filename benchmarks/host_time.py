@@ -1,9 +1,12 @@
 """Host time of one call of each operator, forward and backward: what Python, autograd and Triton's launcher take.
 
 On small CPU tensors, so that computing takes next to nothing; by default the Triton kernels are launched on a made-up
-GPU, to which each launch goes with all of its Python, up to the driver's own call. Prints the least and the median of
-the CPU microseconds of a call (``time.process_time``). ``--package`` takes another copy of the package: run two
-versions in turns to compare them.
+GPU, to which each launch goes with all of its Python, up to the driver's own call. Beside them what a user would call
+instead: transformers' code, and Liger's functions where ``liger-kernel`` is on ``PYTHONPATH``. Prints the least and the
+median of the CPU microseconds of a call (``time.process_time``). ``--package`` takes another copy of the package: run
+two versions in turns to compare them.
+
+A GPU adds to these what its driver takes, for each launch and allocation, and a thread for the backward.
 
     OMP_NUM_THREADS=1 python benchmarks/host_time.py [--native] [--profile] [--package DIRECTORY] [--cases norm,...]
 """
@@ -16,10 +19,11 @@ import importlib
 import pstats
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,27 +34,11 @@ ROUNDS = 15
 ROWS, COLUMNS = 8, 64
 
 
-def simulate_launches() -> None:
-    """Makes Triton compile for a GPU and launch on it by doing nothing."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+def simulate_launches(folder: Path) -> None:
+    """Makes Triton compile for a GPU and launch on it by its own launcher, to a driver that does nothing."""
+    import stub_cuda
 
-    def load_binary(*_: Any) -> tuple[Any, ...]:
-        return 1, 1, 0, 0, 1024
-
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda _: 0,
-            launcher_cls=lambda *_: lambda *_: None,
-            utils=SimpleNamespace(
-                load_binary=load_binary,
-                unload_module=lambda _: None,
-                get_device_properties=lambda _: {"max_shared_mem": 232448},
-            ),
-        )
-    )
+    stub_cuda.install(folder)
     tile_tables = importlib.import_module("scattermoe_lora.ops.tile_tables")
     dispatch = importlib.import_module("scattermoe_lora.ops.dispatch")
     tile_tables.table_of = lambda _: "sm_90"
@@ -69,6 +57,8 @@ def cases() -> dict[str, Callable[[], Any]]:
     projections = importlib.import_module("scattermoe_lora.ops.lora_linear.api")
     experts = importlib.import_module("scattermoe_lora.ops.experts.op")
     arguments = importlib.import_module("scattermoe_lora.ops.experts.arguments")
+    decoding = importlib.import_module("scattermoe_lora.ops.quantization.decode")
+    encoding = importlib.import_module("scattermoe_lora.ops.quantization.encode")
     gate = importlib.import_module("scattermoe_lora.ops.activation").Gate("silu")
     routing = importlib.import_module("scattermoe_lora.ops.routing")
 
@@ -79,6 +69,8 @@ def cases() -> dict[str, Callable[[], Any]]:
     index = torch.arange(2 * ROWS).reshape(ROWS, 2) % 4
     stack, stack_a, stack_b = leaf(4, COLUMNS, COLUMNS, needs=False), leaf(4, 4, COLUMNS), leaf(4, COLUMNS, 4)
     sorting = routing.sort_by_expert(index, 4)
+    q, k = leaf(1, 2 * ROWS, 4, COLUMNS), leaf(1, 2 * ROWS, 1, COLUMNS)
+    labels, codes = torch.arange(ROWS), encoding.quantize(stack, "nf4")
     layer = arguments.Operands(
         x,
         leaf(4, 2 * COLUMNS, COLUMNS, needs=False),
@@ -100,7 +92,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         return gated.gated_mlp(x, project, project, project)
 
     return {
-        "gated_activation": lambda: gated.gated_activation(x, residual),
+        "gated_activation": lambda: gated.gated_activation(x, residual, "gelu_tanh"),
         "gated_mlp": mlp,
         "rms_norm": lambda: norm.rms_norm(x, weight),
         "add_rms_norm": lambda: norm.add_rms_norm(x, residual, weight),
@@ -109,12 +101,36 @@ def cases() -> dict[str, Callable[[], Any]]:
         "lora_linear_3": lambda: projections.lora_linear(x, 3 * [square], 3 * [a], 3 * [b]),
         "grouped_linear": lambda: ops.grouped_linear(x, stack, index, stack_a, stack_b),
         "experts": lambda: experts.experts(layer, gate, False, True)[0],
+        "attention": lambda: ops.flash_attn_func(q, k, k, causal=True, window_size=(4, 0)),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, square, labels),
+        "few rows": lambda: ops.grouped_linear(x, codes, index, stack_a, stack_b),
+        "decoding": lambda: decoding.decode(codes, slice(None)),
         "negation (torch's own)": lambda: x.neg(),
+        **others(x, residual, weight),
     }
 
 
-def step_of(call: Callable[[], Any]) -> Callable[[], None]:
-    """The call and the backward of what it returns."""
+def others(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """What a user would call instead: transformers' code, and Liger's functions where they are installed."""
+    from compare_mlp import Case, Setup, eager, liger
+
+    calls = {}
+    for name, operation, inputs in (
+        ("gated_activation", "geglu", [x, residual]),
+        ("rms_norm", "norm", [x, weight]),
+        ("add_rms_norm", "add-norm", [x, residual, weight]),
+    ):
+        setup = Setup(Case(operation, "bfloat16", ROWS, COLUMNS, COLUMNS), "cpu")
+        for other, make in (("eager", eager), ("liger", liger)):
+            try:
+                calls[f"{name} {other}"] = partial(make(setup), *inputs)
+            except ImportError as error:
+                print(f"{name} {other}: {error}", file=sys.stderr)
+    return calls
+
+
+def step_of(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call and the backward of what it returns, where that has one."""
     results = call()
     several = isinstance(results, tuple | list)
     grads = [torch.ones_like(y) for y in (results if several else [results])]
@@ -123,19 +139,19 @@ def step_of(call: Callable[[], Any]) -> Callable[[], None]:
         results = call()
         torch.autograd.backward(results if several else [results], grads)
 
-    return step
+    return step if (results[0] if several else results).requires_grad else call
 
 
-def microseconds(step: Callable[[], None]) -> list[float]:
-    """CPU microseconds of a call, of each of some rounds."""
-    for _ in range(5):
-        step()
-    times = []
+def microseconds(steps: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """CPU microseconds of a call of each, round by round: what is compared met the same load."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
-        begin = time.process_time()
-        for _ in range(CALLS):
+        for name, step in steps.items():
             step()
-        times.append((time.process_time() - begin) / CALLS * 1e6)
+            begin = time.process_time()
+            for _ in range(CALLS):
+                step()
+            times[name].append((time.process_time() - begin) / CALLS * 1e6)
     return times
 
 
@@ -152,16 +168,22 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(options.package))
     torch.set_num_threads(1)
-    if not options.native:
-        simulate_launches()
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.native:
+            simulate_launches(Path(folder))
+        show(options)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Measures and prints the cases that are asked for."""
     operators = cases()
-    for name in options.cases.split(",") if options.cases else operators:
-        step = step_of(operators[name])
-        times = microseconds(step)
+    names = options.cases.split(",") if options.cases else list(operators)
+    steps = {name: step_of(operators[name]) for name in names}
+    for name, times in microseconds(steps).items():
         print(f"{name:24} {min(times):8.1f} {statistics.median(times):8.1f}", flush=True)
         if options.profile:
             profile = cProfile.Profile()
-            profile.runcall(lambda step=step: [step() for _ in range(300)])
+            profile.runcall(lambda step=steps[name]: [step() for _ in range(300)])
             pstats.Stats(profile).sort_stats("tottime").print_stats(35)
 
 

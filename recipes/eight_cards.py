@@ -56,7 +56,7 @@ if args.parallel == "fsdp":
         fully_shard(layer)
     fully_shard(model)
 if not args.eager:
-    kernel.apply_to(model, "attention")
+    kernel.apply_to(model, "attention", "loss")
 
 text = AutoTokenizer.from_pretrained(args.model)(Path(args.data).read_text("utf-8"), return_tensors="pt")
 rows = text["input_ids"][0].unfold(0, length, length).to(device)

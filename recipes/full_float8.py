@@ -3,8 +3,8 @@
     pip install torch transformers accelerate kernels
     python full_float8.py --data train.txt
 
-train.txt has a document on each line. Weights and gradients take 2 bytes a parameter together (3 in the embeddings): by
-arithmetic 52 GB of this model; memory and speed on a card are not measured yet. See docs/kernel/float8_training.md.
+train.txt has a document on each line. Planned: 56.6 GiB on the card, after 50 GB of the computer's memory to read the
+model. How this was obtained, and speed: docs/recipes.md. How it works: docs/kernel/float8_training.md.
 """
 
 import argparse
@@ -29,6 +29,7 @@ if args.tiny:
 
     args.model, args.data = tiny.prepare("gemma4_moe")
     args.length = 64
+lines = list(filter(str.strip, Path(args.data).read_text("utf-8").splitlines()))
 
 set_seed(0)  # Weights and gradients are rounded stochastically.
 kernel = get_kernel("org/scattermoe-lora", version=1)
@@ -44,14 +45,12 @@ kernel.freeze_towers(model)
 learning_rate = 2e-3 if args.tiny else 1e-5
 optimizer = None
 if not args.eager:
-    kernel.train_in_float8(
-        model
-    )  # Before the model moves to the card, which would not hold it and its gradients.
+    # Before the model moves to the card, which would not hold it and its gradients.
+    kernel.train_in_float8(model)
     kernel.apply_to(model, "attention", "norm", "loss")
     optimizer = kernel.Adafactor((p for p in model.parameters() if p.requires_grad), lr=learning_rate)
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-lines = filter(str.strip, Path(args.data).read_text("utf-8").splitlines())
 data = [tokenizer(line, truncation=True, max_length=args.length) for line in lines]
 settings = TrainingArguments(
     args.output,
@@ -67,5 +66,6 @@ settings = TrainingArguments(
 )
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 trainer = Trainer(model, settings, collator, data, optimizers=(optimizer, None))
+kernel.check_training(trainer)
 trainer.train()
 trainer.save_model(args.output)

@@ -3,7 +3,7 @@
     pip install torch transformers peft trl bitsandbytes kernels
     python gemma4_26b_qlora.py --data train.txt --card 24
 
-train.txt has a document on each line. Memory and speed, and how they were obtained: docs/recipes.md.
+train.txt has a document a line. Planned: 18.5 GiB of 24 GB, 26.2 of 80; 10,469 tokens/s on an H200: docs/recipes.md
 """
 
 import argparse
@@ -32,6 +32,7 @@ if args.tiny:
     args.model, args.data = tiny.prepare("gemma4_moe")
     length, batch = 64, 4
 dtype = torch.float32 if args.tiny else torch.bfloat16
+data = Dataset.from_dict({"text": [*filter(str.strip, Path(args.data).read_text("utf-8").splitlines())]})
 
 kernel = get_kernel("org/scattermoe-lora", version=1)
 kernel.register()
@@ -70,7 +71,6 @@ settings = SFTConfig(
     logging_steps=1,
     save_strategy="no",
 )
-data = Dataset.from_dict({"text": Path(args.data).read_text("utf-8").splitlines()})
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 if not args.eager:

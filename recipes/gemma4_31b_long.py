@@ -32,6 +32,7 @@ if args.tiny:
     args.model, args.data = tiny.prepare("gemma4_dense")
     args.length = 128
 dtype = torch.float32 if args.tiny else torch.bfloat16
+lines = list(filter(str.strip, Path(args.data).read_text("utf-8").splitlines()))
 
 set_seed(0)  # Before PEFT draws the adapter.
 kernel = get_kernel("org/scattermoe-lora", version=1)
@@ -55,7 +56,7 @@ if not args.eager:
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 rows = [[]]
-for line in filter(str.strip, Path(args.data).read_text("utf-8").splitlines()):
+for line in lines:
     ids = tokenizer(line)["input_ids"][: args.length]
     if sum(map(len, rows[-1])) + len(ids) > args.length:
         rows.append([])

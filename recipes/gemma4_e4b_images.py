@@ -31,6 +31,7 @@ if args.tiny:
     import tiny
 
     args.model, args.data = tiny.prepare("gemma4_images")
+data = [json.loads(line) for line in Path(args.data).read_text("utf-8").splitlines()]
 
 set_seed(0)  # Before PEFT draws the adapter.
 kernel = get_kernel("org/scattermoe-lora", version=1)
@@ -73,7 +74,6 @@ settings = TrainingArguments(
     remove_unused_columns=False,
     save_strategy="no",
 )
-data = [json.loads(line) for line in Path(args.data).read_text("utf-8").splitlines()]
 trainer = Trainer(model, settings, collate, data)
 kernel.check_training(trainer)
 trainer.train()

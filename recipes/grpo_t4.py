@@ -28,6 +28,7 @@ if args.tiny:
     import tiny
 
     args.model, args.data = tiny.prepare("gemma4_dense")
+data = Dataset.from_dict({"prompt": [*filter(str.strip, Path(args.data).read_text("utf-8").splitlines())]})
 
 kernel = get_kernel("org/scattermoe-lora", version=1)
 kernel.register_attention()
@@ -62,8 +63,6 @@ settings = GRPOConfig(
     logging_steps=1,
     save_strategy="no",
 )
-lines = filter(str.strip, Path(args.data).read_text("utf-8").splitlines())
-data = Dataset.from_dict({"prompt": list(lines)})
 lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.[qkvo]_proj")
 tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
 trainer = GRPOTrainer(model, reward, settings, data, processing_class=tokenizer, peft_config=lora)

@@ -11,6 +11,7 @@ CUDA's allocator, or without a GPU by Linux's count of the process's pages.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -35,11 +36,12 @@ WARM_UP_STEPS = 2
 
 def run(recipe: str, arguments: list[str], result: str) -> None:
     """One run in this process: losses, milliseconds a step and peak memory, as JSON in the file ``result``."""
-    import peft  # noqa: F401
     import torch
     import transformers.trainer  # noqa: F401
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    with contextlib.suppress(ImportError):  # Not every recipe needs it.
+        import peft  # noqa: F401
     moments: list[float] = []
 
     def note(*_: Any) -> None:
@@ -101,7 +103,10 @@ def measure(recipe: str, arguments: list[str], eager: bool, planned: int | None)
     commit = subprocess.run(
         ["git", "-C", str(RECIPES), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     fields = ("losses", "ms_per_step", "peak_bytes")
     return {
         "recipe": recipe,

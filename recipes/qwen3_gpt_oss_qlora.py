@@ -5,7 +5,7 @@
     python qwen3_gpt_oss_qlora.py --data train.txt --model unsloth/gpt-oss-20b-BF16
 
 train.txt has a document on each line. The checkpoint of gpt-oss has to be one in bfloat16: codes of its own format are
-not trained on by PEFT. Memory and speed, and how they were obtained: docs/recipes.md.
+not trained on by PEFT. Planned for Qwen3: 19.8 GiB. How this was obtained, and speed: docs/recipes.md.
 """
 
 import argparse
@@ -37,6 +37,7 @@ if args.tiny:
     args.model, args.data = tiny.prepare("gpt_oss" if "gpt-oss" in args.model else "qwen3_moe")
     args.length = 64
 dtype = torch.float32 if args.tiny else torch.bfloat16
+lines = list(filter(str.strip, Path(args.data).read_text("utf-8").splitlines()))
 
 set_seed(0)  # Before PEFT draws the adapter.
 kernel = get_kernel("org/scattermoe-lora", version=1)
@@ -60,7 +61,6 @@ if not args.eager:
     kernel.apply_to(model, "norm", "projections", "loss")
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-lines = filter(str.strip, Path(args.data).read_text("utf-8").splitlines())
 data = [tokenizer(line, truncation=True, max_length=args.length) for line in lines]
 settings = TrainingArguments(
     args.output,

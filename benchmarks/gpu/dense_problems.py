@@ -35,7 +35,7 @@ def _loss(part: str, sizes: Sizes, real: bool) -> Problem:
     hidden *= SPREAD * width**0.5
     weight, labels = values(real, words, width), torch.randint(words, (tokens,))
     operands = LossOperands(hidden, weight, None, None, None, labels, None)
-    settings = Settings(1.0, SOFTCAP, False, False, False)
+    settings = Settings(1.0, SOFTCAP, False, False, False, False)
     d_lse, d_label = torch.randn(tokens), torch.randn(tokens)
     gradients = StatisticsGradients(d_lse, d_label, None, None)
 
@@ -44,7 +44,7 @@ def _loss(part: str, sizes: Sizes, real: bool) -> Problem:
         return _expected_loss(hidden, weight, labels, d_lse, d_label)
 
     lse = expected()[0] if real and part == "logits_backward" else torch.empty(tokens)
-    statistics = Statistics(lse, *(lse.new_empty(0) for _ in range(3)), hidden.new_empty(0, width))
+    statistics = Statistics(lse, *(lse.new_empty(0) for _ in range(4)), hidden.new_empty(0, width))
 
     def forward() -> Tensors:
         return loss_gpu.forward(operands, settings)[:2]

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import runpy
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -68,11 +69,16 @@ def both_ways(name: str, folder: Path) -> dict[str, Any]:
     return {"ours": history(ours), "eager": history(eager), **reloaded(ours["args"].model, folder / name)}
 
 
-def parallel(rank: int, processes: int, eager: bool, name: str, folder: Path) -> None:
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def parallel(rank: int, processes: int, port: int, eager: bool, name: str, folder: Path) -> None:
     set_up()
-    port = str(29500 + os.getppid() % 400)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     output = folder / (f"{name}-eager" if eager else name)
     result = run(
         "eight_cards", "--parallel", PARALLEL[name], "--output", str(output), *(["--eager"] if eager else [])
@@ -132,8 +138,8 @@ def main(folder: Path) -> None:
     for name in RUNS:
         fork(child, (name, folder))
     for name in PARALLEL:
-        fork(parallel, (1, True, name, folder))
-        fork(parallel, (2, False, name, folder), processes=2)
+        fork(parallel, (1, free_port(), True, name, folder))
+        fork(parallel, (2, free_port(), False, name, folder), processes=2)
         fork(child, (name, folder))
 
 

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import simulated_launches
 import torch
 from kernels import get_kernel
 from triton.backends.compiler import GPUTarget
@@ -152,3 +153,8 @@ quantized("nf4", 0, 32, 1, torch.zeros(1, dtype=torch.uint8), torch.ones(256), t
 quantized("e4m3", 1, 1, 0, torch.ones(1, 1, 1))
 quantized("e2m1", 1, 32, 0, torch.ones(1, 1, 1).to(torch.float8_e8m0fnu), torch.ones(1))
 print(*sorted({name for name, _ in launched}))
+JITFunction.run = run
+different, codes = simulated_launches.compare(
+    importlib.import_module(f"{kernel.__name__}.ops.launcher").launch_kernel
+)
+print(codes, *different)

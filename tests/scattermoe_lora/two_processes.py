@@ -6,6 +6,7 @@ python two_processes.py FOLDER      (LOCAL_KERNELS names the built kernel)
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import os
 import sys
@@ -58,6 +59,13 @@ def adapt(model: Any, **settings: Any) -> Any:
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     lora = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_parameters=targets, **settings)
     return inject_adapter_in_model(lora, model)
+
+
+def merge(model: Any) -> None:
+    """Merges the adapters, each process its part."""
+    for module in list(model.modules()):
+        if hasattr(module, "parameter_name"):
+            module.merge(safe_merge=True)
 
 
 def train(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -144,6 +152,12 @@ def expert_parallel(rank: int, folder: Path) -> None:
         assert_equal(got, train(whole, [IDS]))
         assert len(got) == 2 * 2 * (3 if settings else 2)
         torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
+        if settings:
+            with pytest.raises(NotImplementedError, match="are not merged into weights that are split"):
+                merge(model)
+        else:
+            merge(model)
+            torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
 
     # Where each process has a batch of its own, it is for nobody to say how often the gradients are averaged.
     apart = DistributedConfig(fsdp_size=PROCESSES, ep_size=PROCESSES)
@@ -185,6 +199,10 @@ def quantized(rank: int, folder: Path) -> None:
 
         with pytest.raises(NotImplementedError, match="split by FSDP2; dequantize before fully_shard"):
             kernel.dequantize_experts(model)
+        with pytest.raises(
+            NotImplementedError, match="not merged into quantized experts that FSDP2 has split"
+        ):
+            merge(model)
 
     # Each process begins with other weights, and DistributedDataParallel gives it those of the first.
     whole = quantize(build("qwen3_moe", adapted=False), "nf4")
@@ -219,7 +237,10 @@ def quantized(rank: int, folder: Path) -> None:
         if kind == "ep":
             with pytest.raises(ValueError, match="already quantized"):
                 kernel.quantize_experts(model)
-            assert_equal(train(adapt(model), [IDS]), train(adapt(copy.deepcopy(whole)), [IDS]))
+            one = adapt(copy.deepcopy(whole))
+            assert_equal(train(adapt(model), [IDS]), train(one, [IDS]))
+            merge(model)
+            torch.testing.assert_close(decoded(model), decoded(one), rtol=1e-4, atol=1e-5)
             kernel.dequantize_experts(again)
             assert not any(
                 hasattr(p.to_local(), "codes") for p in again.parameters() if isinstance(p, DTensor)
@@ -330,6 +351,41 @@ def float8(rank: int, folder: Path) -> None:
         ):
             kernel.train_in_float8(fully_shard(build(name, adapted=False)))
 
+    # Copies that DistributedDataParallel holds begin and stay alike, though each process draws its own random numbers.
+    whole, model = (build("qwen3_moe", adapted=False) for _ in range(2))
+    if rank:
+        torch.nn.init.normal_(model.model.layers[0].mlp.experts.down_proj)
+    for each in (whole, model):
+        kernel.train_in_float8(each)
+    exact = train(whole, [IDS[:2], IDS[2:]])
+    model = DistributedDataParallel(model)
+    torch.manual_seed(rank)
+    for kind in (kernel.Adafactor, partial(kernel.Float8Optimizer, torch.optim.AdamW)):
+        optimizer = kind(model.parameters(), lr=1e-3)
+        got = train(model, [IDS[2 * rank : 2 * rank + 2]])
+        if kind is kernel.Adafactor:
+            for key, gradient in exact.items():
+                off = got[f"module.{key}"].sub(gradient)
+                assert off.norm() <= 0.25 * torch.linalg.vector_norm(gradient), key
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, parameter in model.named_parameters():
+        numbers = (
+            parameter.detach().clone().view(torch.int32)
+            if not hasattr(parameter, "codes")
+            else parameter.codes
+        )
+        of_first = numbers.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(numbers, of_first), key
+
+    config = DistributedConfig(tp_size=PROCESSES, tp_plan={}, ep_size=PROCESSES)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "qwen3_moe", distributed_config=config, experts_implementation="scattermoe"
+    )
+    with pytest.raises(NotImplementedError, match="tensor and expert parallelism are not supported"):
+        kernel.train_in_float8(model)
+
 
 def decoded(model: Any) -> torch.Tensor:
     """Logits of one more token, where few experts get anything to do."""
@@ -351,5 +407,7 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Forked after the imports, which take longer than the checks; nothing has computed yet.
+    # Forked after the imports, which take longer than the checks; nothing has computed yet. To look through what was
+    # imported for garbage would copy it into each process.
+    gc.freeze()
     torch.multiprocessing.start_processes(main, (Path(sys.argv[1]),), nprocs=PROCESSES, start_method="fork")

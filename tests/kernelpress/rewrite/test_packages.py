@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,7 @@ LOAD = (
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``wheel("name==version")``: the contents of a wheel; skips where it cannot be had."""
 
+    @functools.cache
     def fetch(requirement: str) -> Path:
         where = tmp_path_factory.mktemp(requirement.partition("=")[0])
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]

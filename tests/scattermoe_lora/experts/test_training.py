@@ -132,6 +132,8 @@ def test_the_default_backend_compiles_it(
 ) -> None:
     # The user's own cache may hold code for another processor's vectors, which inductor does not tell apart.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # To find out which instructions the compiler and the processor have takes longer than all else.
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     torch._dynamo.reset()
     layer = adapted_layer("Qwen3MoeExperts")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)

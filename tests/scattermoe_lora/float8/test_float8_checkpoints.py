@@ -162,6 +162,21 @@ def test_trainer_accumulates_checkpoints_and_resumes_with_weights_and_moments(
         ValueError, match="expected rows and columns of second moments, got exp_avg, exp_avg_sq, step"
     ):
         registered.Adafactor(resumed.model.lm_head.parameters()).load_state_dict(adamw.state_dict())
+    other = registered.Float8Optimizer(torch.optim.AdamW, resumed.model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="got columns, rows, step; the checkpoint is Adafactor's"):
+        other.load_state_dict(resumed.optimizer.state_dict())
+
+    # Trainer's own optimizer, and whatever reads weights as dense.
+    resumed.model.zero_grad()
+    resumed.model(input_ids=IDS, labels=IDS).loss.backward()
+    for fused in (False, True):
+        with pytest.raises(NotImplementedError, match="take Adafactor of this package, or Float8Optimizer"):
+            torch.optim.AdamW(resumed.model.model.layers.parameters(), fused=fused).step()
+    resumed.optimizer = None
+    with pytest.raises(
+        ValueError, match=r"expected one for weights in float8 such as model\.layers\.0\.self"
+    ):
+        registered.check_training(resumed)
 
 
 def test_what_cannot_be_trained_is_refused_by_name(registered: ModuleType) -> None:

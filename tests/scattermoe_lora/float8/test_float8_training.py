@@ -259,3 +259,22 @@ def test_a_model_that_moves_after_its_optimizer_was_made_is_still_trained(regist
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight.dequantize().float(), exact)
     assert model.to("meta")[0].weight.codes.is_meta
+
+
+def test_the_compiler_takes_linear_layers_in_one_graph_and_follows_their_steps(
+    registered: ModuleType,
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 8))
+    registered.train_in_float8(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = registered.Adafactor(model.parameters(), lr=1e-2)
+    x, losses = torch.randn(3, 24), []
+    for _ in range(2):
+        y = compiled(x)
+        assert torch.equal(y, model(x))
+        losses.append(y.square().sum())
+        losses[-1].backward()
+        assert hasattr(model[0].weight.grad, "codes")
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[1] < losses[0]

@@ -79,8 +79,21 @@ def test_a_head_of_4_bits_is_decoded_by_parts_and_no_logits_are_made(
     assert twin(input_ids=IDS, labels=IDS).logits is None
 
 
-def test_a_head_of_8_bits_runs_as_it_is(kernel) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_head_of_8_bits_is_decoded_by_parts_and_no_logits_are_made(kernel, submodule, adapted) -> None:
     model = quantize(llama(), 8, "lm_head")
+    if adapted:
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+        )
+    kernel.apply_to(model, "loss")
+    # Before the layer's first call, which moves its codes, and after it.
+    fused = [step(model)]
+    kernel.remove_from(model)
     expected = step(model)
     kernel.apply_to(model, "loss")
-    assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
+    fused.append(step(model))
+    assert max(distance(result, expected) for result in fused) < 1e-5
+    assert model(input_ids=IDS, labels=IDS).logits is None
+    head = submodule("integration.loss.heads").read(model.get_output_embeddings(), torch.float32)
+    assert torch.equal(head.weight.decode(9, 33), head.weight.decode(0, 64)[9:33])

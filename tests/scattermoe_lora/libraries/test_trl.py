@@ -11,7 +11,16 @@ from allocations import Allocations
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 WORDS = [f"w{index}" for index in range(61)]
 VOCABULARY = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
@@ -84,16 +93,46 @@ def policy(tmp_path: Any, peft: bool, **options: Any) -> Any:
     return GRPOTrainer(model, reward, settings, data, processing_class=tokenizer(), peft_config=adapter)
 
 
-def preferences(tmp_path: Any, model: Any) -> Any:
+def preferences(tmp_path: Any, **options: Any) -> Any:
     rows = {
         "prompt": ["w1 w2", "w3"] * 2,
         "chosen": [" w4 w5 w6", " w7"] * 2,
         "rejected": [" w8", " w9 w1"] * 2,
     }
+    model, reference = build(), build()
     transformers.set_seed(0)
-    settings = DPOConfig(str(tmp_path), **SETTINGS)
+    settings = DPOConfig(str(tmp_path), **SETTINGS, **options)
     return DPOTrainer(
-        model, build(), args=settings, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer()
+        model, reference, args=settings, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer()
+    )
+
+
+def judgements(tmp_path: Any) -> Any:
+    rows = {
+        "prompt": ["w1 w2", "w3"] * 2,
+        "completion": [" w4 w5 w6", " w7 w8", " w9", " w5 w1"],
+        "label": [True, False, False, True],
+    }
+    model, reference = build(), build()
+    transformers.set_seed(0)
+    settings = KTOConfig(str(tmp_path), **SETTINGS)
+    return KTOTrainer(
+        model, reference, args=settings, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer()
+    )
+
+
+def texts(tmp_path: Any) -> Any:
+    rows = {"text": [" ".join(f"w{(i * j) % 61}" for j in range(1, 5 + 2 * i)) for i in range(1, 13)]}
+    model = build()
+    transformers.set_seed(0)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    settings = SFTConfig(str(tmp_path), **SETTINGS, packing=True, max_length=16)
+    return SFTTrainer(
+        model,
+        settings,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer(),
+        peft_config=adapter,
     )
 
 
@@ -101,6 +140,7 @@ def trained(trainer: Any) -> tuple[list[float], list[torch.Tensor]]:
     """What was logged of its steps, and the parameters that they made."""
     trainer.train()
     names = ("loss", "grad_norm", "entropy", "kl", "logps/chosen", "rewards/margins")
+    names += ("mean_token_accuracy", "logits/chosen", "logits/rejected", "eval_loss")
     logged = [step[name] for step in trainer.state.log_history for name in names if name in step]
     assert len(logged) >= 9
     return logged, [p.detach() for p in trainer.model.parameters() if p.requires_grad]
@@ -110,13 +150,13 @@ def trained(trainer: Any) -> tuple[list[float], list[torch.Tensor]]:
 def calls(submodule, monkeypatch) -> list[bool]:
     """Of each call of the loss for TRL, whether it asked for entropies."""
     module, calls = submodule("integration.loss.trl_head"), []
-    plain = module.linear_cross_entropy
+    plain = module.token_statistics
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["return_entropy"])
+        calls.append(args[3].entropies)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(module, "linear_cross_entropy", watched)
+    monkeypatch.setattr(module, "token_statistics", watched)
     return calls
 
 
@@ -169,19 +209,23 @@ def test_log_probs_and_entropies_are_those_of_the_logits(kernel, calls, tmp_path
     )
 
 
-def test_dpo_trains_to_the_same_weights_and_keeps_its_own_head(kernel, calls, tmp_path) -> None:
-    plain = trained(preferences(tmp_path, build()))
-    model = build()
-    kernel.apply_to(model, "loss")
-    trainer = preferences(tmp_path, model)
-    with pytest.raises(
-        NotImplementedError, match="makes no logits either, returns mean_logits, is_top1, too"
-    ):
-        kernel.apply_to(trainer.model, "loss")
-    # Its reference model is asked for log-probabilities alone.
-    assert kernel.apply_to(trainer.ref_model, "loss") == 1
+@pytest.mark.parametrize("make", [preferences, judgements, texts], ids=["DPO", "KTO", "SFT"])
+def test_trainers_with_metrics_of_the_logits_train_and_log_the_same(kernel, calls, tmp_path, make) -> None:
+    plain = trained(make(tmp_path))
+    trainer = make(tmp_path)
+    models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
+    for model in models:
+        assert kernel.apply_to(model, "loss") == 1
     torch.testing.assert_close(trained(trainer), plain, rtol=1e-5, atol=1e-5)
-    assert calls == [False] * 3
+    # Their reference models are asked for log-probabilities alone.
+    assert calls.count(True) >= 3
+    assert (calls.count(False) > 0) == (len(models) == 2)
+
+
+def test_a_metric_that_is_not_computed_here_is_refused_by_name(kernel, tmp_path) -> None:
+    trainer = preferences(tmp_path, use_weighting=True)
+    with pytest.raises(NotImplementedError, match="makes no logits either, returns log_sum_sq_probs, too"):
+        kernel.apply_to(trainer.model, "loss")
 
 
 def test_head_that_trl_casts_runs_as_trl_has_it_and_the_log_says_why(

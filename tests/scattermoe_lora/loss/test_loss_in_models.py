@@ -61,6 +61,15 @@ MODELS = {
     ),
     "scaled": lambda: causal("Cohere", logit_scale=0.3),
     "divided": lambda: causal("Granite", logits_scaling=4.0),
+    "another head": lambda: causal(
+        "BioGpt",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        activation_dropout=0.0,
+        layerdrop=0.0,
+    ),
+    "contiguous": lambda: causal("OPT", ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "capped by a function": lambda: causal("RecurrentGemma", lru_width=32, logits_soft_cap=2.0),
     "auxiliary loss": lambda: causal(
         "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=True
     ),
@@ -284,6 +293,13 @@ def test_a_class_that_does_more_with_its_logits_is_refused_with_the_line(kernel)
         NotImplementedError, match=re.escape("something else with the logits: z_loss = logits.logsumexp")
     ):
         kernel.apply_to(bamba, "loss")
+    with torch.device("meta"):
+        outer = transformers.Blip2ForConditionalGeneration(
+            transformers.Blip2Config(text_config={**SMALL, "model_type": "opt"})
+        )
+    with pytest.raises(NotImplementedError, match="its head is another module's, and it computes its loss"):
+        kernel.apply_to(outer, "loss")
+    assert kernel.apply_to(outer.language_model, "loss") == 1
     model = causal("Llama")
     model.loss_function = lambda **_: torch.zeros(())
     with pytest.raises(
@@ -291,7 +307,7 @@ def test_a_class_that_does_more_with_its_logits_is_refused_with_the_line(kernel)
     ):
         kernel.apply_to(model, "loss")
     with pytest.raises(
-        ValueError, match=r"expected a model with a linear lm_head whose logits .* got a LlamaModel"
+        ValueError, match=r"expected a model with a linear head whose logits .* got a LlamaModel"
     ):
         kernel.apply_to(causal("Llama").model, "loss")
 

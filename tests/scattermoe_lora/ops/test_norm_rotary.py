@@ -168,7 +168,7 @@ if TRITON:
         x, weight, cos, sin, grad = leaves((1, 20, 1, 16, 16, 1), torch.float32)
         torch.autograd.grad(kernel.rms_norm_rotary(x, weight, cos, sin), (x, weight), grad)
         # One a row of 20; or so many for each of the two multiprocessors.
-        assert grids == [(20 if programs is None else 2 * programs,)]
+        assert grids == [(20 if programs is None else 2 * programs, 1, 1)]
 
 
 def test_strided_and_expanded_inputs_are_read_in_place_or_copied(kernel) -> None:

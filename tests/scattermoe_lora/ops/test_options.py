@@ -274,28 +274,34 @@ if TRITON:
         if not len(index):
             return
         routing = submodule("ops.routing").sort_by_expert(index, experts)
-        header, *tiles = submodule("ops.grouped_linear.schedule").tile_schedule(routing, block).tolist()
-        ends, expected = [*routing.offsets.tolist()[1:], len(index)], []
-        for segment, end in enumerate(ends):
-            for row in range(ends[segment - 1] if segment else 0, end, block):
-                expected.append([segment, row, end])
-        assert tiles[: len(expected)] == expected
-        assert all(row >= end for _, row, end in tiles[len(expected) :])
-        assert header[:2] == [sum(segment < experts for segment, *_ in expected), len(expected)]
+        ends = [*routing.offsets.tolist()[1:], len(index)]
+        for size in {experts, 2, 1} - {2 * (experts == 1)}:
+            schedules = submodule("ops.grouped_linear.schedule").tile_schedules(routing, block, size)
+            assert len(schedules) == -(-experts // size)
+            for share, (header, *tiles) in enumerate(schedules.tolist()):
+                first, expected = share * size, []
+                after = first + size if first + size < experts else experts + 1
+                for segment in range(first, after):
+                    number = size if segment == experts else segment - first
+                    for row in range(ends[segment - 1] if segment else 0, ends[segment], block):
+                        expected.append([number, row, ends[segment]])
+                assert tiles[: len(expected)] == expected
+                assert all(row >= end for _, row, end in tiles[len(expected) :])
+                assert header[:2] == [sum(number < size for number, *_ in expected), len(expected)]
 
     def test_launches_of_a_call_share_their_schedules_with_one_expert_or_more(
         submodule, launched, monkeypatch
     ) -> None:
         schedule = submodule("ops.grouped_linear.schedule")
-        asked, make = [], schedule.tile_schedule
+        asked, make = [], schedule.tile_schedules
         monkeypatch.setattr(
-            schedule, "tile_schedule", lambda routing, block: asked.append(block) or make(routing, block)
+            schedule, "tile_schedules", lambda *arguments: asked.append(arguments[1:]) or make(*arguments)
         )
         gate = submodule("ops.activation").Gate("silu")
         with launched(OPTIONS["schedule"]):
             layer(submodule, AWKWARD[1], route(AWKWARD[1]), gate, transposed=False, factors=True, bias=True)
         # Once in the forward, once in the backward.
-        assert asked == [MATMUL["BLOCK_M"]] * 2
+        assert asked == [(MATMUL["BLOCK_M"], AWKWARD[1].experts)] * 2
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
     @pytest.mark.parametrize("block", [16, 64])

@@ -79,6 +79,22 @@ def test_a_plain_call_goes_without_the_dispatcher_and_others_do_not(
     assert dispatched == [both[1], *both]
 
 
+def test_plain_attention_and_losses_go_without_the_dispatcher(kernel: Any, dispatched: list[str]) -> None:
+    x, rows, head = (torch.randn(shape, requires_grad=True) for shape in ((1, 4, 2, 16), (3, 8), (5, 8)))
+    labels = torch.tensor([0, 4, -100])
+    for call in (
+        lambda: kernel.flash_attn_func(x, x, x, causal=True, s_aux=torch.zeros(2)),
+        lambda: kernel.linear_cross_entropy(rows, head, labels),
+        lambda: kernel.linear_cross_entropy(rows, head, labels, reduction="none"),
+    ):
+        call().sum().backward()
+    assert not dispatched
+    # Autocast is no reason to dispatch, and does not reach the products inside.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernel.linear_cross_entropy(rows, head, labels).dtype == torch.float32
+    assert not dispatched
+
+
 @pytest.mark.parametrize("mode", [Operators, Functions])
 def test_a_mode_sees_the_operator(kernel: Any, mode: Any) -> None:
     with mode() as seen:

@@ -113,8 +113,8 @@ def conflict(first: tuple[str, str], second: tuple[str, str], calls: dict[str, A
     for name, call in calls.items():
         if call["arguments"] is None or any(name not in overloads for overloads in pairs):
             continue
-        fake = call["real"] != "ran"
-        results = [_call(overloads[name], call["arguments"], roots, fake=fake) for overloads in pairs]
+        fakes = None if call["real"] == "ran" else _Fakes()
+        results = [_call(overloads[name], call["arguments"], roots, fakes) for overloads in pairs]
         for result, own, other in zip(results, roots, reversed(roots), strict=True):
             for file in result.files:
                 if file.startswith(other):
@@ -160,8 +160,9 @@ def examine(overload: Any, own: str, words: list[str]) -> dict[str, Any]:
     """
     answer = dict(_NOTHING)
     search = SampleSearch(overload, own, words)
+    fakes = _Fakes()
     for arguments in search.lists(None):
-        fake = _call(overload, arguments, (own,), fake=True)
+        fake = _call(overload, arguments, (own,), fakes)
         if fake.error is None:
             answer |= {"fake": "ran", "fake_why": "", "arguments": arguments}
             break
@@ -172,12 +173,12 @@ def examine(overload: Any, own: str, words: list[str]) -> dict[str, Any]:
     else:
         return answer
     for arguments in search.lists(answer["arguments"]):
-        real = _call(overload, arguments, (own,), fake=False)
+        real = _call(overload, arguments, (own,), None)
         if real.error is not None:
             answer["real_why"] = _reason(real.error)
             search.learn(arguments, real.error)
             continue
-        fake = _call(overload, arguments, (own,), fake=True)
+        fake = _call(overload, arguments, (own,), fakes)
         if fake.error is not None:
             continue
         answer |= {"real": "ran", "real_why": "", "arguments": arguments}
@@ -190,12 +191,29 @@ def examine(overload: Any, own: str, words: list[str]) -> dict[str, Any]:
     return answer
 
 
-def _call(overload: Any, arguments: list[Any], roots: tuple[str, ...], *, fake: bool) -> _Call:
-    """Call an operator, and note which files below ``roots`` ran for it."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+class _Fakes:
+    """The mode of an operator's calls on fake tensors, and those tensors, which serve one call after the other."""
 
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self._mode, self.pool = FakeTensorMode(), dict[Any, Any]()
+
+    def mode(self) -> Any:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        # Results of sizes that only data tells are a fake implementation's right, in every call other sizes; to read
+        # the data is not.
+        self._mode.shape_env, self._mode.static_shapes = ShapeEnv(allow_scalar_outputs=False), False
+        return self._mode
+
+
+def _call(overload: Any, arguments: list[Any], roots: tuple[str, ...], fakes: _Fakes | None) -> _Call:
+    """Call an operator, in earnest or on fake tensors, and note which files below ``roots`` ran for it."""
+    import torch
+
+    # What an operator writes to is no tensor for another call.
+    pool = fakes.pool if fakes and not overload._schema.is_mutable else None
     files: dict[str, None] = {}
 
     # Not a profile, which is told of each return and of each call of a function in C as well.
@@ -205,20 +223,16 @@ def _call(overload: Any, arguments: list[Any], roots: tuple[str, ...], *, fake: 
 
     results: list[_Result] = []
     error: BaseException | None = None
-    # Results of sizes that only data tells are a fake implementation's right; to read the data is not.
-    mode = (
-        FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False)) if fake else contextlib.nullcontext()
-    )
     try:
-        with mode, torch.no_grad(), _limited():
-            positional, named = bind(overload, arguments)
+        with fakes.mode() if fakes else contextlib.nullcontext(), torch.no_grad(), _limited():
+            positional, named = bind(overload, arguments, pool)
             before = sys.gettrace()
             sys.settrace(trace)
             try:
                 returned = overload(*positional, **named)
             finally:
                 sys.settrace(before)
-        if fake:
+        if fakes:
             _check_results(overload, returned)
         results = _results(returned)
     except (KeyboardInterrupt, SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import re
 import sys
@@ -28,8 +29,15 @@ class TensorSpec(NamedTuple):
         return f"{'float32' if self.floating else 'int64'}{list(self.shape)}"
 
 
+class _Argument(NamedTuple):
+    """The type of an argument by the schema, and whether by its name its numbers are indexes."""
+
+    kind: str
+    indexes: bool
+
+
 class SampleSearch:
-    """Argument lists in an order that leads to some that fit: changes to the one whose call came furthest.
+    """Argument lists in an order that leads to some that fit: changes to the one whose call came furthest, each once.
 
     Args:
         overload: The operator.
@@ -38,7 +46,10 @@ class SampleSearch:
     """
 
     def __init__(self, overload: Any, own: str, words: list[str]) -> None:
-        self._arguments = _required(overload)
+        self._arguments = [
+            _Argument(str(argument.type), _INDEX.search(argument.name) is not None)
+            for argument in _required(overload)
+        ]
         self._own = own
         self._words = words
         # The same lists each time, so that a finding does not come and go.
@@ -49,7 +60,10 @@ class SampleSearch:
         """From ``start``, or from lists whose tensors all have the same number of dimensions."""
         self._best = None if start is None else (0, start)
         end = time.process_time() + _SECONDS
+        # A second call of the same would come as far as the first.
+        called = set()
         if start is not None:
+            called.add(_hashable(start))
             yield start
         else:
             for rank in (2, 1, 3, 4, 0):
@@ -59,10 +73,13 @@ class SampleSearch:
                 return
             changes = self._random.choice((0.1, 0.3, 1.0))
             fresh = [_sample(argument, None, self._random, self._words) for argument in self._arguments]
-            yield [
+            arguments = [
                 new if self._best is None or self._random.random() < changes else old
                 for new, old in zip(fresh, self._best[1] if self._best else fresh, strict=True)
             ]
+            if (key := _hashable(arguments)) not in called:
+                called.add(key)
+                yield arguments
 
     def learn(self, arguments: list[Any], error: BaseException) -> None:
         """Keep the list if its call came as far as the best: to that line of the operator's own outermost function."""
@@ -77,25 +94,44 @@ def _required(overload: Any) -> list[Any]:
     return [argument for argument in overload._schema.arguments if not argument.has_default_value()]
 
 
-def bind(overload: Any, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Make tensors of the specifications among values for the required arguments; return positional and named ones."""
+def bind(
+    overload: Any, values: list[Any], pool: dict[Any, Any] | None = None
+) -> tuple[list[Any], dict[str, Any]]:
+    """Make tensors of the specifications among values for the required arguments; return positional and named ones.
+
+    Tensors in ``pool`` serve again, where it is given, each for one specification of a list.
+    """
+    used: collections.Counter[TensorSpec] = collections.Counter()
+
+    def materialize(value: Any) -> Any:
+        if isinstance(value, list):
+            return [materialize(item) for item in value]
+        if not isinstance(value, TensorSpec):
+            return value
+        used[value] += 1
+        key = value, used[value]
+        if pool is None or key not in pool:
+            tensor = torch.zeros(value.shape, dtype=torch.float32 if value.floating else torch.int64)
+            if pool is None:
+                return tensor
+            pool[key] = tensor
+        return pool[key]
+
+    import torch
+
     pairs = [
-        (argument, _materialize(value)) for argument, value in zip(_required(overload), values, strict=True)
+        (argument, materialize(value)) for argument, value in zip(_required(overload), values, strict=True)
     ]
     return [value for argument, value in pairs if not argument.kwarg_only], {
         argument.name: value for argument, value in pairs if argument.kwarg_only
     }
 
 
-def _materialize(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, TensorSpec):
-        return torch.zeros(value.shape, dtype=torch.float32 if value.floating else torch.int64)
-    return [_materialize(item) for item in value] if isinstance(value, list) else value
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def _sample(argument: Any, rank: int | None, source: random.Random | None, words: list[str]) -> Any:
+def _sample(argument: _Argument, rank: int | None, source: random.Random | None, words: list[str]) -> Any:
     """A value for an argument: the plainest one of a rank, or any one."""
 
     def choose(choices: Sequence[Any]) -> Any:
@@ -107,7 +143,7 @@ def _sample(argument: Any, rank: int | None, source: random.Random | None, words
         if kind.startswith("List["):
             return [of(kind[5:-1]) for _ in range(choose(range(1, 13)))]
         if kind == "Tensor":
-            indexes = _INDEX.search(argument.name) is not None
+            indexes = argument.indexes
             ranks = (1, 1, 2) if indexes else (1, 2, 2, 3, 3, 4)
             shape = tuple(choose(_SIZES) for _ in range(choose(ranks) if rank is None else rank))
             return TensorSpec(shape, choose((not indexes,) * 4 + (indexes,)))
@@ -117,7 +153,7 @@ def _sample(argument: Any, rank: int | None, source: random.Random | None, words
         }  # fmt: skip
         return choose(choices.get(kind, (None,)))
 
-    return of(str(argument.type))
+    return of(argument.kind)
 
 
 def words_of(namespace: str) -> list[str]:

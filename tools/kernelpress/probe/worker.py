@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loading, op_calls
+from .collector import imports_kept
 
 _TIMEOUT = 300.0
 # A process that loads a kernel and what it imports of torch may need 500 MB.
@@ -32,8 +33,9 @@ def main(jobs_file: str, report: str = "") -> None:
         jobs_file: JSON, a list of jobs.
         report: The file to write; without it, ``jobs_file`` holds the single job of a process that is started anew.
     """
-    import kernels  # type: ignore[import-untyped]  # noqa: F401
-    import torch  # noqa: F401
+    with imports_kept():
+        import kernels  # type: ignore[import-untyped]  # noqa: F401
+        import torch  # noqa: F401
 
     jobs = json.loads(Path(jobs_file).read_text("utf-8"))
     if not report:
@@ -89,7 +91,8 @@ def _call_operators(loaded: list[tuple[dict[str, Any], dict[str, Any]]]) -> None
         if job["call"] and answer["error"] is None
     ]
     if called:
-        op_calls.prepare()
+        with imports_kept():
+            op_calls.prepare()
     results = _run_all([job | {"twin_loads": answer["twin_error"] is None} for job, answer in called])
     for (_, answer), result in zip(called, results, strict=True):
         answer |= {"calls": None, "died": result["crashed"]} if "crashed" in result else result

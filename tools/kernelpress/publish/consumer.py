@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..probe import op_calls
+from ..probe.collector import imports_kept
 
 
 def main(part: str, report: str, repo_id: str, version: str, *arguments: str) -> None:
@@ -78,8 +79,9 @@ def _digest_faults(variant: Path) -> list[str]:
 
 
 def _load_all(repo_id: str, version: int, folder: Path, result: dict[str, Any]) -> None:
-    import torch
-    from kernels import get_kernel, get_local_kernel  # type: ignore[import-untyped]
+    with imports_kept():
+        import torch
+        from kernels import get_kernel, get_local_kernel  # type: ignore[import-untyped]
 
     usable = {"cpu"}
     if torch.cuda.is_available():
@@ -120,8 +122,11 @@ def _load_all(repo_id: str, version: int, folder: Path, result: dict[str, Any]) 
 
 def _call_any(namespace: str, variant: Path) -> str | None:
     """Name of an operator that took sample inputs: in earnest, or else as fake tensors."""
-    fake = None
-    for name, operator in op_calls.operators(namespace).items():
+    fake, operators = None, op_calls.operators(namespace)
+    if operators:
+        with imports_kept():
+            op_calls.prepare()
+    for name, operator in operators.items():
         call = op_calls.examine(operator, f"{variant}{os.sep}", [])
         if call["real"] == "ran":
             return f"{namespace}::{name}"

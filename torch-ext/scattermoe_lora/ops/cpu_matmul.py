@@ -52,20 +52,27 @@ def prefers_onednn() -> bool:
 
 def add_matmul(x: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``out += x @ right`` of ``[m, k]`` and ``[k, n]``, rounded once."""
-    large = x.dtype == torch.float32 and x.shape[0] * right.numel() >= _LARGE
-    weight = onednn_layout(right.t()) if large and prefers_onednn() else None
-    # In pieces, so that few sizes occur.
-    for rows, sums in zip(x.split(_MOST_ROWS), out.split(_MOST_ROWS), strict=True):
-        if weight is None:
-            sums.addmm_(rows, right)
-        else:
-            sums.add_(torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""))
-    return out
+    if x.shape[0] > _MOST_ROWS:
+        # In pieces, so that few sizes occur.
+        for rows, sums in zip(x.split(_MOST_ROWS), out.split(_MOST_ROWS), strict=True):
+            add_matmul(rows, right, sums)
+        return out
+    if _is_large(x, right) and prefers_onednn():
+        return out.add_(_linear(x, right.t()))
+    return out.addmm_(x, right)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x @ weight^T`` of ``[m, k]`` and ``[n, k]``, for many rows of few different numbers."""
-    large = x.dtype == torch.float32 and x.shape[0] * weight.numel() >= _LARGE
-    if large and prefers_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, onednn_layout(weight), None, "none", [], "")
-    return x @ weight.t()
+    return _linear(x, weight) if _is_large(x, weight) and prefers_onednn() else x @ weight.t()
+
+
+def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.shape[0] * weight.numel() >= _LARGE
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        x, onednn_layout(weight), None, "none", [], ""
+    )
+    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.autograd import forward_ad
@@ -19,7 +19,7 @@ def use_triton(x: torch.Tensor) -> bool:
     Raises:
         NotImplementedError: ``x`` is bfloat16 under the interpreter, which multiplies its bits as integers.
     """
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return True
     if os.environ.get("TRITON_INTERPRET") != "1":
         return False
@@ -31,26 +31,39 @@ def use_triton(x: torch.Tensor) -> bool:
 
 
 _UNCHANGED = nullcontext()
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_HAS_CUDA = hasattr(torch._C, "_cuda_getDevice")
+
+
+def _current_device() -> int:
+    # torch.accelerator asks each call which of all kinds of accelerators this machine has.
+    return torch._C._cuda_getDevice() if _HAS_CUDA else torch.accelerator.current_device_index()
+
+
+def is_undisturbed(x: torch.Tensor) -> bool:
+    """True if no autocast is on and the device of ``x`` is the current one, as in most calls."""
+    return not _is_any_autocast_enabled() and (x.is_cpu or x.get_device() == _current_device())
 
 
 def undisturbed(x: torch.Tensor) -> AbstractContextManager[None]:
     """The context in which an operator on ``x`` computes: without autocast, which reaches into operators and would cast
     half of a sum; and with the device of ``x`` as the current one, on which alone Triton launches."""
-    device = x.device
-    is_cast = torch.is_autocast_enabled(device.type)
-    is_elsewhere = device.type != "cpu" and device.index != torch.accelerator.current_device_index()
-    # A call is short of time where neither is so, as most are.
-    return _switched(device, is_cast, is_elsewhere) if is_cast or is_elsewhere else _UNCHANGED
+    return _UNCHANGED if is_undisturbed(x) else _switched(x.device)
 
 
 @contextmanager
-def _switched(device: torch.device, is_cast: bool, is_elsewhere: bool) -> Iterator[None]:
-    with ExitStack() as stack:
+def _switched(device: torch.device) -> Iterator[None]:
+    kind, is_cast = device.type, torch.is_autocast_enabled(device.type)
+    is_elsewhere = kind != "cpu" and device.index != _current_device()
+    if is_cast:
+        # torch.autocast would also read and set the dtype and the cache, in ten times as long.
+        torch.set_autocast_enabled(kind, False)
+    try:
+        with torch.accelerator.device_index(device.index) if is_elsewhere else _UNCHANGED:
+            yield
+    finally:
         if is_cast:
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if is_elsewhere:
-            stack.enter_context(torch.accelerator.device_index(device.index))
-        yield
+            torch.set_autocast_enabled(kind, True)
 
 
 def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch.utils._device import DeviceContext
 
+from .dispatch import is_undisturbed, undisturbed
+
 T = TypeVar("T")
 
 
@@ -44,6 +46,8 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
                 inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
             )
         pieces.append((hint, slice(start, len(parameters))) if is_tuple else (None, start))
+    if not any(hasattr(hint, "_fields") for hint in hints.values()):
+        return function
 
     @functools.wraps(function)
     def flat(*arguments: Any) -> T:
@@ -55,25 +59,56 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     return flat
 
 
+def computation(function: Callable[..., T]) -> Callable[..., T]:
+    """What an operator computes: the function :func:`flattened`, in the context of :func:`.dispatch.undisturbed`."""
+    flat = flattened(function)
+
+    @functools.wraps(flat)
+    def compute(*arguments: Any) -> T:
+        x = arguments[0]
+        if type(x) is not torch.Tensor:
+            x = _first_tensor(arguments)
+        if is_undisturbed(x):
+            return flat(*arguments)
+        with undisturbed(x):
+            return flat(*arguments)
+
+    return compute
+
+
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, torch.dtype, type(None)})
+_are_plain = _PLAIN.issuperset
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_is_transformed, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_is_profiled = torch._C._autograd._profiler_enabled
+
+
+def _first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
+    """The first of the arguments, some of which may be lists, that is a tensor."""
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            return value
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            return value[0]
+    raise TypeError("an operator has a tensor among its arguments")
 
 
 def is_plain(arguments: Sequence[Any]) -> bool:
-    """True if nothing but autograd looks at a call with these arguments, the first of which is or begins with a tensor.
+    """True if nothing but autograd looks at a call with these arguments, one of which is or begins with a tensor.
 
     So not where they are compiled, traced or transformed, where a mode or a subclass of tensors wants to see the
     operator, or where they have no data.
     """
-    for value in arguments:
-        if type(value) not in _PLAIN and not (type(value) is list and _PLAIN.issuperset(map(type, value))):
-            return False
-    first = arguments[0]
+    if not _are_plain(map(type, arguments)) and not all(
+        type(value) in _PLAIN or (type(value) is list and _are_plain(map(type, value))) for value in arguments
+    ):
+        return False
     return not (
-        (first[0] if isinstance(first, list) else first).is_meta
-        or torch._C._len_torch_dispatch_stack()
-        or (torch._C._len_torch_function_stack() and _is_function_mode_active())
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+        _dispatch_modes()
+        or (_function_modes() and _is_function_mode_active())
+        or _is_transformed()
+        or _is_tracing()
+        or _first_tensor(arguments).is_meta
     )
 
 
@@ -85,30 +120,22 @@ def _is_function_mode_active() -> bool:
     )
 
 
-def _recorded(operator: torch.library.CustomOpDef) -> Callable[..., Any]:
-    """The operator's own computation, which a profiler sees under the operator's name."""
-    compute, name = operator._init_fn, operator._qualname
-
-    @functools.wraps(compute)
-    def call(*arguments: Any) -> Any:
-        if not torch._C._autograd._profiler_enabled():
-            return compute(*arguments)
-        # An operator's event, as the dispatcher makes one, and not an annotation, which has no time of its own.
-        with torch._C._profiler._RecordFunctionFast(name):
-            return compute(*arguments)
-
-    return call
+def _recorded(name: str, compute: Callable[..., T], arguments: Sequence[Any]) -> T:
+    """An operator's own computation, as a profiler sees it."""
+    # An operator's event, as the dispatcher makes one, and not an annotation, which has no time of its own.
+    with torch._C._profiler._RecordFunctionFast(name):
+        return compute(*arguments)
 
 
 def eager(operator: torch.library.CustomOpDef) -> Callable[..., Any]:
     """The operator as a function that computes plain calls without the dispatcher, where no gradient is recorded."""
-    compute = _recorded(operator)
+    compute, name = operator._init_fn, operator._qualname
 
     @functools.wraps(compute)
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(arguments):
             return operator(*arguments)
-        return compute(*arguments)
+        return _recorded(name, compute, arguments) if _is_profiled() else compute(*arguments)
 
     return call
 
@@ -125,10 +152,10 @@ def register_autograd(
         backward, setup_context: As ``register_autograd`` of ``torch.library`` takes them.
     """
     operator.register_autograd(backward, setup_context=setup_context)
-    compute = _recorded(operator)
+    compute, name = operator._init_fn, operator._qualname
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        results = compute(*arguments)
+        results = _recorded(name, compute, arguments) if _is_profiled() else compute(*arguments)
         setup_context(ctx, arguments, results)
         return results
 
@@ -153,13 +180,16 @@ def register_autograd(
             flat += [gradient] if length is None else gradient or [None] * length
         return tuple(flat)
 
-    def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    def applied(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(compute.__name__, (torch.autograd.Function,), methods)
+        function: Any = type(compute.__name__, (torch.autograd.Function,), methods)
+        # Not Function's own apply, which first looks for transforms, and there are none around a plain call.
+        apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+        return apply
 
-    function_of_tensors, function_of_lists = (
-        function(forward, backward),
-        function(forward_of_lists, backward_of_lists),
+    apply_to_tensors, apply_to_lists = (
+        applied(forward, backward),
+        applied(forward_of_lists, backward_of_lists),
     )
 
     @functools.wraps(compute)
@@ -167,12 +197,12 @@ def register_autograd(
         if torch.compiler.is_compiling() or not is_plain(arguments):
             return operator(*arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return compute(*arguments)
+            return _recorded(name, compute, arguments) if _is_profiled() else compute(*arguments)
         if list not in map(type, arguments):
-            return function_of_tensors.apply(*arguments)
+            return apply_to_tensors(*arguments)
         leaves, lengths = _leaves(arguments)
         structures = [lengths]
-        results = function_of_lists.apply(structures, *leaves)
+        results = apply_to_lists(structures, *leaves)
         return tuple(_nested(results, structures[1]))
 
     return call

@@ -169,6 +169,36 @@ def test_a_weight_that_is_decoded_by_rows_gives_the_same_and_is_not_kept(
         ValueError, match=r"weight: expected dtype of hidden, torch\.float32, got torch\.float64"
     ):
         kernel.linear_cross_entropy(weight=wrong, labels=labels, **arguments)
+    wrong = kernel.DecodedWeight((37, 32), torch.float32, weight.device, lambda *_: weight)
+    message = r"weight: expected decode\(0, 5\) to return \[5, 32\] of torch\.float32, got \[37, 32\]"
+    with pytest.raises(ValueError, match=message):
+        kernel.linear_cross_entropy(weight=wrong, labels=labels, **arguments)
+
+
+@pytest.mark.parametrize("head", ["frozen", "lora"])
+def test_statistics_of_tokens_are_those_of_the_logits(kernel, submodule, monkeypatch, head) -> None:
+    folder = "ops.linear_cross_entropy"
+    monkeypatch.setattr(submodule(f"{folder}.decoded"), "_PART_BYTES", 5 * 32 * 4)
+    settings = submodule(f"{folder}.arguments").Settings(0.5, 2.0, True, True, True, False)
+    _, arguments, leaves = problem((13, 32, 37, 3), torch.float32, {"bias": torch.zeros(37)}, HEADS[head])
+    arguments.pop("scaling", None)
+    logits = submodule(f"{folder}.reference").logits(**arguments, softcap=2.0, logit_scale=0.5)
+    top, log_p = logits.max(dim=-1), logits.log_softmax(-1)
+    labels = top.indices.clone()
+    labels[::2] = (labels[::2] + 1) % 37
+    entropy, log_probs = -(log_p.exp() * log_p).sum(-1), log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    expected = gradients([log_probs, entropy], leaves)
+    weight = arguments.pop("weight")
+    decoded = kernel.DecodedWeight((37, 32), torch.float32, weight.device, lambda *part: weight[slice(*part)])
+    hidden = arguments.pop("hidden")
+    for own in (weight, decoded):
+        got = submodule(f"{folder}.api").token_statistics(hidden, own, labels, settings, **arguments)
+        assert torch.equal(got.label_logit >= got.peak, labels == top.indices)
+        assert not got.peak.requires_grad
+        values = [got.peak, got.logit_sum, got.entropy, got.lse]
+        assert_close(values, [top.values, logits.sum(-1), entropy, logits.logsumexp(-1)], 2e-5)
+        own_log_probs = got.label_logit - got.lse
+        assert_close(gradients([own_log_probs, got.entropy], leaves), expected, 2e-5)
 
 
 def test_loss_alone_has_the_same_bits_every_time_and_no_matter_what_else_is_asked_for(kernel) -> None:
@@ -303,13 +333,13 @@ if not INTERPRETED:
             optional[0] = arguments["bias"]
         if "lora_a" in trained:
             optional[1:] = [torch.randn(13, 2, requires_grad=True), arguments["lora_b"]]
-        for flags in ((False, False, not trained), (True, True, False)):
+        for flags in ((False, False, False, not trained), (True, True, True, False)):
             torch.library.opcheck(
                 op, (arguments["hidden"], arguments["weight"], *optional, labels, None, 0.5, 2.0, *flags)
             )
         operands = (arguments["hidden"], arguments["weight"], *optional, labels, None)
         needs = [t is not None and t.requires_grad for t in operands[:5]]
-        torch.library.opcheck(total, (*operands, *factors, 0.5, 2.0, False, True, False, needs))
+        torch.library.opcheck(total, (*operands, *factors, 0.5, 2.0, False, True, False, False, needs))
 
     @pytest.mark.parametrize("trained", [(), ("weight",)])
     def test_no_tensor_of_tokens_by_vocabulary_is_made(kernel, submodule, monkeypatch, trained) -> None:
@@ -369,8 +399,10 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 5, 8), torch.zeros(9, 8), torch.zeros(2,
         ({"bias": WEIGHT[0]}, "bias: expected shape [9], got [8]"),
         ({"class_weight": LABELS.new_ones(9)}, f"class_weight: {FLOATS}, got torch.int64"),
         ({"token_weight": torch.ones(5)}, "token_weight: expected shape [2, 5], got [5]"),
-        ({"softcap": 0.0}, "softcap: expected a number above 0, or None, got 0.0"),
-        ({"softcap": -1.0}, "softcap: expected a number above 0, or None, got -1.0"),
+        ({"softcap": 0.0}, "softcap: expected a finite number above 0, or None, got 0.0"),
+        ({"softcap": -1.0}, "softcap: expected a finite number above 0, or None, got -1.0"),
+        ({"softcap": float("inf")}, "softcap: expected a finite number above 0, or None, got inf"),
+        ({"z_loss": float("inf")}, "z_loss: expected a finite number, got inf"),
         ({"logit_scale": float("nan")}, "logit_scale: expected a finite number, got nan"),
         ({"label_smoothing": 1.5}, "label_smoothing: expected a number between 0 and 1, got 1.5"),
         ({"reduction": "max"}, "reduction: expected 'mean', 'sum' or 'none', got 'max'"),
@@ -378,6 +410,7 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 5, 8), torch.zeros(9, 8), torch.zeros(2,
             {"reduction": "sum", "num_items_in_batch": 3},
             "reduction: expected 'mean' with num_items_in_batch, which says what to divide by, got 'sum'",
         ),
+        ({"num_items_in_batch": -1}, "num_items_in_batch: expected a number of labels, 0 or more, got -1"),
         ({"num_items_in_batch": torch.ones(2)}, "num_items_in_batch: expected one number, got [2]"),
         ({"lora_a": torch.zeros(2, 8)}, "lora_a and lora_b are given together or not at all"),
         ({"lora_a": torch.zeros(2, 7), "lora_b": torch.zeros(9, 2)}, "lora_a: expected shape [2, 8], got [2, 7]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,18 @@ def test_zeros_and_transposed_stacks(encode: ModuleType, submodule: Any, format:
     assert not decode(encode.quantize(torch.zeros(2, 4, 6), format)).any()
     weight = torch.randn(3, 8, 10)
     assert torch.equal(decode(encode.quantize(weight.mT, format)), decode(encode.quantize(weight, format)).mT)
-    assert encode.quantize(weight.to("meta"), format).shape == weight.shape
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp8"])
+def test_a_meta_stack_gets_the_shapes_of_its_parts_at_once(encode: ModuleType, format: str) -> None:
+    weight = torch.randn(3, 130, 70)
+    real, meta = encode.quantize(weight, format), encode.quantize(weight.to("meta"), format)
+    assert [(t.shape, t.dtype) for t in (meta.codes, *meta.scales)] == [
+        (t.shape, t.dtype) for t in (real.codes, *real.scales)
+    ]
+    start = time.process_time()
+    encode.quantize(torch.empty(1 << 12, 1 << 12, 1 << 10, device="meta"), format)
+    assert time.process_time() - start < 5  # A walk over its chunks takes minutes.
 
 
 @pytest.mark.parametrize(

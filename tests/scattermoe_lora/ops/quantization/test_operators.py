@@ -16,6 +16,11 @@ SMALL = Shape(tokens=7, experts=5, top_k=2, hidden=38, intermediate=20, rank=3)
 MANY = Shape(tokens=5, experts=18, top_k=3, hidden=32, intermediate=16, rank=4)
 FEW = Shape(tokens=3, experts=33, top_k=1, hidden=30, intermediate=12, rank=2)
 
+LAUNCHES = {
+    "grouped_matmul": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2},
+    "grouped_outer": {"BLOCK_P": 16, "BLOCK_Q": 32, "BLOCK_S": 16},
+}
+
 
 @pytest.fixture
 def into_a_workspace(submodule, monkeypatch) -> Any:
@@ -102,10 +107,8 @@ def test_a_layer_launched_with_options_matches_the_reference(
 ) -> None:
     into_a_workspace()
     if TRITON:
-        gpu, blocks = submodule("ops.grouped_linear.gpu"), {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
-        outer = {"BLOCK_P": 16, "BLOCK_Q": 32, "BLOCK_S": 16}
-        launches = {"grouped_matmul": {**blocks, "GROUP_M": 2, **option}, "grouped_outer": outer}
-        monkeypatch.setattr(gpu, "tile", lambda name, *_: launches[name])
+        launches = {**LAUNCHES, "grouped_matmul": {**LAUNCHES["grouped_matmul"], **option}}
+        monkeypatch.setattr(submodule("ops.grouped_linear.gpu"), "tile", lambda name, *_: launches[name])
     shape, index = SMALL, route(SMALL, True)
     up = make_stack(quantization, "nf4", shape.experts, 2 * shape.intermediate, shape.hidden)
     down = make_stack(quantization, "nf4", shape.experts, shape.hidden, shape.intermediate)
@@ -162,13 +165,40 @@ def test_no_dense_stack_is_allocated(submodule, quantization, tokens) -> None:
         return watched
 
     quantized, dense = allocations(layer), allocations(layer._replace(gate_up=decode(up), down=decode(down)))
-    # A matrix of the 16 (two on a GPU), and what it is decoded through.
+    # A matrix of the 16 (four on a GPU), and what it is decoded through.
     stack = up.shape.numel() * 4
     if TRITON and tokens == 1:
         assert quantized.largest <= dense.largest
         stack = 0
-    assert quantized.largest <= max(stack / 8, dense.largest)
+    assert quantized.largest <= max(stack / (4 if TRITON else 8), dense.largest)
     assert quantized.peak <= dense.peak + stack / 3
+
+
+def test_all_shares_of_a_layer_have_one_schedule_and_programs_for_what_they_have_on_average(
+    submodule, quantization, monkeypatch, into_a_workspace
+) -> None:
+    if not TRITON:
+        return
+    into_a_workspace()
+    schedule, gpu = submodule("ops.grouped_linear.schedule"), submodule("ops.grouped_linear.gpu")
+    shape = Shape(tokens=96, experts=8, top_k=1, hidden=32, intermediate=16, rank=2)
+    up = make_stack(quantization, "nf4", shape.experts, 2 * shape.intermediate, shape.hidden)
+    down = make_stack(quantization, "nf4", shape.experts, shape.hidden, shape.intermediate)
+    monkeypatch.setattr(gpu, "tile", lambda name, *_: LAUNCHES[name])
+    scheduled, make = [], schedule.tile_schedules
+    monkeypatch.setattr(
+        schedule, "tile_schedules", lambda *arguments: scheduled.append(arguments[2]) or make(*arguments)
+    )
+    # All rows are one expert's, so that most programs of its share walk on and those of the others find none.
+    index = torch.full((shape.tokens, 1), 5)
+    layer = operands(submodule, shape, index, up, down, False)
+    assert_layer_matches(submodule, quantization, layer, index, submodule("ops.activation").Gate("silu"))
+    # Of two experts each: once in the forward, once in the backward.
+    assert scheduled == [2, 2]
+    routing = submodule("ops.routing").sort_by_expert(index, shape.experts)
+    launches = [*gpu.launches(layer.x, up, routing, top_k=1, low=None)]
+    of_average = schedule.most_tiles(2 * shape.tokens // shape.experts, 2, 16)
+    assert [launch.programs for launch in launches] == 4 * [of_average]
 
 
 def test_up_to_a_tile_of_rows_an_expert_decodes_as_it_reads(submodule, quantization) -> None:

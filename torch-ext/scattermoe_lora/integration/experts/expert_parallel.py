@@ -94,12 +94,17 @@ def of_all(part: torch.Tensor, parameter: Any) -> torch.Tensor:
     return split.full_tensor()
 
 
-def _own_part(factor: torch.Tensor, parameter: Any) -> torch.Tensor:
+def split_as(whole: torch.Tensor, parameter: Any) -> Any:
+    """A ``DTensor`` of what every process has the whole of, split over them as ``parameter`` is."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    everywhere = DTensor.from_local(factor, parameter.device_mesh, [Replicate()], run_check=False)
-    part = everywhere.redistribute(parameter.device_mesh, parameter.placements).to_local()
-    return part.contiguous()
+    mesh = parameter.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, mesh.ndim * [Replicate()], run_check=False)
+    return everywhere.redistribute(mesh, parameter.placements)
+
+
+def _own_part(factor: torch.Tensor, parameter: Any) -> torch.Tensor:
+    return split_as(factor, parameter).to_local().contiguous()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .expert_parallel import is_split
 from .factors import active_settings, bias_of, weight_norms
 from .quantized.peft import decode_weight
 
@@ -48,9 +49,18 @@ class ParamWrapper(layer.ParamWrapper):
         Raises:
             RuntimeError: The module has no biases that an adapter's could be added to; nothing is merged then.
             ValueError: With ``safe_merge``, where the result is not finite; no adapter is merged then.
+            NotImplementedError: DoRA or biases, and a weight that is split over processes.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
+            return
+        if is_split(self.get_base_layer(), self.get_param()):
+            if any(n in self.lora_magnitude_vector or bias_of(self, n) is not None for n in names):
+                raise NotImplementedError(
+                    f"scattermoe: LoRA on {self.parameter_name}: adapters with use_dora or lora_bias are not merged "
+                    "into weights that are split over processes; load the adapter into a whole model and merge there"
+                )
+            super().merge(safe_merge, names)
             return
         bias = self._base_bias()
         for name in names:

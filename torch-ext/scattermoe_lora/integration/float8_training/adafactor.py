@@ -6,20 +6,20 @@ without momentum. A stack of experts is as many matrices, each with second momen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from ...ops.float8.gradient import compress_gradient
-from ...ops.float8.rounding import round_to_bfloat16
 from ...ops.float8.tensor import Float8Tensor
+from .optimizer import ParameterOptimizer, local, matrices, write
 
 _EPSILON = 1e-30
 _LEAST_SCALE = 1e-3
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(ParameterOptimizer):
     """Adafactor for weights in float8 and any others, whose gradients it keeps in float8 between backward and step.
 
     Of a parameter with two or more dimensions a row and a column of second moments are kept in float32, of others a
@@ -38,6 +38,7 @@ class Adafactor(torch.optim.Optimizer):
 
     Raises:
         ValueError: Settings out of range.
+        NotImplementedError: Parameters that several processes have split otherwise than FSDP2 alone does.
     """
 
     def __init__(
@@ -74,25 +75,13 @@ class Adafactor(torch.optim.Optimizer):
         """Adds a group, whose gradients become float8 from now on."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
+            _refuse_other_splits(parameter)
             if parameter.requires_grad and parameter.dim() in (2, 3):
                 parameter.register_post_accumulate_grad_hook(compress_gradient)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_of(parameter, group)
-        return loss
-
-    def _step_of(self, parameter: Any, group: dict[str, Any]) -> None:
-        weight, gradient, split = _local(parameter)
-        count, n, k = _matrices(weight)
+    def _step_of(self, parameter: Any, group: dict[str, Any], generator: torch.Generator) -> None:
+        weight, gradient, split = local(parameter), local(parameter.grad), _split_of(parameter)
+        count, n, k = matrices(weight)
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -112,7 +101,7 @@ class Adafactor(torch.optim.Optimizer):
             if group["relative_step"]:
                 size = size * split.root_mean_square(numbers).clamp_(min=_LEAST_SCALE)
             numbers.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.mul_(size))
-            _write(weight, matrix, (count, n, k), numbers)
+            write(weight, matrix, numbers, generator)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict()`` returned; second moments stay in float32.
@@ -172,34 +161,29 @@ def _precondition(
     gradient.mul_((rows / columns.mean()).rsqrt_().unsqueeze(1)).mul_(columns.rsqrt())
 
 
-def _local(parameter: Any) -> tuple[Any, Any, _Split]:
-    """A parameter and its gradient as this process has them."""
-    weight = getattr(parameter, "_local_tensor", parameter.detach())
-    gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
-    _, rows, columns = _matrices(parameter)
+def _refuse_other_splits(parameter: Any) -> None:
+    """Raises NotImplementedError for a parameter that is not split by rows alone.
+
+    Copies of a part (hybrid sharding) would have gradients that were rounded by other random numbers, and so part.
+    """
+    if not hasattr(parameter, "device_mesh"):
+        return
+    from torch.distributed.tensor import Shard
+
+    if tuple(parameter.placements) != (Shard(0),):
+        raise NotImplementedError(
+            "Adafactor: expected parameters that are whole or split along their first dimension alone (FSDP2 on a mesh "
+            f"of one dimension), got {tuple(parameter.placements)}"
+        )
+
+
+def _split_of(parameter: Any) -> _Split:
+    """How a parameter is split."""
+    _, rows, columns = matrices(parameter)
     group = None
-    if weight is getattr(parameter, "_local_tensor", None):
-        from torch.distributed.tensor import Shard
-
-        for dim, placement in enumerate(parameter.placements):
-            if placement.is_replicate():
-                continue
-            if placement != Shard(0):
-                raise NotImplementedError(
-                    f"Adafactor: expected parameters that are whole or split along their first dimension, got "
-                    f"{parameter.placements}"
-                )
-            # Stacks are split between matrices.
-            group = parameter.device_mesh.get_group(dim) if parameter.dim() != 3 else None
-    return weight, gradient, _Split(group, rows, columns)
-
-
-def _matrices(tensor: Any) -> tuple[int, int, int]:
-    """The number of matrices, and rows and columns of each."""
-    if tensor.dim() == 3:
-        return tuple(tensor.shape)
-    rows = tensor.shape[0] if tensor.dim() else 1
-    return 1, rows, tensor.numel() // max(rows, 1) if rows else 1
+    if hasattr(parameter, "device_mesh") and parameter.dim() != 3:  # Stacks are split between matrices.
+        group = parameter.device_mesh.get_group()
+    return _Split(group, rows, columns)
 
 
 def _read(tensor: Any, matrix: int, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -207,12 +191,3 @@ def _read(tensor: Any, matrix: int, shape: tuple[int, int, int]) -> torch.Tensor
     if isinstance(tensor, Float8Tensor):
         return tensor.read(matrix)
     return tensor.detach().reshape(shape)[matrix].to(torch.float32, copy=True)
-
-
-def _write(weight: Any, matrix: int, shape: tuple[int, int, int], numbers: torch.Tensor) -> None:
-    if isinstance(weight, Float8Tensor):
-        weight.write(matrix, numbers, stochastic=True)
-        return
-    if weight.dtype == torch.bfloat16:
-        numbers = round_to_bfloat16(numbers)
-    weight.view(shape)[matrix].copy_(numbers)

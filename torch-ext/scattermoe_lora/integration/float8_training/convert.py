@@ -112,7 +112,10 @@ def _kept(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def _check(parameter: torch.Tensor, label: str) -> None:
     if hasattr(parameter, "device_mesh"):
-        raise NotImplementedError(f"{label}: split over processes already; convert before fully_shard")
+        raise NotImplementedError(
+            f"{label}: split over processes already; convert before fully_shard "
+            "(tensor and expert parallelism are not supported)"
+        )
     if type(parameter) is not torch.nn.Parameter or parameter.dtype not in FLOATS:
         raise NotImplementedError(
             f"{label}: expected a parameter among {', '.join(map(str, FLOATS))}, got {type(parameter).__name__} of "

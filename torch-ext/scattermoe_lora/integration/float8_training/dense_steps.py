@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ...ops.float8.rounding import round_to_bfloat16
 from ...ops.float8.tensor import Float8Tensor
+from .optimizer import ParameterOptimizer, local, matrices, write
 
 
-class Float8Optimizer(torch.optim.Optimizer):
+class Float8Optimizer(ParameterOptimizer):
     """An optimizer of another library that steps weights in float8, one of them in float32 at a time.
 
     ``Float8Optimizer(bitsandbytes.optim.AdamW8bit, model.parameters(), lr=1e-5)``. Each parameter has an optimizer of
@@ -32,43 +32,27 @@ class Float8Optimizer(torch.optim.Optimizer):
         self._optimizers: dict[torch.Tensor, Any] = {}
         super().__init__(params, {"lr": lr, **settings})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_of(parameter, group)
-        return loss
-
-    def _step_of(self, parameter: Any, group: dict[str, Any]) -> None:
-        weight = _local(parameter.detach())
+    def _step_of(self, parameter: Any, group: dict[str, Any], generator: torch.Generator) -> None:
+        weight = local(parameter)
         optimizer = self._optimizer_of(parameter, group)
         (dense,) = optimizer.param_groups[0]["params"]
-        dense.data, dense.grad = _dense(weight), _dense(_local(parameter.grad))
+        dense.data, dense.grad = _dense(weight), _dense(local(parameter.grad))
         for name, value in group.items():
             current = optimizer.param_groups[0].get(name)
-            if name == "params":
+            if name in ("params", "steps"):
                 continue
             if isinstance(current, torch.Tensor):  # torchao's learning rate
                 current.fill_(value)
             else:
                 optimizer.param_groups[0][name] = value
         optimizer.step()
-        if isinstance(weight, Float8Tensor):
-            for matrix, numbers in enumerate(dense.detach().view(weight.codes.shape)):
-                weight.write(matrix, numbers, stochastic=True)
-        else:
-            weight.copy_(round_to_bfloat16(dense) if weight.dtype == torch.bfloat16 else dense)
+        for matrix, numbers in enumerate(dense.detach().view(matrices(weight))):
+            write(weight, matrix, numbers, generator)
         _forget(dense)
 
     def _optimizer_of(self, parameter: Any, group: dict[str, Any]) -> Any:
         if parameter not in self._optimizers:
-            dense = torch.nn.Parameter(_dense(_local(parameter.detach())))
+            dense = torch.nn.Parameter(_dense(local(parameter)))
             settings = {name: value for name, value in group.items() if name in self.defaults}
             self._optimizers[parameter] = self._optimizer_class([dense], **settings)
         return self._optimizers[parameter]
@@ -82,7 +66,17 @@ class Float8Optimizer(torch.optim.Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` returned."""
+        """Loads what ``state_dict()`` returned, or the optimizer's own over dense weights.
+
+        Raises:
+            ValueError: The state of this package's Adafactor.
+        """
+        for number, state in state_dict["state"].items():
+            if not {"rows", "columns", "squares"}.isdisjoint(state):
+                raise ValueError(
+                    f"Float8Optimizer: load_state_dict: parameter {number}: expected what {self._optimizer_class} "
+                    f"keeps, got {', '.join(sorted(state))}; the checkpoint is Adafactor's"
+                )
         super().load_state_dict({**state_dict, "state": {}})
         parameters = self._parameters()
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -94,10 +88,6 @@ class Float8Optimizer(torch.optim.Optimizer):
 
     def _parameters(self) -> list[Any]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
-
-
-def _local(tensor: Any) -> Any:
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _dense(tensor: Any) -> torch.Tensor:

@@ -57,6 +57,12 @@ class _Logits:
             return self._then(lambda x: x / divisor, self.scale / divisor, None)
         return self._then(lambda x: x / divisor, self.scale, self.outer / divisor)
 
+    def contiguous(self) -> _Logits:
+        return self
+
+    def tanh(self) -> Any:
+        return torch.tanh(self)  # type: ignore[arg-type]
+
     def float(self) -> _Logits:
         # A loss may take these, and the result the others.
         return _Logits(self.hidden, self.head, self.scale, self.outer, lambda: self.value().float())
@@ -84,9 +90,9 @@ class _Head:
 class _Model:
     """A model as its own forward sees it: with that head, and a loss that takes what comes out of it."""
 
-    def __init__(self, model: Any, skips: bool) -> None:
+    def __init__(self, model: Any, head: str, skips: bool) -> None:
         self._model = model
-        self.lm_head = _Head(model.lm_head)
+        setattr(self, head, _Head(getattr(model, head)))
         self.loss_function = functools.partial(_loss if skips else _loss_of_logits, model.loss_function)
 
     def __getattr__(self, name: str) -> Any:
@@ -192,10 +198,11 @@ def _fused_forward(plain: Forward) -> Forward:
         labels = args[place] if len(args) > place else kwargs.get("labels")
         # accelerate keeps this function within a wrapper of its own, also when the class has its forward back.
         is_removed = type(self).forward is not forward
-        if is_removed or labels is None or self.loss_function is not ForCausalLMLoss:
+        head = _head_name(self)
+        if is_removed or labels is None or head is None or self.loss_function is not ForCausalLMLoss:
             return plain(self, *args, **kwargs)
         skips = self.training if skip_logits is None else skip_logits
-        output = plain(_Model(self, skips), *args, **kwargs)
+        output = plain(_Model(self, head, skips), *args, **kwargs)
         if isinstance(output, tuple):
             values = (_resolved(value, skips) for value in output)
             return tuple(value for value in values if value is not None)
@@ -222,9 +229,15 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
     from transformers import PreTrainedModel
 
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or not isinstance(
-            module._modules.get("lm_head"), torch.nn.Module
-        ):
+        if not isinstance(module, PreTrainedModel):
+            continue
+        if _head_name(module) is None:
+            if named and _has_other_head(module):
+                _refuse(
+                    name,
+                    module,
+                    "its head is another module's, and it computes its loss from that one's logits",
+                )
             continue
         trl_target = trl_head.find(name, module)
         if trl_target is not None:
@@ -236,9 +249,25 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
         if reason is None:
             yield Target(name, module, base, _fused_forward(base.forward))
         elif named:
-            raise NotImplementedError(
-                f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
-            )
+            _refuse(name, module, reason)
+
+
+def _refuse(name: str, module: torch.nn.Module, reason: str) -> None:
+    raise NotImplementedError(
+        f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
+    )
+
+
+def _has_other_head(model: Any) -> bool:
+    """True of a model that computes a loss, whose head is a part of one of its parts."""
+    has_labels = "labels" in inspect.signature(type(model).forward).parameters
+    return has_labels and model.get_output_embeddings() is not None
+
+
+def _head_name(model: Any) -> str | None:
+    """The attribute of ``model`` that is its head; None where none is."""
+    head = model.get_output_embeddings()
+    return next((name for name, child in model._modules.items() if child is not None and child is head), None)
 
 
 def _defines_forward(cls: type) -> bool:
@@ -251,21 +280,19 @@ def _obstacle(model: Any, base: Any) -> str | None:
     """The reason why a model's loss is not the one that is computed here; None if it is."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    reason = source.obstacle(base.forward)
+    reason = source.obstacle(base.forward, _head_name(model))
     if reason is None and model.loss_function is not ForCausalLMLoss:
         reason = f"its loss is {getattr(model.loss_function, '__name__', model.loss_function)}, not ForCausalLMLoss"
     return reason
 
 
-PART = Part(
-    "loss", "a linear lm_head whose logits its forward hands to its loss and its result alone", _targets
-)
+PART = Part("loss", "a linear head whose logits its forward hands to its loss and its result alone", _targets)
 """``model(..., labels=...)`` of causal language models, from the hidden states: no logits are made.
 
 The class's own forward runs, with a head that keeps its input, and :func:`~scattermoe_lora.linear_cross_entropy` takes
 the place of ``ForCausalLMLoss``: the same shift, ``num_items_in_batch``, soft cap, scale and LoRA on the head. A result
 has no ``logits`` in training; ``skip_logits=False`` asks for them, ``skip_logits=True`` leaves them out in evaluation.
-A head that bitsandbytes keeps in 4 bits is decoded a part at a time, and one that FSDP2 shards is gathered by its
-hooks. One that is more than a linear layer (other hooks, other shards, quantized otherwise) runs as it is, and one line
-of the log says why.
+A quantized head (bitsandbytes', transformers' float8, torchao's) is decoded a part at a time, and one that FSDP2 shards
+is gathered by its hooks. One that is more than a linear layer (other hooks, other shards, quantized otherwise) runs as
+it is, and one line of the log says why.
 """

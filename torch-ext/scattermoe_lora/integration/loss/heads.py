@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -68,12 +68,15 @@ def read(module: torch.nn.Module, dtype: torch.dtype) -> Head | str:
         own = copies[module.active_adapters[0]] if is_own else module.original_module
         return _obstacle(module, tuners.ModulesToSaveWrapper) or read(own, dtype)
     if layer is not None and isinstance(module, layer.LoraLayer):
-        bits = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
-        around = bits if bits is not None and isinstance(module, bits) else layer.Linear
+        of_bits = sys.modules.get("peft.tuners.lora.bnb")
+        kinds = [getattr(of_bits, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(of_bits, name)]
+        around = next((kind for kind in kinds if isinstance(module, kind)), layer.Linear)
         return _obstacle(module, around) or _read_lora(module, dtype)
-    own_class = quantized.layer_class()
-    if own_class is not None and isinstance(module, own_class) and not torch.compiler.is_compiling():
-        return _obstacle(module, own_class) or _read_quantized(module, dtype)
+    own = None if torch.compiler.is_compiling() else quantized.find_reader(module)
+    if own is not None:
+        base, decoded_weight = own
+        decoded = _obstacle(module, base) or decoded_weight(module, dtype)
+        return decoded if isinstance(decoded, str) else Head(decoded, cast(Any, module).bias)
     reason = _obstacle(module, torch.nn.Linear)
     if reason is not None:
         return reason
@@ -99,11 +102,6 @@ def _obstacle(module: torch.nn.Module, base: type[torch.nn.Module]) -> str | Non
     if has_hooks(module):
         return "the head has hooks"
     return None
-
-
-def _read_quantized(module: Any, dtype: torch.dtype) -> Head | str:
-    weight = quantized.decoded_weight(module, dtype)
-    return weight if isinstance(weight, str) else Head(weight, module.bias)
 
 
 def _read_lora(module: Any, dtype: torch.dtype) -> Head | str:

@@ -11,13 +11,19 @@ from typing import Any
 
 # What may be read of logits that are not there.
 _ATTRIBUTES = {"device", "dtype", "shape"}
+_TANH = {"torch.tanh", "nn.functional.tanh", "F.tanh"}
 
 
 @functools.cache
-def obstacle(forward: Callable[..., Any]) -> str | None:
+def obstacle(forward: Callable[..., Any], head: str) -> str | None:
     """The reason why a forward needs the logits themselves; None where it hands them to its loss and result alone.
 
-    On the way they may be multiplied or divided by numbers, go through ``torch.tanh`` and be cast by ``float()``.
+    On the way they may be multiplied or divided by numbers, go through ``tanh``, be cast by ``float()`` and made
+    ``contiguous()``.
+
+    Args:
+        forward: Of a model's class.
+        head: The attribute of the model that it calls for its logits.
     """
     function = inspect.unwrap(forward)
     if "labels" not in inspect.signature(function).parameters:
@@ -26,22 +32,25 @@ def obstacle(forward: Callable[..., Any]) -> str | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return "the source of its forward is not at hand"
-    return _Uses(tree).obstacle()
+    return _Uses(tree, head).obstacle()
 
 
 class _Uses:
     """The uses of the logits in a function."""
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, head: str) -> None:
+        self._head = head
         self._nodes = list(ast.walk(tree))
         self._parents = {child: node for node in self._nodes for child in ast.iter_child_nodes(node)}
         self._names: set[str] = set()
         self._reaches_loss = False
 
     def obstacle(self) -> str | None:
-        heads = [node for node in self._nodes if isinstance(node, ast.Call) and _is_own(node.func, "lm_head")]
+        heads = [
+            node for node in self._nodes if isinstance(node, ast.Call) and _is_own(node.func, self._head)
+        ]
         if len(heads) != 1:
-            return f"its forward calls self.lm_head {len(heads)} times, not once"
+            return f"its forward calls self.{self._head} {len(heads)} times, not once"
         pending: list[ast.expr] = [*heads]
         while pending:
             before = set(self._names)
@@ -62,12 +71,12 @@ class _Uses:
         match parent:
             case ast.Attribute(attr=attribute) if attribute in _ATTRIBUTES:
                 return True
-            case ast.Attribute(attr="float"):
+            case ast.Attribute(attr="float" | "contiguous"):
                 call = self._parents[parent]
                 return isinstance(call, ast.Call) and call.func is parent and self._is_harmless(call)
             case ast.BinOp(left=left, op=ast.Mult() | ast.Div()) if left is node:
                 return self._is_harmless(parent)
-            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="tanh")):
+            case ast.Call(func=function) if ast.unparse(function) in _TANH:
                 return self._is_harmless(parent)
             case ast.Assign(targets=[ast.Name(id=name)]):
                 self._names.add(name)

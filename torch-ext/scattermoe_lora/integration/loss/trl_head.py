@@ -1,4 +1,4 @@
-"""Log-probabilities for TRL's trainers: the forward that TRL gives a model, around this package's loss."""
+"""Log-probabilities for TRL's trainers: the forward that TRL gives a model, around this package's statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ...ops.linear_cross_entropy.api import linear_cross_entropy
+from ...ops.linear_cross_entropy.api import token_statistics
+from ...ops.linear_cross_entropy.arguments import Settings
 from ..fused_classes import Target
 from . import heads
 
@@ -20,7 +21,7 @@ _PARAMETERS = (
     *("hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
     *("final_logit_softcapping", "logit_scale", "outputs"),
 )
-_RETURNED = {"log_probs", "entropy"}
+_RETURNED = {"log_probs", "entropy", "mean_logits", "is_top1"}
 
 
 class _LogProbs:
@@ -41,7 +42,10 @@ class _LogProbs:
         logit_scale: float,
         outputs: tuple[str, ...],
     ) -> tuple[torch.Tensor | None, ...]:
-        """Log-probability and entropy of each token, ``[T]`` in float32, and None for what TRL did not ask for."""
+        """``[T]`` each: log-probability and entropy; None; mean of the logits, and whether none is above the label's.
+
+        None for what TRL did not ask for. The last two have no gradient.
+        """
         head = self._head(hidden, weight)
         if isinstance(head, str):
             heads.log_once(f"loss: runs as TRL has it: {head}")
@@ -49,21 +53,22 @@ class _LogProbs:
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
             return result
-        statistics: Any = linear_cross_entropy(
-            hidden,
-            head.weight,
-            targets,
-            bias=head.bias,
-            lora_a=head.lora_a,
-            lora_b=head.lora_b,
+        settings = Settings(
+            scale=logit_scale / temperature,
             # TRL divides the capped logits: cap(x) / t is the cap c / t of x / t.
-            softcap=None if softcap is None else softcap / temperature,
-            logit_scale=logit_scale / temperature,
-            reduction="none",
-            return_log_probs=True,
-            return_entropy="entropy" in outputs,
+            softcap=0.0 if softcap is None else softcap / temperature,
+            sums="mean_logits" in outputs,
+            entropies="entropy" in outputs,
+            peaks="is_top1" in outputs,
+            pulls=False,
         )
-        return statistics.log_probs, statistics.entropy, None, None, None
+        own = token_statistics(
+            hidden, head.weight, targets, settings, bias=head.bias, lora_a=head.lora_a, lora_b=head.lora_b
+        )
+        mean = own.logit_sum.detach() / head.weight.shape[0] if settings.sums else None
+        is_top1 = own.label_logit >= own.peak if settings.peaks else None
+        entropy = own.entropy if settings.entropies else None
+        return own.label_logit - own.lse, entropy, None, mean, is_top1
 
     def _head(self, hidden: torch.Tensor, weight: torch.Tensor) -> heads.Head | str:
         module = self._model.get_output_embeddings()
@@ -96,7 +101,7 @@ class TrlTarget(Target):
         return hasattr(self.forward, "scattermoe_plain")
 
     def check(self) -> None:
-        """Refuse a head that returns more than log-probabilities and entropies, or of another version of TRL.
+        """Refuse a head that returns what is not computed here, or of another version of TRL.
 
         Raises:
             NotImplementedError: It is one.

@@ -65,9 +65,13 @@ def _around(base: torch.nn.Module, x: torch.Tensor, own: terms.Terms) -> torch.T
 
 def _fresh_classes() -> tuple[type[torch.nn.Module], ...]:
     """Classes of linear layers that return a tensor which they have just made and do not keep."""
-    module = sys.modules.get("bitsandbytes.nn")
-    names = ("Linear4bit", "Linear8bitLt") if module is not None else ()
-    return (torch.nn.Linear, *(getattr(module, name) for name in names))
+    named = (
+        ("bitsandbytes.nn", "Linear4bit"),
+        ("bitsandbytes.nn", "Linear8bitLt"),
+        ("transformers.integrations.finegrained_fp8", "FP8Linear"),
+    )
+    modules = ((sys.modules.get(module), name) for module, name in named)
+    return (torch.nn.Linear, *(getattr(module, name) for module, name in modules if hasattr(module, name)))
 
 
 def _low_rank(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...ops.float8.weight import Float8Weight
+
 
 def check_training(trainer: Any) -> None:
     """Refuses a ``Trainer`` whose first batch or settings would train wrongly without an error.
@@ -14,13 +16,15 @@ def check_training(trainer: Any) -> None:
     ========================= =======================================================================================
     found                     what would happen
     ========================= =======================================================================================
-    a mask of ones beside     transformers reads a mask first, and the packed documents see each other
-    packed ``position_ids``
+    a mask beside packed      transformers reads a mask first, and the packed documents see each other
+    ``position_ids``
     pictures without          in models whose pictures see themselves whole (``use_bidirectional_attention="vision"``)
     ``mm_token_type_ids``     they see backwards alone. Text alone needs none
     a loss that ignores       with accumulation, the loss and its gradient are as many times too large as batches are
     ``num_items_in_batch``    accumulated
     reentrant checkpointing   keys and values that layers share get no gradient; ``DistributedDataParallel`` fails
+    weights in float8 without updates that are smaller than a step of float8 are rounded away
+    ``optimizers=``
     trainable towers and text ``DistributedDataParallel`` waits for gradients that never come
     ========================= =======================================================================================
 
@@ -34,6 +38,7 @@ def check_training(trainer: Any) -> None:
         ValueError: One of these; the message says how to mend it.
     """
     model, settings = trainer.model, trainer.args
+    _check_optimizer(trainer)
     with torch.random.fork_rng():
         batch = next(iter(trainer.get_train_dataloader()))
     if not isinstance(batch, Mapping):  # Prompts, of which TRL's trainers make batches as they go.
@@ -46,15 +51,28 @@ def check_training(trainer: Any) -> None:
         _check_accumulation(trainer, batch)
 
 
+def _check_optimizer(trainer: Any) -> None:
+    parameters = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
+    trained = [name for name, parameter in parameters if isinstance(parameter, Float8Weight)]
+    if trained and trainer.optimizer is None:
+        raise ValueError(
+            f"check_training: optimizers: expected one for weights in float8 such as {trained[0]}, got none, and "
+            "Trainer's own loses updates that are smaller than a step of float8; give Trainer "
+            "optimizers=(Adafactor(model.parameters()), None)"
+        )
+
+
 def _check_packing(batch: Mapping[str, Any]) -> None:
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if positions is None or mask is None or mask.dim() != 2:
+    if positions is None or mask is None or mask.dim() != 2 or mask.shape[1] != positions.shape[-1]:
         return
-    begins = positions[..., 1:] <= positions[..., :-1]
-    if bool(begins.any()) and bool(mask.all()):
+    # Padding has positions as well, which may begin anywhere.
+    begins = (positions[..., 1:] <= positions[..., :-1]) & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if bool(begins.any()):
         raise ValueError(
-            "check_training: attention_mask: expected none beside position_ids that begin again, got one of ones, by "
-            "which transformers takes the packed documents for one; leave it out, as DataCollatorWithFlattening does"
+            "check_training: attention_mask: expected none beside position_ids that begin again, got one that "
+            "has ones there, by which transformers takes the packed documents for one; leave it out, as "
+            "DataCollatorWithFlattening does"
         )
 
 
@@ -87,7 +105,10 @@ def _check_towers(model: torch.nn.Module, batch: Mapping[str, Any], settings: An
 
     looks_for_unused = settings.ddp_find_unused_parameters
     if looks_for_unused is None:  # Trainer's own choice.
-        looks_for_unused = not (isinstance(model, PreTrainedModel) and settings.gradient_checkpointing)
+        looks_for_unused = not (
+            isinstance(model, PreTrainedModel)
+            and (settings.gradient_checkpointing or model.is_gradient_checkpointing)
+        )
     if looks_for_unused or settings.world_size == 1:
         return
     if {"pixel_values", "pixel_values_videos", "input_features"} & batch.keys():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from . import eager
 from .arguments import Operands, Settings
-from .op import attention_forward
+from .op import forward
 from .window import Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -224,7 +224,7 @@ def _attend(
     if s_aux is None and eager.serves(operands, settings):
         out, lse = eager.attention(operands, settings), None
     else:
-        out, lse = attention_forward(*operands, *settings)
+        out, lse = forward(*operands, *settings)
     if out.shape[-1] != head_dim:
         out = out[..., :head_dim]
     return out if s_aux is None or lse is None else _with_sink(out, lse, s_aux)

@@ -15,6 +15,8 @@ from . import cpu_flash, cpu_sequence
 from .arguments import Operands, Settings
 from .op import attention_backward
 
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+
 
 def serves(operands: Operands, settings: Settings) -> bool:
     """Tell whether PyTorch's kernel takes the call as it is, neither compiled, traced, transformed, nor in autocast."""
@@ -24,7 +26,7 @@ def serves(operands: Operands, settings: Settings) -> bool:
         and q.device.type == "cpu"
         and operands.boundaries is None
         and cpu_sequence.is_whole(q, k, settings)
-        and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (q, k, values))
+        and {type(q), type(k), type(values)} <= _TENSORS
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled("cpu")
@@ -65,5 +67,6 @@ class _Attention(torch.autograd.Function):
             grad_out.transpose(1, 2), None, q, k, v, out, lse, None, is_causal, ctx.settings.scale
         )
         if is_causal:
-            cpu_sequence.clear_lone(grads[0], ctx.settings.window, k.shape[2])
+            # As of every implementation: the first query sees one key, whose probability is always 1.
+            grads[0].select(2, 0).mul_(0)
         return *(x.transpose(1, 2) for x in grads), None

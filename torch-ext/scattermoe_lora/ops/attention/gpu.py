@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from .. import tile_tables
 from ..grouped_linear.gpu import float32_precision
+from ..launch import cdiv, contiguous_like, next_power_of_2
+from ..launcher import launch_kernel
 from .arguments import Operands, Settings
 from .descriptors import Tile, sources
 from .kernels import attention_delta_kernel, attention_forward_kernel
@@ -60,7 +61,7 @@ def tile(
     """
     sizes = {"head_dim": head_dim, "same_kv": same_kv, "window": window}
     blocks = tile_tables.find(TILES, tile_tables.table_of(like.device), kernel, like.dtype, sizes)
-    width = triton.next_power_of_2(head_dim)
+    width = next_power_of_2(head_dim)
     # Of a part of the columns, too, a product takes 16 at least.
     most = {"CHUNK": width, "PASSES": width // 16}
     return {name: min(value, most.get(name, value)) for name, value in blocks.items()}
@@ -100,7 +101,7 @@ class _Problem:
             "RIGHT": window.right >= 0,
             "PRECISION": float32_precision(q),
             "HEAD_DIM": head_dim,
-            "WIDTH": triton.next_power_of_2(head_dim),
+            "WIDTH": next_power_of_2(head_dim),
         }
 
     def tile(self, kernel: str) -> dict[str, int]:
@@ -147,22 +148,24 @@ class _Problem:
             if by_key
             else (self.longest[0], "BLOCK_M", self.heads, self.strides)
         )
-        tiles = triton.cdiv(rows, blocks[block])
+        tiles = cdiv(rows, blocks[block])
         if tiles * self.batch:
             inputs, blocks = sources(blocks, *self._tiles(blocks, grad_out, by_key))
-            kernel[(tiles * heads * self.batch * blocks.get("PASSES", 1),)](
-                *inputs,
-                *tensors,
-                *self.boundaries,
-                *self.longest,
-                tiles,
-                heads,
-                self.heads // self.kv_heads,
-                *strides,
-                *self.numbers,
-                **flags,
-                **self.constants,
-                **blocks,
+            launch_kernel(
+                kernel,
+                (tiles * heads * self.batch * blocks.get("PASSES", 1), 1, 1),
+                (
+                    *inputs,
+                    *tensors,
+                    *self.boundaries,
+                    *self.longest,
+                    tiles,
+                    heads,
+                    self.heads // self.kv_heads,
+                    *strides,
+                    *self.numbers,
+                ),
+                {**flags, **self.constants, **blocks},
             )
 
 
@@ -170,7 +173,7 @@ def forward(operands: Operands, settings: Settings) -> tuple[torch.Tensor, torch
     """See :func:`scattermoe_lora.ops.attention.op.attention_forward`."""
     problem = _Problem(operands, settings)
     q = problem.operands.q
-    out = q.new_empty(q.shape)
+    out = contiguous_like(q)
     lse = q.new_empty((*q.shape[:-3], problem.heads, q.shape[-3]), dtype=torch.float32)
     problem.launch(attention_forward_kernel, problem.tile("attention_forward"), out, lse)
     return out, lse
@@ -187,8 +190,8 @@ def backward(
     """See :func:`scattermoe_lora.ops.attention.op.attention_backward`."""
     problem = _Problem(operands, settings)
     q, k, v, *_ = problem.operands
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    dv = k.new_empty((0,) if v is None else k.shape)
+    dq, dk = contiguous_like(q), contiguous_like(k)
+    dv = k.new_empty(0) if v is None else contiguous_like(k)
     blocks = problem.tile("attention_dq")
     # dK and dV read delta, too: whichever launch computes it comes before theirs.
     in_dq = bool(blocks.get("DELTA"))
@@ -225,21 +228,14 @@ def _delta(
     delta = torch.empty_like(lse)
     rows, heads, head_dim = out.shape[-3:]
     batch = out.shape[0] if out.dim() == 4 else 1
-    width = triton.next_power_of_2(head_dim)
+    width = next_power_of_2(head_dim)
     block = delta_block(width)
-    tiles_q = triton.cdiv(rows, block)
+    tiles_q = cdiv(rows, block)
     if tiles_q * batch:
-        attention_delta_kernel[(tiles_q * heads * batch,)](
-            grad_out,
-            out,
-            lse if grad_lse is None else grad_lse,
-            delta,
-            rows,
-            heads,
-            tiles_q,
-            GRAD_LSE=grad_lse is not None,
-            HEAD_DIM=head_dim,
-            WIDTH=width,
-            BLOCK=block,
+        launch_kernel(
+            attention_delta_kernel,
+            (tiles_q * heads * batch, 1, 1),
+            (grad_out, out, lse if grad_lse is None else grad_lse, delta, rows, heads, tiles_q),
+            {"GRAD_LSE": grad_lse is not None, "HEAD_DIM": head_dim, "WIDTH": width, "BLOCK": block},
         )
     return delta

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import flattened
+from ..operator import computation, eager, flattened, register_autograd
 from . import cpu
 from .arguments import Operands, Settings
 from .window import refuse_bad_boundaries
@@ -24,7 +24,7 @@ def _implementation(x: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("scattermoe_lora::attention_forward", mutates_args=())
-@flattened
+@computation
 def attention_forward(operands: Operands, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(cap(scale * q k^T) + mask) v``, without the matrix of scores.
 
@@ -37,8 +37,8 @@ def attention_forward(operands: Operands, settings: Settings) -> tuple[torch.Ten
         cu_seqlens_q, cu_seqlens_k = operands.boundaries
         refuse_bad_boundaries("q", cu_seqlens_q, q.shape[0], settings.max_seqlen_q)
         refuse_bad_boundaries("k", cu_seqlens_k, k.shape[0], settings.max_seqlen_k)
-    with dispatch.undisturbed(q):
-        return _implementation(q).forward(operands, settings)
+    result: tuple[torch.Tensor, torch.Tensor] = _implementation(q).forward(operands, settings)
+    return result
 
 
 @attention_forward.register_fake
@@ -51,7 +51,7 @@ def _(operands: Operands, settings: Settings) -> tuple[torch.Tensor, torch.Tenso
 
 
 @torch.library.custom_op("scattermoe_lora::attention_backward", mutates_args=())
-@flattened
+@computation
 def attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -72,8 +72,10 @@ def attention_backward(
     Returns:
         ``dq``, ``dk`` and ``dv``, contiguous; with ``v`` None ``dk`` is the sum of both, and ``dv`` is empty.
     """
-    with dispatch.undisturbed(operands.q):
-        return _implementation(operands.q).backward(grad_out, grad_lse, operands, out, lse, settings)
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _implementation(operands.q).backward(
+        grad_out, grad_lse, operands, out, lse, settings
+    )
+    return gradients
 
 
 @attention_backward.register_fake
@@ -104,10 +106,11 @@ def _backward(
     *_, out, _ = saved = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv = attention_backward(grad_out, grad_lse, *saved, *ctx.settings)
+    dq, dk, dv = _gradients(grad_out, grad_lse, *saved, *ctx.settings)
     rest = (None,) * (len(ctx.needs_input_grad) - 3)
     return dq, dk, None if saved[2] is None else dv, *rest
 
 
-attention_forward.register_autograd(_backward, setup_context=_setup_context)
+_gradients = eager(attention_backward)
+forward = register_autograd(attention_forward, _backward, _setup_context)
 dispatch.refuse_second_derivative("flash_attn_func", attention_backward)

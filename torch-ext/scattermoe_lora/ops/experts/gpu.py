@@ -10,19 +10,19 @@ import torch
 
 from ..activation import Gate
 from ..grouped_linear import gpu
-from ..grouped_linear.few_rows import has_few_rows
 from ..grouped_linear.gpu import (
     bias_gradient,
     grouped_matmul,
     grouped_outer,
-    matmul_launch,
+    launches,
     weight_gradient,
 )
 from ..grouped_linear.pairs import sum_choices
 from ..grouped_linear.schedule import Scheduled
-from ..grouped_linear.workspace import LowRank, shares
+from ..grouped_linear.workspace import LowRank
 from ..launch import cdiv, next_power_of_2
-from ..quantization.stack import Weight
+from ..launcher import launch_kernel
+from ..quantization.stack import QuantizedStack, Weight
 from ..routing import Routing
 from .arguments import Kept, Operands
 from .kernels import gate_backward_kernel, gate_forward_kernel, gate_up_kernel
@@ -56,23 +56,28 @@ def project_and_gate(
     """The gate/up projection ``[S, 2I]``, without rows unless ``keep``, and its gated activation ``[S, I]``."""
     pairs, width = routing.order.shape[0], weight.shape[1]
     a = x.new_empty((pairs, width // 2))
-    if has_few_rows(weight, routing):
-        # The two columns that a gate joins may be far apart in a stored matrix, of which a tile is one piece.
+    if isinstance(weight, QuantizedStack):
+        # The two columns that a gate joins may be far apart in a stored matrix, of which a tile is one piece; and a
+        # program that walks over the tiles of a share has no registers left for the gate.
         hidden = grouped_matmul(x, weight, routing, top_k=top_k, low=low, bias=bias)
         if pairs:
             block = min(GATE_BLOCK, next_power_of_2(a.shape[1]))
-            grid = (pairs, cdiv(a.shape[1], block))
-            gate_forward_kernel[grid](hidden, a, a.shape[1], **_constants(gate), BLOCK=block)
+            grid = (pairs, cdiv(a.shape[1], block), 1)
+            launch_kernel(
+                gate_forward_kernel, grid, (hidden, a, a.shape[1]), {**_constants(gate), "BLOCK": block}
+            )
         return hidden if keep else x.new_empty((0, width)), a
     hidden = x.new_empty((pairs if keep else 0, width))
     if pairs:
         parts = 1 if gate.interleaved else 2
-        for dense, share, factors, own_bias in shares(weight, routing, low, bias):
-            # A program a tile, always: the sum over the hidden size is long.
-            tiles, arguments, constants, *_ = matmul_launch(
-                x, dense, share, top_k=top_k, low=factors, bias=own_bias, parts=parts
-            )
-            gate_up_kernel[(tiles,)](*arguments, hidden, a, KEEP=keep, **_constants(gate), **constants)
+        # A program a tile, always: the sum over the hidden size is long.
+        (launch,) = launches(x, weight, routing, top_k=top_k, low=low, bias=bias, parts=parts)
+        launch_kernel(
+            gate_up_kernel,
+            (launch.programs, 1, 1),
+            (*launch.arguments, hidden, a),
+            {"KEEP": keep, **_constants(gate), **launch.constants},
+        )
     return hidden, a
 
 
@@ -85,8 +90,11 @@ def _gate_backward(
     d_row_weight = torch.empty(rows, dtype=torch.float32, device=da.device)
     if rows:
         block = min(GATE_BLOCK, next_power_of_2(intermediate))
-        gate_backward_kernel[(rows,)](
-            da, h, row_weight, order, a, dh, d_row_weight, intermediate, **_constants(gate), BLOCK=block
+        launch_kernel(
+            gate_backward_kernel,
+            (rows, 1, 1),
+            (da, h, row_weight, order, a, dh, d_row_weight, intermediate),
+            {**_constants(gate), "BLOCK": block},
         )
     return a, dh, d_row_weight
 
@@ -106,18 +114,21 @@ def gate_gradients(
     weight = down.mT
     pairs, intermediate = routing.order.shape[0], weight.shape[1]
     blocks = gpu.tile("grouped_matmul", grad_out, routing.rows, *weight.shape[1:])
-    is_one_launch = blocks.get("GATE_BACKWARD") and not gate.interleaved
-    if not is_one_launch or has_few_rows(weight, routing) or not pairs:
+    # The shares of a quantized weight gain less by it than programs that walk over tiles would cost here.
+    is_one_launch = blocks.get("GATE_BACKWARD") and not gate.interleaved and isinstance(weight, torch.Tensor)
+    if not is_one_launch or not pairs:
         da = grouped_matmul(grad_out, weight, routing, top_k=top_k, low=low)
         return _gate_backward(da, hidden, row_weight, routing.order, gate)
     a, dh = grad_out.new_empty((pairs, intermediate)), torch.empty_like(hidden)
     sums = hidden.new_empty((pairs, cdiv(intermediate, blocks["BLOCK_N"])), dtype=torch.float32)
     activation = {name: value for name, value in _constants(gate).items() if name != "INTERLEAVED"}
-    for dense, share, factors, _ in shares(weight, routing, low, None):
-        tiles, arguments, constants, *_ = matmul_launch(grad_out, dense, share, top_k=top_k, low=factors)
-        matmul_gate_backward_kernel[(tiles,)](
-            *arguments, hidden, row_weight, a, dh, sums, **activation, **constants
-        )
+    (launch,) = launches(grad_out, weight, routing, top_k=top_k, low=low)
+    launch_kernel(
+        matmul_gate_backward_kernel,
+        (launch.programs, 1, 1),
+        (*launch.arguments, hidden, row_weight, a, dh, sums),
+        {**activation, **launch.constants},
+    )
     return a, dh, sums.sum(1)
 
 

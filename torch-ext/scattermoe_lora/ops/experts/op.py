@@ -11,7 +11,7 @@ import torch
 
 from .. import dispatch
 from ..activation import Gate
-from ..operator import flattened, names_needed, register_gradients
+from ..operator import computation, flattened, names_needed, register_gradients
 from ..quantization.stack import QuantizedStack
 from ..routing import empty_gradient, refuse_index_outside
 from . import cpu
@@ -41,8 +41,8 @@ def _implementation(x: torch.Tensor) -> Any:
 
 def _forward(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
     refuse_index_outside(operands.order, operands.offsets, sentinels)
-    with dispatch.undisturbed(operands.x):
-        return _implementation(operands.x).forward(operands, gate, keep)
+    result: Result = _implementation(operands.x).forward(operands, gate, keep)
+    return result
 
 
 def _fake_forward(operands: Operands, keep: bool) -> Result:
@@ -56,8 +56,7 @@ def _backward(
 ) -> list[torch.Tensor]:
     assert kept.hidden.shape[0] == operands.order.shape[0], "autograd needs what only keep=True returns"
     names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.x):
-        gradients = _implementation(operands.x).backward(grad_out, operands, kept, gate, names)
+    gradients = _implementation(operands.x).backward(grad_out, operands, kept, gate, names)
     return [gradients[name] for name in names]
 
 
@@ -66,7 +65,7 @@ def _fake_backward(operands: Operands, needs: list[bool]) -> list[torch.Tensor]:
 
 
 @torch.library.custom_op("scattermoe_lora::experts_forward", mutates_args=())
-@flattened
+@computation
 def experts_forward(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
     """Gated experts with low-rank factors: ``sum_k w[t, k] * down(gate(gate_up(x[t])))``.
 
@@ -89,7 +88,7 @@ def _(operands: Operands, gate: Gate, sentinels: bool, keep: bool) -> Result:
 
 
 @torch.library.custom_op("scattermoe_lora::experts_quantized_forward", mutates_args=())
-@flattened
+@computation
 def experts_quantized_forward(
     operands: Operands, quantization: Quantization, gate: Gate, sentinels: bool, keep: bool
 ) -> Result:
@@ -104,7 +103,7 @@ def _(operands: Operands, quantization: Quantization, gate: Gate, sentinels: boo
 
 
 @torch.library.custom_op("scattermoe_lora::experts_backward", mutates_args=())
-@flattened
+@computation
 def experts_backward(
     grad_out: torch.Tensor, operands: Operands, kept: Kept, gate: Gate, needs: list[bool]
 ) -> list[torch.Tensor]:
@@ -132,7 +131,7 @@ def _(
 
 
 @torch.library.custom_op("scattermoe_lora::experts_quantized_backward", mutates_args=())
-@flattened
+@computation
 def experts_quantized_backward(
     grad_out: torch.Tensor,
     operands: Operands,

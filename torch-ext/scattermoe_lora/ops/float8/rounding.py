@@ -51,7 +51,13 @@ def blocks_of(size: int) -> int:
 
 
 def encode(
-    matrix: torch.Tensor, kind: Float8, codes: torch.Tensor, scales: torch.Tensor, *, stochastic: bool
+    matrix: torch.Tensor,
+    kind: Float8,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    stochastic: bool,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Rounds a matrix to codes and scales. Beside them about 10 MB are allocated.
 
@@ -62,7 +68,8 @@ def encode(
         kind: The format.
         codes: ``[N, K]`` uint8, where to.
         scales: ``[ceil(N / 128), ceil(K / 128)]`` float32, where to.
-        stochastic: To a neighbour drawn from torch's random numbers; otherwise to the nearest, ties to even.
+        stochastic: To a neighbour drawn at random; otherwise to the nearest, ties to even.
+        generator: Of the random numbers; None for torch's.
     """
     n, k = matrix.shape
     rows = max(1, _CHUNK_ELEMENTS // (BLOCK * max(k, 1))) * BLOCK
@@ -74,7 +81,9 @@ def encode(
         scale = _scale(blocks.abs().amax((1, 3)), kind)
         scales[start // BLOCK : start // BLOCK + scale.shape[0]] = scale
         scaled = blocks / scale[:, None, :, None]
-        codes[start : start + height] = _round(scaled, kind, stochastic).view(padded.shape)[:height, :k]
+        codes[start : start + height] = _round(scaled, kind, stochastic, generator).view(padded.shape)[
+            :height, :k
+        ]
 
 
 def _scale(largest: torch.Tensor, kind: Float8) -> torch.Tensor:
@@ -84,7 +93,9 @@ def _scale(largest: torch.Tensor, kind: Float8) -> torch.Tensor:
     return torch.where(largest.isfinite(), torch.ldexp(torch.ones_like(largest), exponent), largest)
 
 
-def _round(numbers: torch.Tensor, kind: Float8, stochastic: bool) -> torch.Tensor:
+def _round(
+    numbers: torch.Tensor, kind: Float8, stochastic: bool, generator: torch.Generator | None
+) -> torch.Tensor:
     """uint8, the codes of float32 numbers in range, which are overwritten."""
     dropped = 23 - kind.mantissa
     least = 2.0 ** (1 - kind.bias)
@@ -94,7 +105,9 @@ def _round(numbers: torch.Tensor, kind: Float8, stochastic: bool) -> torch.Tenso
     is_small = magnitude < least
     bits = magnitude.add_(is_small, alpha=least).view(torch.int32)
     if stochastic:
-        noise = torch.randint(1 << dropped, bits.shape, dtype=torch.int32, device=bits.device)
+        noise = torch.randint(
+            1 << dropped, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
+        )
     else:
         noise = (bits >> dropped).bitwise_and_(1).add_((1 << (dropped - 1)) - 1)
     codes = bits.add_(noise).bitwise_right_shift_(dropped)
@@ -121,8 +134,10 @@ def decode(
     return numbers.to(dtype)
 
 
-def round_to_bfloat16(numbers: torch.Tensor) -> torch.Tensor:
-    """bfloat16 numbers whose mean over torch's random numbers are the float32 ones; what is not finite stays so."""
-    noise = torch.randint(1 << 16, numbers.shape, dtype=torch.int32, device=numbers.device)
+def round_to_bfloat16(numbers: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """bfloat16 numbers whose mean over random numbers are the float32 ones; what is not finite stays so."""
+    noise = torch.randint(
+        1 << 16, numbers.shape, dtype=torch.int32, device=numbers.device, generator=generator
+    )
     rounded = ((numbers.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
     return torch.where(numbers.isfinite(), rounded, numbers).to(torch.bfloat16)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
+from .. import subclass
 from . import rounding
 from .rounding import BLOCK, Float8, blocks_of
 
@@ -82,9 +82,17 @@ class Float8Tensor(torch.Tensor):
         """``[N, K]``, a dense copy of one matrix."""
         return rounding.decode(self.codes[matrix], self.scales[matrix], self.kind, dtype)
 
-    def write(self, matrix: int, numbers: torch.Tensor, *, stochastic: bool) -> None:
+    def write(
+        self,
+        matrix: int,
+        numbers: torch.Tensor,
+        *,
+        stochastic: bool,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Rounds ``[N, K]`` into one matrix."""
-        rounding.encode(numbers, self.kind, self.codes[matrix], self.scales[matrix], stochastic=stochastic)
+        codes, scales = self.codes[matrix], self.scales[matrix]
+        rounding.encode(numbers, self.kind, codes, scales, stochastic=stochastic, generator=generator)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A dense copy of all of it."""
@@ -128,7 +136,7 @@ class Float8Tensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        handler = _HANDLERS.get(func) or _COLLECTIVES.get(func._schema.name)
+        handler = _HANDLERS.get(func) or subclass.handler(func)
         result = NotImplemented if handler is None else handler(func, *args, **(kwargs or {}))
         return _on_dense(func, args, kwargs or {}) if result is NotImplemented else result
 
@@ -166,12 +174,6 @@ def _on_dense(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         for matrix, numbers in enumerate(copy.view(tensor.codes.shape)):
             tensor.write(matrix, numbers, stochastic=False)
     return tree_map_only(torch.Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
-
-
-def _on_tensors(func: Any, tensor: Any, **kwargs: Any) -> Any:
-    kwargs.pop("memory_format", None)
-    result = tensor.map_tensors(lambda part: func(part, **kwargs))
-    return return_and_correct_aliasing(func, (tensor,), kwargs, result)
 
 
 def _to_copy(func: Any, tensor: Any, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
@@ -271,12 +273,6 @@ def _view(func: Any, tensor: Any, size: Sequence[int]) -> Any:
     return tensor.map_tensors(lambda part: part) if list(size) == list(tensor.shape) else NotImplemented
 
 
-def _as_strided(func: Any, tensor: Any, size: Any, stride: Any, offset: int | None = None) -> Any:
-    if (tuple(size), tuple(stride), offset or 0) != (tuple(tensor.shape), tensor.stride(), 0):
-        return NotImplemented
-    return tensor.map_tensors(lambda part: part)
-
-
 def _slice(
     func: Any, tensor: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
@@ -311,34 +307,19 @@ def _part(tensor: Any, start: int, end: int) -> Any:
 
 def _new_zeros(func: Any, tensor: Any, size: Sequence[int], **kwargs: Any) -> Any:
     if tensor.dim() == 1 or len(size) != tensor.dim() or list(size[1:]) != list(tensor.shape[1:]):
-        return _without_numbers(func, tensor, size, **kwargs)
+        return subclass.without_numbers(func, tensor, size, **kwargs)
     return type(tensor).zeros(size, tensor.dtype, kwargs.get("device") or tensor.device)
 
 
-def _without_numbers(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return func(shape, *args, **{**kwargs, "device": kwargs.get("device") or tensor.device})
+def _refuse_step(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Raises NotImplementedError: written back to the nearest, most updates would be none."""
+    raise NotImplementedError(
+        f"float8: {func} writes to weights in float8, whose steps are wider than most updates: expected an optimizer "
+        "that rounds stochastically; take Adafactor of this package, or Float8Optimizer around another"
+    )
 
-
-def _gather(func: Any, tensor: Any, *args: Any) -> Any:
-    return tensor.map_tensors(lambda part: func(part.contiguous(), *args))
-
-
-def _wait(func: Any, tensor: Any) -> Any:
-    return tensor.map_tensors(torch.ops._c10d_functional.wait_tensor.default)
-
-
-# What DTensor gathers with, by name, for torch defines the last one when it first does.
-_COLLECTIVES = {
-    "_c10d_functional::all_gather_into_tensor": _gather,
-    "_c10d_functional::wait_tensor": _wait,
-    "_c10d_functional::_wrap_tensor_autograd": _wait,
-}
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _on_tensors,
-    aten.alias.default: _on_tensors,
-    aten.clone.default: _on_tensors,
     aten._to_copy.default: _to_copy,
     aten.empty_like.default: _like,
     aten.zeros_like.default: _like,
@@ -358,7 +339,17 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.view.default: _view,
-    aten.as_strided.default: _as_strided,
     aten.new_zeros.default: _new_zeros,
-    aten.new_empty.default: _without_numbers,
+    **dict.fromkeys(  # Those of torch's optimizers.
+        (
+            aten.lerp_.Scalar,
+            aten.addcdiv_.default,
+            aten.addcmul_.default,
+            aten._fused_adam_.default,
+            aten._fused_adam_.tensor_lr,
+            aten._fused_adamw_.default,
+            aten._fused_adamw_.tensor_lr,
+        ),
+        _refuse_step,
+    ),
 }

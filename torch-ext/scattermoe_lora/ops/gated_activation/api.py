@@ -42,10 +42,12 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "ge
         _refuse("gate", "[*, I]", "a number without dimensions")
     if gate.dtype not in _DTYPES:
         _refuse("gate", "float64, float32, bfloat16 or float16", gate.dtype)
-    for what in ("shape", "dtype", "device"):
-        expected, got = getattr(gate, what), getattr(up, what)
-        if expected != got:
-            _refuse("up", f"{what} of gate, {_text(expected)}", _text(got))
+    if gate.shape != up.shape:
+        _refuse("up", f"shape of gate, {list(gate.shape)}", list(up.shape))
+    if gate.dtype != up.dtype:
+        _refuse("up", f"dtype of gate, {gate.dtype}", up.dtype)
+    if gate.device != up.device:
+        _refuse("up", f"device of gate, {gate.device}", up.device)
     dispatch.refuse_transforms("gated_activation", gate, up)
     return op.forward(gate, up, activation)
 
@@ -80,10 +82,6 @@ def gated_mlp(
 def zero_if_infinite(y: torch.Tensor) -> torch.Tensor:
     """``y``, in float16 with 0 for what is infinite or NaN, which then gets no gradient."""
     return y.masked_fill(y.isfinite().logical_not(), 0.0) if y.dtype == torch.float16 else y
-
-
-def _text(value: object) -> str:
-    return str(list(value)) if isinstance(value, torch.Size) else str(value)
 
 
 def _refuse(name: str, expected: str, got: object) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import eager, register_autograd
+from ..operator import computation, eager, register_autograd
 from . import cpu
 
 
@@ -20,6 +20,7 @@ def _implementation(x: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("scattermoe_lora::gated_activation_forward", mutates_args=())
+@computation
 def gated_activation_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """``act(gate) * up``; in float16 the product is clamped.
 
@@ -30,8 +31,8 @@ def gated_activation_forward(gate: torch.Tensor, up: torch.Tensor, activation: s
     Returns:
         ``[*, I]``, contiguous.
     """
-    with dispatch.undisturbed(gate):
-        return _implementation(gate).forward(gate, up, activation)
+    result: torch.Tensor = _implementation(gate).forward(gate, up, activation)
+    return result
 
 
 @gated_activation_forward.register_fake
@@ -40,12 +41,13 @@ def _(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @torch.library.custom_op("scattermoe_lora::gated_activation_backward", mutates_args=())
+@computation
 def gated_activation_backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of ``gate`` and ``up``, contiguous; in float16 0 where something was clamped."""
-    with dispatch.undisturbed(gate):
-        return _implementation(gate).backward(dy, gate, up, activation)
+    gradients: tuple[torch.Tensor, torch.Tensor] = _implementation(gate).backward(dy, gate, up, activation)
+    return gradients
 
 
 @gated_activation_backward.register_fake

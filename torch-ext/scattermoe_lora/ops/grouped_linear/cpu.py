@@ -98,7 +98,9 @@ def outer(block: Block, p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> 
         p, q, out = q, p, out.mT
     p, q = block.by_expert(p), block.by_expert(q)
     if min(out.shape[1:]) <= _LOW_RANK:
-        out.index_copy_(0, block.index, torch.bmm(p.mT, q))
+        # The few columns first: the other way round takes twice the time, more than the transpose of the result.
+        narrow = torch.bmm(p.mT, q) if out.shape[1] <= out.shape[2] else torch.bmm(q.mT, p).mT
+        out.index_copy_(0, block.index, narrow)
     else:
         # One by one, into its place: together they would be as large as the experts' weights.
         for expert, p_e, q_e in zip(block.experts, p.unbind(), q.unbind(), strict=True):

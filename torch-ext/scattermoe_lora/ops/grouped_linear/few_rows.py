@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 
 from ..launch import cdiv, next_power_of_2
+from ..launcher import launch_kernel
 from ..quantization import gpu as decoding
 from ..quantization.stack import QuantizedStack, Weight
 from ..routing import Routing
@@ -62,33 +63,39 @@ def matmul(
     rank = left.shape[1] if low else 0
     stack, blocks = decoding.kernel_operands(weight), blocks_for(x.element_size(), rank)
     tiles = most_tiles(pairs, num_experts, blocks["BLOCK_M"]) * cdiv(n_out, blocks["BLOCK_N"])
-    quantized_matmul_kernel[(tiles,)](
-        x,
-        *stack.pointers,
-        left,
-        right,
-        x if bias is None else bias,
-        x if row_weight is None else row_weight,
-        out,
-        *routing,
-        pairs,
-        num_experts,
-        n_out,
-        n_in,
-        rank,
-        x.stride(0),
-        *stack.strides,
-        *(right.stride() if low else (0, 0, 0)),
-        **stack.constants,
-        TRANSPOSED=weight.format.transposed,
-        GATHER=top_k is not None,
-        TOP_K=top_k or 1,
-        SCATTER=scatter,
-        LOW_RANK=low is not None,
-        BIAS=bias is not None,
-        WEIGHTED=row_weight is not None,
-        EXPERTS_POW2=next_power_of_2(num_experts + 1),
-        PRECISION=precision,
-        **blocks,
-        **decoding.OPTIONS,
+    launch_kernel(
+        quantized_matmul_kernel,
+        (tiles, 1, 1),
+        (
+            x,
+            *stack.pointers,
+            left,
+            right,
+            x if bias is None else bias,
+            x if row_weight is None else row_weight,
+            out,
+            *routing,
+            pairs,
+            num_experts,
+            n_out,
+            n_in,
+            rank,
+            x.stride(0),
+            *stack.strides,
+            *(right.stride() if low else (0, 0, 0)),
+        ),
+        {
+            **stack.constants,
+            "TRANSPOSED": weight.format.transposed,
+            "GATHER": top_k is not None,
+            "TOP_K": top_k or 1,
+            "SCATTER": scatter,
+            "LOW_RANK": low is not None,
+            "BIAS": bias is not None,
+            "WEIGHTED": row_weight is not None,
+            "EXPERTS_POW2": next_power_of_2(num_experts + 1),
+            "PRECISION": precision,
+            **blocks,
+            **decoding.OPTIONS,
+        },
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 from .. import tile_tables
 from ..launch import cdiv, next_power_of_2
-from ..quantization.stack import Weight
+from ..launcher import launch_kernel
+from ..quantization.stack import QuantizedStack, Weight
 from ..routing import Routing
 from . import few_rows, library
 from .arguments import Operands
@@ -19,7 +22,7 @@ from .kernels import grouped_matmul_kernel
 from .kernels_outer import grouped_outer_kernel
 from .pairs import TILES, sum_choices
 from .schedule import Scheduled, most_tiles
-from .workspace import LowRank, shares
+from .workspace import LowRank, Workspace
 
 # What a rule's launch may ask of a product besides block sizes, and what a launch without it does:
 OPTIONS = {
@@ -75,90 +78,112 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-class Launch(NamedTuple):
-    """The launch of a kernel that multiplies rows: tiles, first arguments and constants.
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel that multiplies rows.
 
-    ``persistent`` is how many programs a multiprocessor takes that walk over the tiles, 0 for a program a tile;
-    ``flatten`` whether they do in one loop.
+    Attributes:
+        programs: How many for a program a tile; of a share as many as its tiles are on average.
+        arguments: The kernel's first.
+        constants: Those that every such kernel has.
+        is_share: True if there may be more tiles than programs, so that a program has to take one after another.
+        persistent: How many programs a multiprocessor that do so are asked for, 0 for a program a tile.
+        flatten: True if they do in one loop.
     """
 
-    tiles: int
+    programs: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    is_share: bool
     persistent: int
     flatten: bool
 
 
-def matmul_launch(
+def launches(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    routing: Scheduled,
+    weight: Weight,
+    routing: Routing,
     *,
     top_k: int | None,
     low: LowRank | None,
     bias: torch.Tensor | None = None,
     parts: int = 1,
-) -> Launch:
-    """The launch of ``x[row] W[e]^T (+ low[s] C[e]^T) (+ bias[e])``; arguments as for :func:`grouped_matmul`.
+) -> Iterator[Launch]:
+    """The launches of ``x[row] W[e]^T (+ low[s] C[e]^T) (+ bias[e])``; arguments as for :func:`grouped_matmul`.
+
+    A dense weight takes one. The matrices of a quantized one are decoded into a workspace a share at a time, and each
+    share's launch is to be made before the next is asked for. The device alone knows how many tiles a share has, and
+    most of the programs for as many as it may have would begin and find none.
 
     A tile's columns are ``parts`` equally long runs, each at the same place of its part of the N columns.
     """
-    num_experts, n_out, n_in = weight.shape
-    pairs = routing.order.shape[0]
-    # Pointers that are not used still have to be pointers.
-    left, right = low or (x, weight)
-    rank = left.shape[1] if low else 0
+    routing = routing if isinstance(routing, Scheduled) else Scheduled(*routing)
+    workspace = Workspace(weight) if isinstance(weight, QuantizedStack) else None
+    dense = workspace.dense if workspace else cast(torch.Tensor, weight)
+    size, n_out, n_in = dense.shape
     blocks = tile("grouped_matmul", x, routing.rows, n_out, n_in)
-    tiles_m = most_tiles(pairs, num_experts, blocks["BLOCK_M"])
-    schedule = routing.offsets
     options: dict[str, Any] = {**OPTIONS, **blocks}
     del options["GATE_BACKWARD"]
     persistent, flatten = options.pop("PERSISTENT"), options.pop("FLATTEN")
     # Programs that walk over the tiles have to know how many there are.
-    options["SCHEDULE"] = options["SCHEDULE"] or persistent > 0
-    if options["SCHEDULE"]:
-        schedule = routing.schedule(blocks["BLOCK_M"])
-    # What torch multiplies begins with the first pair.
-    options["LIBRARY"] = bool(options["LIBRARY"]) and routing.is_whole and library.serves(x, weight)
+    options["SCHEDULE"] = options["SCHEDULE"] or persistent > 0 or workspace is not None
+    options["LIBRARY"] = bool(options["LIBRARY"]) and workspace is None and library.serves(x, dense)
     if options["LIBRARY"]:
-        x, top_k, options["TMA"] = library.product(x, weight, routing, top_k), None, 0
+        x, top_k, options["TMA"] = library.product(x, dense, routing, top_k), None, 0
     described, options["TMA"] = (
-        describe(weight, parts, blocks["BLOCK_N"], blocks["BLOCK_K"]) if options["TMA"] else (weight, "")
+        describe(dense, parts, blocks["BLOCK_N"], blocks["BLOCK_K"]) if options["TMA"] else (dense, "")
     )
     rows: Any = None
     if options["TMA_ROWS"] and not options["LIBRARY"] and top_k is None:
         rows = describe_rows(x, blocks["BLOCK_M"], blocks["BLOCK_K"])
     options["TMA_ROWS"] = rows is not None
-    arguments = (
-        x if rows is None else rows,
-        described,
-        left,
-        right,
-        weight if bias is None else bias,
-        *routing,
-        schedule,
-        routing.last,
-        num_experts,
-        n_out,
-        n_in,
-        rank,
-        x.stride(0),
-        *weight.stride(),
-        *(right.stride() if low else (0, 0, 0)),
-    )
+    # Pointers that are not used still have to be pointers.
+    left, right = low or (x, dense)
+    rank = left.shape[1] if low else 0
     constants = {
         "GATHER": top_k is not None,
         "TOP_K": top_k or 1,
         "LOW_RANK": low is not None,
         "BIAS": bias is not None,
-        "EXPERTS_POW2": next_power_of_2(num_experts + 1),
+        "EXPERTS_POW2": next_power_of_2(size + 1),
         "PRECISION": float32_precision(x),
         "EVEN_K": n_in % blocks["BLOCK_K"] == 0,
         # A short sum needs no long block; 16 is the least that ``tl.dot`` multiplies.
         "BLOCK_R": min(blocks["BLOCK_K"], max(16, next_power_of_2(rank))),
         **options,
     }
-    return Launch(tiles_m * cdiv(n_out, blocks["BLOCK_N"]), arguments, constants, persistent, bool(flatten))
+    schedules = routing.schedules(blocks["BLOCK_M"], size) if options["SCHEDULE"] else routing.offsets
+    pairs = routing.order.shape[0]
+    expected = min(pairs, math.ceil(routing.rows * size)) if workspace else pairs
+    programs = most_tiles(expected, size, blocks["BLOCK_M"]) * cdiv(n_out, blocks["BLOCK_N"])
+
+    def launch(factor: torch.Tensor, own_bias: torch.Tensor | None, schedule: torch.Tensor) -> Launch:
+        arguments = (
+            x if rows is None else rows,
+            described,
+            left,
+            factor,
+            dense if own_bias is None else own_bias,
+            *routing,
+            schedule,
+            pairs,
+            size,
+            n_out,
+            n_in,
+            rank,
+            x.stride(0),
+            *dense.stride(),
+            *(factor.stride() if low else (0, 0, 0)),
+        )
+        return Launch(
+            programs, arguments, constants, workspace is not None, persistent, bool(persistent and flatten)
+        )
+
+    if workspace is None:
+        yield launch(right, bias, schedules)
+        return
+    for share, schedule in zip(workspace.decoded_shares(), schedules, strict=True):
+        yield launch(right[share] if low else right, None if bias is None else bias[share], schedule)
 
 
 def grouped_matmul(
@@ -205,23 +230,25 @@ def grouped_matmul(
             precision=float32_precision(x),
         )
         return out
-    for dense, share, factors, own_bias in shares(weight, routing, low, bias):
-        programs, arguments, constants, persistent, flatten = matmul_launch(
-            x, dense, share, top_k=top_k, low=factors, bias=own_bias
-        )
-        if persistent:
-            programs = min(programs, persistent * multiprocessors(x.device))
-        grouped_matmul_kernel[(programs,)](
-            *arguments,
-            x if row_weight is None else row_weight,
-            out,
-            SCATTER=scatter,
-            WEIGHTED=row_weight is not None,
-            PERSISTENT=persistent > 0,
-            FLATTEN=flatten,
-            # Only a product without a second loop, over the rank, becomes one loop.
-            SHORT_RANK=flatten and factors is not None and factors[0].shape[1] <= constants["BLOCK_R"],
-            **constants,
+    for launch in launches(x, weight, routing, top_k=top_k, low=low, bias=bias):
+        programs = launch.programs
+        if launch.persistent:
+            programs = min(programs, launch.persistent * multiprocessors(x.device))
+        launch_kernel(
+            grouped_matmul_kernel,
+            (programs, 1, 1),
+            (*launch.arguments, x if row_weight is None else row_weight, out),
+            {
+                "SCATTER": scatter,
+                "WEIGHTED": row_weight is not None,
+                "PERSISTENT": launch.is_share or launch.persistent > 0,
+                "FLATTEN": launch.flatten,
+                # Only a product without a second loop, over the rank, becomes one loop.
+                "SHORT_RANK": launch.flatten
+                and low is not None
+                and low[0].shape[1] <= launch.constants["BLOCK_R"],
+                **launch.constants,
+            },
         )
     return out
 
@@ -251,22 +278,18 @@ def grouped_outer(
     out = p.new_empty((num_experts, n_p, n_q))
     blocks = tile("grouped_outer", p, routing.order.shape[0] / num_experts, n_q, n_p)
     grid = (cdiv(n_q, blocks["BLOCK_Q"]), cdiv(n_p, blocks["BLOCK_P"]), num_experts)
-    grouped_outer_kernel[grid](
-        p,
-        q,
-        p if row_weight is None else row_weight,
-        out,
-        *routing,
-        n_p,
-        n_q,
-        p.stride(0),
-        q.stride(0),
-        GATHER_P=top_k_p is not None,
-        GATHER_Q=top_k_q is not None,
-        TOP_K=top_k_p or top_k_q or 1,
-        WEIGHTED=row_weight is not None,
-        PRECISION=float32_precision(p),
-        **blocks,
+    launch_kernel(
+        grouped_outer_kernel,
+        grid,
+        (p, q, p if row_weight is None else row_weight, out, *routing, n_p, n_q, p.stride(0), q.stride(0)),
+        {
+            "GATHER_P": top_k_p is not None,
+            "GATHER_Q": top_k_q is not None,
+            "TOP_K": top_k_p or top_k_q or 1,
+            "WEIGHTED": row_weight is not None,
+            "PRECISION": float32_precision(p),
+            **blocks,
+        },
     )
     return out
 

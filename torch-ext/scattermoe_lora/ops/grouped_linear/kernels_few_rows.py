@@ -110,5 +110,7 @@ def quantized_matmul_kernel(
         )
         # fmt: on
         if WEIGHTED:
+            # Read anew: kept through the loop, it is one register too many for a format (MXFP8, on sm_90).
+            pair = tl.load(order_ptr + position, mask=in_tile, other=0)
             acc *= tl.load(row_weight_ptr + pair, mask=in_tile, other=0.0).to(tl.float32)[:, None]
     store(acc, out_ptr, N, position, pair, in_tile, n, in_n, SCATTER)

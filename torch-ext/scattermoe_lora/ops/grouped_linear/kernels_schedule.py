@@ -12,7 +12,7 @@ import triton.language as tl
 def _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
     """``(segment, start, end, tiles)`` of every segment; those past the last have no tiles.
 
-    The pairs without an expert end at ``pairs``; a launch that leaves them to another passes 0.
+    The pairs without an expert end at ``pairs``.
     """
     segment = tl.arange(0, EXPERTS_POW2)
     start = tl.load(offsets_ptr + segment, mask=segment <= num_experts, other=0)
@@ -64,33 +64,41 @@ def tile_schedule_kernel(
     schedule_ptr,
     pairs,
     num_experts,
+    size,
     capacity,
     EXPERTS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Lists the tiles of one segment a program, behind an entry that counts them.
+    """Lists the tiles of one segment a program, behind an entry that counts those of its share.
 
-    The last program also lists those up to ``capacity``, which have no rows.
+    A share is ``size`` consecutive experts, numbered from 0 in its list; the pairs without an expert are the last
+    share's, as ``size``. A share's last program also lists those up to ``capacity``, which have no rows.
     """
     own = tl.program_id(0)
     segment, start, end, tiles = _segments(offsets_ptr, pairs, num_experts, EXPERTS_POW2, BLOCK_M)
-    first = tl.sum(tl.where(segment < own, tiles, 0), axis=0).to(tl.int32)
+    share = min(own // size, (num_experts - 1) // size)
+    first_expert = share * size
+    is_before = (segment >= first_expert) & (segment < own)
+    first = tl.sum(tl.where(is_before, tiles, 0), axis=0).to(tl.int32)
     after = first + tl.sum(tl.where(segment == own, tiles, 0), axis=0).to(tl.int32)
     row = tl.sum(tl.where(segment == own, start, 0), axis=0).to(tl.int32)
     last = tl.sum(tl.where(segment == own, end, 0), axis=0).to(tl.int32)
-    stop = tl.where(own == num_experts, capacity, after)
+    has_no_expert = own == num_experts
+    is_last = has_no_expert | ((own + 1 == first_expert + size) & (own + 1 < num_experts))
+    stop = tl.where(is_last, capacity, after)
+    list_ptr = schedule_ptr + share * 3 * (1 + capacity)
     for begin in range(first, stop, TILES):
         tile = begin + tl.arange(0, TILES)
-        entry = schedule_ptr + 3 * (1 + tile)
+        entry = list_ptr + 3 * (1 + tile)
         in_list = tile < stop
-        tl.store(entry, own, mask=in_list)
+        tl.store(entry, tl.where(has_no_expert, size, own - first_expert), mask=in_list)
         # Past the last tile the first row is behind the last one, too.
         tl.store(entry + 1, row + (tile - first) * BLOCK_M, mask=in_list)
         tl.store(entry + 2, last, mask=in_list)
-    if own == num_experts:
-        tl.store(schedule_ptr, first)
-        tl.store(schedule_ptr + 1, after)
+    if is_last:
+        tl.store(list_ptr, tl.where(has_no_expert, first, after))
+        tl.store(list_ptr + 1, after)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import flattened, names_needed, register_gradients
+from ..operator import computation, flattened, names_needed, register_gradients
 from ..quantization.stack import QuantizedStack
 from ..routing import empty_gradient, refuse_index_outside
 from . import cpu
@@ -40,8 +40,8 @@ def _implementation(x: torch.Tensor) -> Any:
 
 def _forward(operands: Operands, top_k: int, sentinels: bool) -> Result:
     refuse_index_outside(operands.order, operands.offsets, sentinels)
-    with dispatch.undisturbed(operands.x):
-        return _implementation(operands.x).forward(operands, top_k)
+    result: Result = _implementation(operands.x).forward(operands, top_k)
+    return result
 
 
 def _fake_forward(operands: Operands) -> Result:
@@ -54,8 +54,7 @@ def _backward(
     dy: torch.Tensor, operands: Operands, low: torch.Tensor, top_k: int, needs: list[bool]
 ) -> list[torch.Tensor]:
     names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.x):
-        gradients = _implementation(operands.x).backward(dy, operands, low, top_k, names)
+    gradients = _implementation(operands.x).backward(dy, operands, low, top_k, names)
     return [gradients[name] for name in names]
 
 
@@ -64,7 +63,7 @@ def _fake_backward(operands: Operands, needs: list[bool]) -> list[torch.Tensor]:
 
 
 @torch.library.custom_op("scattermoe_lora::grouped_linear_forward", mutates_args=())
-@flattened
+@computation
 def grouped_linear_forward(operands: Operands, top_k: int, sentinels: bool) -> Result:
     """``y[s] = (W[e] + B[e] A[e]) x[row] + bias[e]`` for every token-expert pair s.
 
@@ -87,7 +86,7 @@ def _(operands: Operands, top_k: int, sentinels: bool) -> Result:
 
 
 @torch.library.custom_op("scattermoe_lora::grouped_linear_quantized_forward", mutates_args=())
-@flattened
+@computation
 def grouped_linear_quantized_forward(
     operands: Operands, quantization: Quantization, top_k: int, sentinels: bool
 ) -> Result:
@@ -102,7 +101,7 @@ def _(operands: Operands, quantization: Quantization, top_k: int, sentinels: boo
 
 
 @torch.library.custom_op("scattermoe_lora::grouped_linear_backward", mutates_args=())
-@flattened
+@computation
 def grouped_linear_backward(
     dy: torch.Tensor, operands: Operands, low: torch.Tensor, top_k: int, needs: list[bool]
 ) -> list[torch.Tensor]:
@@ -129,7 +128,7 @@ def _(
 
 
 @torch.library.custom_op("scattermoe_lora::grouped_linear_quantized_backward", mutates_args=())
-@flattened
+@computation
 def grouped_linear_quantized_backward(
     dy: torch.Tensor,
     operands: Operands,

@@ -14,6 +14,7 @@ import torch
 from .. import tile_tables
 from ..dispatch import undisturbed
 from ..launch import cdiv, next_power_of_2
+from ..launcher import launch_kernel
 from .kernels_pairs import count_pairs_kernel, place_pairs_kernel, sum_choices_kernel
 
 TILES = Path(__file__).parent / "tiles"
@@ -49,10 +50,13 @@ def sort_pairs(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tens
     order = torch.empty(pairs, dtype=torch.int64, device=index.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=index.device)
     with undisturbed(index):
-        count_pairs_kernel[(blocks,)](index, counts, pairs, num_experts, **constants)
+        launch_kernel(count_pairs_kernel, (blocks, 1, 1), (index, counts, pairs, num_experts), constants)
         through = counts.cumsum(0, dtype=torch.int32)
-        place_pairs_kernel[(blocks,)](
-            index, counts, through, order, offsets, pairs, num_experts, CHUNK=CHUNK, **constants
+        launch_kernel(
+            place_pairs_kernel,
+            (blocks, 1, 1),
+            (index, counts, through, order, offsets, pairs, num_experts),
+            {"CHUNK": CHUNK, **constants},
         )
     return order, offsets
 
@@ -69,6 +73,6 @@ def sum_choices(by_pair: torch.Tensor, tokens: int) -> torch.Tensor:
     if launch is None:
         return by_pair.view(tokens, top_k, columns).sum(dim=1)
     out = by_pair.new_empty((tokens, columns))
-    grid = (tokens, cdiv(columns, launch["BLOCK"]))
-    sum_choices_kernel[grid](by_pair, out, columns, TOP_K=top_k, **launch)
+    grid = (tokens, cdiv(columns, launch["BLOCK"]), 1)
+    launch_kernel(sum_choices_kernel, grid, (by_pair, out, columns), {"TOP_K": top_k, **launch})
     return out

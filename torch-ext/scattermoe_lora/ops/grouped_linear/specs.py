@@ -188,7 +188,8 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
         **blocks,
     }
     persistent, flatten = (bool(constants.pop(name, False)) for name in ("PERSISTENT", "FLATTEN"))
-    constants["SCHEDULE"] = bool(constants["SCHEDULE"]) or persistent
+    is_share = "PERSISTENT" in use.flags
+    constants["SCHEDULE"] = bool(constants["SCHEDULE"]) or persistent or is_share
     # Torch's product has its rows in order.
     constants |= {
         "LIBRARY": bool(constants["LIBRARY"]),
@@ -197,8 +198,8 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
     constants["TMA_ROWS"] = (
         bool(constants["TMA_ROWS"]) and not constants["GATHER"] and not constants["LIBRARY"]
     )
-    if "PERSISTENT" in kernel.arg_names:
-        constants |= {"PERSISTENT": persistent, "FLATTEN": flatten, "SHORT_RANK": flatten}
+    if "FLATTEN" in kernel.arg_names:
+        constants |= {"PERSISTENT": persistent or is_share, "FLATTEN": flatten, "SHORT_RANK": flatten}
     spec = tile.spec(kernel, tile.label(use.label, "MNK"), constants)
     if constants["TMA_ROWS"]:
         box = [blocks["BLOCK_M"], blocks["BLOCK_K"]]
@@ -215,6 +216,24 @@ def matmul_spec(kernel: Any, use: Use, tile: Tile) -> CompileSpec:
     )
 
 
+def _share_of(use: Use) -> Use:
+    """The use for a share of a quantized weight's experts, whose programs walk over its tiles."""
+    return replace(use, label=f"{use.label}, a share", flags={**use.flags, "PERSISTENT": True})
+
+
+def _is_for_shares(tile: Tile) -> bool:
+    """True if the products of shares are compiled on a tile: where all uses are, unless its own programs walk, or it
+    is for as few rows as are decoded where they are multiplied."""
+    rule = tile.rule
+    return (
+        tile.every_use
+        and tile.dtype == "bf16"
+        and not rule.launch.get("PERSISTENT")
+        and not rule.launch.get("LIBRARY")
+        and rule.launch["BLOCK_M"] > 16
+    )
+
+
 def _uses(tile: Tile) -> tuple[Use, ...]:
     """Every use where a tile is compiled for all, on the rest the two that need most.
 
@@ -224,7 +243,7 @@ def _uses(tile: Tile) -> tuple[Use, ...]:
     if columns is not None and columns <= 64:
         return _NARROW if tile.dtype != "fp16" else ()
     if tile.every_use and tile.dtype == "bf16":
-        return _USES
+        return (*_USES, *(map(_share_of, _LARGEST) if _is_for_shares(tile) else ()))
     return _LARGEST if tile.every_use or tile.dtype != "fp16" else ()
 
 

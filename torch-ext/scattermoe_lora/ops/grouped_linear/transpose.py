@@ -43,6 +43,7 @@ def transpose_and_scale(matrix: torch.Tensor, scaling: float, dtype: torch.dtype
 @torch.library.custom_op("scattermoe_lora::scaled_transpose", mutates_args=())
 def scaled_transpose(matrix: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
     """:func:`transpose_and_scale` of a contiguous matrix by the Triton kernel."""
+    from ..launcher import launch_kernel
     from .kernels_transpose import scaled_transpose_kernel
 
     rows, columns = matrix.shape
@@ -50,10 +51,13 @@ def scaled_transpose(matrix: torch.Tensor, scaling: float, dtype: torch.dtype) -
     if out.numel():
         side = min(_SIDE, *(next_power_of_2(size) for size in (rows, columns)))
         blocks = (side, _BLOCK // side) if rows < columns else (_BLOCK // side, side)
-        grid = (cdiv(rows, blocks[0]) * cdiv(columns, blocks[1]),)
+        grid = (cdiv(rows, blocks[0]) * cdiv(columns, blocks[1]), 1, 1)
         with dispatch.undisturbed(matrix):
-            scaled_transpose_kernel[grid](
-                matrix, out, scaling, rows, columns, BLOCK_ROWS=blocks[0], BLOCK_COLUMNS=blocks[1]
+            launch_kernel(
+                scaled_transpose_kernel,
+                grid,
+                (matrix, out, scaling, rows, columns),
+                {"BLOCK_ROWS": blocks[0], "BLOCK_COLUMNS": blocks[1]},
             )
     return out
 

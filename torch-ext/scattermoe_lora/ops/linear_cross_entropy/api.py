@@ -11,8 +11,8 @@ from .. import dispatch
 from .arguments import Objective, Operands, Settings, Statistics
 from .checks import check
 from .decoded import DecodedWeight, statistics
-from .op import linear_cross_entropy_forward
-from .total import linear_cross_entropy_total
+from .op import forward
+from .total import forward as forward_total
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -87,8 +87,7 @@ def linear_cross_entropy(
         ValueError: Arguments that do not fit together; the message names argument, expected and got.
         NotImplementedError: float64 on a GPU; forward-mode differentiation, ``torch.func.grad`` and second derivatives.
     """
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    hidden = _cast(hidden)
     check(
         hidden,
         weight,
@@ -99,6 +98,7 @@ def linear_cross_entropy(
         softcap,
         logit_scale,
         label_smoothing,
+        z_loss,
         ignore_index,
         reduction,
         num_items_in_batch,
@@ -108,41 +108,26 @@ def linear_cross_entropy(
         "linear_cross_entropy", hidden, head_weight, bias, lora_a, lora_b, token_weight
     )
     valid = (labels != ignore_index).reshape(-1)
-    flat = labels.reshape(-1).long()
-    # Below the vocabulary is what the operator leaves out, above it what has no logit.
-    index = flat.masked_fill(flat < 0, weight.shape[0]).masked_fill(~valid, -1)
+    index = _index(labels, valid, weight.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    low = None
-    if lora_a is not None and lora_b is not None:
-        low = F.linear(rows, lora_a.to(rows.dtype))
-        lora_b = (lora_b * scaling).to(rows.dtype).contiguous()
-    head = (bias, low, lora_b)
+    head = (bias, *_low_rank(rows, lora_a, lora_b, scaling))
     wide = torch.promote_types(rows.dtype, torch.float32)
     settings = Settings(
-        float(logit_scale), float(softcap or 0.0), bool(label_smoothing), return_entropy, False
+        float(logit_scale), float(softcap or 0.0), bool(label_smoothing), return_entropy, False, False
     )
     factors, weights = _factors(
         index, valid, weight.shape[0], label_smoothing, z_loss, class_weight, token_weight, wide
     )
     divisor, unit = _divisor(weights, reduction, num_items_in_batch, rows.dtype)
     objective = Objective._make(None if factor is None else factor / divisor for factor in factors)
-    trained = [t is not None and t.requires_grad for t in (rows, head_weight, *head)]
-    trained = [need and torch.is_grad_enabled() for need in trained]
-    # Where hidden states alone get a gradient, a CPU's forward can have it ready, whatever the tokens' losses become.
-    pulls = trained[0] and not any(trained[1:]) and low is None
-    pulls = pulls and not label_smoothing and not return_entropy and not dispatch.use_triton(rows)
-    total = None
-    if isinstance(weight, DecodedWeight):
-        results = statistics(rows, weight, *head, index, class_weight, settings)
+    trained = _trained(rows, head_weight, *head)
+    is_total = any(trained) and reduction != "none" and not _pulls(rows, trained, settings)
+    if head_weight is not None and is_total:
+        operands = Operands(rows, head_weight.contiguous(), *head, index, class_weight)
+        total, *first, _ = forward_total(*operands, *objective, *settings, trained)
+        results = Statistics._make((*first, rows.new_empty(0), rows.new_empty(0)))
     else:
-        operands = Operands(rows, weight.contiguous(), *head, index, class_weight)
-        if any(trained) and reduction != "none" and not pulls:
-            total, *first = linear_cross_entropy_total(*operands, *objective, *settings, trained)[:5]
-            results = Statistics._make((*first, rows.new_empty(0)))
-        else:
-            settings = settings._replace(pulls=pulls)
-            results = Statistics(*linear_cross_entropy_forward(*operands, *settings))
-    if total is None:
+        results = _statistics(rows, weight, *head, index, class_weight, settings)
         total = objective.by_token(results, class_weight, weight.shape[0])
         total = total.view(labels.shape) if reduction == "none" else total.sum()
     loss = total / unit
@@ -154,6 +139,92 @@ def linear_cross_entropy(
         log_probs.view(labels.shape) if return_log_probs else None,
         results.entropy.view(labels.shape) if return_entropy else None,
     )
+
+
+def token_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | DecodedWeight,
+    labels: torch.Tensor,
+    settings: Settings,
+    *,
+    bias: torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+) -> Statistics:
+    """The statistics of each token's logits that ``settings`` ask for, of tokens ``[T]`` that all have a label.
+
+    The arguments are those of :func:`linear_cross_entropy`, and so is what is raised.
+    """
+    hidden = _cast(hidden)
+    softcap = settings.softcap or None
+    check(
+        hidden,
+        weight,
+        labels,
+        {"bias": bias},
+        (lora_a, lora_b),
+        None,
+        softcap,
+        settings.scale,
+        0.0,
+        0.0,
+        -1,
+        "none",
+        None,
+    )
+    index = _index(labels, torch.ones_like(labels, dtype=torch.bool), weight.shape[0])
+    head = (bias, *_low_rank(hidden, lora_a, lora_b, 1.0))
+    return _statistics(hidden.contiguous(), weight, *head, index, None, settings)
+
+
+def _cast(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states in the dtype that they are multiplied in."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
+
+
+def _index(labels: torch.Tensor, valid: torch.Tensor, words: int) -> torch.Tensor:
+    """The labels as the operator takes them: ``words``, which has no logit, for one outside the vocabulary."""
+    flat = labels.reshape(-1).long()
+    return flat.masked_fill(flat < 0, words).masked_fill(~valid, -1)
+
+
+def _low_rank(
+    rows: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``low`` and ``b`` of the operator."""
+    if lora_a is None or lora_b is None:
+        return None, None
+    return F.linear(rows, lora_a.to(rows.dtype)), (lora_b * scaling).to(rows.dtype).contiguous()
+
+
+def _statistics(
+    rows: torch.Tensor,
+    weight: torch.Tensor | DecodedWeight,
+    bias: torch.Tensor | None,
+    low: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    index: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    settings: Settings,
+) -> Statistics:
+    rest = (bias, low, lora_b, index, class_weight)
+    if isinstance(weight, DecodedWeight):
+        return statistics(rows, weight, *rest, settings)
+    trained = _trained(rows, weight, bias, low, lora_b)
+    settings = settings._replace(pulls=_pulls(rows, trained, settings))
+    return Statistics(*forward(rows, weight.contiguous(), *rest, *settings))
+
+
+def _trained(*operands: torch.Tensor | None) -> list[bool]:
+    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in operands]
+
+
+def _pulls(rows: torch.Tensor, trained: list[bool], settings: Settings) -> bool:
+    """True where hidden states alone get a gradient, which a CPU's forward has ready, whatever the losses become."""
+    is_alone = trained[0] and not any(trained[1:]) and not settings.sums and not settings.entropies
+    return is_alone and not dispatch.use_triton(rows)
 
 
 def _factors(

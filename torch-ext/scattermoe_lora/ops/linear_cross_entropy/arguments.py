@@ -46,6 +46,7 @@ class Settings(NamedTuple):
         softcap: ``c`` of ``c * tanh(logits / c)``; 0 for none.
         sums: Whether :attr:`Statistics.logit_sum` is asked for.
         entropies: Whether :attr:`Statistics.entropy` is.
+        peaks: Whether :attr:`Statistics.peak` is.
         pulls: Whether :attr:`Statistics.pull` is, where an implementation has it.
     """
 
@@ -53,6 +54,7 @@ class Settings(NamedTuple):
     softcap: float
     sums: bool
     entropies: bool
+    peaks: bool
     pulls: bool
 
 
@@ -66,6 +68,7 @@ class Statistics(NamedTuple):
         label_logit: The label's logit.
         logit_sum: The sum of all logits, each multiplied by its class weight.
         entropy: ``-sum(p * log(p))`` of ``p = softmax(logits)``.
+        peak: The largest logit. It has no gradient.
         pull: ``[T, H]``, dtype of ``hidden``: the derivative of ``lse`` by ``hidden`` without the label's term. With it
             the backward has nothing to multiply. Empty also where an implementation does not compute it.
     """
@@ -74,6 +77,7 @@ class Statistics(NamedTuple):
     label_logit: torch.Tensor
     logit_sum: torch.Tensor
     entropy: torch.Tensor
+    peak: torch.Tensor
     pull: torch.Tensor
 
 

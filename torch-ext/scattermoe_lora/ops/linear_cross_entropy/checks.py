@@ -37,6 +37,7 @@ def check(
     softcap: float | None,
     logit_scale: float,
     label_smoothing: float,
+    z_loss: float,
     ignore_index: int,
     reduction: str,
     num_items_in_batch: float | torch.Tensor | None,
@@ -70,10 +71,11 @@ def check(
         _check_tensor("lora_b", b, [vocabulary, a.shape[0]], hidden)
     if token_weight is not None:
         _check_tensor("token_weight", token_weight, list(labels.shape), hidden)
-    if softcap is not None and not softcap > 0:
-        _refuse("softcap", "a number above 0, or None", softcap)
-    if not -float("inf") < logit_scale < float("inf"):
-        _refuse("logit_scale", "a finite number", logit_scale)
+    if softcap is not None and not 0 < softcap < float("inf"):
+        _refuse("softcap", "a finite number above 0, or None", softcap)
+    for name, number in (("logit_scale", logit_scale), ("z_loss", z_loss)):
+        if not -float("inf") < number < float("inf"):
+            _refuse(name, "a finite number", number)
     if not 0 <= label_smoothing <= 1:
         _refuse("label_smoothing", "a number between 0 and 1", label_smoothing)
     if reduction not in _REDUCTIONS:
@@ -83,8 +85,12 @@ def check(
             _refuse(
                 "reduction", "'mean' with num_items_in_batch, which says what to divide by", repr(reduction)
             )
-        if isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.numel() != 1:
-            _refuse("num_items_in_batch", "one number", list(num_items_in_batch.shape))
+        # A tensor may be on a device that nobody waits for.
+        if isinstance(num_items_in_batch, torch.Tensor):
+            if num_items_in_batch.numel() != 1:
+                _refuse("num_items_in_batch", "one number", list(num_items_in_batch.shape))
+        elif not num_items_in_batch >= 0:
+            _refuse("num_items_in_batch", "a number of labels, 0 or more", num_items_in_batch)
     _check_labels(labels, hidden, vocabulary, ignore_index)
 
 

@@ -114,6 +114,7 @@ def forward(operands: Operands, settings: Settings) -> Statistics:
         zeros(True),
         zeros(settings.sums),
         zeros(settings.entropies),
+        zeros(settings.peaks),
         zeros(settings.pulls, hidden.shape[1], dtype=hidden.dtype),
     )
     kept = operands.labels >= 0
@@ -170,7 +171,7 @@ def forward_of_tokens(
     entropy = lse - weighted / total
     if settings.pulls:
         pull.mul_((settings.scale / total).unsqueeze(1))
-    return Statistics(lse, label_logit, sums, entropy, pull.to(hidden.dtype))
+    return Statistics(lse, label_logit, sums, entropy, peak, pull.to(hidden.dtype))
 
 
 def _inside(operands: Operands) -> torch.Tensor:
@@ -182,7 +183,7 @@ def label_slopes(
     operands: Operands, settings: Settings, statistics: Statistics, gradients: list[torch.Tensor]
 ) -> torch.Tensor:
     """``[T]``, the gradient of the label's logit before scale and soft cap."""
-    lse, label_logit, _, entropy, _ = statistics
+    lse, label_logit, entropy = statistics.lse, statistics.label_logit, statistics.entropy
     d_lse, d_label, d_sum, d_entropy = gradients
     log_p = label_logit - lse
     slope = log_p.exp() * d_lse + d_label

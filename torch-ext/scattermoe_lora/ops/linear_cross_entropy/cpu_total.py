@@ -46,7 +46,7 @@ def forward(
             scattered(value) if is_asked else value for value, is_asked in zip(results, shown, strict=False)
         ]
         gradients |= {name: scattered(gradients[name]) for name in ("hidden", "low") if name in gradients}
-        return Statistics._make((*by_kept, results.pull)), gradients
+        return Statistics._make((*by_kept, *results[len(shown) :])), gradients
     make = torch.empty_like if tokens else torch.zeros_like
     by_token, by_word = (
         {name: make(getattr(operands, name), dtype=operands.wide) for name in group if name in names}
@@ -60,9 +60,9 @@ def forward(
         own = {name: total[rows].zero_() for name, total in by_token.items()}
         pieces.append(_add_block(some, objective.of(rows), settings, own, by_word, is_first=rows.start == 0))
     pieces = pieces or [forward_of_tokens(operands, settings)]
-    lse, label_logit, sums, entropy, pull = (torch.cat(column) for column in zip(*pieces, strict=True))
+    lse, label_logit, sums, entropy, _, pull = (torch.cat(column) for column in zip(*pieces, strict=True))
     sums, entropy = sums[: tokens * settings.sums], entropy[: tokens * settings.entropies]
-    return Statistics(lse, label_logit, sums, entropy, pull), by_token | by_word
+    return Statistics(lse, label_logit, sums, entropy, lse.new_empty(0), pull), by_token | by_word
 
 
 def _add_block(

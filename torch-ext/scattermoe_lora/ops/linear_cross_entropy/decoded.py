@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .arguments import Settings, Statistics
-from .op import linear_cross_entropy_forward
+from .op import forward
 
 # Bytes of the weight that are decoded at a time.
 _PART_BYTES = 1 << 26
@@ -48,13 +48,13 @@ def statistics(
     """
     words, width = weight.shape
     size = max(_PART_BYTES // (width * rows.element_size()), 1)
-    lses, labels, totals, means = [], [], [], []
+    lses, labels, totals, means, peaks = [], [], [], [], []
     for start in range(0, words, size):
         stop = min(start + size, words)
         # Every token has a label in this part, so that its other statistics are computed; its own counts.
         own = (index >= start) & (index < stop)
         with _decoded_again(weight, start, stop) as part:
-            lse, label_logit, logit_sum, entropy, _ = linear_cross_entropy_forward(
+            lse, label_logit, logit_sum, entropy, peak, _ = forward(
                 rows,
                 part,
                 None if bias is None else bias[start:stop],
@@ -70,6 +70,8 @@ def statistics(
             totals.append(logit_sum)
         if settings.entropies:
             means.append(lse - entropy)
+        if settings.peaks:
+            peaks.append(peak)
     is_left_out = index < 0
     stacked = torch.stack(lses)
     lse = stacked.logsumexp(dim=0).masked_fill(is_left_out, 0.0)
@@ -80,13 +82,20 @@ def statistics(
     if settings.entropies:
         mean = ((stacked - lse).exp() * torch.stack(means)).sum(dim=0)
         entropy = (lse - mean).masked_fill(is_left_out, 0.0)
-    return Statistics(lse, label_logit, logit_sum, entropy, rows.new_empty((0, width)))
+    peak = torch.stack(peaks).amax(dim=0) if settings.peaks else empty
+    return Statistics(lse, label_logit, logit_sum, entropy, peak, rows.new_empty((0, width)))
 
 
 @contextmanager
 def _decoded_again(weight: DecodedWeight, start: int, stop: int) -> Iterator[torch.Tensor]:
     """The rows from ``start`` to ``stop``, of which what is saved for the backward keeps the bounds alone."""
     part = weight.decode(start, stop)
+    shape = [stop - start, weight.shape[1]]
+    if list(part.shape) != shape or part.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: weight: expected decode({start}, {stop}) to return {shape} of {weight.dtype}, got "
+            f"{list(part.shape)} of {part.dtype}"
+        )
     # By its address: autograd keeps this function.
     identity = part.data_ptr(), part.shape
 

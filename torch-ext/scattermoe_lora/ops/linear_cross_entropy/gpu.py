@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from .. import tile_tables
 from ..grouped_linear.gpu import float32_precision
+from ..launch import cdiv
+from ..launcher import launch_kernel
 from .arguments import Operands, Settings, Statistics, StatisticsGradients
 from .kernels import logits_backward_kernel, logits_forward_kernel
 
@@ -63,45 +64,51 @@ def forward(operands: Operands, settings: Settings) -> Statistics:
     refuse_float64(hidden)
     tokens, words = hidden.shape[0], weight.shape[0]
     launch = tile("logits_forward", hidden)
-    tiles = triton.cdiv(words, launch["BLOCK_N"])
+    tiles = cdiv(words, launch["BLOCK_N"])
     by_tile = [
         hidden.new_empty((tiles if asked else 0, tokens), dtype=torch.float32)
-        for asked in (True, settings.sums, settings.entropies)
+        for asked in (True, settings.sums, settings.entropies, settings.peaks)
     ]
     # A label outside the vocabulary is found nowhere.
     label_logit = hidden.new_full((tokens,), torch.nan, dtype=torch.float32)
     if tokens:
-        logits_forward_kernel[(tiles * triton.cdiv(tokens, launch["BLOCK_M"]),)](
-            hidden,
-            weight,
-            bias,
-            low,
-            b,
-            labels,
-            class_weight,
-            by_tile[0],
-            label_logit,
-            *by_tile[1:],
-            tokens,
-            words,
-            *_sizes(operands),
-            settings.scale,
-            settings.softcap,
-            **_constants(operands, settings, launch),
+        launch_kernel(
+            logits_forward_kernel,
+            (tiles * cdiv(tokens, launch["BLOCK_M"]), 1, 1),
+            (
+                hidden,
+                weight,
+                bias,
+                low,
+                b,
+                labels,
+                class_weight,
+                by_tile[0],
+                label_logit,
+                *by_tile[1:],
+                tokens,
+                words,
+                *_sizes(operands),
+                settings.scale,
+                settings.softcap,
+            ),
+            {"PEAKS": settings.peaks, **_constants(operands, settings, launch)},
         )
     is_left_out = labels < 0
     lse = by_tile[0].logsumexp(dim=0)
-    sums, entropy = (hidden.new_empty((0,), dtype=torch.float32) for _ in range(2))
+    sums, entropy, peak = (hidden.new_empty((0,), dtype=torch.float32) for _ in range(3))
     if settings.sums:
         sums = by_tile[1].sum(dim=0)
     if settings.entropies:
         shares = by_tile[0].sub_(lse).exp_()
         entropy = lse - by_tile[2].mul_(shares).masked_fill_(shares == 0, 0.0).sum(dim=0)
-    lse, label_logit, sums, entropy = (
+    if settings.peaks:
+        peak = by_tile[3].amax(dim=0)
+    lse, label_logit, sums, entropy, peak = (
         value.masked_fill(is_left_out, 0.0) if value.shape[0] else value
-        for value in (lse, label_logit, sums, entropy)
+        for value in (lse, label_logit, sums, entropy, peak)
     )
-    return Statistics(lse, label_logit, sums, entropy, hidden.new_empty((0, hidden.shape[1])))
+    return Statistics(lse, label_logit, sums, entropy, peak, hidden.new_empty((0, hidden.shape[1])))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -139,29 +146,33 @@ def backward(
         own = [None if t is None else t[part] for t in (weight, bias, b, class_weight)]
         size = part.stop - start
         d = hidden.new_empty((tokens, size))
-        grid = triton.cdiv(tokens, launch["BLOCK_M"]) * triton.cdiv(size, launch["BLOCK_N"])
-        logits_backward_kernel[(grid,)](
-            hidden,
-            own[0],
-            own[1],
-            low,
-            own[2],
-            labels,
-            own[3],
-            statistics.lse,
-            statistics.entropy,
-            d_lse,
-            d_label,
-            d_sum,
-            d_entropy,
-            d,
-            tokens,
-            size,
-            start,
-            *_sizes(operands),
-            settings.scale,
-            settings.softcap,
-            **_constants(operands, settings, launch),
+        grid = cdiv(tokens, launch["BLOCK_M"]) * cdiv(size, launch["BLOCK_N"])
+        launch_kernel(
+            logits_backward_kernel,
+            (grid, 1, 1),
+            (
+                hidden,
+                own[0],
+                own[1],
+                low,
+                own[2],
+                labels,
+                own[3],
+                statistics.lse,
+                statistics.entropy,
+                d_lse,
+                d_label,
+                d_sum,
+                d_entropy,
+                d,
+                tokens,
+                size,
+                start,
+                *_sizes(operands),
+                settings.scale,
+                settings.softcap,
+            ),
+            _constants(operands, settings, launch),
         )
         for name, factor in (("hidden", own[0]), ("low", own[2])):
             if name in by_token and factor is not None:

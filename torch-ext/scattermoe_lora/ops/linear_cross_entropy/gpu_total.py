@@ -10,8 +10,9 @@ import math
 from collections.abc import Collection
 
 import torch
-import triton
 
+from ..launch import cdiv
+from ..launcher import launch_kernel
 from .arguments import Objective, Operands, Settings, Statistics
 from .gpu import refuse_float64
 from .kernels_total import logits_gradient_kernel
@@ -29,8 +30,8 @@ LAUNCH = {"BLOCK_N": 4096, "num_warps": 8, "num_stages": 1}
 def _rows(tokens: int, columns: int, most: int) -> int:
     """Tokens of a block: about the same number in each."""
     most = max(_LOGITS_BYTES // (4 * columns), most, _MULTIPLE) // _MULTIPLE * _MULTIPLE
-    blocks = max(triton.cdiv(tokens, most), 1)
-    return max(triton.cdiv(triton.cdiv(tokens, blocks), _MULTIPLE), 1) * _MULTIPLE
+    blocks = max(cdiv(tokens, most), 1)
+    return max(cdiv(cdiv(tokens, blocks), _MULTIPLE), 1) * _MULTIPLE
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, adds: bool) -> None:
@@ -71,7 +72,7 @@ def forward(
         for group in (("hidden", "low"), ("weight", "bias", "b"))
     )
     # Adding to a trained head's gradient then moves no more bytes than the logits do.
-    columns = triton.cdiv(words, _COLUMNS) * _COLUMNS
+    columns = cdiv(words, _COLUMNS) * _COLUMNS
     size = _rows(tokens, columns, hidden.shape[1] if "weight" in names else 0)
     logits = hidden.new_empty((min(size, tokens), columns), dtype=torch.float32)
     in_place = logits if hidden.dtype == torch.float32 else logits.view(hidden.dtype)
@@ -84,27 +85,33 @@ def forward(
         if low is not None and b is not None:
             _multiply(low[part], b.t(), x, adds=False)
         _multiply(hidden[part], weight.t(), x, adds=low is not None)
-        logits_gradient_kernel[(number,)](
-            x,
-            d,
-            bias,
-            labels[part],
-            class_weight,
-            slope[part],
-            *(None if factor is None else factor[part] for factor in objective),
-            *(result[part] for result in results),
-            words,
-            x.stride(0),
-            d.stride(0),
-            settings.scale,
-            settings.softcap,
-            BIAS=bias is not None,
-            SOFTCAP=bool(settings.softcap),
-            SUMS=settings.sums,
-            CLASS_WEIGHT=settings.sums and class_weight is not None,
-            SQUARE=objective.square is not None,
-            ENTROPIES=settings.entropies,
-            **LAUNCH,
+        launch_kernel(
+            logits_gradient_kernel,
+            (number, 1, 1),
+            (
+                x,
+                d,
+                bias,
+                labels[part],
+                class_weight,
+                slope[part],
+                *(None if factor is None else factor[part] for factor in objective),
+                *(result[part] for result in results),
+                words,
+                x.stride(0),
+                d.stride(0),
+                settings.scale,
+                settings.softcap,
+            ),
+            {
+                "BIAS": bias is not None,
+                "SOFTCAP": bool(settings.softcap),
+                "SUMS": settings.sums,
+                "CLASS_WEIGHT": settings.sums and class_weight is not None,
+                "SQUARE": objective.square is not None,
+                "ENTROPIES": settings.entropies,
+                **LAUNCH,
+            },
         )
         for name, factor in (("hidden", weight), ("low", b)):
             if name in by_token and factor is not None:
@@ -115,4 +122,5 @@ def forward(
         if "bias" in by_word:
             share, total = d.sum(dim=0, dtype=torch.float32), by_word["bias"]
             by_word["bias"] = total.add_(share) if start else share
-    return Statistics._make((*results, hidden.new_empty((0, hidden.shape[1])))), by_token | by_word
+    missing = [hidden.new_empty(0), hidden.new_empty((0, hidden.shape[1]))]
+    return Statistics._make((*results, *missing)), by_token | by_word

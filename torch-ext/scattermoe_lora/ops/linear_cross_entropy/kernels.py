@@ -112,6 +112,7 @@ def logits_forward_kernel(
     label_logit_ptr,
     sums_ptr,
     mean_ptr,
+    peak_ptr,
     tokens,
     words,
     H,
@@ -124,6 +125,7 @@ def logits_forward_kernel(
     SUMS: tl.constexpr,
     CLASS_WEIGHT: tl.constexpr,
     ENTROPIES: tl.constexpr,
+    PEAKS: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -132,8 +134,8 @@ def logits_forward_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Of each token and tile of words, ``[tiles, T]``: log-sum-exp, weighted sum and mean of logits. And ``[T]``, the
-    label's logit. Tokens with a negative label are left out."""
+    """Of each token and tile of words, ``[tiles, T]``: log-sum-exp, weighted sum, mean and maximum of logits. And
+    ``[T]``, the label's logit. Tokens with a negative label are left out."""
     tile_n, token, in_tokens, word, in_words = _place(tokens, words, GROUP_M, BLOCK_M, BLOCK_N)
     label = tl.load(labels_ptr + token, mask=in_tokens, other=-1)
     if tl.max(label, axis=0) < 0:
@@ -161,6 +163,8 @@ def logits_forward_kernel(
     p = tl.exp(masked - peak[:, None])
     total = tl.sum(p, axis=1)
     tl.store(lse_ptr + at, peak + tl.log(total), mask=in_tokens)
+    if PEAKS:
+        tl.store(peak_ptr + at, peak, mask=in_tokens)
     if ENTROPIES:
         mean = tl.sum(tl.where(p > 0, p * x, 0.0), axis=1) / tl.maximum(total, 1.0e-30)
         tl.store(mean_ptr + at, mean, mask=in_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import by_argument, flattened, names_needed
+from ..operator import by_argument, computation, eager, flattened, names_needed, register_autograd
 from ..routing import empty_gradient
 from . import cpu
 from .arguments import DIFFERENTIABLE, Operands, Settings, Statistics, StatisticsGradients
@@ -24,13 +24,12 @@ def _implementation(x: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("scattermoe_lora::linear_cross_entropy_forward", mutates_args=())
-@flattened
+@computation
 def linear_cross_entropy_forward(
     operands: Operands, settings: Settings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:class:`Statistics` of ``logits = cap(scale * (hidden W^T + low B^T + bias))``, which are never all in memory."""
-    with dispatch.undisturbed(operands.hidden):
-        result: Statistics = _implementation(operands.hidden).forward(operands, settings)
+    result: Statistics = _implementation(operands.hidden).forward(operands, settings)
     return (*result,)
 
 
@@ -38,19 +37,19 @@ def linear_cross_entropy_forward(
 @flattened
 def _(
     operands: Operands, settings: Settings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden = operands.hidden
     tokens, width = hidden.shape
-    counts = (tokens, tokens, tokens if settings.sums else 0, tokens if settings.entropies else 0)
-    lse, label_logit, logit_sum, entropy = (
-        hidden.new_empty((count,), dtype=operands.wide) for count in counts
+    asked = (True, True, settings.sums, settings.entropies, settings.peaks)
+    lse, label_logit, logit_sum, entropy, peak = (
+        hidden.new_empty((tokens if own else 0,), dtype=operands.wide) for own in asked
     )
     pulls = tokens if settings.pulls else 0
-    return lse, label_logit, logit_sum, entropy, hidden.new_empty((pulls, width))
+    return lse, label_logit, logit_sum, entropy, peak, hidden.new_empty((pulls, width))
 
 
 @torch.library.custom_op("scattermoe_lora::linear_cross_entropy_backward", mutates_args=())
-@flattened
+@computation
 def linear_cross_entropy_backward(
     gradients: StatisticsGradients,
     operands: Operands,
@@ -70,8 +69,7 @@ def linear_cross_entropy_backward(
         Of these the ones asked for, each in its argument's dtype. The same input gives the same bits.
     """
     names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.hidden):
-        result = _implementation(operands.hidden).backward(gradients, operands, statistics, settings, names)
+    result = _implementation(operands.hidden).backward(gradients, operands, statistics, settings, names)
     return [result[name] for name in names]
 
 
@@ -90,20 +88,18 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.settings = inputs[_TENSORS:]
     ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.mark_non_differentiable(output[-1])
+    ctx.mark_non_differentiable(*output[len(StatisticsGradients._fields) :])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:DIFFERENTIABLE]]
-    if all(gradient is None for gradient in gradients):
+    own = gradients[: len(StatisticsGradients._fields)]
+    if all(gradient is None for gradient in own):
         return (None,) * len(ctx.needs_input_grad)
-    return by_argument(
-        ctx,
-        linear_cross_entropy_backward(*gradients[:-1], *ctx.saved_tensors, *ctx.settings, needs),
-        needs,
-    )
+    return by_argument(ctx, compute_gradients(*own, *ctx.saved_tensors, *ctx.settings, needs), needs)
 
 
-linear_cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
+compute_gradients = eager(linear_cross_entropy_backward)
+forward = register_autograd(linear_cross_entropy_forward, _backward, _setup_context)
 dispatch.refuse_second_derivative("linear_cross_entropy", linear_cross_entropy_backward)

@@ -27,11 +27,11 @@ _USES = (
     _Use(
         "all",
         "fp16",
-        ("BIAS", "LOW_RANK", "SOFTCAP", "SUMS", "CLASS_WEIGHT", "ENTROPIES", "SQUARE", "EVEN_K"),
+        ("BIAS", "LOW_RANK", "SOFTCAP", "SUMS", "CLASS_WEIGHT", "ENTROPIES", "PEAKS", "SQUARE", "EVEN_K"),
     ),
     _Use("unaligned", "bf16", ()),
 )
-_FLAGS = ("BIAS", "LOW_RANK", "SOFTCAP", "SUMS", "CLASS_WEIGHT", "ENTROPIES", "SQUARE", "EVEN_K")
+_FLAGS = ("BIAS", "LOW_RANK", "SOFTCAP", "SUMS", "CLASS_WEIGHT", "ENTROPIES", "PEAKS", "SQUARE", "EVEN_K")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Pointers that a launch without the flag passes nothing for.
 _OPTIONAL = {
@@ -43,8 +43,8 @@ _OPTIONAL = {
     "square_ptr": "SQUARE",
 }
 _FLOAT32 = (
-    "x_ptr", "lse_ptr", "label_logit_ptr", "sums_ptr", "mean_ptr", "entropy_ptr", "slope_ptr", "own_ptr",
-    "smooth_ptr", "square_ptr",
+    "x_ptr", "lse_ptr", "label_logit_ptr", "sums_ptr", "mean_ptr", "peak_ptr", "entropy_ptr", "slope_ptr",
+    "own_ptr", "smooth_ptr", "square_ptr",
 )  # fmt: skip
 # The default serves no architecture that is compiled for; this one has the least shared memory.
 _LEAST = ("gfx90a",)

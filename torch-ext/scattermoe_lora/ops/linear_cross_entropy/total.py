@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import flattened, names_needed
+from ..operator import computation, eager, flattened, names_needed, register_autograd
 from .arguments import DIFFERENTIABLE, Objective, Operands, Settings, Statistics
-from .op import linear_cross_entropy_backward
+from .op import compute_gradients
 
 _TENSORS = len(Operands._fields)
 _FACTORS = len(Objective._fields)
-# The results: the sum, the statistics that have a gradient, and then the gradients.
-_FIRST = 5
+# The sum, the statistics that have a gradient, and the gradients.
+Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
 
 
 def _implementation(x: torch.Tensor) -> Any:
@@ -33,14 +33,14 @@ def _kept_dtype(operand: torch.Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("scattermoe_lora::linear_cross_entropy_total", mutates_args=())
-@flattened
+@computation
 def linear_cross_entropy_total(
     operands: Operands, objective: Objective, settings: Settings, needs: list[bool]
-) -> list[torch.Tensor]:
+) -> Result:
     """The sum of ``objective`` over the tokens, and what it and its derivative are made of.
 
     Args:
-        operands, settings: As of :func:`.op.linear_cross_entropy_forward`; ``pulls`` is off.
+        operands, settings: As of :func:`.op.linear_cross_entropy_forward`; ``peaks`` and ``pulls`` are off.
         objective: Factors of the terms of each token's loss.
         needs: One flag each for ``hidden``, ``weight``, ``bias``, ``low`` and ``b``: whether to compute its gradient.
 
@@ -49,27 +49,22 @@ def linear_cross_entropy_total(
         in their dtype, or float32 for float16; sums in float32, rounded once. The same input gives the same bits.
     """
     names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.hidden):
-        statistics, gradients = _implementation(operands.hidden).forward(operands, objective, settings, names)
-        losses = objective.by_token(statistics, operands.class_weight, operands.weight.shape[0])
-    return [
-        losses.sum(),
-        *statistics[: _FIRST - 1],
-        *(gradients[name].to(_kept_dtype(getattr(operands, name))) for name in names),
-    ]
+    statistics, gradients = _implementation(operands.hidden).forward(operands, objective, settings, names)
+    losses = objective.by_token(statistics, operands.class_weight, operands.weight.shape[0])
+    lse, label_logit, logit_sum, entropy, *_ = statistics
+    kept = [gradients[name].to(_kept_dtype(getattr(operands, name))) for name in names]
+    return losses.sum(), lse, label_logit, logit_sum, entropy, kept
 
 
 @linear_cross_entropy_total.register_fake
 @flattened
-def _(operands: Operands, objective: Objective, settings: Settings, needs: list[bool]) -> list[torch.Tensor]:
+def _(operands: Operands, objective: Objective, settings: Settings, needs: list[bool]) -> Result:
     tokens = operands.hidden.shape[0]
     counts = (tokens, tokens, tokens if settings.sums else 0, tokens if settings.entropies else 0)
     own = [getattr(operands, name) for name in names_needed(operands, needs)]
-    return [
-        objective.own.new_empty(()),
-        *(objective.own.new_empty((count,)) for count in counts),
-        *(torch.empty_like(operand, dtype=_kept_dtype(operand)) for operand in own),
-    ]
+    lse, label_logit, logit_sum, entropy = (objective.own.new_empty((count,)) for count in counts)
+    kept = [torch.empty_like(operand, dtype=_kept_dtype(operand)) for operand in own]
+    return objective.own.new_empty(()), lse, label_logit, logit_sum, entropy, kept
 
 
 @torch.library.custom_op("scattermoe_lora::linear_cross_entropy_scale", mutates_args=())
@@ -89,24 +84,27 @@ def _(
     return [torch.empty_like(operand) for operand in operands]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    _, *statistics, kept = output
     ctx.settings, ctx.needs = inputs[_TENSORS + _FACTORS : -1], inputs[-1]
-    ctx.save_for_backward(*inputs[: _TENSORS + _FACTORS], *output[1:])
-    ctx.mark_non_differentiable(*output[_FIRST:])
+    ctx.save_for_backward(*inputs[: _TENSORS + _FACTORS], *statistics, *kept)
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, incoming: list[torch.Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_total: torch.Tensor | None, *incoming: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     tensors, rest = saved[:_TENSORS], saved[_TENSORS + _FACTORS :]
     operands, objective = Operands(*tensors), Objective(*saved[_TENSORS : _TENSORS + _FACTORS])
-    statistics = Statistics._make((*rest[: _FIRST - 1], operands.hidden.new_empty((0, 0))))
+    *d_statistics, _ = incoming
+    own, kept = rest[: len(d_statistics)], rest[len(d_statistics) :]
+    missing = [operands.hidden.new_empty(0), operands.hidden.new_empty((0, 0))]
+    statistics = Statistics._make((*own, *missing))
     names = names_needed(operands, ctx.needs)
     result: list[Any] = [None] * len(ctx.needs_input_grad)
     wanted = [bool(need) for need in ctx.needs_input_grad[:DIFFERENTIABLE]]
-    d_total, d_statistics = incoming[0], incoming[1:_FIRST]
     if d_total is not None:
-        computed = dict(zip(names, rest[_FIRST - 1 :], strict=True))
+        computed = dict(zip(names, kept, strict=True))
         chosen = [name for name in names_needed(operands, wanted) if name in computed]
         sources = [getattr(operands, name) for name in chosen]
         scaled = _scaled(d_total, [computed[name] for name in chosen], sources)
@@ -116,9 +114,7 @@ def _backward(ctx: Any, incoming: list[torch.Tensor | None]) -> tuple[Any, ...]:
         for place, term in enumerate(terms, _TENSORS):
             result[place] = None if term is None or not ctx.needs_input_grad[place] else d_total * term
     if any(gradient is not None for gradient in d_statistics):
-        more = iter(
-            linear_cross_entropy_backward(*d_statistics, *tensors, *statistics, *ctx.settings, wanted)
-        )
+        more = iter(compute_gradients(*d_statistics, *tensors, *statistics, *ctx.settings, wanted))
         for place, need in enumerate(wanted):
             if need:
                 gradient = next(more)
@@ -133,8 +129,10 @@ def _scaled(
     is_plain = type(factor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(factor)
     if is_plain and factor.device.type == "cpu" and not torch.is_grad_enabled() and float(factor) == 1:
         return [gradient.to(operand.dtype) for gradient, operand in zip(gradients, operands, strict=True)]
-    return linear_cross_entropy_scale(factor, gradients, operands)
+    scaled: list[torch.Tensor] = _scale(factor, gradients, operands)
+    return scaled
 
 
-linear_cross_entropy_total.register_autograd(_backward, setup_context=_setup_context)
+_scale = eager(linear_cross_entropy_scale)
+forward = register_autograd(linear_cross_entropy_total, _backward, _setup_context)
 dispatch.refuse_second_derivative("linear_cross_entropy", linear_cross_entropy_scale)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import eager, flattened, register_autograd
+from ..operator import computation, eager, flattened, register_autograd
 from ..routing import empty_gradient
 from . import products
 from .arguments import Operands
@@ -27,7 +27,7 @@ def _names(operands: Operands, needs: list[bool]) -> list[tuple[str, int]]:
 
 
 @torch.library.custom_op("scattermoe_lora::lora_linear_forward", mutates_args=())
-@flattened
+@computation
 def lora_linear_forward(operands: Operands) -> tuple[list[torch.Tensor], torch.Tensor]:
     """``y_p = x W_p^T + b_p + sum_i s_i dropout_i(x) A_i^T B_i^T`` for each projection ``p``.
 
@@ -35,8 +35,7 @@ def lora_linear_forward(operands: Operands) -> tuple[list[torch.Tensor], torch.T
         The ``y_p`` ``[T, N_p]``, contiguous, in the dtype of ``x``; and the low-rank products of all pairs ``[T, R]``
         for the backward.
     """
-    with dispatch.undisturbed(operands.x):
-        return products.forward(operands)
+    return products.forward(operands)
 
 
 @lora_linear_forward.register_fake
@@ -50,7 +49,7 @@ def _(operands: Operands) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 
 @torch.library.custom_op("scattermoe_lora::lora_linear_backward", mutates_args=())
-@flattened
+@computation
 def lora_linear_backward(
     dys: list[torch.Tensor],
     dy_projections: list[int],
@@ -71,10 +70,9 @@ def lora_linear_backward(
         frozen weight is allocated.
     """
     names = _names(operands, needs)
-    with dispatch.undisturbed(operands.x):
-        gradients = products.backward(
-            dict(zip(dy_projections, dys, strict=True)), operands, low, frozenset(names)
-        )
+    gradients = products.backward(
+        dict(zip(dy_projections, dys, strict=True)), operands, low, frozenset(names)
+    )
     return [gradients[name] for name in names]
 
 

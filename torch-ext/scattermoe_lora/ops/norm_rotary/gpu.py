@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .. import tile_tables
-from ..launch import cdiv, next_power_of_2
+from ..launch import cdiv, contiguous_like, next_power_of_2
+from ..launcher import launch_kernel
 from .arguments import Operands
 from .kernels import rotary_backward_kernel, rotary_forward_kernel
 
@@ -92,7 +93,7 @@ def forward(operands: Operands) -> torch.Tensor:
     x, weight, cos, sin, eps = operands
     _refuse_float64(x)
     batch, tokens, heads, head_dim = x.shape
-    out = x.new_empty(x.shape, dtype=operands.out_dtype)
+    out = contiguous_like(x, operands.out_dtype)
     if not x.numel():
         return out
     x_rows, cos, sin = _rows_in_place(x), _rows_in_place(cos), _rows_in_place(sin)
@@ -101,20 +102,23 @@ def forward(operands: Operands) -> torch.Tensor:
     constants = constants_of(tile("rotary_forward", x, rotated), heads, head_dim, rotated)
     groups = tokens * heads // constants["INNER"]
     blocks = cdiv(groups, constants["BLOCK"])
-    rotary_forward_kernel[(batch * blocks,)](
-        x_rows,
-        None if weight is None else weight.contiguous(),
-        cos,
-        sin,
-        out,
-        groups,
-        blocks,
-        eps,
-        *x_rows.stride()[:3],
-        *_strides(cos, batch),
-        *_strides(sin, batch),
-        WEIGHTED=weight is not None,
-        **constants,
+    launch_kernel(
+        rotary_forward_kernel,
+        (batch * blocks, 1, 1),
+        (
+            x_rows,
+            None if weight is None else weight.contiguous(),
+            cos,
+            sin,
+            out,
+            groups,
+            blocks,
+            eps,
+            *x_rows.stride()[:3],
+            *_strides(cos, batch),
+            *_strides(sin, batch),
+        ),
+        {"WEIGHTED": weight is not None, **constants},
     )
     return out
 
@@ -125,7 +129,7 @@ def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> di
     _refuse_float64(x)
     batch, tokens, heads, head_dim = x.shape
     summed = weight if "weight" in names else None
-    dx = x.new_empty(x.shape) if "x" in names else None
+    dx = contiguous_like(x) if "x" in names else None
     gradients = {} if dx is None else {"x": dx}
     if not x.numel():
         if summed is not None:
@@ -145,26 +149,32 @@ def backward(dy: torch.Tensor, operands: Operands, names: Collection[str]) -> di
     elif summed is not None:
         programs = min(programs, _SUMMING_PROGRAMS)
     sums: Any = x.new_empty((programs, head_dim), dtype=torch.float32) if summed is not None else None
-    rotary_backward_kernel[(programs,)](
-        dy_rows,
-        x_rows,
-        None if weight is None else weight.contiguous(),
-        cos,
-        sin,
-        dx,
-        sums,
-        groups,
-        blocks,
-        batch * blocks,
-        eps,
-        *dy_rows.stride()[:3],
-        *x_rows.stride()[:3],
-        *_strides(cos, batch),
-        *_strides(sin, batch),
-        WEIGHTED=weight is not None,
-        NEED_X=dx is not None,
-        NEED_WEIGHT=summed is not None,
-        **constants,
+    launch_kernel(
+        rotary_backward_kernel,
+        (programs, 1, 1),
+        (
+            dy_rows,
+            x_rows,
+            None if weight is None else weight.contiguous(),
+            cos,
+            sin,
+            dx,
+            sums,
+            groups,
+            blocks,
+            batch * blocks,
+            eps,
+            *dy_rows.stride()[:3],
+            *x_rows.stride()[:3],
+            *_strides(cos, batch),
+            *_strides(sin, batch),
+        ),
+        {
+            "WEIGHTED": weight is not None,
+            "NEED_X": dx is not None,
+            "NEED_WEIGHT": summed is not None,
+            **constants,
+        },
     )
     if summed is not None:
         gradients["weight"] = sums.sum(dim=0).to(summed.dtype)

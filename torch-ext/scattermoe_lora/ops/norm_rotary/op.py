@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import by_argument, eager, flattened, names_needed, register_autograd
+from ..operator import by_argument, computation, eager, flattened, names_needed, register_autograd
 from ..routing import empty_gradient
 from . import cpu
 from .arguments import Operands
@@ -22,15 +22,15 @@ def _implementation(x: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("scattermoe_lora::norm_rotary_forward", mutates_args=())
-@flattened
+@computation
 def norm_rotary_forward(operands: Operands) -> torch.Tensor:
     """``rotate(x / rms(x) * weight)``.
 
     Returns:
         ``[B, S, H, D]``, contiguous, of the dtype that ``x`` and ``cos`` promote to.
     """
-    with dispatch.undisturbed(operands.x):
-        return _implementation(operands.x).forward(operands)
+    result: torch.Tensor = _implementation(operands.x).forward(operands)
+    return result
 
 
 @norm_rotary_forward.register_fake
@@ -40,7 +40,7 @@ def _(operands: Operands) -> torch.Tensor:
 
 
 @torch.library.custom_op("scattermoe_lora::norm_rotary_backward", mutates_args=())
-@flattened
+@computation
 def norm_rotary_backward(dy: torch.Tensor, operands: Operands, needs: list[bool]) -> list[torch.Tensor]:
     """Gradients of :func:`norm_rotary_forward`, float32 inside and rounded once.
 
@@ -54,8 +54,7 @@ def norm_rotary_backward(dy: torch.Tensor, operands: Operands, needs: list[bool]
         weight's is summed in a fixed order: the same input gives the same bits.
     """
     names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.x):
-        gradients = _implementation(operands.x).backward(dy, operands, names)
+    gradients = _implementation(operands.x).backward(dy, operands, names)
     return [gradients[name] for name in names]
 
 

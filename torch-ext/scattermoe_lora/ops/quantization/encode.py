@@ -61,7 +61,8 @@ def _encode_flat(element: str, weight: torch.Tensor) -> QuantizedStack:
     codes = weight.new_empty(elements.numel() // 2, dtype=torch.uint8)
     scales = weight.new_empty(-(-elements.numel() // FLAT_BLOCK), dtype=torch.float32)
     bounds, order = _thresholds(element, weight.device)
-    for start in range(0, elements.numel(), _CHUNK_ELEMENTS):
+    # On the meta device there is nothing to write, and shapes are known.
+    for start in range(0, 0 if weight.is_meta else elements.numel(), _CHUNK_ELEMENTS):
         chunk = elements[start : start + _CHUNK_ELEMENTS].float()
         end, first = start + chunk.numel(), start // FLAT_BLOCK
         whole = chunk[: chunk.numel() // FLAT_BLOCK * FLAT_BLOCK].view(-1, FLAT_BLOCK)
@@ -92,7 +93,7 @@ def _encode_float8(weight: torch.Tensor) -> QuantizedStack:
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scales = weight.new_empty((experts, row_blocks, column_blocks), dtype=torch.float32)
     padding = (0, -k % GRID_BLOCK)
-    for expert in range(experts):
+    for expert in range(0 if weight.is_meta else experts):
         for block in range(row_blocks):
             rows = slice(block * GRID_BLOCK, (block + 1) * GRID_BLOCK)
             chunk = torch.nn.functional.pad(weight[expert, rows].float(), padding)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
+from ..launch import cdiv
+from ..launcher import launch_kernel
 from .formats import ELEMENTS, element_values
 from .kernels import decode_kernel
 from .stack import QuantizedStack
@@ -77,25 +78,20 @@ def kernel_operands(stack: QuantizedStack) -> Operands:
     )
 
 
-def decode(stack: QuantizedStack, experts: Sequence[int], out: torch.Tensor) -> torch.Tensor:
-    """See :func:`scattermoe_lora.ops.quantization.decode.decode`."""
+def decode(
+    stack: QuantizedStack, experts: Sequence[int], out: torch.Tensor, operands: Operands | None = None
+) -> torch.Tensor:
+    """See :func:`scattermoe_lora.ops.quantization.decode.decode`; ``operands`` are those of the stack, if at hand."""
     _, n, k = stack.stored_shape
-    operands = kernel_operands(stack)
+    operands = operands or kernel_operands(stack)
     # Consecutive numbers need no list, which would be copied to the device.
     is_listed = not (isinstance(experts, range) and experts.step == 1)
     numbers = torch.tensor(experts, dtype=torch.int32, device=stack.device) if is_listed else out
-    tiles = triton.cdiv(n, BLOCKS["BLOCK_N"]) * triton.cdiv(k, BLOCKS["BLOCK_K"])
-    decode_kernel[(tiles, len(experts))](
-        *operands.pointers,
-        numbers,
-        out,
-        experts[0],
-        n,
-        k,
-        *operands.strides,
-        LISTED=is_listed,
-        **operands.constants,
-        **BLOCKS,
-        **OPTIONS,
+    tiles = cdiv(n, BLOCKS["BLOCK_N"]) * cdiv(k, BLOCKS["BLOCK_K"])
+    launch_kernel(
+        decode_kernel,
+        (tiles, len(experts), 1),
+        (*operands.pointers, numbers, out, experts[0], n, k, *operands.strides),
+        {"LISTED": is_listed, **operands.constants, **BLOCKS, **OPTIONS},
     )
     return out

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..launch import cdiv, next_power_of_2, rows_of
+from ..launch import cdiv, contiguous_like, next_power_of_2, rows_of
+from ..launcher import launch_kernel
 from .arguments import Operands
 from .kernels import rms_backward_kernel, rms_forward_kernel
 
@@ -39,30 +40,36 @@ def forward(operands: Operands, residual: torch.Tensor | None) -> tuple[torch.Te
     x, weight, eps, offset, round_first = operands
     _check(x)
     size = x.shape[-1]
-    out = torch.empty_like(x, dtype=operands.out_dtype, memory_format=torch.contiguous_format)
-    total = x.new_empty(0) if residual is None else torch.empty_like(out, dtype=x.dtype)
+    out = contiguous_like(x, operands.out_dtype)
+    total = x.new_empty(0) if residual is None else contiguous_like(x)
     if not x.numel():
         return out, total
     constants = constants_of(size)
     rows, stride = rows_of(x)
     residual_rows, residual_stride = _rows_of(residual)
     count = x.numel() // size
-    rms_forward_kernel[(cdiv(count, constants["ROWS"]),)](
-        rows,
-        residual_rows,
-        None if weight is None else weight.contiguous(),
-        out,
-        total,
-        count,
-        size,
-        eps,
-        offset,
-        stride,
-        residual_stride,
-        ADD=residual is not None,
-        WEIGHTED=weight is not None,
-        ROUND_FIRST=round_first,
-        **constants,
+    launch_kernel(
+        rms_forward_kernel,
+        (cdiv(count, constants["ROWS"]), 1, 1),
+        (
+            rows,
+            residual_rows,
+            None if weight is None else weight.contiguous(),
+            out,
+            total,
+            count,
+            size,
+            eps,
+            offset,
+            stride,
+            residual_stride,
+        ),
+        {
+            "ADD": residual is not None,
+            "WEIGHTED": weight is not None,
+            "ROUND_FIRST": round_first,
+            **constants,
+        },
     )
     return out, total
 
@@ -75,7 +82,7 @@ def backward(
     _check(x)
     size = x.shape[-1]
     summed = weight if "weight" in names else None
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if "x" in names else None
+    dx = contiguous_like(x) if "x" in names else None
     gradients = {} if dx is None else {"x": dx}
     if not x.numel():
         if summed is not None:
@@ -88,26 +95,32 @@ def backward(
     blocks = cdiv(count, constants["ROWS"])
     programs = blocks if summed is None else min(blocks, _SUMMING_PROGRAMS)
     sums: Any = x.new_empty((programs, size), dtype=torch.float32) if summed is not None else None
-    rms_backward_kernel[(programs,)](
-        dy_rows,
-        total_rows,
-        rows,
-        None if weight is None else weight.contiguous(),
-        dx,
-        sums,
-        count,
-        blocks,
-        size,
-        eps,
-        offset,
-        dy_stride,
-        total_stride,
-        stride,
-        ADD=d_total is not None,
-        WEIGHTED=weight is not None,
-        NEED_X=dx is not None,
-        NEED_WEIGHT=summed is not None,
-        **constants,
+    launch_kernel(
+        rms_backward_kernel,
+        (programs, 1, 1),
+        (
+            dy_rows,
+            total_rows,
+            rows,
+            None if weight is None else weight.contiguous(),
+            dx,
+            sums,
+            count,
+            blocks,
+            size,
+            eps,
+            offset,
+            dy_stride,
+            total_stride,
+            stride,
+        ),
+        {
+            "ADD": d_total is not None,
+            "WEIGHTED": weight is not None,
+            "NEED_X": dx is not None,
+            "NEED_WEIGHT": summed is not None,
+            **constants,
+        },
     )
     if summed is not None:
         gradients["weight"] = sums.sum(dim=0).to(summed.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..operator import eager, flattened, names_needed, register_autograd
+from ..operator import computation, eager, flattened, names_needed, register_autograd
 from ..routing import empty_gradient
 from . import cpu
 from .arguments import Operands
@@ -22,15 +22,14 @@ def _implementation(x: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("scattermoe_lora::rms_norm_forward", mutates_args=())
-@flattened
+@computation
 def rms_norm_forward(operands: Operands, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """``s / rms(s) * (weight + offset)`` of ``s = x + residual``.
 
     Returns:
         The result ``[*, H]``, contiguous, of :attr:`Operands.out_dtype`; and ``s``, of no elements without a residual.
     """
-    with dispatch.undisturbed(operands.x):
-        result: tuple[torch.Tensor, torch.Tensor] = _implementation(operands.x).forward(operands, residual)
+    result: tuple[torch.Tensor, torch.Tensor] = _implementation(operands.x).forward(operands, residual)
     return result
 
 
@@ -42,7 +41,7 @@ def _(operands: Operands, residual: torch.Tensor | None) -> tuple[torch.Tensor, 
 
 
 @torch.library.custom_op("scattermoe_lora::rms_norm_backward", mutates_args=())
-@flattened
+@computation
 def rms_norm_backward(
     dy: torch.Tensor, d_total: torch.Tensor | None, operands: Operands, needs: list[bool]
 ) -> list[torch.Tensor]:
@@ -59,8 +58,7 @@ def rms_norm_backward(
         weight's is summed in a fixed order: the same input gives the same bits.
     """
     names = names_needed(operands, needs)
-    with dispatch.undisturbed(operands.x):
-        gradients = _implementation(operands.x).backward(dy, d_total, operands, names)
+    gradients = _implementation(operands.x).backward(dy, d_total, operands, names)
     return [gradients[name] for name in names]
 
 

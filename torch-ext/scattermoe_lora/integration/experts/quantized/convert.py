@@ -42,7 +42,7 @@ def quantize_experts(model: torch.nn.Module, format: str = "nf4") -> None:
     holders: dict[int, list[tuple[torch.nn.Module, str, str]]] = {}
     for path, module, name in places:
         label = f"quantize_experts: {path}.{name}"
-        if _read(module, name) is not None:
+        if read_own(module, name) is not None:
             raise ValueError(f"{label}: already quantized; call dequantize_experts(model) first")
         parameter = getattr(module, name)
         if parameter.grad is not None or (parameter.requires_grad and "modules_to_save" in path.split(".")):
@@ -106,7 +106,7 @@ def _local(parameter: Any) -> torch.Tensor:
     return parameter.to_local() if _is_distributed(parameter) else parameter
 
 
-def _read(module: Any, name: str) -> QuantizedStack | None:
+def read_own(module: Any, name: str) -> QuantizedStack | None:
     """The quantized stack that this process has under a parameter's name, or None."""
     parameter = module._parameters.get(name)
     if not _is_distributed(parameter):
@@ -148,7 +148,7 @@ def dequantize_experts(model: torch.nn.Module) -> None:
         NotImplementedError: Experts whose own class computes with codes (transformers' fine-grained FP8), or weights
             that FSDP2 has split. Nothing has been changed then.
     """
-    quantized = [(path, *place) for path, *place in _weights(model) if _read(*place) is not None]
+    quantized = [(path, *place) for path, *place in _weights(model) if read_own(*place) is not None]
     if not quantized:
         if describe_dense(model):  # Merging decoded them.
             return
@@ -179,7 +179,7 @@ def make_dense(module: Any, name: str, label: str) -> None:
         NotImplementedError: The module's class computes with codes.
     """
     _refuse_own_class(module, name, label)
-    stack, parameter = _read(module, name), module._parameters.get(name)
+    stack, parameter = read_own(module, name), module._parameters.get(name)
     assert stack is not None
     weight = QuantizedWeight(stack).dequantize().contiguous()
     if _is_distributed(parameter):

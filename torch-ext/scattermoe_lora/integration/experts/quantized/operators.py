@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from ....ops import subclass
 from ....ops.quantization.stack import FLOATS
 from . import broadcast, parts
 
@@ -21,8 +21,15 @@ def run(kind: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     Raises:
         RuntimeError: It would write to one.
     """
-    handler = _HANDLERS.get(func) or _COLLECTIVES.get(func._schema.name)
-    result = NotImplemented if handler is None else handler(kind, func, *args, **kwargs)
+    result: Any = NotImplemented
+    if shared := subclass.handler(func):
+        result = shared(func, *args, **kwargs)
+    elif (
+        func._schema.name == "c10d::broadcast_"
+    ):  # Of DistributedDataParallel, which torch defines when it needs it.
+        result = broadcast.broadcast(func, *args)
+    elif own := _HANDLERS.get(func):
+        result = own(kind, func, *args, **kwargs)
     return _on_dense(kind, func, args, kwargs) if result is NotImplemented else result
 
 
@@ -32,12 +39,6 @@ def refuse_write(operation: Any, weight: Any) -> NoReturn:
         f"scattermoe: {operation}: a quantized weight {list(weight.shape)} cannot be written to; call "
         "dequantize_experts(model) first"
     )
-
-
-def _on_tensors(kind: Any, func: Any, weight: Any, **kwargs: Any) -> Any:
-    kwargs.pop("memory_format", None)
-    result = weight.map_tensors(lambda tensor: func(tensor, **kwargs))
-    return return_and_correct_aliasing(func, (weight,), kwargs, result)
 
 
 def _to_copy(kind: Any, func: Any, weight: Any, **kwargs: Any) -> Any:
@@ -112,12 +113,6 @@ def _view(kind: Any, func: Any, weight: Any, size: Sequence[int]) -> Any:
     return kind(weight.stack, is_flat=len(size) == 1)
 
 
-def _as_strided(kind: Any, func: Any, weight: Any, size: Any, stride: Any, offset: int | None = None) -> Any:
-    if (tuple(size), tuple(stride), offset or 0) != (tuple(weight.shape), weight.stride(), 0):
-        return NotImplemented
-    return kind(weight.stack)
-
-
 def _slice(
     kind: Any,
     func: Any,
@@ -150,13 +145,8 @@ def _split(kind: Any, func: Any, weight: Any, size: int, dim: int = 0) -> Any:
 
 def _new_zeros(kind: Any, func: Any, weight: Any, size: Sequence[int], **kwargs: Any) -> Any:
     if weight.dim() != 3 or len(size) != 3 or list(size[1:]) != list(weight.shape[1:]):
-        return _without_numbers(kind, func, weight, size, **kwargs)
+        return subclass.without_numbers(func, weight, size, **kwargs)
     return kind(parts.zeros(weight.stack, size[0]))
-
-
-def _without_numbers(kind: Any, func: Any, weight: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    return func(shape, *args, **{**kwargs, "device": kwargs.get("device") or weight.device})
 
 
 _warned: set[str] = set()
@@ -193,30 +183,7 @@ def _cat(kind: Any, func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
     return broadcast.Row(tensors)
 
 
-def _broadcast(kind: Any, func: Any, *args: Any) -> Any:
-    return broadcast.broadcast(func, *args)
-
-
-def _gather(kind: Any, func: Any, weight: Any, *args: Any) -> Any:
-    return weight.map_tensors(lambda part: func(part.contiguous(), *args))
-
-
-def _wait(kind: Any, func: Any, weight: Any) -> Any:
-    return weight.map_tensors(torch.ops._c10d_functional.wait_tensor.default)
-
-
-# By name, for torch defines some when it first needs them: what DTensor gathers with, and DistributedDataParallel.
-_COLLECTIVES = {
-    "c10d::broadcast_": _broadcast,
-    "_c10d_functional::all_gather_into_tensor": _gather,
-    "_c10d_functional::wait_tensor": _wait,
-    "_c10d_functional::_wrap_tensor_autograd": _wait,
-}
-
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _on_tensors,
-    aten.alias.default: _on_tensors,
-    aten.clone.default: _on_tensors,
     aten._to_copy.default: _to_copy,
     aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy,
@@ -225,7 +192,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.split.Tensor: _split,
     aten.view.default: _view,
     aten.cat.default: _cat,
-    aten.as_strided.default: _as_strided,
     aten.new_zeros.default: _new_zeros,
     aten.index.Tensor: _index,
     **dict.fromkeys(
@@ -235,10 +201,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
             aten.full_like.default,
             aten.rand_like.default,
             aten.randn_like.default,
-            aten.new_empty.default,
             aten.new_ones.default,
             aten.new_full.default,
         ),
-        _without_numbers,
+        lambda kind, *args, **kwargs: subclass.without_numbers(*args, **kwargs),
     ),
 }
