@@ -447,7 +447,9 @@ def merged(module: Any, name: str) -> torch.Tensor:
     """An expert stack, with PEFT's factors multiplied out and added where it has some."""
     weight = getattr(module, name)
     a, b = kernel_factors(module, name, weight.dtype)
-    return weight if a is None else torch.baddbmm(weight, b, a)
+    if a is None:
+        return weight
+    return torch.baddbmm(weight, *((a.mT, b.mT) if module.is_transposed else (b, a)))
 
 
 def eager_experts(module: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:
