@@ -158,6 +158,11 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments, cases = parse_cases(comparison_parser(__doc__, list(CASES)), CASES, 10.0)
+    if arguments.device == "cpu":
+        print(
+            "liger and cut_cross_entropy are not compared: their kernels are Triton's, for GPUs alone",
+            flush=True,
+        )
 
     def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
         rows = measure(kernel, case, arguments.device, arguments.seconds)

@@ -190,6 +190,8 @@ def show(name: str, case: Case, rows: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments, cases = parse_cases(comparison_parser(__doc__, list(CASES)), CASES, 2.0)
+    if arguments.device == "cpu":
+        print("liger is not compared: its kernels are Triton's, for GPUs alone", flush=True)
 
     def measured(kernel: Any, name: str, case: Case) -> dict[str, Any]:
         rows = measure(kernel, case, arguments.device, arguments.seconds)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import moe
@@ -124,16 +125,8 @@ RECIPES = {
 
 
 # What a configuration that does not fit together ends in, somewhere in transformers.
-BROKEN = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    AssertionError,
-)
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+BROKEN += (AssertionError, StrictDataclassError)
 
 
 class PlanError(Exception):
@@ -454,7 +447,9 @@ def merged(module: Any, name: str) -> torch.Tensor:
     """An expert stack, with PEFT's factors multiplied out and added where it has some."""
     weight = getattr(module, name)
     a, b = kernel_factors(module, name, weight.dtype)
-    return weight if a is None else torch.baddbmm(weight, b, a)
+    if a is None:
+        return weight
+    return torch.baddbmm(weight, *((a.mT, b.mT) if module.is_transposed else (b, a)))
 
 
 def eager_experts(module: Any, x: Any, index: Any, weights: Any) -> torch.Tensor:
@@ -567,9 +562,9 @@ def mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     return module.down_proj(Elementwise.apply(module.gate_proj(x), module.up_proj(x)))
 
 
-def norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """An RMSNorm, with a weight or without."""
-    return Elementwise.apply(x, *module.parameters())
+def norm_forward(module: Any, x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """An RMSNorm, with a weight or without; those that take a gate run as they are."""
+    return type(module).forward(module, x, *others) if others else Elementwise.apply(x, *module.parameters())
 
 
 ALL_ATTENTION_FUNCTIONS.register("plan_fused", flash_attention)
@@ -604,21 +599,21 @@ def load_config(path: str | Path) -> Any:
     except BROKEN as e:
         raise PlanError(
             f"{path}: transformers {transformers.__version__} does not know this configuration "
-            f"(model_type {values['model_type']!r}): {first_line(e)}"
+            f"(model_type {values['model_type']!r}): {brief(e)}"
         ) from None
 
 
-def first_line(error: Exception) -> str:
-    """The beginning of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def brief(error: Exception) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def build(config: Any, recipe: Recipe, setup: Setup) -> Any:
     """The model on the meta device, as the recipe trains it and the setup runs it."""
     config = type(config).from_dict(config.to_dict())
-    classes = (getattr(transformers, name, None) for name in config.architectures or [])
-    model_class: Any = next(filter(None, classes), transformers.AutoModelForCausalLM)
-    make = getattr(model_class, "_from_config", None) or model_class.from_config
+    classes = (getattr(transformers, str(name), None) for name in config.architectures or [])
+    models = (c for c in classes if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel))
+    make = getattr(next(models, None), "_from_config", transformers.AutoModelForCausalLM.from_config)
     # transformers looks for a library where "flash" is in the name.
     attention = {"scattermoe_flash": "plan_fused", "sdpa": "plan_sdpa"}.get(setup.attention, setup.attention)
     try:
@@ -631,12 +626,14 @@ def build(config: Any, recipe: Recipe, setup: Setup) -> Any:
             )
         head = model.get_output_embeddings()
     except BROKEN as e:
-        raise PlanError(f"{config.model_type}: cannot be built: {first_line(e)}") from None
+        raise PlanError(f"{config.model_type}: cannot be built: {brief(e)}") from None
     if head is None:
         raise PlanError(
             f"{type(model).__name__}: is not a language model with a head: nothing here trains it"
         )
     mark_parameters(model, head, recipe, setup)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PlanError(f"{type(model).__name__}: has no linear layers that PEFT's LoRA is planned for")
     replace_forwards(model, head, setup)
     return model.train()
 
@@ -834,7 +831,7 @@ def trace(model: Any, batch: int, length: int, setup: Setup) -> Step:
         with ledger:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     except BROKEN as e:
-        message = f"{type(model).__name__}: cannot run on the meta device: {first_line(e)}"
+        message = f"{type(model).__name__}: cannot run on the meta device: {brief(e)}"
         raise PlanError(message) from e
     finally:
         for hook in hooks:

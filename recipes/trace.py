@@ -847,7 +847,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axes[1].plot(times, sizes, style, drawstyle="steps-post", label=f"{device['device']}, {line}")
         axes[1].set(xlabel="ms", ylabel="MB", title="memory over time", ylim=(0, None))
         axes[1].legend()
-    figure.savefig(path, format="png", dpi=110)
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        figure.savefig(temporary, format="png", dpi=110)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """What plan.py predicts for training steps of small models, and what torch's CPU allocator hands out in the real ones.
 
 .venv/bin/python tests/recipes/measured_steps.py                # every model, kernel, length and checkpointing
-.venv/bin/python tests/recipes/measured_steps.py --mid-size     # some of 200 to 350 million parameters, minutes
+.venv/bin/python tests/recipes/measured_steps.py --mid-size     # some of 140 to 340 million parameters, minutes
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# What a model of 200 to 350 million parameters has, as far as its configuration has the attribute.
+# What a model of 140 to 340 million parameters has, as far as its configuration has the attribute.
 MID_SIZE = {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8} | {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,

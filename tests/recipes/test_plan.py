@@ -196,6 +196,12 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
             '{"model_type": "bert", "vocab_size": 8, "architectures": ["BertModel"]}',
             "not a language model",
         ),
+        ((), '{"model_type": "llama", "hidden_size": "64"}', "expected int, got str"),
+        (
+            (),
+            '{"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 8}',
+            "no linear layers",
+        ),
         (("--card", "B52"), None, "--card: expected memory such as 24GB or one of T4"),
         (
             ("--recipe", "dora"),

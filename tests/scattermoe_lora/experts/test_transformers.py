@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -247,31 +248,47 @@ def test_a_name_that_is_taken_is_refused(kernel: ModuleType, name: str) -> None:
         kernel.register(name)
 
 
-@pytest.mark.parametrize("absent", ["transformers", "peft", "triton"])
-def test_the_package_imports_without(kernel: ModuleType, absent: str) -> None:
-    variant = kernel.__file__.rsplit("/", 1)[0]
-    code = f"""
-import sys
-sys.modules[{absent!r}] = None
+# Loads the kernel in processes split off after the import of torch, each without a package; prints their statuses.
+IMPORTS = """
+import json, os, sys, traceback
 from pathlib import Path
-from kernels import get_local_kernel
 import torch
-kernel = get_local_kernel(Path({variant!r}))
-print(kernel.grouped_linear(torch.ones(1, 2), torch.ones(1, 3, 2), torch.zeros(1, 1, dtype=torch.long)))
-if {absent!r} == "peft":
-    kernel.register()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_package_imports_no_compiler(kernel: ModuleType) -> None:
-    # It would take longer than all the rest of the import.
-    variant = kernel.__file__.rsplit("/", 1)[0]
-    code = f"""
-import sys
-from pathlib import Path
 from kernels import get_local_kernel
-get_local_kernel(Path({variant!r}))
-assert not {{"torch._dynamo", "torch._inductor", "triton", "transformers", "peft"}} & set(sys.modules)
+
+def load(absent):
+    if absent != "nothing":
+        sys.modules[absent] = None
+    kernel = get_local_kernel(Path(sys.argv[1]))
+    # It would take longer than all the rest of the import.
+    assert not {"torch._dynamo", "torch._inductor", "triton", "transformers", "peft"} & set(sys.modules) - {absent}
+    print(kernel.grouped_linear(torch.ones(1, 2), torch.ones(1, 3, 2), torch.zeros(1, 1, dtype=torch.long)))
+    if absent == "peft":
+        kernel.register()
+
+statuses = {}
+for absent in sys.argv[2:]:
+    process = os.fork()
+    if not process:
+        try:
+            load(absent)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    statuses[absent] = os.waitpid(process, 0)[1]
+print(json.dumps(statuses))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+ABSENT = ("transformers", "peft", "triton", "nothing")
+
+
+@pytest.fixture(scope="module")
+def imports(kernel: ModuleType) -> dict[str, int]:
+    """By the package that was absent, the status of a process that loads the kernel."""
+    command = [sys.executable, "-c", IMPORTS, kernel.__file__.rsplit("/", 1)[0], *ABSENT]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_the_package_imports_without_it_and_imports_no_compiler(imports: dict[str, int], absent: str) -> None:
+    assert imports[absent] == 0

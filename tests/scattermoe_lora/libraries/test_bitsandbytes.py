@@ -92,6 +92,7 @@ def quantized(**changes: Any) -> tuple[torch.Tensor, Any]:
     ("changes", "kind", "message"),
     [
         ({"absmax": ...}, ValueError, r"up: expected the QuantState .*, got SimpleNamespace without absmax"),
+        ({"absmax": None}, ValueError, r"up: expected tensors for its scales, got a QuantState without some"),
         ({"quant_type": "int4"}, NotImplementedError, r"up: expected bitsandbytes' nf4 or fp4, got 'int4'"),
         ({"blocksize": 48}, ValueError, r"up: expected a block size among 32, 64, .*, got 48"),
         ({"blocksize": 128}, ValueError, r"up: expected scales, one for 128 elements, of shape \[32\], got \[64\]"),

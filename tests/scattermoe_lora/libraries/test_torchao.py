@@ -53,6 +53,10 @@ def test_torchao_tensors_of_other_kinds_are_refused_and_plain_ones_are_not_torch
         NotImplementedError, match="w: expected scales in the order of rows, got NVFP4Tensor with swizzled"
     ):
         read(swizzled, "w")
+    turned = Float8Tensor.from_hp(weight[:, :64], granularity=PerRow())
+    turned.scale = turned.scale.mT
+    with pytest.raises(ValueError, match=r"expected \[2, 64, 1\] for blocks of 1 x 64, got \[2, 1, 64\]"):
+        read(turned, "w")
     with pytest.raises(NotImplementedError, match=r"w: expected float8_e4m3fn, got torch.float8_e5m2"):
         read(MXTensor.to_mx(weight, torch.float8_e5m2, 32), "w")
     flat = NF4Tensor.from_tensor(torch.randn(256, 256), 64, 256)

@@ -43,7 +43,8 @@ def small_blocks(submodule, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_VOCABULARY", 7)
     total = submodule("ops.linear_cross_entropy.cpu_total")
     monkeypatch.setattr(total, "_LEAST_TOKENS", 3)
-    monkeypatch.setattr(total, "_LOGITS_BYTES", 1)
+    for name in ("_LOGITS_BYTES", "_TRAINED_BYTES", "_SUMMED_BYTES"):
+        monkeypatch.setattr(total, name, 1)
     if INTERPRETED:
         gpu = submodule("ops.linear_cross_entropy.gpu")
         blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}

@@ -105,17 +105,18 @@ def backward(
     mask: torch.Tensor | None,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients in the shapes of ``q``, ``k`` and ``v``; of keys and values in float32 (float64 for float64)."""
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of ``q``; those of keys and values are added to ``dk`` and ``dv``, float32 (float64 for float64)."""
     dtype = _operand_dtype(q.dtype)
     dq = torch.empty_like(q)
-    dk, dv = (k.new_empty(k.shape, dtype=torch.promote_types(k.dtype, torch.float32)) for _ in "kv")
     for row, heads, head in _key_heads(q, k):
         queries, grads = _flat(q[row, heads], dtype), _flat(grad_out[row, heads], dtype)
         keys, values = k[row, head].to(dtype), v[row, head].to(dtype)
         scores, tanh = _scores(queries, keys, mask, scale, softcap)
         p = scores.softmax(dim=-1)
-        dv[row, head] = _exact_product(p.to(dtype).t(), grads.t())
+        dv[row, head] += _exact_product(p.to(dtype).t(), grads.t())
         # <do, out>, summed from the numbers that it is subtracted from: of a single key exactly nothing is left.
         ds = _exact_product(grads, values).mul_(p)
         delta = ds.sum(dim=-1, keepdim=True)
@@ -125,6 +126,6 @@ def backward(
         if tanh is not None:
             ds.mul_(tanh.square_().neg_().add_(1))
         ds = ds.to(dtype)
-        dk[row, head] = _exact_product(ds.t(), queries.t())
+        dk[row, head] += _exact_product(ds.t(), queries.t())
         dq[row, heads] = torch.mm(ds, keys).view(-1, *q.shape[2:])
-    return dq, dk, dv
+    return dq

@@ -83,14 +83,19 @@ def backward(
             grad, of_lse = grad_out[:, :, at_q], None if grad_lse is None else grad_lse[:, :, at_q]
             tensors = (q[:, :, at_q], k[:, :, at_k], v[:, :, at_k])
             if is_plain:
-                parts = cpu_products.backward(
-                    grad, of_lse, *tensors, piece.mask, settings.scale, settings.softcap
+                dq[:, :, at_q] = cpu_products.backward(
+                    grad,
+                    of_lse,
+                    *tensors,
+                    piece.mask,
+                    settings.scale,
+                    settings.softcap,
+                    dk[:, :, at_k],
+                    dv[:, :, at_k],
                 )
-            else:
-                results = (out[:, :, at_q], lse[:, :, at_q])
-                parts = cpu_flash.backward(
-                    grad, of_lse, *tensors, *results, piece.mask, False, settings.scale
-                )
+                continue
+            results = (out[:, :, at_q], lse[:, :, at_q])
+            parts = cpu_flash.backward(grad, of_lse, *tensors, *results, piece.mask, False, settings.scale)
             dq[:, :, at_q] = parts[0]
             dk[:, :, at_k] += parts[1]
             dv[:, :, at_k] += parts[2]

@@ -14,8 +14,10 @@ import torch
 from ..cpu_matmul import linear
 from .arguments import Operands, Settings, Statistics, StatisticsGradients
 
-# A block's logits are 4 MB of float32.
+# A block's logits are 4 MB of float32. Of few tokens it has up to four times as many words, where they are few of all.
 _TOKENS, _VOCABULARY = 1024, 1024
+# With so few tokens to sum over, the gradient of the head is bound by memory.
+_FEW_TOKENS = 128
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -24,7 +26,9 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 def blocks_of_words(operands: Operands) -> Iterator[slice]:
-    return slices(operands.weight.shape[0], _VOCABULARY)
+    tokens, words = operands.hidden.shape[0], operands.weight.shape[0]
+    factor = min(4, _TOKENS // max(tokens, 1), words // (16 * _VOCABULARY))
+    return slices(words, max(factor, 1) * _VOCABULARY)
 
 
 def tokens_of(operands: Operands, tokens: slice | torch.Tensor) -> Operands:
@@ -295,11 +299,12 @@ def add_products(
     if "low" in by_token and block.b is not None:
         by_token["low"].addmm_(d, block.b)
     for name, total in by_word.items():
-        share = _share(name, d, rounded, operands)
-        if is_first:
-            total.copy_(share)
+        if name == "weight" and rounded.dtype == total.dtype and d.shape[0] <= _FEW_TOKENS:
+            total.addmm_(d.t(), operands.hidden, beta=0 if is_first else 1)
+        elif is_first:
+            total.copy_(_share(name, d, rounded, operands))
         else:
-            total.add_(share)
+            total.add_(_share(name, d, rounded, operands))
         terms = slopes[tokens]
         if name != "bias":
             factor = operands.hidden if name == "weight" else operands.low

@@ -23,9 +23,12 @@ from .cpu import (
     tokens_of,
 )
 
-# Bytes of a block's logits; twice as many where a head is trained, whose gradient's sum is read and written for each
-# block. A block has at least so many tokens, however large the vocabulary, since the head is read twice for it.
-_LOGITS_BYTES, _LEAST_TOKENS, _MOST_TOKENS = 1 << 25, 128, 1024
+# Bytes of the logits that are kept: with LoRA on the head; with a trained head of the dtype in which its gradient is
+# summed up; and with one whose sum is in float32 beside the gradient, by far the larger of the two. The sum is read and
+# written for each block of tokens. A block has at least so many tokens, however large the vocabulary, since the head is
+# read twice for it.
+_LOGITS_BYTES, _TRAINED_BYTES, _SUMMED_BYTES = 13 << 21, 11 << 21, 1 << 26
+_LEAST_TOKENS, _MOST_TOKENS = 64, 1024
 
 
 def forward(
@@ -52,8 +55,10 @@ def forward(
         {name: make(getattr(operands, name), dtype=operands.wide) for name in group if name in names}
         for group in (("hidden", "low"), ("weight", "bias", "b"))
     )
-    size = max(_LOGITS_BYTES // (words * operands.wide.itemsize), _LEAST_TOKENS)
-    size = min(2 * size if "weight" in names else size, _MOST_TOKENS)
+    kept_bytes = _LOGITS_BYTES
+    if "weight" in names:
+        kept_bytes = _TRAINED_BYTES if operands.weight.dtype == operands.wide else _SUMMED_BYTES
+    size = min(max(kept_bytes // (words * operands.wide.itemsize), _LEAST_TOKENS), _MOST_TOKENS)
     pieces = []
     for rows in slices(tokens, size):
         some = tokens_of(operands, rows)

@@ -57,6 +57,8 @@ def read_quant_state(codes: torch.Tensor, state: Any, name: str) -> QuantizedSta
     if state.state2 is not None:
         nested = state.state2.blocksize
         scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
+    if not all(isinstance(scale, torch.Tensor) for scale in scales):
+        raise ValueError(f"{name}: expected tensors for its scales, got a QuantState without some of them")
     layout = Format(state.quant_type, 0, state.blocksize, nested)
     return QuantizedStack(codes.view(experts, n, k // 2), scales, layout, state.dtype).check(name)
 
@@ -84,10 +86,11 @@ def read_parametrized(module: torch.nn.Module, name: str) -> QuantizedStack | No
     if not torch.nn.utils.parametrize.is_parametrized(module, name):
         return None
     parametrization: Any = module.parametrizations[name]  # type: ignore[index]
+    label = f"{type(module).__name__}.{name}"
     state = getattr(parametrization[0], "quant_state", None)
     if state is None:
         return None
     if len(parametrization) > 1:
         others = ", ".join(type(step).__name__ for step in list(parametrization)[1:])
-        raise NotImplementedError(f"{name}: expected no parametrization beside bitsandbytes', got {others}")
-    return read_quant_state(parametrization.original, state, name)
+        raise NotImplementedError(f"{label}: expected no parametrization beside bitsandbytes', got {others}")
+    return read_quant_state(parametrization.original, state, label)

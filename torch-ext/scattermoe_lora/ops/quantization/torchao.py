@@ -35,7 +35,9 @@ def read_torchao(tensor: Any, name: str) -> QuantizedStack | None:
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return None
     if _is_instance(tensor, _FLOAT8):
-        return read_float8(tensor.qdata, tensor.scale, name, dtype=tensor.dtype)
+        # Of a square matrix the scales of rows and those of columns have the same sizes.
+        block = tensor.block_size and tensor.block_size[-2:]
+        return read_float8(tensor.qdata, tensor.scale, name, block_size=block, dtype=tensor.dtype)
     if _is_instance(tensor, _NVFP4):
         _refuse_swizzled(tensor, name)
         return read_float4(
