@@ -98,7 +98,17 @@ def test_kernels_are_compiled_before_the_first_step_and_none_is_launched(
             training.backward()
     finally:
         torch.use_deterministic_algorithms(False)
-    for kind in ("gate_forward", "matmul", "outer", "attention", "rotary", "rms", "gated", "logits", "decode"):
+    for kind in (
+        "gate_forward",
+        "matmul",
+        "outer",
+        "attention",
+        "rotary",
+        "rms",
+        "gated",
+        "logits",
+        "decode",
+    ):
         assert any(kind in name for name in called), f"{kind}: {sorted(called)}"
 
 
