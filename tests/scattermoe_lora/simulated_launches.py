@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +36,8 @@ def launcher_of(source: Any, metadata: Any) -> Any:
 
 DRIVER = SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    get_current_device=lambda: 0,
+    # Where the tensors are: torch's number for a CPU.
+    get_current_device=lambda: -1,
     get_current_stream=lambda _: 0,
     launcher_cls=launcher_of,
     utils=SimpleNamespace(
@@ -107,4 +110,36 @@ def compare(launch_kernel: Any) -> tuple[list[str], int]:
     second, tritons = launches[count:-count], launches[-count:]
     assert len(second) == count
     different = [name for name, *two in zip(cases, second, tritons, strict=True) if two[0] != two[1]]
+    launch = functools.partial(launch_kernel, fill, grid, *cases["integer"][1:])
+    assert_seen(launch)
+    assert_looked_at(launch)
     return different, len({code for code, *_ in tritons})
+
+
+def assert_seen(launch: Callable[[], None]) -> None:
+    """Launches through a tool in place of Triton's ``run`` that has its name, and through a hook of the kernel."""
+    seen, run = [], JITFunction.run
+
+    @functools.wraps(run)
+    def watch(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append("tool")
+        return run(self, *arguments, **options)
+
+    JITFunction.run = watch
+    launch()
+    JITFunction.run = run
+    fill.add_pre_run_hook(lambda *_, **__: seen.append("hook"))
+    launch()
+    fill.pre_run_hooks.clear()
+    assert seen == ["tool", "hook"]
+
+
+def assert_looked_at(launch: Callable[[], None]) -> None:
+    """Launches twice with tensors of another device than the current one, of which Triton looks at each address."""
+    DRIVER.get_current_device = lambda: 0
+    launch()
+    own, JITFunction.run.__code__ = JITFunction.run.__code__, nothing.__code__
+    count = len(launches)
+    launch()
+    JITFunction.run.__code__ = own
+    assert len(launches) == count

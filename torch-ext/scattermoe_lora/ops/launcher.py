@@ -13,9 +13,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MOST_COMPILED = 4096
-_TRITON = JITFunction.__module__
+_TRITON = JITFunction.__init__.__globals__
 _INT32 = 1 << 31
-# By the kernel's identity, which is no other's: a kernel is as old as its module. Its own hash is that of its source.
+# By the kernel's identity, which is no other's: a kernel that is here is kept. Its own hash is that of its source.
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
@@ -35,8 +35,9 @@ def launch_kernel(
         arguments: Values of the other parameters, all of them, in order.
         constants: Values of the ``tl.constexpr`` parameters, and Triton's options, by name.
     """
-    is_compiled = isinstance(kernel, JITFunction) and JITFunction.run.__module__ == _TRITON
-    if not is_compiled or _is_hooked():
+    # Not by its name: a tool's function that wraps it has the same.
+    is_tritons = getattr(JITFunction.run, "__globals__", None) is _TRITON
+    if not (is_tritons and isinstance(kernel, JITFunction)) or kernel.pre_run_hooks or _is_hooked():
         # There may be no GPU's driver to ask.
         kernel[grid](*arguments, **constants)
         return
@@ -73,26 +74,27 @@ def launch_kernel(
     add(device)
     found = _compiled.get(tuple(key))
     if found is not None:
-        _, run, function, metadata, unread = found
+        run, function, metadata, unread, *_ = found
         stream = active.get_current_stream(device)
         # As Triton's own ``run`` ends, but for hooks and what they are told. The constants are in the code.
         run(*grid, stream, function, metadata, None, None, None, *values, *unread)
         return
     compiled = kernel[grid](*arguments, **constants)
-    devices = {value.get_device() for value in arguments if isinstance(value, torch.Tensor)}
-    is_known = isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda"
-    # Memory of a CPU that a GPU can read may be the next time memory that it cannot.
-    if is_known and len(devices) < 2:
+    # Of a CPU, or of another GPU, this one may be able to read some memory and not other.
+    is_here = all(value.get_device() == device for value in arguments if isinstance(value, torch.Tensor))
+    if is_here and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         unread = (None,) * (len(kernel.arg_names) - len(arguments))
+        launch = compiled.run, compiled.function, compiled.packed_metadata, unread
         # With the compiled kernel itself, since what it has loaded goes with it.
-        _compiled[tuple(key)] = compiled, compiled.run, compiled.function, compiled.packed_metadata, unread
+        _compiled[tuple(key)] = *launch, compiled, kernel
 
 
 def _is_hooked() -> bool:
-    """True if a profiler wants to know of launches."""
+    """True if a profiler wants to know of launches, or a tool chooses how the next one is compiled."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     # Triton's are chains of calls; a tool may have put a function or None in their place.
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    is_profiled = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    return bool(is_profiled or runtime.add_stages_inspection_hook)
