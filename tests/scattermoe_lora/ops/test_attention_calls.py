@@ -130,6 +130,16 @@ def test_a_window_may_be_a_tensor(kernel, window) -> None:
         assert not torch.equal(function(**arguments), expected)
 
 
+def test_a_scale_of_any_kind_is_a_float_to_the_kernels(kernel, submodule, monkeypatch) -> None:
+    eager, scales = submodule("ops.attention.eager"), []
+    monkeypatch.setattr(eager, "serves", lambda _, settings: scales.append(settings.scale))
+    for scale in (2, torch.tensor(2.0)):
+        # Triton would compile anew for an integer, and cannot for a tensor.
+        kernel.flash_attn_func(**dense(), softmax_scale=scale)
+    assert scales == [2.0, 2.0]
+    assert {type(scale) for scale in scales} == {float}
+
+
 def test_empty_batches_and_sequences_give_empty_or_zero_results(kernel) -> None:
     assert kernel.flash_attn_func(torch.randn(0, 6, 4, 16), *torch.randn(2, 0, 9, 2, 16)).shape == (
         0,

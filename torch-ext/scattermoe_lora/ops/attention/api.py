@@ -215,7 +215,7 @@ def _attend(
         )
     dispatch.refuse_transforms(name, q, k, v, s_aux)
     head_dim = q.shape[-1]
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     is_one = v is k
     q, k, v = (_readable(x) for x in (q, k, v))
     operands = Operands(q, k, None if is_one else v, cu_seqlens_q, cu_seqlens_k)
