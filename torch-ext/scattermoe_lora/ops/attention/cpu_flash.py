@@ -13,8 +13,8 @@ _aten = torch.ops.aten
 _COLUMNS = 8
 # Above it a gradient of the log-sum-exp is divided by it: float16 ends at twice as much.
 _LARGE = 1 << 15
-# Rows of 16 bits from which a head is copied to be in one piece, since every block of queries reads all keys again: with
-# heads of 128 a tenth of 1,024 tokens' time. In float32 it gained nothing.
+# Rows of 16 bits from which each head is copied to be in one piece, since every block of queries reads all keys again:
+# with heads of 128 a tenth of the time of 1,024 tokens. In float32 it gained nothing.
 _MANY_ROWS = 512
 # Whether the kernel takes fewer heads of keys than of queries: earlier versions would read past their end.
 _SHARES_KEYS = torch.__version__ >= "2.13"
