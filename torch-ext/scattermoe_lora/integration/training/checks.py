@@ -54,7 +54,7 @@ def check_training(trainer: Any) -> None:
 def _check_optimizer(trainer: Any) -> None:
     parameters = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
     trained = [name for name, parameter in parameters if isinstance(parameter, Float8Weight)]
-    if trained and trainer.optimizer is None:
+    if trained and trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         raise ValueError(
             f"check_training: optimizers: expected one for weights in float8 such as {trained[0]}, got none, and "
             "Trainer's own loses updates that are smaller than a step of float8; give Trainer "
