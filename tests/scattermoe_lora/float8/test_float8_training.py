@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -215,6 +216,12 @@ def test_another_optimizer_steps_a_dense_parameter_at_a_time_and_keeps_its_state
     exact = descent(plain, torch.optim.AdamW(plain.parameters(), lr=2e-3, weight_decay=0.0), 12)
     assert losses[-1] < 0.95 * losses[0]
     assert max(abs(a / b - 1) for a, b in zip(losses, exact, strict=True)) < 0.06
+    # Filters in another order of memory.
+    filters = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    for kind in (registered.Adafactor, partial(registered.Float8Optimizer, torch.optim.AdamW)):
+        before, filters.grad = filters.detach().clone(), torch.ones_like(filters)
+        kind([filters], lr=1e-2).step()
+        assert bool((filters < before).all())
     # Between steps no dense copy is left.
     assert not any(p.numel() for inner in other._optimizers.values() for p in inner.param_groups[0]["params"])
 

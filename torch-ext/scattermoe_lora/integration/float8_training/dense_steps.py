@@ -46,7 +46,7 @@ class Float8Optimizer(ParameterOptimizer):
             else:
                 optimizer.param_groups[0][name] = value
         optimizer.step()
-        for matrix, numbers in enumerate(dense.detach().view(matrices(weight))):
+        for matrix, numbers in enumerate(dense.detach().reshape(matrices(weight))):
             write(weight, matrix, numbers, generator)
         _forget(dense)
 
