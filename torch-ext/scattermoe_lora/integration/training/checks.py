@@ -66,8 +66,11 @@ def _check_packing(batch: Mapping[str, Any]) -> None:
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if positions is None or mask is None or mask.dim() != 2 or mask.shape[1] != positions.shape[-1]:
         return
+    begins = positions[..., 1:] <= positions[..., :-1]
+    if positions.dim() == 3:  # In time, height and width: a picture's tokens have one time.
+        begins = positions[0, :, 1:] < positions[0, :, :-1]
     # Padding has positions as well, which may begin anywhere.
-    begins = (positions[..., 1:] <= positions[..., :-1]) & mask[:, 1:].bool() & mask[:, :-1].bool()
+    begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
     if bool(begins.any()):
         raise ValueError(
             "check_training: attention_mask: expected none beside position_ids that begin again, got one that "
