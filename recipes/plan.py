@@ -411,7 +411,7 @@ def decode(stack: torch.Tensor, module: Any) -> torch.Tensor | None:
     if module.plan_format not in ("nf4", "fp8"):
         return None
     matrix = stack.shape[1] * stack.shape[2]
-    count = max(1, min(stack.shape[0] // 8, (1 << 27) // (matrix * stack.itemsize)))
+    count = max(1, min(stack.shape[0] // 4, (1 << 28) // (matrix * stack.itemsize)))
     return stack.new_empty((1 if module.plan_setup.device == "cpu" else count, matrix))
 
 
