@@ -202,9 +202,10 @@ class _Fakes:
     def mode(self) -> Any:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        # Results of sizes that only data tells are a fake implementation's right, in every call other sizes; to read
-        # the data is not.
+        # Results of sizes that only data tells are a fake implementation's right; to read the data is not. They are
+        # other sizes in every call: in another epoch tensors forget those of calls before.
         self._mode.shape_env, self._mode.static_shapes = ShapeEnv(allow_scalar_outputs=False), False
+        self._mode.epoch += 1
         return self._mode
 
 
