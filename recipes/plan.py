@@ -598,7 +598,7 @@ def load_config(path: str | Path) -> Any:
         return transformers.AutoConfig.for_model(**values)
     except BROKEN as e:
         raise PlanError(
-            f"{path}: transformers {transformers.__version__} does not know this configuration "
+            f"{path}: transformers {transformers.__version__} does not accept this configuration "
             f"(model_type {values['model_type']!r}): {brief(e)}"
         ) from None
 
@@ -1169,6 +1169,9 @@ def run(args: argparse.Namespace) -> None:
     """Plan, print, write and draw what the arguments say."""
     rates = {name: getattr(args, name) for name in ("tflops", "bandwidth", "link")}
     card = replace(parse_card(args.card), **{name: rate for name, rate in rates.items() if rate is not None})
+    for name, rate in rates.items():
+        if rate is not None and not 0 < rate < float("inf"):
+            raise PlanError(f"--{name}: expected a number above 0, got {rate:g}")
     for name in ("batch", "length", "accumulate", "cards", "expert_parallel", "rank"):
         if getattr(args, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")

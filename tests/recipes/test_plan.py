@@ -190,7 +190,7 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
     [
         ((), "{", "is not JSON"),
         ((), "{}", "has no model_type"),
-        ((), '{"model_type": "no-such"}', "does not know this configuration"),
+        ((), '{"model_type": "no-such"}', "does not accept this configuration"),
         (
             (),
             '{"model_type": "bert", "vocab_size": 8, "architectures": ["BertModel"]}',
@@ -210,6 +210,7 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
             "lora-attention, lora, fp8, full, got 'dora'",
         ),
         (("--length", "0"), None, "--length: expected 1 or more"),
+        (("--bandwidth", "nan"), None, "--bandwidth: expected a number above 0"),
         (("--cards", "6", "--expert-parallel", "4"), None, "a multiple of --expert-parallel"),
         (("--model", "/nowhere/config.json"), None, "cannot be read"),
         (
