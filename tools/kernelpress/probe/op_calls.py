@@ -185,9 +185,11 @@ def examine(overload: Any, own: str, words: list[str]) -> dict[str, Any]:
         if _agree(fake.results, real.results):
             return answer | {"differs": ""}
         # Arguments that make no sense may be taken all the same, and then the two need not agree; so others are
-        # tried for as long as there is time.
+        # tried for as long as there is time. The first are the plainest.
         promised, actual = (", ".join(map(str, call.results)) or "nothing" for call in (fake, real))
-        answer["differs"] = f"{promised} against {actual} for ({', '.join(map(repr, arguments))})"
+        answer["differs"] = (
+            answer["differs"] or f"{promised} against {actual} for ({', '.join(map(repr, arguments))})"
+        )
     return answer
 
 
