@@ -263,20 +263,6 @@ def test_a_call_without_an_operator_around_it_is_right_in_every_mode(
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "rows", "prefers_onednn", "is_whole"),
-    [(512, 300, True, False), (512, 300, False, True), (512, 200, True, True), (256, 300, True, True)],
-)
-def test_wide_heads_of_many_tokens_go_to_plain_products_where_these_are_faster(
-    submodule, monkeypatch: pytest.MonkeyPatch, head_dim: int, rows: int, prefers_onednn: bool, is_whole: bool
-) -> None:
-    sequence, arguments = submodule("ops.attention.cpu_sequence"), submodule("ops.attention.arguments")
-    monkeypatch.setattr(sequence, "prefers_onednn", lambda: prefers_onednn)
-    q, settings = torch.empty(1, rows, 2, head_dim), arguments.Settings(rows, rows, 1.0, -1, 0, 0.0)
-    assert sequence.is_whole(q, q, settings) == is_whole
-    assert sequence.is_whole(q, q, settings._replace(right=-1))
-
-
 def test_gradients_through_the_kernel_pass_gradcheck_with_those_of_the_log_sum_exp(submodule) -> None:
     forward = submodule("ops.attention.op").attention_forward
     q, k, v = (torch.randn(1, 5, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..cpu_matmul import prefers_onednn
 from . import cpu_flash, cpu_products
 from .arguments import Settings
 from .window import Window
@@ -20,8 +19,6 @@ from .window import Window
 # time of 192 and more, and 32 of less. Of 128, 192, 256 and 512, with windows of 128 to 1024 keys, 192 was the
 # fastest or within a tenth of it.
 _ROWS = 192
-# The kernel takes causal float32 sequences of so many tokens, or so wide heads, whatever the processor.
-_KERNEL_SIDE = 256
 
 
 class _Piece(NamedTuple):
@@ -39,7 +36,7 @@ def forward(
     takes_whole = is_whole(q, k, settings)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     window = settings.window.within(q.shape[2], k.shape[2])
-    is_plain = _is_plain(q.transpose(1, 2), k.shape[2], window, settings)
+    is_plain = _is_plain(k.shape[2], window, settings)
     if takes_whole:
         out, lse = cpu_flash.forward(q, k, v, None, window.right == 0, settings.scale)
         return out.transpose(1, 2), lse.contiguous()
@@ -70,7 +67,7 @@ def backward(
     takes_whole = is_whole(q, k, settings)
     grad_out, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, q, k, v, out))
     window = settings.window.within(q.shape[2], k.shape[2])
-    is_plain = _is_plain(q.transpose(1, 2), k.shape[2], window, settings)
+    is_plain = _is_plain(k.shape[2], window, settings)
     if takes_whole:
         is_causal = window.right == 0
         dq, dk, dv = cpu_flash.backward(
@@ -114,15 +111,10 @@ def _zeros_by_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.new_zeros(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
-def _is_plain(q: torch.Tensor, keys: int, window: Window, settings: Settings) -> bool:
-    """Tell whether plain products compute the sequence of queries ``[B, n, H, D]``."""
+def _is_plain(keys: int, window: Window, settings: Settings) -> bool:
+    """Tell whether plain products compute the sequence."""
     # Of a single key they leave exactly no gradient of the score; the kernel leaves what rounding does.
-    if settings.softcap or keys == 1 or window == (0, 0):
-        return True
-    # The kernel multiplies by 512 keys at a time, whether a query sees them or not. Plain products were as fast at 256
-    # tokens and a sixth faster at 1024 where prefers_onednn(); with AMX the kernel was ahead.
-    is_large = q.shape[3] > _KERNEL_SIDE and keys > _KERNEL_SIDE and q.dtype == torch.float32
-    return is_large and window == (-1, 0) and q.shape[1] == keys and prefers_onednn()
+    return bool(settings.softcap) or keys == 1 or window == (0, 0)
 
 
 def is_whole(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> bool:
@@ -130,7 +122,7 @@ def is_whole(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> bool:
     queries, keys = q.shape[1], k.shape[1]
     window = settings.window.within(queries, keys)
     is_known = window == (-1, -1) or (window == (-1, 0) and queries == keys)
-    return is_known and bool(q.numel() and k.numel()) and not _is_plain(q, keys, window, settings)
+    return is_known and bool(q.numel() and k.numel()) and not _is_plain(keys, window, settings)
 
 
 def _first_seeing(window: Window, queries: int, keys: int) -> int:
