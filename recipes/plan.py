@@ -1189,6 +1189,11 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     config = load_config(args.model)
     planner = Planner(config, args.recipe, setup)
+    for count in {module.num_experts for module in planner.model.modules() if is_experts(module)}:
+        if count % cluster.experts:
+            raise PlanError(
+                f"--expert-parallel: expected a divisor of {count} experts, got {cluster.experts}"
+            )
     plan = planner.plan(args.batch, args.length, card, cluster)
     print(show(plan, args.card))
     if plan.fits:

@@ -212,6 +212,11 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
         (("--length", "0"), None, "--length: expected 1 or more"),
         (("--bandwidth", "nan"), None, "--bandwidth: expected a number above 0"),
         (("--cards", "6", "--expert-parallel", "4"), None, "a multiple of --expert-parallel"),
+        (
+            ("--cards", "3", "--expert-parallel", "3"),
+            '{"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64}',
+            "a divisor of 8 experts, got 3",
+        ),
         (("--model", "/nowhere/config.json"), None, "cannot be read"),
         (
             ("--png", "/nowhere/plan.png"),
