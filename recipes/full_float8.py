@@ -3,7 +3,7 @@
     pip install torch transformers accelerate kernels
     python full_float8.py --data train.txt
 
-train.txt has a document on each line. Planned: 55.1 GiB on the card, after 50 GB of the computer's memory to read the
+train.txt has a document on each line. Planned: 55.2 GiB on the card, after 50 GB of the computer's memory to read the
 model. How this was obtained, and speed: docs/recipes.md. How it works: docs/kernel/float8_training.md.
 """
 

@@ -3,7 +3,7 @@
     pip install torch transformers peft trl bitsandbytes kernels
     python gemma4_26b_qlora.py --data train.txt --card 24
 
-train.txt has a document a line. Planned: 18.2 GiB of 24 GB, 23.7 of 80; 10,469 tokens/s on an H200: docs/recipes.md
+train.txt has a document a line. Planned: 18.3 GiB of 24 GB, 23.9 of 80; 10,469 tokens/s on an H200: docs/recipes.md
 """
 
 import argparse

@@ -598,7 +598,7 @@ def load_config(path: str | Path) -> Any:
         return transformers.AutoConfig.for_model(**values)
     except BROKEN as e:
         raise PlanError(
-            f"{path}: transformers {transformers.__version__} does not know this configuration "
+            f"{path}: transformers {transformers.__version__} does not accept this configuration "
             f"(model_type {values['model_type']!r}): {brief(e)}"
         ) from None
 
@@ -1169,6 +1169,9 @@ def run(args: argparse.Namespace) -> None:
     """Plan, print, write and draw what the arguments say."""
     rates = {name: getattr(args, name) for name in ("tflops", "bandwidth", "link")}
     card = replace(parse_card(args.card), **{name: rate for name, rate in rates.items() if rate is not None})
+    for name, rate in rates.items():
+        if rate is not None and not 0 < rate < float("inf"):
+            raise PlanError(f"--{name}: expected a number above 0, got {rate:g}")
     for name in ("batch", "length", "accumulate", "cards", "expert_parallel", "rank"):
         if getattr(args, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
@@ -1186,6 +1189,11 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     config = load_config(args.model)
     planner = Planner(config, args.recipe, setup)
+    for count in {module.num_experts for module in planner.model.modules() if is_experts(module)}:
+        if count % cluster.experts:
+            raise PlanError(
+                f"--expert-parallel: expected a divisor of {count} experts, got {cluster.experts}"
+            )
     plan = planner.plan(args.batch, args.length, card, cluster)
     print(show(plan, args.card))
     if plan.fits:

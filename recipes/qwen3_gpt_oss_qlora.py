@@ -5,7 +5,7 @@
     python qwen3_gpt_oss_qlora.py --data train.txt --model unsloth/gpt-oss-20b-BF16
 
 train.txt has a document on each line. The checkpoint of gpt-oss has to be one in bfloat16: codes of its own format are
-not trained on by PEFT. Planned: Qwen3 20.6 GiB, gpt-oss 14.9. How this was obtained, and speed: docs/recipes.md.
+not trained on by PEFT. Planned: Qwen3 20.7 GiB, gpt-oss 15.0. How this was obtained, and speed: docs/recipes.md.
 """
 
 import argparse

@@ -17,6 +17,7 @@ import heapq
 import io
 import json
 import math
+import os
 import pickle
 import re
 import sqlite3
@@ -883,7 +884,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A kernel's name may have what the terminal, or even UTF-8, does not.
         sys.stdout.reconfigure(errors="backslashreplace")
-    print(json.dumps(result, indent=1) if options.json else table(result))
+    try:
+        print(json.dumps(result, indent=1) if options.json else table(result), flush=True)
+    except BrokenPipeError:
+        # Whoever reads has enough, as head does; what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

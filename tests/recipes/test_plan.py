@@ -190,7 +190,7 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
     [
         ((), "{", "is not JSON"),
         ((), "{}", "has no model_type"),
-        ((), '{"model_type": "no-such"}', "does not know this configuration"),
+        ((), '{"model_type": "no-such"}', "does not accept this configuration"),
         (
             (),
             '{"model_type": "bert", "vocab_size": 8, "architectures": ["BertModel"]}',
@@ -210,7 +210,13 @@ def test_the_command_prints_a_table_and_writes_the_plan(tmp_path: Path, capsys: 
             "lora-attention, lora, fp8, full, got 'dora'",
         ),
         (("--length", "0"), None, "--length: expected 1 or more"),
+        (("--bandwidth", "nan"), None, "--bandwidth: expected a number above 0"),
         (("--cards", "6", "--expert-parallel", "4"), None, "a multiple of --expert-parallel"),
+        (
+            ("--cards", "3", "--expert-parallel", "3"),
+            '{"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64}',
+            "a divisor of 8 experts, got 3",
+        ),
         (("--model", "/nowhere/config.json"), None, "cannot be read"),
         (
             ("--png", "/nowhere/plan.png"),

@@ -61,11 +61,11 @@ def adapt(model: Any, **settings: Any) -> Any:
     return inject_adapter_in_model(lora, model)
 
 
-def merge(model: Any) -> None:
-    """Merges the adapters, each process its part."""
+def merge(model: Any, back: bool = False) -> None:
+    """Merges the adapters, each process its part, or takes them out again."""
     for module in list(model.modules()):
         if hasattr(module, "parameter_name"):
-            module.merge(safe_merge=True)
+            module.unmerge() if back else module.merge(safe_merge=True)
 
 
 def train(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -158,6 +158,8 @@ def expert_parallel(rank: int, folder: Path) -> None:
         else:
             merge(model)
             torch.testing.assert_close(decoded(model), decoded(whole), rtol=1e-4, atol=1e-5)
+            merge(model, back=True)
+            assert_equal(train(model, [IDS]), train(whole, [IDS]))
 
     # Where each process has a batch of its own, it is for nobody to say how often the gradients are averaged.
     apart = DistributedConfig(fsdp_size=PROCESSES, ep_size=PROCESSES)

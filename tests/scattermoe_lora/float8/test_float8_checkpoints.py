@@ -169,14 +169,21 @@ def test_trainer_accumulates_checkpoints_and_resumes_with_weights_and_moments(
     # Trainer's own optimizer, and whatever reads weights as dense.
     resumed.model.zero_grad()
     resumed.model(input_ids=IDS, labels=IDS).loss.backward()
-    for fused in (False, True):
+    layers = list(resumed.model.model.layers.parameters())
+    for optimizer, way in (
+        *((torch.optim.AdamW, way) for way in ({}, {"fused": True}, {"foreach": True})),
+        (torch.optim.SGD, {"fused": True}),
+        (torch.optim.RMSprop, {"foreach": True}),
+    ):
         with pytest.raises(NotImplementedError, match="take Adafactor of this package, or Float8Optimizer"):
-            torch.optim.AdamW(resumed.model.model.layers.parameters(), fused=fused).step()
+            optimizer(layers, **way).step()
     resumed.optimizer = None
     with pytest.raises(
         ValueError, match=r"expected one for weights in float8 such as model\.layers\.0\.self"
     ):
         registered.check_training(resumed)
+    resumed.optimizer_cls_and_kwargs = (registered.Adafactor, {"lr": 1e-3})
+    registered.check_training(resumed)
 
 
 def test_what_cannot_be_trained_is_refused_by_name(registered: ModuleType) -> None:

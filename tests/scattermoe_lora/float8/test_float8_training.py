@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from allocations import Allocations
 from helpers import TRITON, assert_close
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.skipif(TRITON, reason="loads models, which the interpreter is too slow for")
@@ -209,12 +211,25 @@ def test_another_optimizer_steps_a_dense_parameter_at_a_time_and_keeps_its_state
     optimizer = registered.Float8Optimizer(torch.optim.AdamW, model.parameters(), lr=2e-3, weight_decay=0.0)
     losses = descent(model, optimizer, 6)
     other = registered.Float8Optimizer(torch.optim.AdamW, model.parameters(), lr=9.0, weight_decay=0.0)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert {float(state["step"]) for state in other.state_dict()["state"].values()} == {6.0}
+    for save, load in (
+        (optimizer.state_dict, other.load_state_dict),
+        (
+            partial(get_optimizer_state_dict, model, optimizer),
+            partial(set_optimizer_state_dict, model, other),
+        ),
+    ):
+        load(copy.deepcopy(save()))
+        assert {float(state["step"]) for state in other.state_dict()["state"].values()} == {6.0}
     losses += descent(model, other, 6)
     exact = descent(plain, torch.optim.AdamW(plain.parameters(), lr=2e-3, weight_decay=0.0), 12)
     assert losses[-1] < 0.95 * losses[0]
     assert max(abs(a / b - 1) for a, b in zip(losses, exact, strict=True)) < 0.06
+    # Filters in another order of memory.
+    filters = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    for kind in (registered.Adafactor, partial(registered.Float8Optimizer, torch.optim.AdamW)):
+        before, filters.grad = filters.detach().clone(), torch.ones_like(filters)
+        kind([filters], lr=1e-2).step()
+        assert bool((filters < before).all())
     # Between steps no dense copy is left.
     assert not any(p.numel() for inner in other._optimizers.values() for p in inner.param_groups[0]["params"])
 

@@ -329,6 +329,14 @@ def test_others_see_the_class_that_it_was(kernel, tmp_path) -> None:
     assert twin(input_ids=ids, labels=ids).logits is None
 
 
+def test_it_is_undone_whatever_became_of_the_head_and_the_loss(kernel) -> None:
+    for attribute, value in (("loss_function", lambda **_: torch.zeros(())), ("lm_head", None)):
+        model = causal("Llama")
+        kernel.apply_to(model, "loss")
+        setattr(model, attribute, value)
+        assert [kernel.remove_from(model), kernel.remove_from(model)] == [1, 0]
+
+
 def test_norms_with_a_gate_run_as_they_are(kernel) -> None:
     model = causal("Mamba2", num_heads=4, head_dim=16, state_size=16, n_groups=1, chunk_size=8)
     ids = torch.arange(2, 12).view(1, 10)

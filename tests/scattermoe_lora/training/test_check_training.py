@@ -11,6 +11,13 @@ from transformers import Trainer, TrainingArguments
 
 IDS = torch.arange(2 * 12).view(2, 12) % 50
 PACKED = {"input_ids": IDS, "labels": IDS, "position_ids": torch.arange(6).repeat(2, 2)}
+# A picture's tokens among others', by time, height and width.
+PLACES = torch.tensor(
+    [[0, 1, 1, 1, 1, *range(3, 10)], [0, 1, 1, 2, 2, *range(3, 10)], [0, 1, 2, 1, 2, *range(3, 10)]]
+)
+PICTURE = {"input_ids": IDS, "labels": IDS, "attention_mask": torch.ones_like(IDS)} | {
+    "position_ids": PLACES.unsqueeze(1).expand(-1, 2, -1)
+}
 
 
 def trainer(
@@ -29,6 +36,7 @@ def test_text_alone_packed_or_accumulated_passes_and_draws_nothing(kernel, tmp_p
         (None, None, {}),
         (PACKED, None, {"gradient_checkpointing": True}),
         (PACKED | {"attention_mask": torch.ones_like(IDS).tril()}, None, {}),
+        (PICTURE, None, {}),
         (None, multimodal().eval(), {"gradient_accumulation_steps": 4}),
     ):
         checked = trainer(tmp_path, batch, model, **settings)

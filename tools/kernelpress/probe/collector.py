@@ -12,7 +12,7 @@ from collections.abc import Iterator
 def imports_kept() -> Iterator[None]:
     """Let the collector pass over what is imported meanwhile, then and later, here and in copies of this process.
 
-    That takes a third of a check: torch's objects are many, and none of them is garbage.
+    Torch makes many objects, and none of them is garbage: to look through them took a third of a check's time.
     """
     gc.disable()
     try:

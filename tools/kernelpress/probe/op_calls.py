@@ -185,9 +185,11 @@ def examine(overload: Any, own: str, words: list[str]) -> dict[str, Any]:
         if _agree(fake.results, real.results):
             return answer | {"differs": ""}
         # Arguments that make no sense may be taken all the same, and then the two need not agree; so others are
-        # tried for as long as there is time.
+        # tried for as long as there is time. The first are the plainest.
         promised, actual = (", ".join(map(str, call.results)) or "nothing" for call in (fake, real))
-        answer["differs"] = f"{promised} against {actual} for ({', '.join(map(repr, arguments))})"
+        answer["differs"] = (
+            answer["differs"] or f"{promised} against {actual} for ({', '.join(map(repr, arguments))})"
+        )
     return answer
 
 
@@ -202,9 +204,10 @@ class _Fakes:
     def mode(self) -> Any:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        # Results of sizes that only data tells are a fake implementation's right, in every call other sizes; to read
-        # the data is not.
+        # Results of sizes that only data tells are a fake implementation's right; to read the data is not. They are
+        # other sizes in every call: in another epoch tensors forget those of calls before.
         self._mode.shape_env, self._mode.static_shapes = ShapeEnv(allow_scalar_outputs=False), False
+        self._mode.epoch += 1
         return self._mode
 
 

@@ -46,7 +46,8 @@ class Float8Optimizer(ParameterOptimizer):
             else:
                 optimizer.param_groups[0][name] = value
         optimizer.step()
-        for matrix, numbers in enumerate(dense.detach().view(matrices(weight))):
+        self._show_state(parameter)
+        for matrix, numbers in enumerate(dense.detach().reshape(matrices(weight))):
             write(weight, matrix, numbers, generator)
         _forget(dense)
 
@@ -57,12 +58,16 @@ class Float8Optimizer(ParameterOptimizer):
             self._optimizers[parameter] = self._optimizer_class([dense], **settings)
         return self._optimizers[parameter]
 
+    def _show_state(self, parameter: Any) -> None:
+        # From an optimizer without state torch.distributed.checkpoint makes one by a step before it saves.
+        self.state[parameter] = next(iter(self._optimizers[parameter].state.values()), {})
+
     def state_dict(self) -> dict[str, Any]:
         """The states of all parameters, by number, and the groups."""
         result = super().state_dict()
         for number, parameter in enumerate(self._parameters()):
             if parameter in self._optimizers:
-                result["state"][number] = self._optimizers[parameter].state_dict()["state"][0]
+                result["state"][number] = self._optimizers[parameter].state_dict()["state"].get(0, {})
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -78,12 +83,15 @@ class Float8Optimizer(ParameterOptimizer):
                     f"keeps, got {', '.join(sorted(state))}; the checkpoint is Adafactor's"
                 )
         super().load_state_dict({**state_dict, "state": {}})
-        parameters = self._parameters()
+        # Saved by number or, by torch.distributed.checkpoint, by name.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = dict(zip(keys, self._parameters(), strict=True))
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        for number, state in state_dict["state"].items():
-            parameter = parameters[number]
+        for key, state in state_dict["state"].items():
+            parameter = parameters[key]
             optimizer = self._optimizer_of(parameter, groups[id(parameter)])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+            self._show_state(parameter)
             _forget(optimizer.param_groups[0]["params"][0])
 
     def _parameters(self) -> list[Any]:

@@ -33,7 +33,7 @@ class ParameterOptimizer(torch.optim.Optimizer):
             # Saved with the group, so that a run that is resumed does not draw the same numbers again.
             group["steps"] = group.get("steps", 0) + 1
             for place, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
+                if parameter.grad is not None and parameter.numel():
                     generator = torch.Generator(parameter.device)
                     generator.manual_seed(hash((number, place, group["steps"])))
                     self._step_of(parameter, group, generator)
@@ -61,4 +61,5 @@ def write(weight: Any, matrix: int, numbers: torch.Tensor, generator: torch.Gene
         return
     if weight.dtype == torch.bfloat16:
         numbers = round_to_bfloat16(numbers, generator)
-    weight.view(matrices(weight))[matrix].copy_(numbers)
+    target = weight[matrix] if weight.dim() == 3 else weight
+    target.copy_(numbers.view(target.shape))

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -231,8 +231,8 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
     for name, module in model.named_modules():
         if not isinstance(module, PreTrainedModel):
             continue
-        if _head_name(module) is None:
-            if named and _has_other_head(module):
+        if named and _head_name(module) is None:
+            if _has_other_head(module):
                 _refuse(
                     name,
                     module,
@@ -245,14 +245,17 @@ def _targets(model: torch.nn.Module, named: bool) -> Iterator[Target]:
             if named:
                 continue
         base: Any = next(cls for cls in type(module).__mro__ if _defines_forward(cls))
+        if not named:  # To be undone, whatever became of the head and the loss since.
+            if hasattr(type(module).forward, "scattermoe_fused"):
+                yield Target(name, module, base, type(module).forward)
+            continue
         reason = _obstacle(module, base)
-        if reason is None:
-            yield Target(name, module, base, _fused_forward(base.forward))
-        elif named:
+        if reason is not None:
             _refuse(name, module, reason)
+        yield Target(name, module, base, _fused_forward(base.forward))
 
 
-def _refuse(name: str, module: torch.nn.Module, reason: str) -> None:
+def _refuse(name: str, module: torch.nn.Module, reason: str) -> NoReturn:
     raise NotImplementedError(
         f"apply_to: {name or type(module).__name__}: loss: {reason}; nothing was changed"
     )

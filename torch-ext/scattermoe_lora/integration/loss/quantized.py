@@ -37,6 +37,8 @@ def _read_4_bits(layer: Any, dtype: torch.dtype) -> DecodedWeight | str:
     weight, state = layer.weight, layer.weight.quant_state
     if state is None or type(weight).__name__ != "Params4bit":
         return "the head's weight is not quantized yet"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes packed the head's weight for inference, which an evaluation on a CPU makes it do"
     words, width = state.shape
     if width % state.blocksize:
         return f"the head's rows of {width} are no multiple of its blocks of {state.blocksize}"

@@ -9,8 +9,6 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-# What may be read of logits that are not there.
-_ATTRIBUTES = {"device", "dtype", "shape"}
 _TANH = {"torch.tanh", "nn.functional.tanh", "F.tanh"}
 
 
@@ -69,7 +67,7 @@ class _Uses:
         """Follow an expression that is the logits to where it ends; True if that is one of the known places."""
         parent = self._parents[node]
         match parent:
-            case ast.Attribute(attr=attribute) if attribute in _ATTRIBUTES:
+            case ast.Attribute(attr="device"):
                 return True
             case ast.Attribute(attr="float" | "contiguous"):
                 call = self._parents[parent]

@@ -54,7 +54,7 @@ def check_training(trainer: Any) -> None:
 def _check_optimizer(trainer: Any) -> None:
     parameters = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
     trained = [name for name, parameter in parameters if isinstance(parameter, Float8Weight)]
-    if trained and trainer.optimizer is None:
+    if trained and trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         raise ValueError(
             f"check_training: optimizers: expected one for weights in float8 such as {trained[0]}, got none, and "
             "Trainer's own loses updates that are smaller than a step of float8; give Trainer "
@@ -66,8 +66,11 @@ def _check_packing(batch: Mapping[str, Any]) -> None:
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if positions is None or mask is None or mask.dim() != 2 or mask.shape[1] != positions.shape[-1]:
         return
+    begins = positions[..., 1:] <= positions[..., :-1]
+    if positions.dim() == 3:  # In time, height and width: a picture's tokens have one time.
+        begins = positions[0, :, 1:] < positions[0, :, :-1]
     # Padding has positions as well, which may begin anywhere.
-    begins = (positions[..., 1:] <= positions[..., :-1]) & mask[:, 1:].bool() & mask[:, :-1].bool()
+    begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
     if bool(begins.any()):
         raise ValueError(
             "check_training: attention_mask: expected none beside position_ids that begin again, got one that "

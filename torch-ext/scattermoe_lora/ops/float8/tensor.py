@@ -245,6 +245,11 @@ def _add(func: Any, tensor: Any, other: Any, *, alpha: float = 1) -> Any:
     return tensor
 
 
+def _add_all(func: Any, tensors: Any, others: Any, *, alpha: float = 1) -> None:
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.add_(other, alpha=alpha)
+
+
 def _norm(
     func: Any, tensor: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
@@ -332,6 +337,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._foreach_mul_.Tensor: _scale_all,
     aten._foreach_mul_.Scalar: _scale_all,
     aten._foreach_norm.Scalar: _norms,
+    aten._foreach_add_.List: _add_all,
     aten.add_.Tensor: _add,
     aten.add.Tensor: _add,
     aten.linalg_vector_norm.default: _norm,
@@ -349,6 +355,17 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
             aten._fused_adam_.tensor_lr,
             aten._fused_adamw_.default,
             aten._fused_adamw_.tensor_lr,
+            aten._fused_sgd_.default,
+            aten._fused_sgd_.tensor_lr,
+            aten._fused_adagrad_.default,
+            aten._foreach_lerp_.Scalar,
+            aten._foreach_lerp_.ScalarList,
+            aten._foreach_addcdiv_.Scalar,
+            aten._foreach_addcdiv_.ScalarList,
+            aten._foreach_addcdiv_.Tensor,
+            aten._foreach_addcmul_.Scalar,
+            aten._foreach_addcmul_.ScalarList,
+            aten._foreach_addcmul_.Tensor,
         ),
         _refuse_step,
     ),
