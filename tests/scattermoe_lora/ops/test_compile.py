@@ -44,6 +44,14 @@ def widest(submodule):
     return find
 
 
+def test_all_specifications_have_their_kernels_arguments_and_known_targets(submodule) -> None:
+    package = submodule("ops").__name__.partition(".")[0]
+    modules = specs.modules_with_specs(Path(submodule("ops").__file__).parents[1])
+    assert modules
+    for module in modules:
+        assert specs.load_specs(package + module[module.index(".") :])
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("name", "use"),

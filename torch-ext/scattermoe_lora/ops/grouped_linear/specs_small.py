@@ -23,7 +23,7 @@ def _schedules() -> Iterator[CompileSpec]:
             {
                 "offsets_ptr": "*i64:16",
                 "schedule_ptr": "*i32:16",
-                **dict.fromkeys(("pairs", "num_experts", "capacity"), "i32"),
+                **dict.fromkeys(("pairs", "num_experts", "size", "capacity"), "i32"),
             },
             {"EXPERTS_POW2": 256, "BLOCK_M": block, "TILES": TILES_A_PROGRAM},
             {"num_warps": 4},
